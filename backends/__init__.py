@@ -1,0 +1,1 @@
+"""One file a target: CAPABILITIES, lower(), and what it takes to run the result."""

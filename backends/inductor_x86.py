@@ -1,0 +1,332 @@
+"""x86 CPUs through AOTInductor and oneDNN: int8 convolutions and linears, proven by the kernels in the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor
+from torch.fx import GraphModule, Node
+
+from torchquant import batches as data
+from torchquant.errors import ArtifactError, LoweringError
+from torchquant.files import write_whole
+from torchquant.formats import INT8_NARROW, UINT8
+from torchquant.fx import ops, passes
+from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, names
+from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
+from torchquant.serialize import export_again
+from torchquant.types import Capability, Scheme, Site, TensorSpec
+
+__all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
+
+TARGET = "inductor_x86"
+_WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
+SCHEMES = {
+    "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
+    "dynamic_int8": Scheme("dynamic_int8", TensorSpec(UINT8, symmetric=False, dynamic=True), _WEIGHT),
+}
+
+_FLOAT = {
+    "conv1d": "Inductor lowers int8 convolutions in two dimensions only",
+    "conv3d": "Inductor has no int8 pattern for conv3d",
+    "conv_transpose1d": "Inductor has no int8 pattern for transposed convolutions",
+    "conv_transpose2d": "Inductor has no int8 pattern for transposed convolutions",
+    "conv_transpose3d": "Inductor has no int8 pattern for transposed convolutions",
+    "matmul": "Inductor has no int8 kernel for a product of two activations",
+    "addmm": "Inductor has no int8 kernel for a product of two activations",
+    "einsum": "Inductor has no int8 kernel for a product of two activations",
+    "attention": "attention runs in Inductor's float flash kernel; there is no int8 pattern for it",
+    "embedding": "Inductor has no kernel for integer embedding tables",
+    "recurrent": "Inductor has no int8 kernel for recurrent layers",
+}
+_ELEMENTWISE = "computed in float between the int8 kernels, fused by Inductor into their neighbours where it can"
+
+
+def _conv2d(node: Node, scheme: str) -> str | None:
+    """oneDNN's int8 convolution takes a 4-D input."""
+    shape = ops.shape_of(node.args[0])  # type: ignore[arg-type]
+    return (
+        None if shape is None or len(shape) == 4 else "its input has no batch dimension; Inductor's pattern wants 4-D"
+    )
+
+
+CAPABILITIES: tuple[Capability, ...] = (
+    Capability("conv2d", ("static_int8",), "weighted", condition=_conv2d, reason="4-D input"),
+    Capability("linear", ("static_int8", "dynamic_int8"), "weighted"),
+    *(Capability(op, reason=why) for op, why in _FLOAT.items()),
+    *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
+)
+
+# what the calls in the generated C++ are called
+_KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
+_INTEGER = {"conv2d": re.compile(r"qconv"), "linear": re.compile(r"qlinear")}
+_MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
+_CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
+
+
+class X86Program(Program):
+    """An AOTInductor package: int8 kernels whatever the caller's grad mode and Inductor settings are."""
+
+    target = TARGET
+
+    def __init__(self, package: Path, owned_folder: Path | None = None) -> None:
+        self._package = package
+        self._owned_folder = owned_folder
+        found = read_metadata(package, TARGET)
+        self.inputs, self.sites, self.proof = found.inputs, found.sites, found.proof
+        self._run = torch._inductor.aoti_load_package(str(package))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The package itself checks nothing: a wrong batch size would read memory that is not its own.
+        data.check(self.inputs, kwargs if kwargs and not args else (*args, *kwargs.values()))
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the package (`.pt2`); `load` reads it in any process on a CPU with the same instructions."""
+        return write_whole(path, lambda part: shutil.copyfile(self._package, part))
+
+    @property
+    def size_bytes(self) -> int:
+        return self._package.stat().st_size
+
+    def __del__(self) -> None:
+        if getattr(self, "_owned_folder", None) is not None:
+            shutil.rmtree(self._owned_folder, ignore_errors=True)  # type: ignore[arg-type]
+
+
+def lower(
+    quantized: GraphModule,
+    example_inputs: Any = None,
+    *,
+    allow_float: Sequence[str] = (),
+    min_sqnr_db: float = MIN_SQNR_DB,
+) -> X86Program:
+    """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
+
+    Sizes that were dynamic at export stay dynamic. No global Inductor or grad state is changed.
+
+    Args:
+        quantized: what `convert_pt2e` returned, of any Quantizer. Its dead float weights are removed.
+        example_inputs: one batch to prove it with; made up from the input shapes if None.
+        allow_float: patterns of annotated ops that may run in float.
+        min_sqnr_db: how close the package must be to the converted graph on `example_inputs`.
+
+    Raises:
+        InputError: the graph is not converted, or `example_inputs` does not fit it.
+        LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
+            run, or its output is off.
+    """
+    sites, allowed = accountable_sites(quantized, allow_float)
+    _refuse_unrunnable([s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
+    passes.remove_dead_weights(quantized)
+    batch = data.example_of(quantized) if example_inputs is None else example_inputs
+    inputs = data.input_specs(quantized)
+    data.check(inputs, batch, "example_inputs")
+    folder = Path(tempfile.mkdtemp(prefix="torchquant-x86-"))
+    try:
+        raw = _compile(quantized, batch, folder / "raw.pt2")
+        kernels = _kernels(raw)
+        wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
+        fused = _prove_integer(wanted, kernels)
+        package = folder / "model.pt2"
+        _repack(raw, package)
+        raw.unlink()
+        run = torch._inductor.aoti_load_package(str(package))
+        found = hold_against(quantized, run, _sizes(quantized, batch), min_sqnr_db, TARGET)
+        proof = Proof(kernels, len(wanted), fused, found, _left_float(sites, allowed))
+        write_metadata(package, TARGET, Metadata(inputs, sites, proof))
+        return X86Program(package, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> X86Program:
+    """Read a saved X86Program.
+
+    Raises:
+        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+    """
+    try:
+        return X86Program(Path(path))
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
+
+
+def _refuse_unrunnable(sites: Sequence[Site]) -> None:
+    """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
+    for site in sites:
+        if problem := _problem(site):
+            raise LoweringError(
+                f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Exclude it in the "
+                f"Quantizer, or pass allow_float=['node:{site.node}'] to run it in float."
+            )
+
+
+def _problem(site: Site) -> str:
+    row = next((r for r in CAPABILITIES if r.op == site.op), None)
+    if row is None or not row.schemes:
+        return row.reason if row else f"{TARGET} has no entry for {site.op}"
+    weight, activation = site.weight, site.activation
+    if activation is None:
+        return "only its weight is quantized: Inductor folds such weights back to float"
+    if weight is None or weight.dtype != torch.int8:
+        return f"its weight is {weight.dtype if weight else 'float'}, and the kernels take int8"
+    if weight.axis not in (None, 0) or weight.scale is None:
+        return "its weight has scales by group or on another axis, which Inductor folds back to float"
+    if weight.zero_point is not None and bool(weight.zero_point.any()):
+        return "its weight has zero points, and the kernels take symmetric weights"
+    if activation.dtype not in (torch.uint8, torch.int8):
+        return f"its activation is {activation.dtype}, and the kernels take 8 bits"
+    return ""
+
+
+def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
+    try:
+        graph = passes.copy_graph(quantized)
+        passes.flatten_quantized_linears(graph)
+        exported = export_again(graph, batch)
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+    except Exception as error:
+        raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
+    return package
+
+
+def _kernels(package: Path) -> dict[str, int]:
+    """Calls to matrix kernels in the package's generated C++, by name."""
+    found: Counter[str] = Counter()
+    with zipfile.ZipFile(package) as archive:
+        for name in archive.namelist():
+            if name.endswith(".wrapper.cpp"):
+                source = archive.read(name).decode("utf-8", "replace")
+                found.update(m for m in _KERNEL.findall(source) if _MATRIX_KERNEL.search(m))
+    return dict(found)
+
+
+def _prove_integer(wanted: Sequence[Site], kernels: dict[str, int]) -> int:
+    """How many of the annotated compute ops have an int8 kernel; all of them, or LoweringError."""
+    fused = 0
+    for op, pattern in _INTEGER.items():
+        sites = [s for s in wanted if s.op == op]
+        have = sum(n for name, n in kernels.items() if pattern.search(name))
+        if have < len(sites):
+            raise LoweringError(
+                f"{len(sites)} {op} ops are annotated, and Inductor built {have} int8 kernels for them; kernels "
+                f"found: {kernels}. Annotated: {names(sites)}. Exclude what does not fuse, or pass allow_float."
+            )
+        fused += len(sites)
+    return fused
+
+
+def _repack(raw: Path, package: Path) -> None:
+    """The package without sources and debug symbols, compressed."""
+    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as out:
+        for entry in source.infolist():
+            if entry.filename.endswith(".cpp"):
+                continue
+            content = source.read(entry)
+            name = entry.filename
+            out.writestr(f"model/{name.partition('/')[2]}", _stripped(content) if name.endswith(".so") else content)
+
+
+def _stripped(library: bytes) -> bytes:
+    """A shared library without its debug information; as it is where binutils are missing."""
+    strip = shutil.which("strip")
+    if strip is None:
+        return library
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.so"
+        file.write_bytes(library)
+        done = subprocess.run([strip, str(file)], capture_output=True, check=False)
+        return file.read_bytes() if done.returncode == 0 else library
+
+
+def _sizes(quantized: GraphModule, batch: Any) -> list[Any]:
+    """The batch, and where the first size is dynamic a smaller one too: kernels differ by size."""
+    specs = data.input_specs(quantized)
+    if not all(s.shape and s.shape[0] is None for s in specs) or isinstance(batch, dict):
+        return [batch]
+    args, _ = data.split(batch)
+    smaller = tuple(a[:1] if isinstance(a, torch.Tensor) else a for a in args)
+    return [batch] if all(len(a) == 1 for a in args if isinstance(a, torch.Tensor)) else [batch, smaller]
+
+
+def _left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for s in sites:
+        if s.node in allowed:
+            counts[s.op, "allowed by the user"] += 1
+        elif s.status != "quantized":
+            counts[s.op, s.reason] += 1
+    return {f"{n} {op}": reason for (op, reason), n in counts.items()}
+
+
+def dynamo_backend(
+    graph: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`torch.compile(quantized, backend="torchquant")`: the same lowering, reached through Dynamo.
+
+    Lowers at the first call, and again for each new set of input sizes.
+
+    Args:
+        options: `allow_float` and `min_sqnr_db`, as for `lower`.
+
+    Raises:
+        LoweringError: as `lower`; or an unknown option.
+    """
+    chosen = dict(options or {})
+    unknown = set(chosen) - {"allow_float", "min_sqnr_db"}
+    if unknown:
+        raise LoweringError(f"the torchquant backend has no options {sorted(unknown)}; it has allow_float, min_sqnr_db")
+    programs: dict[tuple[Any, ...], X86Program] = {}
+    lifted = [_is_lifted(node) for node in data.placeholders(graph)]
+
+    def run(*inputs: Any) -> Any:
+        given = [v for v, constant in zip(inputs, lifted, strict=True) if not constant and isinstance(v, torch.Tensor)]
+        sizes = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in inputs)
+        if sizes not in programs:
+            programs[sizes] = lower(_bind(graph, inputs, lifted), tuple(given), **chosen)
+        found = programs[sizes](*given)
+        return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+    return torch._dynamo.disable(run)
+
+
+def _is_lifted(node: Node) -> bool:
+    """Whether Dynamo made an input of what was a parameter or buffer."""
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
+def _bind(graph: GraphModule, inputs: Sequence[Any], lifted: Sequence[bool]) -> GraphModule:
+    """Dynamo's graph with lifted parameters and sizes put back as constants."""
+    bound = passes.copy_graph(graph)
+    for node in bound.graph.nodes:
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta["example_value"]
+    for i, (node, value) in enumerate(zip(data.placeholders(bound), inputs, strict=True)):
+        if isinstance(value, torch.Tensor) and not lifted[i]:
+            node.meta["val"] = value
+            continue
+        replacement: Any = value
+        if isinstance(value, torch.Tensor):
+            bound.register_buffer(f"bound_{i}", value.detach())
+            with bound.graph.inserting_before(node):
+                replacement = bound.graph.get_attr(f"bound_{i}")
+            replacement.meta = {"val": value}
+        node.replace_all_uses_with(replacement)
+        bound.graph.erase_node(node)
+    bound.recompile()
+    return bound

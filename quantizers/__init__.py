@@ -1,0 +1,1 @@
+"""torchao Quantizers, one thin file a target over one table-driven engine."""

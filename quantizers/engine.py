@@ -1,0 +1,245 @@
+"""The one Quantizer: it annotates from a target's capability table and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
+from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
+
+from torchquant.errors import SchemeError
+from torchquant.fx import ops, passes
+from torchquant.fx.patterns import match
+from torchquant.fx.sites import is_observer, note
+from torchquant.observers import ActivationHistogram, DynamicActivation, PerChannelWeight
+from torchquant.types import Capability, Scheme, TensorSpec
+
+__all__ = ["CapabilityQuantizer"]
+
+
+class CapabilityQuantizer(Quantizer):
+    """Annotates every op that `capabilities` runs in the scheme asked for, and records why the others stay float.
+
+    Args:
+        scheme: name of the scheme for the whole model; the target's default if None.
+        exclude: patterns (see `torchquant.fx.patterns.match`) of what shall stay float.
+        overrides: pattern -> scheme name, or None to exclude; later entries win.
+        is_qat: insert fake quantizers, for `prepare_qat_pt2e`.
+        observer: constructor of the static activation observer.
+
+    Raises:
+        SchemeError: an unknown scheme, or one that an overridden op does not run in on this target.
+        PatternError: a pattern matches nothing (raised by `prepare_pt2e`).
+    """
+
+    target: ClassVar[str]
+    capabilities: ClassVar[tuple[Capability, ...]]
+    schemes: ClassVar[Mapping[str, Scheme]]
+    default_scheme: ClassVar[str]
+
+    def __init__(
+        self,
+        scheme: str | None = None,
+        *,
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, str | None] | None = None,
+        is_qat: bool = False,
+        observer: Callable[..., Any] = ActivationHistogram,
+    ) -> None:
+        super().__init__()
+        if isinstance(exclude, str):
+            raise SchemeError(f"exclude takes a list of patterns; write exclude=[{exclude!r}]")
+        self.scheme = self._known(scheme or self.default_scheme)
+        self.overrides: dict[str, str | None] = {**dict.fromkeys(exclude), **(overrides or {})}
+        for name in self.overrides.values():
+            if name is not None:
+                self._known(name)
+        self.is_qat = is_qat
+        self.observer = observer
+        self._rows = {row.op: row for row in self.capabilities}
+
+    def _known(self, scheme: str) -> str:
+        if scheme not in self.schemes:
+            raise SchemeError(f"{self.target} runs no scheme {scheme!r}; choose from {', '.join(self.schemes)}")
+        return scheme
+
+    # torchao's interface -------------------------------------------------------------------------------------
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Make hidden ops visible: inline no_grad regions, write constant matmuls as linear."""
+        if passes.inline_grad_regions(model) and not self.is_qat:
+            _fuse_conv_bn_(model)
+            _fuse_linear_bn_(model)
+        passes.constant_matmul_to_linear(model)
+        return model
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate in graph order; ops that another Quantizer has annotated are left to it."""
+        wanted = self._wanted(model)
+        data = ops.data_nodes(model)
+        nodes = [n for n in model.graph.nodes if n in data and ops.kind_of(n) is not None and not _annotated(n)]
+        for node in nodes:
+            if not _annotated(node):
+                self._annotate(node, wanted.get(node, self.scheme), data)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing is left to check: `annotate` accounts for every op as it goes."""
+
+    def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]) -> None:
+        """Name each observer's site, and run the weight observers: weights need no calibration data."""
+        for place, observer in edge_or_node_to_obs_or_fq.items():
+            producer, user = place if isinstance(place, tuple) else (place, None)
+            inner = getattr(observer, "activation_post_process", observer)
+            if hasattr(inner, "site"):
+                inner.site = _describe_place(producer, user)
+            if isinstance(inner, PerChannelWeight) and is_observer(observer):
+                inner(_constant_value(model, producer))
+
+    # the engine ----------------------------------------------------------------------------------------------
+
+    def _wanted(self, model: GraphModule) -> dict[Node, str | None]:
+        """What the user's patterns ask of each node: a scheme name, or None for float."""
+        return {n: scheme for pattern, scheme in self.overrides.items() for n in match(model, pattern)}
+
+    def _annotate(self, node: Node, scheme: str | None, data: set[Node]) -> None:
+        if scheme is None:
+            note(node, "excluded", "excluded by the user")
+            return
+        row = self._rows.get(ops.op_name(node))
+        reason = self.why_float(node, row, scheme, data)
+        if reason or row is None:
+            note(node, "unsupported", reason)
+        elif row.role == "shared":
+            self._share(node, row, scheme)
+        else:
+            self._observe(node, row, scheme)
+
+    def why_float(self, node: Node, row: Capability | None, scheme: str, data: set[Node]) -> str:
+        """The reason why `node` cannot run in `scheme` here; empty if it can."""
+        kind = ops.kind_of(node)
+        if row is None or kind is None:
+            return f"{self.target} has no entry for this op"
+        if not row.schemes:
+            return row.reason
+        if scheme not in row.schemes:
+            return f"{self.target} runs {row.op} in {', '.join(row.schemes)}, not in {scheme}"
+        inputs = ops.data_inputs(node, kind)
+        if not inputs or any(n not in data for n in inputs):
+            return "an operand does not depend on the model's data (a mask, a position, a constant)"
+        if any(n.meta["val"].dtype != torch.float32 for n in inputs if "val" in n.meta):
+            return "its input is not float32; export a float32 model"
+        if row.role == "weighted":
+            weight = ops.argument(node, kind.weight or 1)
+            if weight is None or not ops.is_constant(weight):
+                return "its weight is computed at run time, so it has no codes to store"
+        return (row.condition(node, scheme) if row.condition else None) or ""
+
+    def _observe(self, node: Node, row: Capability, scheme: str) -> None:
+        kind = ops.BY_NAME[row.op]
+        spec = self.schemes[scheme]
+        activation = self._spec(spec.activation) if spec.activation else None
+        inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
+        if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
+            inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis)  # type: ignore[index]
+        tail = self._fused_tail(node, row)
+        output = activation if row.observe_output and not spec.dynamic else None
+        _mark(node, inputs, output if tail is node else None)
+        note(node, "quantized", scheme)
+        if tail is not node:
+            _mark(tail, {}, output)
+            note(tail, "quantized", f"fused into {node.name}")
+
+    def _fused_tail(self, node: Node, row: Capability) -> Node:
+        """The last node that the target computes in the same kernel as `node`."""
+        fuses = (*row.fuses, "batch_norm") if self.is_qat and row.role == "weighted" else row.fuses
+        tail = node
+        while len(tail.users) == 1:
+            user = next(iter(tail.users))
+            if ops.op_name(user) not in fuses or _annotated(user) or ops.kind_of(user) is None:
+                break
+            tail = user
+            if ops.op_name(user) != "batch_norm":
+                break
+        return tail
+
+    def _share(self, node: Node, row: Capability, scheme: str) -> None:
+        """Keep the qparams of the input, if the inputs are quantized already."""
+        inputs = ops.data_inputs(node, ops.BY_NAME[row.op])
+        if not all(_has_quantized_output(n) for n in inputs):
+            note(node, "unsupported", "its input is float here, so there are no qparams to share")
+            return
+        activation = self.schemes[scheme].activation
+        assert activation is not None
+        first = (inputs[0], node)
+        specs: dict[Node, Any] = {n: SharedQuantizationSpec(first) for n in inputs}
+        specs[inputs[0]] = self._spec(activation)
+        _mark(node, specs, SharedQuantizationSpec(first))
+        note(node, "quantized", "shares its input's qparams")
+
+    def _spec(self, tensor: TensorSpec, axis: int = 0) -> QuantizationSpec:
+        """torchao's spec for a tensor of ours."""
+        per_channel = tensor.granularity == "channel"
+        observer: Any
+        if tensor.dynamic:
+            observer = DynamicActivation
+        elif self.is_qat:
+            inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
+            observer = FusedMovingAvgObsFakeQuantize.with_args(observer=inner)
+            if per_channel:
+                observer = observer.with_args(ch_axis=axis)
+        else:
+            observer = PerChannelWeight if per_channel else self.observer
+        return QuantizationSpec(
+            dtype=tensor.format.dtype,
+            observer_or_fake_quant_ctr=observer,
+            quant_min=tensor.format.quant_min,
+            quant_max=tensor.format.quant_max,
+            qscheme=tensor.qscheme,
+            ch_axis=axis if per_channel else None,
+            is_dynamic=tensor.dynamic,
+        )
+
+
+def _annotated(node: Node) -> bool:
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    return annotation is not None and annotation._annotated
+
+
+def _mark(node: Node, inputs: dict[Node, Any], output: Any) -> None:
+    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(inputs, output, _annotated=True)
+
+
+def _has_quantized_output(node: Node) -> bool:
+    return _annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
+
+
+def _describe_place(producer: Node, user: Node | None) -> str:
+    node = user or producer
+    module = ops.module_path(node)
+    where = f" in {module}" if module else ""
+    return f"output of {producer.name}{where}" if user is None else f"{producer.name}, input of {user.name}{where}"
+
+
+def _constant_value(model: GraphModule, node: Node) -> torch.Tensor:
+    """The value of a node that depends on parameters alone."""
+    if node.op == "get_attr":
+        value: Any = model
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach()
+    load: Any = torch.fx.node.map_arg
+    args, kwargs = (load(a, lambda n: _constant_value(model, n)) for a in (node.args, node.kwargs))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,98 @@
+"""One pass over the calibration data, for one prepared graph or for several at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch.fx import GraphModule
+
+from torchquant import batches as data
+from torchquant.errors import CalibrationError, TorchquantWarning
+from torchquant.fx.sites import observers, read_sites
+from torchquant.observers import check_finite
+
+__all__ = ["calibrate"]
+
+
+def calibrate(prepared: GraphModule | Sequence[GraphModule], batches: Iterable[Any], *, progress: bool = True) -> None:
+    """Run the observers of one or several prepared graphs over the data, read once.
+
+    Args:
+        prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
+        batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: a batch does not fit the model's inputs.
+        CalibrationError: no batch, NaN or infinity at a site, a site that never saw data, or a graph
+            without observers.
+    """
+    models = [prepared] if isinstance(prepared, GraphModule) else list(prepared)
+    for model in models:
+        _check_prepared(model)
+    length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    checked = data.checked(models[0], batches)
+    shown = track(checked, "calibrating", total=length, disable=not progress, transient=True)
+    reached: set[int] = set()
+    hooks = [h for model in models for h in _watch(model, reached)]
+    try:
+        with torch.no_grad():
+            for batch in shown:
+                for model in models:
+                    data.call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for model in models:
+        _check_reached(model, reached)
+
+
+def _check_prepared(model: GraphModule) -> None:
+    if not isinstance(model, GraphModule):
+        raise CalibrationError(f"calibrate takes the GraphModule from prepare_pt2e, not {type(model).__name__}")
+    if next(observers(model), None) is None:
+        raise CalibrationError(
+            "the graph has no observers: the Quantizer annotated nothing, or this is not what prepare_pt2e "
+            "returned. torchquant.report(graph) lists every op and why it stays float."
+        )
+    missed = [s for s in read_sites(model) if s.status == "missed"]
+    if missed:
+        names = ", ".join(f"{s.op} {s.node}" + (f" ({s.module})" if s.module else "") for s in missed[:8])
+        more = f" and {len(missed) - 8} more" if len(missed) > 8 else ""
+        warnings.warn(
+            f"the Quantizer left {len(missed)} compute ops float without saying so: {names}{more}",
+            TorchquantWarning,
+            stacklevel=3,
+        )
+
+
+def _watch(model: GraphModule, reached: set[int]) -> list[Any]:
+    """Hooks that note which observers saw data and refuse NaN and infinity, for observers of any make."""
+    hooks = []
+    sites: dict[torch.nn.Module, str] = {}
+    for node, module in observers(model):
+        sites.setdefault(module, f"{node.args[0]}, observed by {node.target}")
+    for module, site in sites.items():
+
+        def see(_module: torch.nn.Module, args: tuple[Any, ...], site: str = site, key: int = id(module)) -> None:
+            check_finite(args[0], str(getattr(_module, "site", site)))
+            if args[0].numel():
+                reached.add(key)
+
+        hooks.append(module.register_forward_pre_hook(see))
+    return hooks
+
+
+def _check_reached(model: GraphModule, reached: set[int]) -> None:
+    unseen = [
+        str(getattr(module, "site", node.args[0])) for node, module in observers(model) if id(module) not in reached
+    ]
+    if unseen:
+        raise CalibrationError(
+            f"{len(unseen)} sites never saw data: {', '.join(unseen[:6])}. Calibrate with batches that reach "
+            "them, or exclude them."
+        )

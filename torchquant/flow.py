@@ -1,0 +1,121 @@
+"""Export, prepare, calibrate, convert: one visible list of calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import Quantizer
+
+from torchquant import batches as data
+from torchquant.calibrate import calibrate
+from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
+from torchquant.fx import passes
+from torchquant.fx.sites import is_converted, is_prepared, read_sites
+
+__all__ = ["convert", "export", "prepare", "quantize"]
+
+
+def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> GraphModule:
+    """`torch.export` a float model into the graph that Quantizers annotate.
+
+    Ops inside `torch.no_grad()` regions are inlined, so that Quantizers see them.
+
+    Args:
+        model: a float module; put in eval mode (and back) if it is in training mode.
+        example_inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+        dynamic_shapes: as for `torch.export.export`.
+
+    Raises:
+        ExportError: torch cannot capture the model; carries torch's reason and the line.
+    """
+    if isinstance(model, GraphModule) and (is_prepared(model) or is_converted(model)):
+        raise InputError("the model is prepared or converted already; export the float model")
+    args, kwargs = data.split(example_inputs)
+    training = model.training
+    try:
+        exported = torch.export.export(
+            model if isinstance(model, GraphModule) else model.eval(), args, kwargs, dynamic_shapes=dynamic_shapes
+        ).module()
+    except Exception as error:
+        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_lines(error)}") from error
+    finally:
+        if training and not isinstance(model, GraphModule):
+            model.train()
+    assert isinstance(exported, GraphModule)
+    passes.inline_grad_regions(exported)
+    return exported
+
+
+def _first_lines(error: Exception, limit: int = 1500) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text[:limit]}"
+
+
+def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers."""
+    return prepare_pt2e(passes.copy_graph(exported), quantizer)
+
+
+def convert(prepared: GraphModule) -> GraphModule:
+    """torchao's `convert_pt2e`, then the dead float weights removed. Works in place like torchao's.
+
+    Raises:
+        CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
+    """
+    _refuse_uncalibrated(prepared)
+    converted = convert_pt2e(prepared)
+    passes.remove_dead_weights(converted)
+    return converted
+
+
+def _refuse_uncalibrated(prepared: GraphModule) -> None:
+    if not is_prepared(prepared):
+        raise CalibrationError("convert takes a prepared graph; this one has no observers")
+    for node, observer in passes.static_observers(prepared):
+        low = getattr(observer, "min_val", None)
+        if isinstance(low, torch.Tensor) and (low.numel() == 0 or bool(torch.isinf(low).any())):
+            site = getattr(observer, "site", f"{node.args[0]}, observed by {node.target},")
+            raise CalibrationError(f"{site} never saw data: run torchquant.calibrate(prepared, batches) before convert")
+
+
+def quantize(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    *,
+    quantizer: Quantizer | Sequence[Quantizer],
+    dynamic_shapes: Any = None,
+    progress: bool = True,
+) -> Any:
+    """Export, prepare, calibrate and convert in one call; several Quantizers share one pass over the data.
+
+    Args:
+        model, example_inputs, dynamic_shapes: as for `export`. A GraphModule from `export` is taken as it is.
+        batches: calibration data, as for `calibrate`.
+        quantizer: a Quantizer, or several.
+
+    Returns:
+        The converted GraphModule, or a list of them in the order of the Quantizers.
+    """
+    quantizers = [quantizer] if isinstance(quantizer, Quantizer) else list(quantizer)
+    if not quantizers:
+        raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
+    exported = model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    prepared = [prepare(exported, q) for q in quantizers]
+    calibrate(prepared, batches, progress=progress)
+    converted = [convert(p) for p in prepared]
+    for graph in converted:
+        _warn_if_nothing_happened(graph)
+    return converted[0] if isinstance(quantizer, Quantizer) else converted
+
+
+def _warn_if_nothing_happened(converted: GraphModule) -> None:
+    if not any(s.status == "quantized" for s in read_sites(converted)):
+        warnings.warn(
+            "nothing was quantized: torchquant.report(quantized) says why for each op", TorchquantWarning, stacklevel=3
+        )

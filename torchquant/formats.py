@@ -1,0 +1,44 @@
+"""Number grids: encode, decode, range, bits per weight."""
+
+from __future__ import annotations
+
+import torch
+
+from torchquant.types import Format, QParams
+
+INT8 = Format("int8", torch.int8, -128, 127)
+INT8_NARROW = Format("int8_narrow", torch.int8, -127, 127)
+UINT8 = Format("uint8", torch.uint8, 0, 255)
+UINT7 = Format("uint7", torch.uint8, 0, 127)
+
+
+def broadcast(values: torch.Tensor, axis: int | None, ndim: int) -> torch.Tensor:
+    """Reshape per-channel `values` (channels,) so that they broadcast over a tensor of `ndim` dimensions."""
+    if axis is None or values.ndim == 0:
+        return values
+    return values.reshape([-1 if d == axis else 1 for d in range(ndim)])
+
+
+def encode(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """Round float `x` to the integer codes of `qparams` (which carries scale and zero point)."""
+    scale, zero_point = _scale_and_zero_point(qparams, x.ndim)
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp(qparams.quant_min, qparams.quant_max).to(qparams.dtype)
+
+
+def decode(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    """The float32 values that `codes` stand for."""
+    scale, zero_point = _scale_and_zero_point(qparams, codes.ndim)
+    return (codes.to(torch.float32) - zero_point) * scale
+
+
+def bits_per_weight(format: Format, channel_size: int) -> float:
+    """Stored bits for one weight: the code plus its share of a float32 scale for `channel_size` weights."""
+    stored = 8 * torch.empty((), dtype=format.dtype).element_size()
+    return stored + 32 / channel_size
+
+
+def _scale_and_zero_point(qparams: QParams, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if qparams.scale is None or qparams.zero_point is None:
+        raise ValueError("these qparams carry no scale: the tensor is dynamic or was not calibrated")
+    return broadcast(qparams.scale, qparams.axis, ndim), broadcast(qparams.zero_point, qparams.axis, ndim)

@@ -1,0 +1,226 @@
+"""What an aten op computes: one table for every Quantizer, report and backend. Matching is on ops, never classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+@dataclass(frozen=True)
+class OpKind:
+    """A family of aten ops that compute the same thing.
+
+    Args:
+        name: the name used in tables, patterns (`op:NAME`) and reports.
+        overloads: aten overload names, e.g. `conv2d.default`.
+        compute: multiplies matrices or looks up weights; left float, it must be accounted for one by one.
+        data: positions of the float activations among the arguments; None: all of them.
+        moves: only moves data, so that values and qparams stay the same.
+        weight: position of the weight, and `axis` its output-channel axis.
+    """
+
+    name: str
+    overloads: tuple[str, ...]
+    compute: bool = False
+    data: tuple[int, ...] | None = (0,)
+    moves: bool = False
+    weight: int | None = None
+    axis: int = 0
+
+
+KINDS: tuple[OpKind, ...] = (
+    OpKind("conv1d", ("conv1d.default", "conv1d.padding"), True, weight=1),
+    OpKind("conv2d", ("conv2d.default", "conv2d.padding"), True, weight=1),
+    OpKind("conv3d", ("conv3d.default", "conv3d.padding"), True, weight=1),
+    OpKind("conv_transpose1d", ("conv_transpose1d.default",), True, weight=1, axis=1),
+    OpKind("conv_transpose2d", ("conv_transpose2d.input",), True, weight=1, axis=1),
+    OpKind("conv_transpose3d", ("conv_transpose3d.input",), True, weight=1, axis=1),
+    OpKind("linear", ("linear.default",), True, weight=1),
+    OpKind("matmul", ("matmul.default", "bmm.default", "mm.default"), True, data=(0, 1)),
+    OpKind("addmm", ("addmm.default", "baddbmm.default"), True, data=(1, 2)),
+    OpKind("einsum", ("einsum.default",), True, data=None),
+    OpKind("attention", ("scaled_dot_product_attention.default",), True, data=(0, 1, 2)),
+    OpKind("embedding", ("embedding.default", "embedding_bag.default"), True, data=(), weight=0),
+    OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True),
+    OpKind("add", ("add.Tensor", "add_.Tensor"), data=(0, 1)),
+    OpKind("sub", ("sub.Tensor", "sub_.Tensor"), data=(0, 1)),
+    OpKind("mul", ("mul.Tensor", "mul_.Tensor"), data=(0, 1)),
+    OpKind("div", ("div.Tensor", "div_.Tensor"), data=(0, 1)),
+    OpKind("cat", ("cat.default", "concat.default", "stack.default"), data=None),
+    OpKind("max_pool2d", ("max_pool2d.default", "max_pool2d_with_indices.default")),
+    OpKind("avg_pool", ("avg_pool2d.default", "avg_pool1d.default", "avg_pool3d.default")),
+    OpKind("adaptive_avg_pool2d", ("adaptive_avg_pool2d.default",)),
+    OpKind("mean", ("mean.dim", "mean.default")),
+    OpKind("pad", ("pad.default", "constant_pad_nd.default")),
+    OpKind("relu", ("relu.default", "relu_.default")),
+    OpKind(
+        "hardtanh",
+        ("hardtanh.default", "hardtanh_.default", "relu6.default", "relu6_.default", "clamp.default", "clamp_.default"),
+    ),
+    OpKind("gelu", ("gelu.default",)),
+    OpKind("silu", ("silu.default", "silu_.default")),
+    OpKind("sigmoid", ("sigmoid.default", "sigmoid_.default")),
+    OpKind("tanh", ("tanh.default", "tanh_.default")),
+    OpKind("hardswish", ("hardswish.default", "hardswish_.default")),
+    OpKind("hardsigmoid", ("hardsigmoid.default", "hardsigmoid_.default")),
+    OpKind("leaky_relu", ("leaky_relu.default", "leaky_relu_.default")),
+    OpKind("elu", ("elu.default", "elu_.default")),
+    OpKind("prelu", ("prelu.default",)),
+    OpKind("softmax", ("softmax.int", "_softmax.default", "log_softmax.int")),
+    OpKind("layer_norm", ("layer_norm.default", "native_layer_norm.default", "rms_norm.default")),
+    OpKind("group_norm", ("group_norm.default", "instance_norm.default")),
+    OpKind(
+        "batch_norm", ("batch_norm.default", "_native_batch_norm_legit_no_training.default", "cudnn_batch_norm.default")
+    ),
+    OpKind(
+        "interpolate",
+        (
+            "upsample_nearest2d.vec",
+            "upsample_bilinear2d.vec",
+            "upsample_nearest2d.default",
+            "upsample_bilinear2d.default",
+        ),
+    ),
+    OpKind(
+        "reshape",
+        (
+            "view.default",
+            "reshape.default",
+            "flatten.using_ints",
+            "unsqueeze.default",
+            "squeeze.dim",
+            "squeeze.dims",
+            "squeeze.default",
+            "permute.default",
+            "transpose.int",
+            "t.default",
+            "contiguous.default",
+            "unflatten.int",
+            "expand.default",
+            "clone.default",
+            "alias.default",
+            "movedim.int",
+            "numpy_T.default",
+            "detach.default",
+            "dropout.default",
+            "pixel_shuffle.default",
+            "channel_shuffle.default",
+        ),
+        moves=True,
+    ),
+    OpKind(
+        "slice",
+        ("slice.Tensor", "select.int", "chunk.default", "split.Tensor", "split_with_sizes.default", "narrow.default"),
+        moves=True,
+    ),
+)
+BY_NAME = {kind.name: kind for kind in KINDS}
+_BY_OVERLOAD = {overload: kind for kind in KINDS for overload in kind.overloads}
+_CONVOLUTIONS = {(dim, bool(t)): f"conv{'_transpose' if t else ''}{dim}d" for dim in (1, 2, 3) for t in (0, 1)}
+
+
+def kind_of(node: Node) -> OpKind | None:
+    """The op kind of a node, or None if the table has no entry for it (`aten.convolution` by rank)."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return None
+    if target.namespace != "aten":
+        return None
+    if target is torch.ops.aten.convolution.default:
+        dims = len(node.args[3])  # type: ignore[arg-type]
+        return BY_NAME.get(_CONVOLUTIONS.get((dims, bool(node.args[6])), ""))
+    return _BY_OVERLOAD.get(target._schema.name.removeprefix("aten::") + "." + target._overloadname)
+
+
+def op_name(node: Node) -> str:
+    """The op kind's name, or the bare op name for an op outside the table."""
+    kind = kind_of(node)
+    if kind is not None:
+        return kind.name
+    target = node.target
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
+def qdq_name(node: Node) -> str:
+    """The name of an op that quantizes, dequantizes or chooses qparams, in any dialect; else empty."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return ""
+    namespace, _, name = target._schema.name.partition("::")
+    return name if namespace in ("quantized_decomposed", "torchao", "torchquant") else ""
+
+
+def is_dequantize(node: Node) -> bool:
+    return qdq_name(node).startswith("dequantize")
+
+
+def is_quantize(node: Node) -> bool:
+    return qdq_name(node).startswith("quantize")
+
+
+def argument(node: Node, position: int) -> Node | None:
+    """The node at `position` of the arguments, or None if there is none or it is a literal."""
+    value = node.args[position] if position < len(node.args) else None
+    return value if isinstance(value, Node) else None
+
+
+def data_inputs(node: Node, kind: OpKind) -> list[Node]:
+    """The nodes that feed the op's activations, in order, lists (as of `cat`) flattened."""
+    if kind.data is not None:
+        return [arg for p in kind.data if (arg := argument(node, p)) is not None]
+    return [n for n in node.all_input_nodes if is_float(n)]
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
+    """The shape of a node's tensor value, or None."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def is_constant(node: Node) -> bool:
+    """Whether the value comes from parameters and buffers alone (`get_attr`, possibly through pure ops)."""
+    if node.op == "get_attr":
+        return True
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module whose forward called the op; empty for the root module."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    for prefix in ("L['self'].", "L['self']"):
+        path = path.removeprefix(prefix)
+    return path
+
+
+def data_nodes(model: GraphModule) -> set[Node]:
+    """Nodes whose float value depends on the model's data.
+
+    Float inputs, embeddings and whatever is computed from them; not masks and positions that come from
+    integers, `ones`, `arange`, `cumsum` or from shapes: observing those wastes range or ruins it.
+    """
+    found: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "placeholder":
+            if is_float(node):
+                found.add(node)
+            continue
+        looked_up = op_name(node) == "embedding"
+        if looked_up or (any(n in found for n in node.all_input_nodes) and _may_carry_data(node)):
+            found.add(node)
+    return found
+
+
+def _may_carry_data(node: Node) -> bool:
+    value = node.meta.get("val", ())  # observers and quantize ops carry none
+    return isinstance(value, (list, tuple)) or is_float(node) or is_quantize(node)

@@ -1,0 +1,218 @@
+"""Rewrites that keep the float function: regions inlined, forms normalized, dead weights removed."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops
+from torchquant.fx.sites import is_observer, observers
+
+aten = torch.ops.aten
+
+
+def inline_grad_regions(model: GraphModule) -> bool:
+    """Inline the subgraphs that `torch.no_grad()` inside a forward leaves in an exported graph.
+
+    No Quantizer looks into them, so such a model would be left float without a word (executorch#22069).
+    Returns whether there were any; works in place.
+    """
+    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
+    regions = [n for n in model.graph.nodes if n.op == "call_function" and n.target is hop]
+    for node in regions:
+        _inline(model, node, body=node.args[1], arguments=node.args[2:])
+    if regions:
+        model.delete_all_unused_submodules()
+        inline_grad_regions(model)  # regions nest
+        model.graph.lint()
+        model.recompile()
+    return bool(regions)
+
+
+def _inline(model: GraphModule, node: Node, body: Node, arguments: tuple[Node, ...]) -> None:
+    inner: Any = model.get_submodule(str(body.target))
+    values = dict(zip([n for n in inner.graph.nodes if n.op == "placeholder"], arguments, strict=True))
+    with model.graph.inserting_before(node):
+        for inner_node in inner.graph.nodes:
+            if inner_node.op == "placeholder":
+                continue
+            if inner_node.op == "output":
+                results = inner_node.args[0]
+                break
+            values[inner_node] = copy = model.graph.node_copy(inner_node, lambda n: values[n])
+            if inner_node.op == "get_attr":
+                copy.target = f"{body.target}.{inner_node.target}"
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            result = values[results[user.args[1]]]
+            result.meta.setdefault("nn_module_stack", user.meta.get("nn_module_stack", {}))
+            user.replace_all_uses_with(result)
+            model.graph.erase_node(user)
+    if not node.users:
+        model.graph.erase_node(node)
+        if not body.users:
+            model.graph.erase_node(body)
+
+
+def constant_matmul_to_linear(model: GraphModule) -> int:
+    """Rewrite `mm(x, W)`, `matmul(x, W)` and `addmm(b, x, W)` with a constant 2-D `W` as `linear(x, Wt, b)`.
+
+    So one pattern covers projections that were not written as nn.Linear (GPT-2's Conv1D). Returns how many.
+    """
+    found = 0
+    for node in list(model.graph.nodes):
+        parts = _projection(node)
+        if parts is None:
+            continue
+        x, weight, bias = parts
+        value: torch.Tensor = operator.attrgetter(str(weight.target))(model)
+        name = _fresh_name(model, f"{str(weight.target).replace('.', '_')}_t")
+        model.register_parameter(name, torch.nn.Parameter(value.detach().t().contiguous(), requires_grad=False))
+        with model.graph.inserting_before(node):
+            transposed = model.graph.get_attr(name)
+            transposed.meta["val"] = weight.meta["val"].t()
+            args = (x, transposed) if bias is None else (x, transposed, bias)
+            linear = model.graph.call_function(aten.linear.default, args)
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
+        model.graph.erase_node(node)
+        found += 1
+    if found:
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    return found
+
+
+def _projection(node: Node) -> tuple[Node, Node, Node | None] | None:
+    if node.op != "call_function":
+        return None
+    if node.target in (aten.mm.default, aten.matmul.default):
+        x, weight, bias = ops.argument(node, 0), ops.argument(node, 1), None
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = (ops.argument(node, p) for p in (0, 1, 2))
+        if bias is None or not ops.is_constant(bias):
+            return None
+    else:
+        return None
+    if x is None or weight is None or weight.op != "get_attr" or len(ops.shape_of(weight) or ()) != 2:
+        return None
+    return None if ops.is_constant(x) else (x, weight, bias)
+
+
+def _fresh_name(model: GraphModule, name: str) -> str:
+    taken = {n.target for n in model.graph.nodes if n.op == "get_attr"}
+    while name in taken or hasattr(model, name):
+        name += "_"
+    return name
+
+
+def remove_dead_weights(model: GraphModule) -> int:
+    """Delete parameters and buffers that no node reads any more; returns their bytes.
+
+    `convert_pt2e` leaves the float weights beside the integer ones it folded.
+    """
+    used = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
+    used_modules = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+    live = {id(operator.attrgetter(name)(model)) for name in used}
+    freed = 0
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in tensors:
+        if name in used or any(name == m or name.startswith(m + ".") for m in used | used_modules):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        delattr(model.get_submodule(owner), leaf)
+        freed += 0 if id(value) in live else value.numel() * value.element_size()
+    _drop_unused_observers(model, used_modules)
+    return freed
+
+
+def _drop_unused_observers(model: GraphModule, used_modules: set[str]) -> None:
+    for name, module in list(model.named_children()):
+        if is_observer(module) and name not in used_modules:
+            delattr(model, name)
+
+
+def weight_bytes(model: GraphModule) -> int:
+    """Bytes of the tensors that the graph reads, each storage once."""
+    names = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
+    tensors = {id(t): t for t in (operator.attrgetter(n)(model) for n in names) if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def replace_each(
+    model: GraphModule, matches: Callable[[Node], bool], rewrite: Callable[[GraphModule, Node], Node | None]
+) -> int:
+    """Replace every node that `matches` by what `rewrite` builds in front of it (None: leave it); returns how many."""
+    done = 0
+    for node in list(model.graph.nodes):
+        if not matches(node):
+            continue
+        with model.graph.inserting_before(node):
+            replacement = rewrite(model, node)
+        if replacement is not None:
+            replacement.meta = {**node.meta, **replacement.meta}
+            node.replace_all_uses_with(replacement)
+            model.graph.erase_node(node)
+            done += 1
+    if done:
+        model.graph.eliminate_dead_code()
+        model.graph.lint()
+        model.recompile()
+    return done
+
+
+def copy_graph(model: GraphModule) -> GraphModule:
+    """A copy whose graph and module tree may be changed; tensors are shared until something replaces them."""
+    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def static_observers(model: GraphModule) -> Iterator[tuple[Node, torch.nn.Module]]:
+    """The observer nodes whose range must come from data."""
+    for node, observer in observers(model):
+        inner = getattr(observer, "activation_post_process", observer)
+        if not getattr(inner, "is_dynamic", False):
+            yield node, inner
+
+
+def flatten_quantized_linears(model: GraphModule) -> int:
+    """Give every linear behind a quantize op a 2-D input, by moving the reshape in front of the quantize op.
+
+    Inductor turns a linear on a permuted 3-D or 4-D input into a batched matmul, which no int8 pattern
+    matches. Per-tensor quantization commutes with reshapes, so the function stays the same.
+    """
+    return replace_each(model, _is_deep_quantized_linear, _flattened_linear)
+
+
+def _is_deep_quantized_linear(node: Node) -> bool:
+    if node.target is not aten.linear.default or not ops.is_dequantize(x := node.args[0]):  # type: ignore[arg-type]
+        return False
+    quantize = x.args[0]  # type: ignore[union-attr]
+    shape = ops.shape_of(node)
+    return isinstance(quantize, Node) and ops.is_quantize(quantize) and shape is not None and len(shape) > 2
+
+
+def _flattened_linear(model: GraphModule, node: Node) -> Node:
+    call = model.graph.call_function
+    dequantize, *rest = node.args
+    assert isinstance(dequantize, Node)
+    quantize = dequantize.args[0]
+    assert isinstance(quantize, Node)
+    x = quantize.args[0]
+    assert isinstance(x, Node)
+    shape = ops.shape_of(node)
+    features = ops.shape_of(x)
+    assert shape is not None
+    assert features is not None
+    flat = call(aten.reshape.default, (x, [-1, features[-1]]))
+    codes = call(quantize.target, (flat, *quantize.args[1:]), dict(quantize.kwargs))  # type: ignore[arg-type]
+    values = call(dequantize.target, (codes, *dequantize.args[1:]), dict(dequantize.kwargs))  # type: ignore[arg-type]
+    linear = call(aten.linear.default, (values, *rest))
+    linear.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    sizes = [s if isinstance(s, int) else call(aten.sym_size.int, (x, i)) for i, s in enumerate(shape[:-1])]
+    return call(aten.reshape.default, (linear, [*sizes, shape[-1]]))

@@ -1,0 +1,156 @@
+"""Sites: what each op of a prepared or converted graph is quantized to, whoever wrote the Quantizer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops
+from torchquant.types import QParams, Site, Status
+
+NOTE = "torchquant"  # key in node.meta["custom"], which torch.export keeps when retracing and saving
+
+
+def note(node: Node, status: Status, reason: str = "") -> None:
+    """Record on the node what the Quantizer decided and why."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: {"status": status, "reason": reason}}
+
+
+def is_observer(module: Any) -> bool:
+    """Whether a module is an observer or a fake quantizer, whoever wrote it."""
+    return isinstance(module, torch.nn.Module) and hasattr(module, "calculate_qparams")
+
+
+def observer_of(model: GraphModule, node: Node) -> torch.nn.Module | None:
+    """The observer that a `call_module` node calls, or None."""
+    if node.op != "call_module":
+        return None
+    module = model.get_submodule(str(node.target))
+    return module if is_observer(module) else None
+
+
+def observers(model: GraphModule) -> Iterator[tuple[Node, torch.nn.Module]]:
+    """Every observer node of a prepared graph with its module (a shared module comes once a node)."""
+    for node in model.graph.nodes:
+        module = observer_of(model, node)
+        if module is not None:
+            yield node, module
+
+
+def is_prepared(model: GraphModule) -> bool:
+    """Whether the graph holds observers."""
+    return next(observers(model), None) is not None
+
+
+def is_converted(model: GraphModule) -> bool:
+    """Whether the graph holds dequantize ops."""
+    return any(ops.is_dequantize(node) for node in model.graph.nodes)
+
+
+def source_of(node: Node) -> Node:
+    """The node behind a chain of reshapes: where a value was made."""
+    while True:
+        kind = ops.kind_of(node)
+        if kind is None or kind.name != "reshape" or not node.all_input_nodes:
+            return node
+        node = node.all_input_nodes[0]
+
+
+def qparams_of(model: GraphModule, node: Node | None) -> QParams | None:
+    """How the value of `node` is quantized when an op reads it: by an observer or a dequantize op, or None."""
+    if node is None:
+        return None
+    node = source_of(node)
+    observer = observer_of(model, node)
+    if observer is not None:
+        return _observed(observer)
+    return _dequantized(model, node) if ops.is_dequantize(node) else None
+
+
+def _observed(observer: Any) -> QParams | None:
+    low, high = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
+    if low is None or high is None:
+        return None
+    dtype: Any = getattr(observer, "dtype", None) or getattr(observer, "target_dtype", torch.int8)
+    per_channel = getattr(observer, "qscheme", None) in (torch.per_channel_symmetric, torch.per_channel_affine)
+    axis = int(observer.ch_axis) if per_channel and hasattr(observer, "ch_axis") else None
+    return QParams(dtype, low, high, axis, bool(getattr(observer, "is_dynamic", False)))
+
+
+def _dequantized(model: GraphModule, node: Node) -> QParams:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    scale = _value(model, given.get("scale", given.get("scales")))
+    zero_point = _value(model, given.get("zero_point", given.get("zero_points")))
+    axis, dtype = given.get("axis"), given.get("dtype", given.get("input_dtype"))
+    return QParams(
+        dtype=dtype if isinstance(dtype, torch.dtype) else torch.int8,
+        quant_min=given.get("quant_min"),  # type: ignore[arg-type]
+        quant_max=given.get("quant_max"),  # type: ignore[arg-type]
+        axis=axis if isinstance(axis, int) else None,
+        dynamic=isinstance(given.get("scale"), Node) and scale is None,
+        scale=scale,
+        zero_point=zero_point,
+    )
+
+
+def _value(model: GraphModule, value: Any) -> torch.Tensor | None:
+    if isinstance(value, (int, float)):
+        return torch.tensor(value)
+    if isinstance(value, Node) and value.op == "get_attr":
+        found: Any = operator.attrgetter(str(value.target))(model)
+        return found.detach() if isinstance(found, torch.Tensor) else None
+    return None
+
+
+def read_sites(model: GraphModule) -> list[Site]:
+    """Every op of a prepared or converted graph that computes on data, with its status.
+
+    Quantize, dequantize and observer nodes, shape arithmetic and mere getters are no sites. Reshapes and
+    slices move data and are no sites either.
+    """
+    data = ops.data_nodes(model)
+    return [
+        _site(model, node)
+        for node in model.graph.nodes
+        if node in data and node.op == "call_function" and _computes(node)
+    ]
+
+
+def _computes(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or ops.qdq_name(node):
+        return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return ops.op_name(node) not in ("reshape", "slice", "sym_size", "choose_qparams", "to", "_to_copy")
+
+
+def _site(model: GraphModule, node: Node) -> Site:
+    kind = ops.kind_of(node)
+    compute = isinstance(node.target, torch._ops.HigherOrderOperator) or (kind is not None and kind.compute)
+    weight, activation = None, None
+    if kind is not None:
+        inputs = ops.data_inputs(node, kind)
+        read = [qparams_of(model, n) for n in inputs]
+        activation = read[0] if read and all(q is not None for q in read) else None
+        if kind.weight is not None:
+            weight = qparams_of(model, ops.argument(node, kind.weight))
+    status, reason = _status(node, compute, activation, weight, kind is not None and kind.weight is not None)
+    return Site(node.name, ops.op_name(node), ops.module_path(node), compute, activation, weight, status, reason)
+
+
+def _status(
+    node: Node, compute: bool, activation: QParams | None, weight: QParams | None, weighted: bool
+) -> tuple[Status, str]:
+    if weight is not None or (activation is not None and not weighted):
+        return "quantized", "" if activation is not None else "weight only"
+    recorded = (node.meta.get("custom") or {}).get(NOTE)
+    if recorded is not None and recorded["status"] != "quantized":
+        return recorded["status"], recorded["reason"]
+    if recorded is not None:
+        return ("quantized", recorded["reason"]) if not compute else ("missed", "annotated, yet left float by convert")
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "missed", f"the ops inside {node.target} are hidden from every Quantizer"
+    return ("missed", "the Quantizer did not annotate it") if compute else ("unsupported", "not annotated")

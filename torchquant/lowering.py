@@ -1,0 +1,73 @@
+"""What every backend checks before and after it builds: nothing unaccounted, nothing off its reference."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from torchquant.errors import InputError, LoweringError, TorchquantWarning
+from torchquant.fx.patterns import match
+from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites
+from torchquant.types import Site
+from torchquant.verify import Comparison, compare
+
+__all__ = ["MIN_SQNR_DB", "accountable_sites", "hold_against", "names"]
+
+MIN_SQNR_DB = 30.0  # rounding flips between two int8 implementations stay above this; a dropped zero point does not
+
+
+def accountable_sites(graph: GraphModule, allow_float: Sequence[str]) -> tuple[tuple[Site, ...], set[str]]:
+    """The sites of a converted graph, and the nodes that the user allows to run in float.
+
+    Raises:
+        InputError: the graph is not converted.
+        LoweringError: our Quantizer annotated the graph, yet a compute op has no status but `missed`, or
+            any Quantizer's graph has an op that was annotated and left float. A foreign Quantizer's missed
+            ops are a warning.
+    """
+    if not isinstance(graph, GraphModule) or not is_converted(graph):
+        state = "prepared: run convert_pt2e first" if isinstance(graph, GraphModule) and is_prepared(graph) else "not"
+        raise InputError(f"lower takes a converted graph, with dequantize ops in it; this one is {state}")
+    allowed = {n.name for pattern in allow_float for n in match(graph, pattern)}
+    sites = tuple(read_sites(graph))
+    missed = [s for s in sites if s.status == "missed" and s.node not in allowed]
+    if missed:
+        text = f"{len(missed)} compute ops were left float without a reason: {names(missed)}"
+        if any(NOTE in (n.meta.get("custom") or {}) for n in graph.graph.nodes):
+            raise LoweringError(f"{text}. Exclude them in the Quantizer, or pass allow_float=[...].")
+        warnings.warn(f"{text}. The Quantizer never annotated them.", TorchquantWarning, stacklevel=3)
+    return sites, allowed
+
+
+def names(sites: Iterable[Site], limit: int = 8) -> str:
+    """`conv2d conv2d_3 (layers.0.conv): reason; ...`, cut after `limit`."""
+    texts = [f"{s.op} {s.node}" + (f" ({s.module})" if s.module else "") for s in sites]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return "; ".join(texts[:limit]) + more
+
+
+def hold_against(
+    reference: Callable[..., Any], program: Callable[..., Any], batches: Iterable[Any], min_sqnr_db: float, target: str
+) -> Comparison:
+    """Run the artefact and its reference on the batches.
+
+    Raises:
+        LoweringError: the artefact fails to run, or is further than `min_sqnr_db` from its reference.
+    """
+    try:
+        found = compare(reference, program, batches)
+    except InputError as error:
+        raise LoweringError(f"{target}: the artefact does not return what the converted graph does: {error}") from error
+    except Exception as error:
+        raise LoweringError(f"{target}: the artefact was built but does not run: {error}") from error
+    if math.isnan(found.sqnr_db) or found.sqnr_db < min_sqnr_db:
+        raise LoweringError(
+            f"{target}: the artefact is {found.sqnr_db:.1f} dB from the converted graph (largest difference "
+            f"{found.max_abs:.3g}); at least {min_sqnr_db:.0f} dB are required. Its kernels compute something else: "
+            "report this, or exclude the sites at fault."
+        )
+    return found

@@ -1,0 +1,68 @@
+"""Observers that refuse what torchao's accept in silence: no data, NaN, infinity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchao.quantization.pt2e.observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+)
+
+from torchquant.errors import CalibrationError
+
+__all__ = ["ActivationHistogram", "ActivationMinMax", "DynamicActivation", "PerChannelWeight", "check_finite"]
+
+
+def check_finite(x: torch.Tensor, site: str) -> None:
+    """Raise CalibrationError if `x` holds NaN or infinity; `site` says where it was seen."""
+    if x.numel() == 0 or not x.is_floating_point():
+        return
+    low, high = torch.aminmax(x.detach())
+    if bool(torch.isfinite(low) & torch.isfinite(high)):
+        return
+    bad = "NaN" if bool(torch.isnan(low) | torch.isnan(high)) else "infinity"
+    raise CalibrationError(
+        f"{site}: the tensor (shape {tuple(x.shape)}) holds {bad}; no range fits it. "
+        "Check the calibration data and the float model, or exclude this site."
+    )
+
+
+class _Checked:
+    """Refuses non-finite data when observing, and missing data when asked for qparams."""
+
+    site = "a tensor of the prepared graph"  # set by the Quantizer once the place is known
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_finite(x, self.site)
+        return super().forward(x)  # type: ignore[misc]
+
+    def calculate_qparams(self) -> Any:
+        observed: Any = getattr(self, "min_val")  # noqa: B009
+        if observed.numel() == 0 or bool(torch.isinf(observed).any()):
+            raise CalibrationError(
+                f"{self.site} never saw data. Run torchquant.calibrate(prepared, batches) before convert_pt2e, "
+                "with batches that reach every branch of the model, or exclude this site."
+            )
+        return super().calculate_qparams()  # type: ignore[misc]
+
+
+class ActivationMinMax(_Checked, MinMaxObserver):
+    """Per-tensor range from the smallest and largest value seen."""
+
+
+class ActivationHistogram(_Checked, HistogramObserver):
+    """Per-tensor range of least squared error on a histogram of the values seen (torchao's search)."""
+
+
+class PerChannelWeight(_Checked, PerChannelMinMaxObserver):
+    """Per-channel range of a weight. The Quantizer runs it in prepare: weights need no calibration data."""
+
+
+class DynamicActivation(PlaceholderObserver):
+    """Marks a tensor whose scale is computed at run time; needs no calibration data."""
+
+    site = "a dynamically quantized tensor"

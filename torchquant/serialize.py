@@ -1,0 +1,66 @@
+"""Save and load converted graphs: integer weights only, versions inside, no pickles of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the ops that a saved graph calls
+from torch.fx import GraphModule
+
+from torchquant import archive
+from torchquant import batches as data
+from torchquant.errors import ArtifactError, InputError
+from torchquant.files import write_whole
+from torchquant.fx import passes
+from torchquant.fx.sites import is_converted
+
+__all__ = ["export_again", "load", "save"]
+
+_KIND = "converted graph"
+
+
+def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: Any = None) -> Path:
+    """Write a converted graph as an ExportedProgram (`.pt2`) with its integer weights and the versions.
+
+    Args:
+        quantized: what `convert_pt2e` returned.
+        path: the file; its folder must exist.
+        example_inputs: one batch to export with; made up from the graph's input shapes if None.
+
+    Raises:
+        InputError: the graph is not a converted one.
+        ArtifactError: the file cannot be written.
+    """
+    if not isinstance(quantized, GraphModule) or not is_converted(quantized):
+        raise InputError("save takes a converted graph, with dequantize ops in it; run convert_pt2e first")
+    passes.remove_dead_weights(quantized)
+    exported = export_again(quantized, example_inputs)
+    extra = {archive.NAME: archive.text_of(_KIND, {})}
+    return write_whole(path, lambda part: torch.export.save(exported, part, extra_files=extra))
+
+
+def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export.ExportedProgram:
+    """Export a graph once more, with the dynamic sizes it has."""
+    batch = data.example_of(graph) if example_inputs is None else example_inputs
+    args, kwargs = data.split(batch)
+    return torch.export.export(graph, args, kwargs, dynamic_shapes=data.dynamic_shapes_of(graph, batch))
+
+
+def load(path: str | os.PathLike[str]) -> GraphModule:
+    """Read what `save` wrote, as a callable graph with bit-equal outputs.
+
+    Raises:
+        ArtifactError: no such file, truncated, foreign, of another format, or torch cannot read it.
+    """
+    written = archive.read(path, _KIND)
+    try:
+        graph = torch.export.load(path).module()
+    except Exception as error:
+        raise ArtifactError(
+            f"torch {torch.__version__} cannot read {path} (written by {written['versions']}): {error}"
+        ) from error
+    assert isinstance(graph, GraphModule)
+    return graph

@@ -1,0 +1,167 @@
+"""Frozen values that the folders exchange: formats, schemes, capabilities, qparams, sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from torchquant.errors import SchemeError
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+Status = Literal["quantized", "excluded", "unsupported", "missed"]
+Role = Literal["weighted", "activations", "shared", "float"]
+
+DTYPE_RANGE = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int16: (-32768, 32767),
+    torch.uint16: (0, 65535),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """An integer grid: the values a code may take and the dtype that stores it."""
+
+    name: str
+    dtype: torch.dtype
+    quant_min: int
+    quant_max: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_RANGE:
+            allowed = ", ".join(str(d) for d in DTYPE_RANGE)
+            raise SchemeError(f"format {self.name!r}: dtype {self.dtype} is not an integer grid; use {allowed}")
+        low, high = DTYPE_RANGE[self.dtype]
+        if not low <= self.quant_min < self.quant_max <= high:
+            raise SchemeError(
+                f"format {self.name!r}: quant_min {self.quant_min} and quant_max {self.quant_max} "
+                f"must satisfy {low} <= quant_min < quant_max <= {high}"
+            )
+
+    @property
+    def bits(self) -> int:
+        """The bits a code needs: the smallest b with 2**b values or more."""
+        return (self.quant_max - self.quant_min).bit_length()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantized: its grid, its granularity, and when its scale is chosen."""
+
+    format: Format
+    symmetric: bool
+    granularity: Granularity = "tensor"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dynamic and self.granularity == "channel":
+            raise SchemeError("a dynamic tensor has per-tensor or per-token scales, not per-channel ones")
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """The torch name of granularity and symmetry."""
+        if self.granularity == "channel":
+            return torch.per_channel_symmetric if self.symmetric else torch.per_channel_affine
+        return torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What happens to an op's activations and weight, e.g. static W8A8."""
+
+    name: str
+    activation: TensorSpec | None
+    weight: TensorSpec | None
+
+    def __post_init__(self) -> None:
+        if self.activation is None and self.weight is None:
+            raise SchemeError(f"scheme {self.name!r} quantizes neither activations nor weights")
+
+    @property
+    def dynamic(self) -> bool:
+        return self.activation is not None and self.activation.dynamic
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One row of a target's table: an op kind, the schemes it runs in, and the reason for everything else.
+
+    Args:
+        op: the op kind (a name of `torchquant.fx.ops.KINDS`).
+        schemes: names of the schemes the target runs this op in; empty: the op stays float.
+        role: `weighted` observes the activation and the weight; `activations` observes every float
+            data input; `shared` keeps its input's qparams; `float` observes nothing.
+        fuses: op kinds that may follow and are computed in the same kernel, so that a quantized output
+            lies behind them.
+        observe_output: whether the op's (or the fused tail's) output is quantized too.
+        condition: called with (node, scheme name); the reason why this node stays float, or None.
+        reason: why the op stays float, or what the condition asks (for the table in the docs).
+    """
+
+    op: str
+    schemes: tuple[str, ...] = ()
+    role: Role = "float"
+    fuses: tuple[str, ...] = ()
+    observe_output: bool = False
+    condition: Callable[[Node, str], str | None] | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.schemes) == (self.role == "float"):
+            raise SchemeError(f"capability {self.op!r}: a row has schemes exactly if its role is not 'float'")
+        if not self.schemes and not self.reason:
+            raise SchemeError(f"capability {self.op!r} stays float, so it must say why")
+
+
+@dataclass(frozen=True)
+class QParams:
+    """One tensor's quantization as read from a prepared or converted graph.
+
+    Args:
+        dtype, quant_min, quant_max: the grid.
+        axis: channel axis, or None for one scale for the tensor (or the token, or the group).
+        dynamic: the scale is computed from the tensor at run time.
+        scale, zero_point: (channels,) or scalar tensors; None in a prepared graph and when dynamic.
+    """
+
+    dtype: torch.dtype
+    quant_min: int | float
+    quant_max: int | float
+    axis: int | None = None
+    dynamic: bool = False
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+
+    def describe(self) -> str:
+        """For example `int8[-127,127] per channel 0`."""
+        where = "dynamic" if self.dynamic else "per tensor" if self.axis is None else f"per channel {self.axis}"
+        return f"{str(self.dtype).removeprefix('torch.')}[{self.quant_min},{self.quant_max}] {where}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One op of the graph and what became of it.
+
+    Args:
+        node: the FX node's name.
+        op: the op kind, or the aten name of an op outside the table.
+        module: path of the module that called it; empty for the root.
+        compute: whether the op multiplies matrices (conv, linear, matmul, attention) or looks up weights.
+        activation, weight: how its data input and its weight are quantized, or None.
+        status, reason: see docs/architecture.md.
+    """
+
+    node: str
+    op: str
+    module: str
+    compute: bool
+    activation: QParams | None
+    weight: QParams | None
+    status: Status
+    reason: str = ""
