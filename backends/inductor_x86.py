@@ -23,7 +23,7 @@ from torchquant.errors import ArtifactError, LoweringError
 from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, names
+from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again
 from torchquant.types import Capability, Scheme, Site, TensorSpec
@@ -38,11 +38,10 @@ SCHEMES = {
 }
 
 _FLOAT = {
-    "conv1d": "Inductor lowers int8 convolutions in two dimensions only",
     "conv3d": "Inductor has no int8 pattern for conv3d",
-    "conv_transpose1d": "Inductor has no int8 pattern for transposed convolutions",
-    "conv_transpose2d": "Inductor has no int8 pattern for transposed convolutions",
-    "conv_transpose3d": "Inductor has no int8 pattern for transposed convolutions",
+    "conv_transpose1d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
+    "conv_transpose2d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
+    "conv_transpose3d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
     "matmul": "Inductor has no int8 kernel for a product of two activations",
     "addmm": "Inductor has no int8 kernel for a product of two activations",
     "einsum": "Inductor has no int8 kernel for a product of two activations",
@@ -53,24 +52,26 @@ _FLOAT = {
 _ELEMENTWISE = "computed in float between the int8 kernels, fused by Inductor into their neighbours where it can"
 
 
-def _conv2d(node: Node, scheme: str) -> str | None:
-    """oneDNN's int8 convolution takes a 4-D input."""
+def _batched(node: Node, scheme: str) -> str | None:
+    """Inductor's int8 patterns want a batch dimension: 4-D for conv2d, 3-D for conv1d, 2-D or more for linear."""
+    least = {"conv1d": 3, "conv2d": 4, "linear": 2}[ops.op_name(node)]
     shape = ops.shape_of(node.args[0])  # type: ignore[arg-type]
-    return (
-        None if shape is None or len(shape) == 4 else "its input has no batch dimension; Inductor's pattern wants 4-D"
-    )
+    return "its input has no batch dimension" if shape is not None and len(shape) < least else None
 
 
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability("conv2d", ("static_int8",), "weighted", condition=_conv2d, reason="4-D input"),
-    Capability("linear", ("static_int8", "dynamic_int8"), "weighted"),
+    Capability("conv1d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
+    Capability("conv2d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
+    Capability(
+        "linear", ("static_int8", "dynamic_int8"), "weighted", condition=_batched, reason="with a batch dimension"
+    ),
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
     *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
 )
 
 # what the calls in the generated C++ are called
 _KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
-_INTEGER = {"conv2d": re.compile(r"qconv"), "linear": re.compile(r"qlinear")}
+_INTEGER = {("conv1d", "conv2d"): re.compile(r"qconv"), ("linear",): re.compile(r"qlinear")}
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
@@ -145,7 +146,7 @@ def lower(
         raw.unlink()
         run = torch._inductor.aoti_load_package(str(package))
         found = hold_against(quantized, run, _sizes(quantized, batch), min_sqnr_db, TARGET)
-        proof = Proof(kernels, len(wanted), fused, found, _left_float(sites, allowed))
+        proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
         write_metadata(package, TARGET, Metadata(inputs, sites, proof))
         return X86Program(package, folder)
     except BaseException:
@@ -219,13 +220,13 @@ def _kernels(package: Path) -> dict[str, int]:
 def _prove_integer(wanted: Sequence[Site], kernels: dict[str, int]) -> int:
     """How many of the annotated compute ops have an int8 kernel; all of them, or LoweringError."""
     fused = 0
-    for op, pattern in _INTEGER.items():
-        sites = [s for s in wanted if s.op == op]
+    for kinds, pattern in _INTEGER.items():
+        sites = [s for s in wanted if s.op in kinds]
         have = sum(n for name, n in kernels.items() if pattern.search(name))
         if have < len(sites):
             raise LoweringError(
-                f"{len(sites)} {op} ops are annotated, and Inductor built {have} int8 kernels for them; kernels "
-                f"found: {kernels}. Annotated: {names(sites)}. Exclude what does not fuse, or pass allow_float."
+                f"{len(sites)} {' and '.join(kinds)} ops are annotated, and Inductor built {have} int8 kernels for "
+                f"them; found: {kernels}. Annotated: {names(sites)}. Exclude what does not fuse, or pass allow_float."
             )
         fused += len(sites)
     return fused
@@ -262,16 +263,6 @@ def _sizes(quantized: GraphModule, batch: Any) -> list[Any]:
     args, _ = data.split(batch)
     smaller = tuple(a[:1] if isinstance(a, torch.Tensor) else a for a in args)
     return [batch] if all(len(a) == 1 for a in args if isinstance(a, torch.Tensor)) else [batch, smaller]
-
-
-def _left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:
-    counts: Counter[tuple[str, str]] = Counter()
-    for s in sites:
-        if s.node in allowed:
-            counts[s.op, "allowed by the user"] += 1
-        elif s.status != "quantized":
-            counts[s.op, s.reason] += 1
-    return {f"{n} {op}": reason for (op, reason), n in counts.items()}
 
 
 def dynamo_backend(

@@ -22,10 +22,10 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops, passes
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import is_observer, note
-from torchquant.observers import ActivationHistogram, DynamicActivation, PerChannelWeight
+from torchquant.observers import ActivationMinMax, DynamicActivation, PerChannelWeight
 from torchquant.types import Capability, Scheme, TensorSpec
 
-__all__ = ["CapabilityQuantizer"]
+__all__ = ["CapabilityQuantizer", "has_quantized_output"]
 
 
 class CapabilityQuantizer(Quantizer):
@@ -55,7 +55,7 @@ class CapabilityQuantizer(Quantizer):
         exclude: Sequence[str] = (),
         overrides: Mapping[str, str | None] | None = None,
         is_qat: bool = False,
-        observer: Callable[..., Any] = ActivationHistogram,
+        observer: Callable[..., Any] = ActivationMinMax,
     ) -> None:
         super().__init__()
         if isinstance(exclude, str):
@@ -118,13 +118,18 @@ class CapabilityQuantizer(Quantizer):
             note(node, "excluded", "excluded by the user")
             return
         row = self._rows.get(ops.op_name(node))
+        scheme, why = self.scheme_for(node, scheme)
         reason = self.why_float(node, row, scheme, data)
         if reason or row is None:
             note(node, "unsupported", reason)
         elif row.role == "shared":
             self._share(node, row, scheme)
         else:
-            self._observe(node, row, scheme)
+            self._observe(node, row, scheme, why)
+
+    def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
+        """The scheme that this node gets where `scheme` was asked for, and why it is another one."""
+        return scheme, ""
 
     def why_float(self, node: Node, row: Capability | None, scheme: str, data: set[Node]) -> str:
         """The reason why `node` cannot run in `scheme` here; empty if it can."""
@@ -140,13 +145,15 @@ class CapabilityQuantizer(Quantizer):
             return "an operand does not depend on the model's data (a mask, a position, a constant)"
         if any(n.meta["val"].dtype != torch.float32 for n in inputs if "val" in n.meta):
             return "its input is not float32; export a float32 model"
+        if row.role != "weighted" and not all(has_quantized_output(n) for n in inputs):
+            return "its input is float here, so running it in int8 would only add rounding"
         if row.role == "weighted":
             weight = ops.argument(node, kind.weight or 1)
             if weight is None or not ops.is_constant(weight):
                 return "its weight is computed at run time, so it has no codes to store"
         return (row.condition(node, scheme) if row.condition else None) or ""
 
-    def _observe(self, node: Node, row: Capability, scheme: str) -> None:
+    def _observe(self, node: Node, row: Capability, scheme: str, why: str) -> None:
         kind = ops.BY_NAME[row.op]
         spec = self.schemes[scheme]
         activation = self._spec(spec.activation) if spec.activation else None
@@ -156,7 +163,7 @@ class CapabilityQuantizer(Quantizer):
         tail = self._fused_tail(node, row)
         output = activation if row.observe_output and not spec.dynamic else None
         _mark(node, inputs, output if tail is node else None)
-        note(node, "quantized", scheme)
+        note(node, "quantized", f"{scheme}: {why}" if why else scheme)
         if tail is not node:
             _mark(tail, {}, output)
             note(tail, "quantized", f"fused into {node.name}")
@@ -177,9 +184,6 @@ class CapabilityQuantizer(Quantizer):
     def _share(self, node: Node, row: Capability, scheme: str) -> None:
         """Keep the qparams of the input, if the inputs are quantized already."""
         inputs = ops.data_inputs(node, ops.BY_NAME[row.op])
-        if not all(_has_quantized_output(n) for n in inputs):
-            note(node, "unsupported", "its input is float here, so there are no qparams to share")
-            return
         activation = self.schemes[scheme].activation
         assert activation is not None
         first = (inputs[0], node)
@@ -221,7 +225,8 @@ def _mark(node: Node, inputs: dict[Node, Any], output: Any) -> None:
     node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(inputs, output, _annotated=True)
 
 
-def _has_quantized_output(node: Node) -> bool:
+def has_quantized_output(node: Node) -> bool:
+    """Whether the node's output is annotated to be quantized."""
     return _annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
 
 

@@ -39,6 +39,15 @@ def flatten(batch: Any) -> list[Any]:
     return pytree.tree_leaves(split(batch))
 
 
+def in_order(model: GraphModule, batch: Any) -> list[Any]:
+    """The batch's leaves in the order of the graph's placeholders."""
+    if isinstance(batch, dict):
+        names = [str(n.target) for n in placeholders(model)]
+        if set(names) == set(batch):
+            return [batch[n] for n in names]
+    return flatten(batch)
+
+
 def placeholders(model: GraphModule) -> list[Node]:
     return [n for n in model.graph.nodes if n.op == "placeholder"]
 

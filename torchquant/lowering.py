@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+import torch
+from torch.fx import GraphModule, Interpreter, Node
 
+from torchquant import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
+from torchquant.fx import ops
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites
 from torchquant.types import Site
@@ -17,7 +21,8 @@ from torchquant.verify import Comparison, compare
 
 __all__ = ["MIN_SQNR_DB", "accountable_sites", "hold_against", "names"]
 
-MIN_SQNR_DB = 30.0  # rounding flips between two int8 implementations stay above this; a dropped zero point does not
+MIN_SQNR_DB = 40.0
+MARGIN_DB = 3.0
 
 
 def accountable_sites(graph: GraphModule, allow_float: Sequence[str]) -> tuple[tuple[Site, ...], set[str]]:
@@ -51,12 +56,16 @@ def names(sites: Iterable[Site], limit: int = 8) -> str:
 
 
 def hold_against(
-    reference: Callable[..., Any], program: Callable[..., Any], batches: Iterable[Any], min_sqnr_db: float, target: str
+    reference: GraphModule, program: Callable[..., Any], batches: Sequence[Any], min_sqnr_db: float, target: str
 ) -> Comparison:
     """Run the artefact and its reference on the batches.
 
+    Two correct implementations of a quantized graph differ where a sum lands on a rounding boundary, and a
+    network may amplify such a flip: so the bound is `min_sqnr_db`, or where the reference itself is less
+    reproducible than that, `MARGIN_DB` below what one unit in the last place does to it.
+
     Raises:
-        LoweringError: the artefact fails to run, or is further than `min_sqnr_db` from its reference.
+        LoweringError: the artefact fails to run, or is further from its reference than that.
     """
     try:
         found = compare(reference, program, batches)
@@ -64,10 +73,44 @@ def hold_against(
         raise LoweringError(f"{target}: the artefact does not return what the converted graph does: {error}") from error
     except Exception as error:
         raise LoweringError(f"{target}: the artefact was built but does not run: {error}") from error
-    if math.isnan(found.sqnr_db) or found.sqnr_db < min_sqnr_db:
+    if found.sqnr_db >= min_sqnr_db:
+        return found
+    bound = min(min_sqnr_db, compare(reference, Perturbed(reference), batches).sqnr_db - MARGIN_DB)
+    if math.isnan(found.sqnr_db) or found.sqnr_db < bound:
         raise LoweringError(
             f"{target}: the artefact is {found.sqnr_db:.1f} dB from the converted graph (largest difference "
-            f"{found.max_abs:.3g}); at least {min_sqnr_db:.0f} dB are required. Its kernels compute something else: "
+            f"{found.max_abs:.3g}); at least {bound:.1f} dB are required. Its kernels compute something else: "
             "report this, or exclude the sites at fault."
         )
     return found
+
+
+class Perturbed(Interpreter):
+    """Runs a graph with each conv, linear and matmul result off by up to one unit in the last place."""
+
+    def __init__(self, graph: GraphModule, seed: int = 0) -> None:
+        super().__init__(graph)
+        self.graph_module = graph
+        self._noise = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*data.in_order(self.graph_module, kwargs if kwargs and not args else (*args, *kwargs.values())))
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        kind = ops.kind_of(n)
+        if kind is None or not kind.compute or not isinstance(value, torch.Tensor):
+            return value
+        unit = torch.finfo(value.dtype).eps * (2 * torch.rand(value.shape, generator=self._noise) - 1)
+        return value * (1 + unit)
+
+
+def left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:
+    """What of a graph runs in float, grouped by op and reason: `{"3 softmax": "why"}`."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for s in sites:
+        if s.node in allowed:
+            counts[s.op, "allowed by the user"] += 1
+        elif s.status != "quantized":
+            counts[s.op, s.reason] += 1
+    return {f"{n} {op}": reason for (op, reason), n in counts.items()}

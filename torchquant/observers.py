@@ -59,7 +59,15 @@ class ActivationHistogram(_Checked, HistogramObserver):
 
 
 class PerChannelWeight(_Checked, PerChannelMinMaxObserver):
-    """Per-channel range of a weight. The Quantizer runs it in prepare: weights need no calibration data."""
+    """Per-channel range of a weight. The Quantizer runs it in prepare: weights need no calibration data.
+
+    No channel's scale is below 2**-16 of the largest one: where BatchNorm folding leaves a channel almost
+    zero, a bias in units of (activation scale x weight scale) would not fit the int32 it is stored in.
+    """
+
+    def calculate_qparams(self) -> Any:
+        scale, zero_point = super().calculate_qparams()
+        return torch.maximum(scale, scale.max() * 2**-16), zero_point
 
 
 class DynamicActivation(PlaceholderObserver):

@@ -21,7 +21,7 @@ from torchquant.fx.sites import read_sites
 from torchquant.program import Program
 from torchquant.types import Site
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "program_text", "report"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Report:
         return f"{self.count('quantized', compute=True)}/{sum(s.compute for s in self.sites)}"
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, record=True, force_terminal=False)
+        console = Console(file=io.StringIO(), width=200, record=True, force_terminal=False)
         console.print(self.summary())
         for title, table in (("compute ops", self._compute_table()), ("other ops", self._other_table())):
             if table.row_count:
                 console.print(f"\n{title}", highlight=False)
                 console.print(table)
         for program in self.programs:
-            console.print(_program_text(program), highlight=False)
-        return console.export_text().rstrip()
+            console.print(program_text(program), highlight=False)
+        return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
 
     def summary(self) -> str:
         """One line: coverage, statuses, bytes."""
@@ -64,7 +64,18 @@ class Report:
         return write_whole(path, lambda part: part.write_text(f"{self}\n\nmade by {made_by}\n"))
 
     def _compute_table(self) -> Table:
-        table = Table("node", "op", "module", "status", "activation", "weight", "reason", box=None, pad_edge=False)
+        table = Table(
+            "node",
+            "op",
+            "module",
+            "status",
+            "activation",
+            "weight",
+            "reason",
+            box=None,
+            pad_edge=False,
+            show_edge=False,
+        )
         for s in self.sites:
             if s.compute:
                 activation, weight = (q.describe() if q else "float" for q in (s.activation, s.weight))
@@ -72,7 +83,7 @@ class Report:
         return table
 
     def _other_table(self) -> Table:
-        table = Table("op", "count", "status", "reason", box=None, pad_edge=False)
+        table = Table("op", "count", "status", "reason", box=None, pad_edge=False, show_edge=False)
         rows = Counter((s.op, s.status, _general(s.reason)) for s in self.sites if not s.compute)
         for (op, status, reason), n in sorted(rows.items()):
             table.add_row(op, str(n), status, reason)
@@ -83,7 +94,8 @@ def _general(reason: str) -> str:
     return "fused into the op before it" if reason.startswith("fused into") else reason
 
 
-def _program_text(program: Program) -> str:
+def program_text(program: Program) -> str:
+    """A program's size, kernels, proof, and what it runs in float."""
     proof = program.proof
     kernels = ", ".join(f"{n} {name}" for name, n in sorted(proof.kernels.items())) or "none"
     lines = [

@@ -17,7 +17,7 @@ from torchquant.files import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
 
-__all__ = ["export_again", "load", "save"]
+__all__ = ["export_again", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
@@ -64,3 +64,12 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
         ) from error
     assert isinstance(graph, GraphModule)
     return graph
+
+
+def is_graph(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one that `save` wrote (rather than a lowered program)."""
+    try:
+        archive.read(path, _KIND)
+    except ArtifactError:
+        return False
+    return True

@@ -95,8 +95,9 @@ class Capability:
     Args:
         op: the op kind (a name of `torchquant.fx.ops.KINDS`).
         schemes: names of the schemes the target runs this op in; empty: the op stays float.
-        role: `weighted` observes the activation and the weight; `activations` observes every float
-            data input; `shared` keeps its input's qparams; `float` observes nothing.
+        role: `weighted` observes the activation and the weight; `activations` observes every data input
+            and the output, where the inputs are integers already; `shared` keeps its input's qparams,
+            likewise; `float` observes nothing.
         fuses: op kinds that may follow and are computed in the same kernel, so that a quantized output
             lies behind them.
         observe_output: whether the op's (or the fused tail's) output is quantized too.

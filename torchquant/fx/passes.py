@@ -216,3 +216,39 @@ def _flattened_linear(model: GraphModule, node: Node) -> Node:
     linear.meta = {k: v for k, v in node.meta.items() if k != "val"}
     sizes = [s if isinstance(s, int) else call(aten.sym_size.int, (x, i)) for i, s in enumerate(shape[:-1])]
     return call(aten.reshape.default, (linear, [*sizes, shape[-1]]))
+
+
+def duplicate_dynamic_chains(model: GraphModule) -> int:
+    """Give every user of a dynamically quantized tensor its own choose-quantize-dequantize chain.
+
+    A delegate groups nodes pairwise: three projections behind one chain would fall into separate groups.
+    """
+    done = 0
+    for node in list(model.graph.nodes):
+        if not ops.is_dequantize(node) or len(node.users) < 2:
+            continue
+        quantize = node.args[0]
+        scale = node.args[1] if len(node.args) > 1 else None
+        if not isinstance(quantize, Node) or not isinstance(scale, Node) or scale.target is not operator.getitem:
+            continue
+        choose = scale.args[0]
+        for user in list(node.users)[1:]:
+            user.replace_input_with(node, _copy_chain(model, choose, quantize, node))  # type: ignore[arg-type]
+            done += 1
+    if done:
+        model.graph.lint()
+        model.recompile()
+    return done
+
+
+def _copy_chain(model: GraphModule, choose: Node, quantize: Node, dequantize: Node) -> Node:
+    with model.graph.inserting_after(dequantize):
+        last = model.graph.node_copy(dequantize)
+    copies: dict[Node, Node] = {}
+    scale, zero_point = dequantize.args[1], dequantize.args[2]
+    with model.graph.inserting_before(last):
+        for original in (choose, scale, zero_point, quantize):
+            assert isinstance(original, Node)
+            copies[original] = model.graph.node_copy(original, lambda n: copies.get(n, n))
+    last.args = torch.fx.node.map_arg(last.args, lambda n: copies.get(n, n))
+    return last

@@ -1,0 +1,152 @@
+"""The `torchquant` command: quantize, report, run, targets."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils import _pytree as pytree
+
+from torchquant import batches as data
+from torchquant import flow, serialize, sources
+from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.errors import InputError, TorchquantError
+from torchquant.program import Program
+from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.quantizers.x86 import X86Quantizer
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.report import program_text
+from torchquant.report import report as make_report
+from torchquant.verify import compare
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+TARGETS: dict[str, tuple[type[CapabilityQuantizer], Any, str]] = {
+    inductor_x86.TARGET: (X86Quantizer, inductor_x86, ".pt2"),
+    executorch_xnnpack.TARGET: (XnnpackQuantizer, executorch_xnnpack, ".pte"),
+}
+_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="package.module:function, or a saved ExportedProgram (.pt2)")]
+Calibration = Annotated[
+    str, typer.Option("--calibration", help="package.module:function, .npz or .safetensors (first dimension: batches)")
+]
+Backend = Annotated[list[str] | None, typer.Option("--backend", help=f"one or several of: {', '.join(TARGETS)}")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="module glob, op:KIND or node:NAME; repeatable")]
+SchemeName = Annotated[str | None, typer.Option("--scheme", help="a scheme of the target; its default if left out")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    calibration: Calibration,
+    out: Annotated[Path, typer.Option("--out", help="file, or a folder for several backends")],
+    backend: Backend = None,
+    exclude: Exclude = None,
+    scheme: SchemeName = None,
+    dynamic_batch: Annotated[bool, typer.Option(help="let the first size of every input vary")] = False,
+) -> None:
+    """Quantize a model for one or several backends with one calibration, prove the artefacts, and write them."""
+    chosen = backend or [inductor_x86.TARGET]
+    for name in chosen:
+        _target(name)
+    paths = _outputs(out, chosen)
+    batches = sources.load_batches(calibration)
+    if not batches:
+        raise InputError(f"{calibration} gave no batches")
+    shapes = _dynamic_first(batches[0]) if dynamic_batch else None
+    float_model = flow.export(sources.load_model(model), batches[0], dynamic_shapes=shapes)
+    quantizers = [_target(name)[0](scheme, exclude=exclude or ()) for name in chosen]
+    converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers)
+    for name, graph in zip(chosen, converted, strict=True):
+        program = _target(name)[1].lower(graph, batches[0])
+        program.save(paths[name])
+        accuracy = compare(float_model, program, batches[:8])
+        print(make_report(graph, program))
+        print(f"{name}: {accuracy.sqnr_db:.1f} dB against float; written to {paths[name]}\n")
+
+
+@app.command()
+def report(
+    path: Annotated[Path | None, typer.Argument(help="an artefact or a saved converted graph; or give --model")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="what a Quantizer would do to this float model")] = None,
+    calibration: Annotated[str | None, typer.Option("--calibration", help="its inputs, as for quantize")] = None,
+    backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = inductor_x86.TARGET,
+    exclude: Exclude = None,
+    scheme: SchemeName = None,
+) -> None:
+    """Account for every op: of a saved artefact, or of a float model before any calibration."""
+    if path is not None:
+        print(make_report(serialize.load(path)) if serialize.is_graph(path) else program_text(_load(path)))
+        return
+    if model is None or calibration is None:
+        raise InputError("give a saved file, or --model and --calibration")
+    exported = flow.export(sources.load_model(model), sources.load_batches(calibration)[0])
+    print(make_report(flow.prepare(exported, _target(backend)[0](scheme, exclude=exclude or ()))))
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(help="an artefact that quantize wrote")],
+    inputs: Annotated[str, typer.Option("--inputs", help="as --calibration of quantize")],
+) -> None:
+    """Run a saved artefact on inputs and print the shape and range of each output."""
+    program = _load(path)
+    for i, batch in enumerate(sources.load_batches(inputs)):
+        for j, output in enumerate(pytree.tree_leaves(data.call(program, batch))):
+            low, high = output.float().aminmax()
+            print(f"batch {i} output {j}: shape {tuple(output.shape)} from {float(low):.4g} to {float(high):.4g}")
+
+
+@app.command()
+def targets() -> None:
+    """Which op runs in which scheme on which target, and why the others do not."""
+    for name, (_, backend, suffix) in TARGETS.items():
+        table = Table("op", "schemes", "condition, or why it stays float", title=f"{name} ({suffix})", expand=False)
+        for row in backend.CAPABILITIES:
+            table.add_row(row.op, ", ".join(row.schemes) or "float", row.reason)
+        Console().print(table)
+
+
+def _target(name: str) -> tuple[type[CapabilityQuantizer], Any, str]:
+    if name not in TARGETS:
+        raise InputError(f"there is no backend {name!r}; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
+    if len(chosen) == 1 and not out.is_dir():
+        return {chosen[0]: out}
+    if not out.is_dir():
+        raise InputError(f"{out} must be an existing folder to hold the artefacts of {len(chosen)} backends")
+    return {name: out / f"{name}{TARGETS[name][2]}" for name in chosen}
+
+
+def _dynamic_first(batch: Any) -> Any:
+    args, kwargs = data.split(batch)
+    return {k: _first(v) for k, v in kwargs.items()} if kwargs else tuple(_first(v) for v in args)
+
+
+def _first(value: Any) -> dict[int, Any] | None:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
+
+
+def _load(path: Path) -> Program:
+    backend = executorch_xnnpack if path.suffix == ".pte" else inductor_x86
+    program: Program = backend.load(path)
+    return program
+
+
+def main() -> None:
+    """Run the command; errors of ours are one line on stderr and exit code 1."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        app(standalone_mode=True)
+    except TorchquantError as error:
+        _console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)

@@ -1,0 +1,102 @@
+"""Where the command line finds models and data: `package.module:name`, `.pt2`, `.npz`, `.safetensors`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from torchquant.errors import ArtifactError, InputError
+
+__all__ = ["load_batches", "load_model", "resolve"]
+
+
+def resolve(reference: str) -> Any:
+    """The object that `package.module:name` names; modules are also looked for in the working directory.
+
+    Raises:
+        InputError: not of that form, no such module, or no such name in it.
+    """
+    module_name, separator, name = reference.partition(":")
+    if not separator or not module_name or not name:
+        raise InputError(f"{reference!r} is not of the form package.module:name")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"cannot import {error.name!r} for {reference!r}; run from its folder or install it"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not hasattr(module, name):
+        raise InputError(f"module {module_name!r} has no {name!r}")
+    return getattr(module, name)
+
+
+def load_model(reference: str) -> torch.nn.Module:
+    """A float model from `package.module:function` (called), `package.module:instance`, or an ExportedProgram file.
+
+    Raises:
+        InputError: the reference does not resolve to a module. ArtifactError: the file cannot be read.
+    """
+    if reference.endswith(".pt2"):
+        return _exported(Path(reference))
+    found = resolve(reference)
+    model = found if isinstance(found, torch.nn.Module) else found()
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{reference!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _exported(path: Path) -> torch.nn.Module:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} is not an ExportedProgram that torch {torch.__version__} reads: {error}"
+        ) from error
+
+
+def load_batches(reference: str) -> list[Any]:
+    """Batches from `package.module:function` (an iterable, or called for one), `.npz` or `.safetensors`.
+
+    In a file each tensor is one input by name, its first dimension counts the batches.
+
+    Raises:
+        InputError: no batches there, or tensors of different first sizes. ArtifactError: an unreadable file.
+    """
+    if reference.endswith((".npz", ".safetensors")):
+        return _split_file(Path(reference))
+    found = resolve(reference)
+    batches = found() if callable(found) else found
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict, str)):
+        raise InputError(f"{reference!r} gave a {type(batches).__name__}, not an iterable of batches")
+    return list(batches)
+
+
+def _split_file(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is truncated or not a {path.suffix} file: {error}") from error
+    counts = {len(t) if t.ndim else 0 for t in tensors.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise InputError(f"{path} holds no batches: its tensors must share a first dimension that counts them")
+    return [{name: t[i] for name, t in tensors.items()} for i in range(counts.pop())]
