@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +223,18 @@ def lower(
     found = hold_against(quantized, program, [batch], min_sqnr_db, TARGET)
     program.proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
     return program
+
+
+def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
+    """The float graph through the same rewrites and delegate, and its bytes: what to compare with.
+
+    Raises:
+        MissingDependencyError, LoweringError: as `lower`.
+    """
+    buffer = bytes(_delegate(_executorch(), exported, example_inputs).to_executorch().buffer)
+    program = XnnpackProgram(buffer)
+    program.inputs, program.sites = data.input_specs(exported), ()
+    return program, len(buffer)
 
 
 def load(path: str | os.PathLike[str]) -> XnnpackProgram:

@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch._inductor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError
@@ -84,15 +85,21 @@ class X86Program(Program):
     def __init__(self, package: Path, owned_folder: Path | None = None) -> None:
         self._package = package
         self._owned_folder = owned_folder
-        found = read_metadata(package, TARGET)
-        self.inputs, self.sites, self.proof = found.inputs, found.sites, found.proof
+        self._about = read_metadata(package, TARGET)
+        self.inputs, self.sites, self.proof = self._about.inputs, self._about.sites, self._about.proof
         self._run = torch._inductor.aoti_load_package(str(package))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
         data.check(self.inputs, kwargs if kwargs and not args else (*args, *kwargs.values()))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
         with torch.no_grad():
             return self._run(*args, **kwargs)
+
+    def _own(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
+        value = value.detach().contiguous()
+        return value.clone() if self._about.overwrites_inputs else value
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the package (`.pt2`); `load` reads it in any process on a CPU with the same instructions."""
@@ -144,14 +151,31 @@ def lower(
         package = folder / "model.pt2"
         _repack(raw, package)
         raw.unlink()
-        run = torch._inductor.aoti_load_package(str(package))
+        run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
         found = hold_against(quantized, run, _sizes(quantized, batch), min_sqnr_db, TARGET)
         proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
-        write_metadata(package, TARGET, Metadata(inputs, sites, proof))
+        write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote))
         return X86Program(package, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+class _OnCopies:
+    """Calls a package on copies of its inputs and notes whether it wrote into them.
+
+    Inductor lets `linear(x) + x` with a float result accumulate into x, even where x is the caller's.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run, self.overwrote = run, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_map_only(torch.Tensor, lambda t: t.contiguous().clone(), (args, kwargs))
+        found = self._run(*given[0], **given[1])
+        pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(given), strict=True)
+        self.overwrote |= any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
+        return found
 
 
 def load(path: str | os.PathLike[str]) -> X86Program:
@@ -164,6 +188,19 @@ def load(path: str | os.PathLike[str]) -> X86Program:
         return X86Program(Path(path))
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
+
+
+def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
+    """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
+
+    Raises:
+        LoweringError: Inductor cannot compile it.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
+        raw = _compile(exported, example_inputs, Path(folder) / "raw.pt2")
+        package = Path(folder) / "model.pt2"
+        _repack(raw, package)
+        return torch._inductor.aoti_load_package(str(package)), package.stat().st_size
 
 
 def _refuse_unrunnable(sites: Sequence[Site]) -> None:

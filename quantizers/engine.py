@@ -105,7 +105,7 @@ class CapabilityQuantizer(Quantizer):
             if hasattr(inner, "site"):
                 inner.site = _describe_place(producer, user)
             if isinstance(inner, PerChannelWeight) and is_observer(observer):
-                inner(_constant_value(model, producer))
+                inner(ops.constant_value(model, producer))
 
     # the engine ----------------------------------------------------------------------------------------------
 
@@ -235,16 +235,3 @@ def _describe_place(producer: Node, user: Node | None) -> str:
     module = ops.module_path(node)
     where = f" in {module}" if module else ""
     return f"output of {producer.name}{where}" if user is None else f"{producer.name}, input of {user.name}{where}"
-
-
-def _constant_value(model: GraphModule, node: Node) -> torch.Tensor:
-    """The value of a node that depends on parameters alone."""
-    if node.op == "get_attr":
-        value: Any = model
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value.detach()
-    load: Any = torch.fx.node.map_arg
-    args, kwargs = (load(a, lambda n: _constant_value(model, n)) for a in (node.args, node.kwargs))
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
@@ -18,12 +18,20 @@ from torchquant.observers import check_finite
 __all__ = ["calibrate"]
 
 
-def calibrate(prepared: GraphModule | Sequence[GraphModule], batches: Iterable[Any], *, progress: bool = True) -> None:
+def calibrate(
+    prepared: GraphModule | Sequence[GraphModule],
+    batches: Iterable[Any],
+    *,
+    statistics: Mapping[Node, Any] | None = None,
+    progress: bool = True,
+) -> None:
     """Run the observers of one or several prepared graphs over the data, read once.
 
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
         batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments.
+        statistics: what algorithms need besides: node of a prepared graph -> an object whose `update` is
+            called with the node's first input, batch by batch.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -38,17 +46,40 @@ def calibrate(prepared: GraphModule | Sequence[GraphModule], batches: Iterable[A
     checked = data.checked(models[0], batches)
     shown = track(checked, "calibrating", total=length, disable=not progress, transient=True)
     reached: set[int] = set()
+    runs = [_runner(model, statistics or {}) for model in models]
     hooks = [h for model in models for h in _watch(model, reached)]
     try:
         with torch.no_grad():
             for batch in shown:
-                for model in models:
-                    data.call(model, batch)
+                for run in runs:
+                    run(batch)
     finally:
         for hook in hooks:
             hook.remove()
     for model in models:
         _check_reached(model, reached)
+
+
+def _runner(model: GraphModule, statistics: Mapping[Node, Any]) -> Callable[[Any], Any]:
+    """How to run the graph on a batch: node by node where statistics are asked for."""
+    mine = {node: s for node, s in statistics.items() if node.graph is model.graph}
+    if not mine:
+        return lambda batch: data.call(model, batch)
+    recorder = _Recorder(model, mine)
+    return lambda batch: recorder.run(*data.in_order(model, batch))
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and hands the first input of chosen nodes to their statistics."""
+
+    def __init__(self, model: GraphModule, statistics: Mapping[Node, Any]) -> None:
+        super().__init__(model)
+        self._statistics = statistics
+
+    def run_node(self, n: Node) -> Any:
+        if n in self._statistics:
+            self._statistics[n].update(self.env[n.args[0]])  # type: ignore[index]
+        return super().run_node(n)
 
 
 def _check_prepared(model: GraphModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,14 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant import batches as data
+from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.calibrate import calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted, is_prepared, read_sites
+from torchquant.verify import compare
+
+_GUARD_BATCHES = 8
 
 __all__ = ["convert", "export", "prepare", "quantize"]
 
@@ -89,6 +93,7 @@ def quantize(
     batches: Iterable[Any],
     *,
     quantizer: Quantizer | Sequence[Quantizer],
+    algorithms: Sequence[BiasCorrection] = (BiasCorrection(),),
     dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> Any:
@@ -98,6 +103,8 @@ def quantize(
         model, example_inputs, dynamic_shapes: as for `export`. A GraphModule from `export` is taken as it is.
         batches: calibration data, as for `calibrate`.
         quantizer: a Quantizer, or several.
+        algorithms: applied after calibration; what they need is measured in the same pass. Where they make
+            the output worse on the calibration data, a warning says so and the plain result is kept.
 
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
@@ -107,11 +114,52 @@ def quantize(
         raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
     exported = model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
     prepared = [prepare(exported, q) for q in quantizers]
-    calibrate(prepared, batches, progress=progress)
-    converted = [convert(p) for p in prepared]
+    measured = [[(a, a.statistics(p)) for a in algorithms] for p in prepared]
+    kept: list[Any] = []
+    everything = {n: s for each in measured for _, found in each for n, s in found.items()}
+    calibrate(prepared, _keeping(batches, kept), statistics=everything, progress=progress)
+    converted = [_improve(p, each, exported, kept) for p, each in zip(prepared, measured, strict=True)]
     for graph in converted:
         _warn_if_nothing_happened(graph)
     return converted[0] if isinstance(quantizer, Quantizer) else converted
+
+
+def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterable[Any]:
+    """The batches as they are, the first few remembered for the guard; sized if they are."""
+    if isinstance(batches, (list, tuple)):
+        kept.extend(batches[:_GUARD_BATCHES])
+        return batches
+    return batches if isinstance(batches, (torch.Tensor, dict, str)) else _remembering(batches, kept)
+
+
+def _remembering(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if len(kept) < _GUARD_BATCHES:
+            kept.append(batch)
+        yield batch
+
+
+def _improve(
+    prepared: GraphModule, measured: Sequence[tuple[BiasCorrection, Any]], exported: GraphModule, kept: Sequence[Any]
+) -> GraphModule:
+    """Apply the algorithms and convert; keep the plain result where that is closer to the float graph."""
+    if not any(found for _, found in measured):
+        return convert(prepared)
+    plain = convert(passes.copy_graph(prepared))
+    for algorithm, found in measured:
+        algorithm.apply(prepared, found)
+    improved = convert(prepared)
+    before, after = (compare(exported, graph, kept).sqnr_db for graph in (plain, improved))
+    if after >= before:
+        return improved
+    names = ", ".join(type(algorithm).__name__ for algorithm, _ in measured)
+    warnings.warn(
+        f"{names} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
+        "the plain result is kept",
+        TorchquantWarning,
+        stacklevel=3,
+    )
+    return plain
 
 
 def _warn_if_nothing_happened(converted: GraphModule) -> None:

@@ -40,11 +40,15 @@ class Proof:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a program knows about itself: its inputs, the sites of its graph, its proof."""
+    """What a program knows about itself: its inputs, the sites of its graph, its proof.
+
+    `overwrites_inputs`: the artefact writes into the tensors it is given, so a call must hand it copies.
+    """
 
     inputs: tuple[InputSpec, ...]
     sites: tuple[Site, ...]
     proof: Proof
+    overwrites_inputs: bool = False
 
 
 class Program(ABC):
@@ -72,7 +76,12 @@ class Program(ABC):
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
     """Add what a program knows about itself to its archive."""
     sites = [{**asdict(replace(s, activation=None, weight=None)), **_tensors_of(s)} for s in about.sites]
-    payload = {"inputs": [asdict(i) for i in about.inputs], "sites": sites, "proof": asdict(about.proof)}
+    payload = {
+        "inputs": [asdict(i) for i in about.inputs],
+        "sites": sites,
+        "proof": asdict(about.proof),
+        "overwrites_inputs": about.overwrites_inputs,
+    }
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
         out.writestr(f"model/extra/{archive.NAME}", archive.text_of(target, payload))
 
@@ -82,7 +91,7 @@ def read_metadata(package: Path, target: str) -> Metadata:
     found = archive.read(package, target)
     proof = {**found["proof"], "comparison": Comparison(**found["proof"]["comparison"])}
     inputs = tuple(InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in found["inputs"])
-    return Metadata(inputs, tuple(_site_of(s) for s in found["sites"]), Proof(**proof))
+    return Metadata(inputs, tuple(_site_of(s) for s in found["sites"]), Proof(**proof), found["overwrites_inputs"])
 
 
 def _tensors_of(site: Site) -> dict[str, Any]:

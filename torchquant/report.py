@@ -100,7 +100,7 @@ def program_text(program: Program) -> str:
     kernels = ", ".join(f"{n} {name}" for name, n in sorted(proof.kernels.items())) or "none"
     lines = [
         f"\n{program.target}: {program.size_bytes:,} bytes",
-        f"  integer kernels: {kernels}",
+        f"  matrix kernels: {kernels}",
         f"  annotated compute ops run as integers: {proof.fused}/{proof.annotated}",
         f"  against the converted graph: {proof.comparison.sqnr_db:.1f} dB, "
         f"largest difference {proof.comparison.max_abs:.3g}",

@@ -116,7 +116,7 @@ def attention(b: _Builder, node: Node) -> Node | None:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
-    if not _static(q, k, v) or given.get("dropout_p") or q.meta["val"].ndim != 4 or given.get("enable_gqa"):  # type: ignore[union-attr]
+    if not _static(q, k, v) or given.get("dropout_p") or q.meta["val"].ndim != 4 or given.get("enable_gqa"):
         return None
     assert isinstance(q, Node)
     assert isinstance(k, Node)

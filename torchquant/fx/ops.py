@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -190,6 +192,17 @@ def is_constant(node: Node) -> bool:
     if node.op == "get_attr":
         return True
     return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
+
+
+def constant_value(model: GraphModule, node: Node) -> torch.Tensor:
+    """The value of a node that depends on parameters and buffers alone (see `is_constant`)."""
+    if node.op == "get_attr":
+        value: torch.Tensor = operator.attrgetter(str(node.target))(model)
+        return value.detach()
+    load: Any = torch.fx.node.map_arg
+    args, kwargs = (load(a, lambda n: constant_value(model, n)) for a in (node.args, node.kwargs))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def module_path(node: Node) -> str:

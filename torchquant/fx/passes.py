@@ -71,7 +71,7 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
             continue
         x, weight, bias = parts
         value: torch.Tensor = operator.attrgetter(str(weight.target))(model)
-        name = _fresh_name(model, f"{str(weight.target).replace('.', '_')}_t")
+        name = fresh_name(model, f"{str(weight.target).replace('.', '_')}_t")
         model.register_parameter(name, torch.nn.Parameter(value.detach().t().contiguous(), requires_grad=False))
         with model.graph.inserting_before(node):
             transposed = model.graph.get_attr(name)
@@ -104,7 +104,8 @@ def _projection(node: Node) -> tuple[Node, Node, Node | None] | None:
     return None if ops.is_constant(x) else (x, weight, bias)
 
 
-def _fresh_name(model: GraphModule, name: str) -> str:
+def fresh_name(model: GraphModule, name: str) -> str:
+    """`name`, with underscores appended until no attribute has it."""
     taken = {n.target for n in model.graph.nodes if n.op == "get_attr"}
     while name in taken or hasattr(model, name):
         name += "_"
