@@ -28,10 +28,13 @@ from torchquant.types import Capability, Scheme, Site, TensorSpec
 __all__ = ["CAPABILITIES", "SCHEMES", "XnnpackProgram", "load", "lower"]
 
 TARGET = "executorch_xnnpack"
+_OP_ERROR = 1e-5  # XNNPACK approximates exp, erf and rsqrt
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(INT8, symmetric=False), _WEIGHT),
-    "dynamic_int8": Scheme("dynamic_int8", TensorSpec(INT8, symmetric=False, dynamic=True), _WEIGHT),
+    "dynamic_int8": Scheme(
+        "dynamic_int8", TensorSpec(INT8, symmetric=False, granularity="token", dynamic=True), _WEIGHT
+    ),
 }
 
 _EMBEDDING = "embedding tables stay float: the delegate has no embedding, and the portable kernel would run outside it"
@@ -210,9 +213,11 @@ def lower(
     _refuse_unrunnable(wanted)
     _refuse_unshared(quantized)
     passes.remove_dead_weights(quantized)
+    reference = passes.copy_graph(quantized)
+    passes.per_token_linears(reference)  # what the delegate makes of a dynamic linear, whatever the graph says
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
     data.check(data.input_specs(quantized), batch, "example_inputs")
-    edge = _delegate(executorch, quantized, batch)
+    edge = _delegate(executorch, reference, batch)
     kernels, fused = _prove_delegated(edge, wanted)
     try:
         buffer = bytes(edge.to_executorch().buffer)
@@ -220,7 +225,7 @@ def lower(
         raise LoweringError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
     program = XnnpackProgram(buffer)
     program.inputs, program.sites = data.input_specs(quantized), sites
-    found = hold_against(quantized, program, [batch], min_sqnr_db, TARGET)
+    found = hold_against(reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
     program.proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
     return program
 

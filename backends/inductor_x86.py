@@ -152,7 +152,14 @@ def lower(
         _repack(raw, package)
         raw.unlink()
         run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
-        found = hold_against(quantized, run, _sizes(quantized, batch), min_sqnr_db, TARGET)
+        found = hold_against(
+            quantized,
+            run,
+            _sizes(quantized, batch),
+            min_sqnr_db=min_sqnr_db,
+            op_error=torch.finfo(torch.float32).eps,
+            target=TARGET,
+        )
         proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
         write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote))
         return X86Program(package, folder)

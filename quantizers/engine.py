@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops, passes
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import is_observer, note
-from torchquant.observers import ActivationMinMax, DynamicActivation, PerChannelWeight
+from torchquant.observers import ActivationMinMax, DynamicActivation, PerChannelWeight, PerTokenActivation
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CapabilityQuantizer", "has_quantized_output"]
@@ -156,7 +157,10 @@ class CapabilityQuantizer(Quantizer):
     def _observe(self, node: Node, row: Capability, scheme: str, why: str) -> None:
         kind = ops.BY_NAME[row.op]
         spec = self.schemes[scheme]
-        activation = self._spec(spec.activation) if spec.activation else None
+        tensor = spec.activation
+        if tensor is not None and tensor.granularity == "token" and row.op != "linear":
+            tensor = replace(tensor, granularity="tensor")  # rows are tokens for a linear only
+        activation = self._spec(tensor) if tensor is not None else None
         inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
         if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
             inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis)  # type: ignore[index]
@@ -196,8 +200,9 @@ class CapabilityQuantizer(Quantizer):
         """torchao's spec for a tensor of ours."""
         per_channel = tensor.granularity == "channel"
         observer: Any
+        by_token = tensor.granularity == "token"
         if tensor.dynamic:
-            observer = DynamicActivation
+            observer = PerTokenActivation if by_token else DynamicActivation
         elif self.is_qat:
             inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
             observer = FusedMovingAvgObsFakeQuantize.with_args(observer=inner)
@@ -212,7 +217,7 @@ class CapabilityQuantizer(Quantizer):
             quant_max=tensor.format.quant_max,
             qscheme=tensor.qscheme,
             ch_axis=axis if per_channel else None,
-            is_dynamic=tensor.dynamic,
+            is_dynamic=tensor.dynamic and not by_token,  # torchao's passes know one form of dynamic chain only
         )
 
 

@@ -1,5 +1,6 @@
 """Quantization inside the PT2E export graph: any torchao Quantizer, any target, with proof."""
 
+from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.calibrate import calibrate
 from torchquant.errors import (
     ArtifactError,
@@ -13,7 +14,7 @@ from torchquant.errors import (
     TorchquantError,
     TorchquantWarning,
 )
-from torchquant.flow import convert, export, prepare, quantize
+from torchquant.flow import convert, export, optimize, prepare, quantize
 from torchquant.program import Program
 from torchquant.report import Report, report
 from torchquant.serialize import load, save
@@ -21,6 +22,7 @@ from torchquant.verify import Comparison, compare, sqnr_db
 
 __all__ = [
     "ArtifactError",
+    "BiasCorrection",
     "CalibrationError",
     "Comparison",
     "ExportError",
@@ -38,6 +40,7 @@ __all__ = [
     "convert",
     "export",
     "load",
+    "optimize",
     "prepare",
     "quantize",
     "report",

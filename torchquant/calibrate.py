@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
-from torchquant.fx.sites import observers, read_sites
+from torchquant.fx.sites import is_observer, observers, read_sites
 from torchquant.observers import check_finite
 
-__all__ = ["calibrate"]
+__all__ = ["Recorder", "calibrate"]
 
 
 def calibrate(
@@ -65,16 +65,29 @@ def _runner(model: GraphModule, statistics: Mapping[Node, Any]) -> Callable[[Any
     mine = {node: s for node, s in statistics.items() if node.graph is model.graph}
     if not mine:
         return lambda batch: data.call(model, batch)
-    recorder = _Recorder(model, mine)
-    return lambda batch: recorder.run(*data.in_order(model, batch))
+    recorder = Recorder(model, mine, observe=True)
+    return lambda batch: data.call(recorder, batch)
 
 
-class _Recorder(Interpreter):
-    """Runs a graph and hands the first input of chosen nodes to their statistics."""
+class Recorder(Interpreter):
+    """Runs a prepared graph and hands the first input of chosen nodes to their statistics.
 
-    def __init__(self, model: GraphModule, statistics: Mapping[Node, Any]) -> None:
-        super().__init__(model)
-        self._statistics = statistics
+    Args:
+        prepared: the graph.
+        statistics: node -> an object with `update(tensor)`.
+        observe: let the observers see the data too; if not, this is the float function and nothing else.
+    """
+
+    def __init__(self, prepared: GraphModule, statistics: Mapping[Node, Any], *, observe: bool) -> None:
+        super().__init__(prepared)
+        self._prepared, self._statistics, self._observe = prepared, statistics, observe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*data.in_order(self._prepared, kwargs if kwargs and not args else (*args, *kwargs.values())))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        skip = not self._observe and is_observer(self.fetch_attr(target))
+        return args[0] if skip else super().call_module(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         if n in self._statistics:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
-from torchquant.calibrate import calibrate
+from torchquant.calibrate import Recorder, calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted, is_prepared, read_sites
@@ -21,7 +22,7 @@ from torchquant.verify import compare
 
 _GUARD_BATCHES = 8
 
-__all__ = ["convert", "export", "prepare", "quantize"]
+__all__ = ["convert", "export", "optimize", "prepare", "quantize"]
 
 
 def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> GraphModule:
@@ -118,7 +119,9 @@ def quantize(
     kept: list[Any] = []
     everything = {n: s for each in measured for _, found in each for n, s in found.items()}
     calibrate(prepared, _keeping(batches, kept), statistics=everything, progress=progress)
-    converted = [_improve(p, each, exported, kept) for p, each in zip(prepared, measured, strict=True)]
+    for graph, each in zip(prepared, measured, strict=True):
+        _improve(graph, each, kept)
+    converted = [convert(p) for p in prepared]
     for graph in converted:
         _warn_if_nothing_happened(graph)
     return converted[0] if isinstance(quantizer, Quantizer) else converted
@@ -139,19 +142,46 @@ def _remembering(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _improve(
-    prepared: GraphModule, measured: Sequence[tuple[BiasCorrection, Any]], exported: GraphModule, kept: Sequence[Any]
-) -> GraphModule:
-    """Apply the algorithms and convert; keep the plain result where that is closer to the float graph."""
+def optimize(
+    prepared: GraphModule, batches: Iterable[Any], algorithms: Sequence[BiasCorrection], *, progress: bool = True
+) -> None:
+    """Improve a calibrated prepared graph in place, before `convert_pt2e`; any Quantizer's.
+
+    Args:
+        prepared: a calibrated graph.
+        batches: calibration data, read once.
+        algorithms: applied together; where they make the output worse on the calibration data, a warning
+            says so and the graph is left as it was.
+
+    Raises:
+        InputError, CalibrationError: as `calibrate`.
+    """
+    _refuse_uncalibrated(prepared)
+    measured = [(a, a.statistics(prepared)) for a in algorithms]
+    kept: list[Any] = []
+    everything = {n: s for _, found in measured for n, s in found.items()}
+    recorder = Recorder(prepared, everything, observe=False)
+    checked = data.checked(prepared, _keeping(batches, kept))
+    with torch.no_grad():
+        for batch in track(checked, "measuring", total=None, disable=not progress, transient=True):
+            data.call(recorder, batch)
+    _improve(prepared, measured, kept)
+
+
+def _improve(prepared: GraphModule, measured: Sequence[tuple[BiasCorrection, Any]], kept: Sequence[Any]) -> None:
+    """Apply the algorithms to the prepared graph, unless the converted output on `kept` gets worse."""
     if not any(found for _, found in measured):
-        return convert(prepared)
-    plain = convert(passes.copy_graph(prepared))
+        return
+    plain, improved = passes.copy_graph(prepared), passes.copy_graph(prepared)
+    twins = dict(zip(prepared.graph.nodes, improved.graph.nodes, strict=True))
     for algorithm, found in measured:
-        algorithm.apply(prepared, found)
-    improved = convert(prepared)
-    before, after = (compare(exported, graph, kept).sqnr_db for graph in (plain, improved))
+        algorithm.apply(improved, {twins[node]: value for node, value in found.items()})
+    reference = Recorder(passes.copy_graph(prepared), {}, observe=False)
+    before, after = (compare(reference, convert(graph), kept).sqnr_db for graph in (plain, improved))
     if after >= before:
-        return improved
+        for algorithm, found in measured:
+            algorithm.apply(prepared, found)
+        return
     names = ", ".join(type(algorithm).__name__ for algorithm, _ in measured)
     warnings.warn(
         f"{names} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
@@ -159,7 +189,6 @@ def _improve(
         TorchquantWarning,
         stacklevel=3,
     )
-    return plain
 
 
 def _warn_if_nothing_happened(converted: GraphModule) -> None:

@@ -23,6 +23,7 @@ __all__ = ["MIN_SQNR_DB", "accountable_sites", "hold_against", "names"]
 
 MIN_SQNR_DB = 40.0
 MARGIN_DB = 3.0
+_EXACT = ("relu", "hardtanh", "cat", "max_pool2d", "pad", "embedding")  # ops that round nothing
 
 
 def accountable_sites(graph: GraphModule, allow_float: Sequence[str]) -> tuple[tuple[Site, ...], set[str]]:
@@ -56,13 +57,22 @@ def names(sites: Iterable[Site], limit: int = 8) -> str:
 
 
 def hold_against(
-    reference: GraphModule, program: Callable[..., Any], batches: Sequence[Any], min_sqnr_db: float, target: str
+    reference: GraphModule,
+    program: Callable[..., Any],
+    batches: Sequence[Any],
+    *,
+    min_sqnr_db: float,
+    op_error: float,
+    target: str,
 ) -> Comparison:
     """Run the artefact and its reference on the batches.
 
     Two correct implementations of a quantized graph differ where a sum lands on a rounding boundary, and a
     network may amplify such a flip: so the bound is `min_sqnr_db`, or where the reference itself is less
-    reproducible than that, `MARGIN_DB` below what one unit in the last place does to it.
+    reproducible than that, `MARGIN_DB` below what a relative error of `op_error` in each op does to it.
+
+    Args:
+        op_error: relative accuracy of the target's float arithmetic.
 
     Raises:
         LoweringError: the artefact fails to run, or is further from its reference than that.
@@ -75,7 +85,7 @@ def hold_against(
         raise LoweringError(f"{target}: the artefact was built but does not run: {error}") from error
     if found.sqnr_db >= min_sqnr_db:
         return found
-    bound = min(min_sqnr_db, compare(reference, Perturbed(reference), batches).sqnr_db - MARGIN_DB)
+    bound = min(min_sqnr_db, compare(reference, Perturbed(reference, op_error), batches).sqnr_db - MARGIN_DB)
     if math.isnan(found.sqnr_db) or found.sqnr_db < bound:
         raise LoweringError(
             f"{target}: the artefact is {found.sqnr_db:.1f} dB from the converted graph (largest difference "
@@ -86,11 +96,11 @@ def hold_against(
 
 
 class Perturbed(Interpreter):
-    """Runs a graph with each conv, linear and matmul result off by up to one unit in the last place."""
+    """Runs a graph with the result of each float op off by a relative error of up to `op_error`."""
 
-    def __init__(self, graph: GraphModule, seed: int = 0) -> None:
+    def __init__(self, graph: GraphModule, op_error: float, seed: int = 0) -> None:
         super().__init__(graph)
-        self.graph_module = graph
+        self.graph_module, self.op_error = graph, op_error
         self._noise = torch.Generator().manual_seed(seed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +109,10 @@ class Perturbed(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         kind = ops.kind_of(n)
-        if kind is None or not kind.compute or not isinstance(value, torch.Tensor):
+        exact = kind is None or kind.moves or kind.name in _EXACT
+        if exact or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        unit = torch.finfo(value.dtype).eps * (2 * torch.rand(value.shape, generator=self._noise) - 1)
-        return value * (1 + unit)
+        return value * (1 + self.op_error * (2 * torch.rand(value.shape, generator=self._noise) - 1))
 
 
 def left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the ops that `PerTokenActivation` emits
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -14,7 +17,15 @@ from torchao.quantization.pt2e.observer import (
 
 from torchquant.errors import CalibrationError
 
-__all__ = ["ActivationHistogram", "ActivationMinMax", "DynamicActivation", "PerChannelWeight", "check_finite"]
+__all__ = [
+    "ActivationHistogram",
+    "ActivationMinMax",
+    "DynamicActivation",
+    "PerChannelWeight",
+    "PerTokenActivation",
+    "check_finite",
+    "per_token",
+]
 
 
 def check_finite(x: torch.Tensor, site: str) -> None:
@@ -74,3 +85,30 @@ class DynamicActivation(PlaceholderObserver):
     """Marks a tensor whose scale is computed at run time; needs no calibration data."""
 
     site = "a dynamically quantized tensor"
+
+
+class PerTokenActivation(DynamicActivation):
+    """Marks a tensor quantized at run time with one affine scale for each row (token) of its last axis."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_dynamic = True
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Called by `convert_pt2e`: replace the observer by choose, quantize and dequantize per token."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        with model.graph.inserting_before(node):
+            values = per_token(model, source, self.quant_min, self.quant_max, self.dtype)
+        node.replace_all_uses_with(values)
+        model.graph.erase_node(node)
+
+
+def per_token(model: GraphModule, x: Node, quant_min: int, quant_max: int, dtype: torch.dtype) -> Node:
+    """Nodes that quantize and dequantize `x` (..., features) with an affine scale for each row."""
+    decomposed, call = torch.ops.quantized_decomposed, model.graph.call_function
+    chosen = call(decomposed.choose_qparams_per_token_asymmetric.default, (x, dtype))
+    scale, zero_point = call(operator.getitem, (chosen, 0)), call(operator.getitem, (chosen, 1))
+    grid = (scale, zero_point, quant_min, quant_max, dtype)
+    codes = call(decomposed.quantize_per_token.default, (x, *grid))
+    return call(decomposed.dequantize_per_token.default, (codes, *grid, torch.float32))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
 from torchquant.fx.sites import is_observer, observers
+from torchquant.observers import per_token
 
 aten = torch.ops.aten
 
@@ -168,9 +173,38 @@ def replace_each(
 
 
 def copy_graph(model: GraphModule) -> GraphModule:
-    """A copy whose graph and module tree may be changed; tensors are shared until something replaces them."""
-    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
+    """A copy whose graph, module tree and observers may be changed; the tensors that the graph reads are shared."""
+    read = [operator.attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"]
+    memo = {id(t): t for t in [*model.parameters(), *read] if isinstance(t, torch.Tensor)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree, when it is copied
+        twin = copy.deepcopy(model, memo)
+    twins = dict(zip(model.graph.nodes, twin.graph.nodes, strict=True))
+    for node in twin.graph.nodes:
+        if (annotation := node.meta.get(Q_ANNOTATION_KEY)) is not None:
+            node.meta[Q_ANNOTATION_KEY] = _with_nodes(annotation, twins)
+    return twin
+
+
+def _with_nodes(annotation: Any, twins: dict[Node, Node]) -> Any:
+    """A Quantizer's annotation that names the nodes of a copied graph."""
+
+    def place(edge_or_node: Any) -> Any:
+        if isinstance(edge_or_node, Node):
+            return twins.get(edge_or_node, edge_or_node)
+        return tuple(twins.get(n, n) for n in edge_or_node)
+
+    def spec(of: Any) -> Any:
+        if isinstance(of, SharedQuantizationSpec):
+            return SharedQuantizationSpec(place(of.edge_or_node))
+        if isinstance(of, DerivedQuantizationSpec):
+            return dataclasses.replace(of, derived_from=[place(p) for p in of.derived_from])
+        return of
+
+    twin = copy.copy(annotation)
+    twin.input_qspec_map = {twins.get(n, n): spec(s) for n, s in annotation.input_qspec_map.items()}
+    twin.output_qspec = spec(annotation.output_qspec)
+    return twin
 
 
 def static_observers(model: GraphModule) -> Iterator[tuple[Node, torch.nn.Module]]:
@@ -219,6 +253,30 @@ def _flattened_linear(model: GraphModule, node: Node) -> Node:
     return call(aten.reshape.default, (linear, [*sizes, shape[-1]]))
 
 
+def per_token_linears(model: GraphModule) -> int:
+    """Quantize the input of dynamic linears per token where the graph says per tensor; returns how many."""
+    dynamic = [
+        n
+        for n in model.graph.nodes
+        if n.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
+        and isinstance(n.args[1], Node)
+        and n.args[1].target is operator.getitem
+        and n.users
+        and all(u.target is aten.linear.default for u in n.users)
+    ]
+    for node in dynamic:
+        quantize = node.args[0]
+        assert isinstance(quantize, Node)
+        low, high, dtype = node.args[3:6]
+        with model.graph.inserting_before(node):
+            values = per_token(model, quantize.args[0], low, high, dtype)  # type: ignore[arg-type]
+        node.replace_all_uses_with(values)
+    if dynamic:
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    return len(dynamic)
+
+
 def duplicate_dynamic_chains(model: GraphModule) -> int:
     """Give every user of a dynamically quantized tensor its own choose-quantize-dequantize chain.
 
@@ -226,30 +284,30 @@ def duplicate_dynamic_chains(model: GraphModule) -> int:
     """
     done = 0
     for node in list(model.graph.nodes):
-        if not ops.is_dequantize(node) or len(node.users) < 2:
+        if not _is_dynamic_dequantize(node):
             continue
-        quantize = node.args[0]
-        scale = node.args[1] if len(node.args) > 1 else None
-        if not isinstance(quantize, Node) or not isinstance(scale, Node) or scale.target is not operator.getitem:
-            continue
-        choose = scale.args[0]
-        for user in list(node.users)[1:]:
-            user.replace_input_with(node, _copy_chain(model, choose, quantize, node))  # type: ignore[arg-type]
+        shared = len(node.args[0].users) > 1
+        for user in list(node.users)[0 if shared else 1 :]:
+            user.replace_input_with(node, _copy_chain(model, node))
             done += 1
     if done:
+        model.graph.eliminate_dead_code()
         model.graph.lint()
         model.recompile()
     return done
 
 
-def _copy_chain(model: GraphModule, choose: Node, quantize: Node, dequantize: Node) -> Node:
-    with model.graph.inserting_after(dequantize):
-        last = model.graph.node_copy(dequantize)
+def _is_dynamic_dequantize(node: Node) -> bool:
+    scale = node.args[1] if ops.is_dequantize(node) and len(node.args) > 1 else None
+    return isinstance(scale, Node) and scale.target is operator.getitem
+
+
+def _copy_chain(model: GraphModule, dequantize: Node) -> Node:
+    quantize, scale, zero_point = dequantize.args[:3]
+    assert isinstance(scale, Node)
     copies: dict[Node, Node] = {}
-    scale, zero_point = dequantize.args[1], dequantize.args[2]
-    with model.graph.inserting_before(last):
-        for original in (choose, scale, zero_point, quantize):
+    with model.graph.inserting_before(dequantize):
+        for original in (scale.args[0], scale, zero_point, quantize, dequantize):
             assert isinstance(original, Node)
             copies[original] = model.graph.node_copy(original, lambda n: copies.get(n, n))
-    last.args = torch.fx.node.map_arg(last.args, lambda n: copies.get(n, n))
-    return last
+    return copies[dequantize]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
 from torchquant.types import QParams, Site, Status
@@ -144,13 +145,26 @@ def _site(model: GraphModule, node: Node) -> Site:
 def _status(
     node: Node, compute: bool, activation: QParams | None, weight: QParams | None, weighted: bool
 ) -> tuple[Status, str]:
-    if weight is not None or (activation is not None and not weighted):
-        return "quantized", "" if activation is not None else "weight only"
     recorded = (node.meta.get("custom") or {}).get(NOTE)
+    if weight is not None:
+        why = recorded["reason"] if recorded and ": " in recorded["reason"] else ""
+        return "quantized", why if activation is not None else "weight only"
     if recorded is not None and recorded["status"] != "quantized":
         return recorded["status"], recorded["reason"]
-    if recorded is not None:
-        return ("quantized", recorded["reason"]) if not compute else ("missed", "annotated, yet left float by convert")
+    if recorded is not None and not compute:
+        return "quantized", recorded["reason"]
+    if recorded is not None and (weighted or activation is None):
+        return "missed", "annotated, yet left float by convert"
+    if activation is not None and not weighted and (recorded is not None or _is_annotated(node)):
+        return "quantized", ""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return "missed", f"the ops inside {node.target} are hidden from every Quantizer"
     return ("missed", "the Quantizer did not annotate it") if compute else ("unsupported", "not annotated")
+
+
+def _is_annotated(node: Node) -> bool:
+    """Whether a foreign Quantizer meant this op: by its annotation, or where none was kept by a quantized output."""
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    if annotation is not None:
+        return bool(annotation.input_qspec_map) or annotation.output_qspec is not None
+    return bool(node.users) and all(ops.is_quantize(user) for user in node.users)
