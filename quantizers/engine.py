@@ -89,8 +89,7 @@ class CapabilityQuantizer(Quantizer):
         """Annotate in graph order; ops that another Quantizer has annotated are left to it."""
         wanted = self._wanted(model)
         data = ops.data_nodes(model)
-        nodes = [n for n in model.graph.nodes if n in data and ops.kind_of(n) is not None and not _annotated(n)]
-        for node in nodes:
+        for node in [n for n in model.graph.nodes if n in data and ops.is_op(n)]:
             if not _annotated(node):
                 self._annotate(node, wanted.get(node, self.scheme), data)
         return model

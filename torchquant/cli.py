@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torchquant import batches as data
 from torchquant import flow, serialize, sources
 from torchquant.backends import executorch_xnnpack, inductor_x86
-from torchquant.errors import InputError, TorchquantError
+from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 from torchquant.program import Program
 from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
@@ -144,6 +144,8 @@ def _load(path: Path) -> Program:
 
 def main() -> None:
     """Run the command; errors of ours are one line on stderr and exit code 1."""
+    warnings.simplefilter("ignore")  # torch's notes to its own developers
+    warnings.simplefilter("always", TorchquantWarning)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app(standalone_mode=True)

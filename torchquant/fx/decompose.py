@@ -243,6 +243,7 @@ RULES: dict[Any, Callable[[_Builder, Node], Node | None]] = {
 
 def decompose(model: GraphModule) -> int:
     """Apply every rule where it fits, fold what depends on constants alone; returns how many nodes changed."""
+    _fill_values(model)
     fold_constants(model)
     done = 0
     for node in list(model.graph.nodes):
@@ -257,6 +258,16 @@ def decompose(model: GraphModule) -> int:
     model.graph.lint()
     model.recompile()
     return done
+
+
+def _fill_values(model: GraphModule) -> None:
+    """Give dequantize nodes, which `convert_pt2e` makes without a fake value, that of what they stand for."""
+    for node in model.graph.nodes:
+        source = node.args[0] if ops.is_dequantize(node) and "val" not in node.meta else None
+        if isinstance(source, Node) and source.op != "get_attr" and source.args:
+            value = source.args[0].meta.get("val") if isinstance(source.args[0], Node) else None
+            if value is not None:
+                node.meta["val"] = value
 
 
 def _split_chunks(model: GraphModule) -> int:

@@ -136,6 +136,11 @@ def kind_of(node: Node) -> OpKind | None:
     return _BY_OVERLOAD.get(target._schema.name.removeprefix("aten::") + "." + target._overloadname)
 
 
+def is_op(node: Node) -> bool:
+    """Whether the node calls an operator (not a getter, an observer, or a higher-order op)."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
 def op_name(node: Node) -> str:
     """The op kind's name, or the bare op name for an op outside the table."""
     kind = kind_of(node)
