@@ -1,0 +1,111 @@
+"""Seeds, and what is expensive once for the whole session: lowered programs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+
+import torchquant as tq
+from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.fx import passes
+from torchquant.quantizers.x86 import X86Quantizer
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+
+DATA = Path(os.environ.get("TORCHQUANT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    if not DATA.is_dir():
+        pytest.skip(f"needs the data sets in {DATA} (TORCHQUANT_DATA)")
+    return DATA
+
+
+@dataclass
+class Lowered:
+    """A float graph, what became of it, and one batch."""
+
+    exported: Any
+    quantized: Any
+    program: Any
+    batch: Any
+
+    def expected(self, *inputs):
+        return self.quantized(*(inputs or self.batch))
+
+
+def lowered(backend, quantizer, model, batch, dynamic_shapes=None) -> Lowered:
+    exported = tq.export(model.eval(), batch, dynamic_shapes=dynamic_shapes)
+    quantized = tq.quantize(exported, batch, [batch], quantizer=quantizer, algorithms=(), progress=False)
+    reference = passes.copy_graph(quantized)
+    return Lowered(exported, reference, backend.lower(quantized, batch), batch)
+
+
+@pytest.fixture(scope="session")
+def x86_pixels() -> Lowered:
+    """conv2d, residual, linears on 2-D, 3-D and permuted 4-D inputs; dynamic batch."""
+    torch.manual_seed(0)
+    batch = (torch.randn(3, 4, 8, 8),)
+    inductor = inductor_settings()
+    found = lowered(inductor_x86, X86Quantizer(), nets.Pixels(), batch, ({0: torch.export.Dim("batch")},))
+    found.settings_before, found.settings_after = inductor, inductor_settings()
+    return found
+
+
+def inductor_settings():
+    return {**torch._inductor.config.save_config_portable(), "grad": torch.is_grad_enabled()}
+
+
+@pytest.fixture(scope="session")
+def x86_residual() -> Lowered:
+    torch.manual_seed(0)
+    return lowered(inductor_x86, X86Quantizer(), nets.Residual(), (torch.randn(2, 16), torch.randn(2, 4, 8, 8)))
+
+
+@pytest.fixture(scope="session")
+def x86_block() -> Lowered:
+    torch.manual_seed(0)
+    return lowered(inductor_x86, X86Quantizer("dynamic_int8"), nets.Block(), (torch.randn(2, 8, 32),))
+
+
+@pytest.fixture(scope="session")
+def pte_mobile() -> Lowered:
+    torch.manual_seed(0)
+    model = nets.Mobile().train()
+    for _ in range(3):
+        model(torch.randn(4, 3, 16, 16))
+    return lowered(executorch_xnnpack, XnnpackQuantizer(), model, (torch.randn(1, 3, 16, 16),))
+
+
+@pytest.fixture(scope="session")
+def pte_shared() -> Lowered:
+    torch.manual_seed(0)
+    return lowered(executorch_xnnpack, XnnpackQuantizer(), nets.Shared(), (torch.randn(1, 3, 8, 8),))
+
+
+@pytest.fixture(scope="session")
+def pte_block() -> Lowered:
+    torch.manual_seed(0)
+    return lowered(executorch_xnnpack, XnnpackQuantizer(), nets.Block(), (torch.randn(1, 8, 32),))
+
+
+@pytest.fixture(scope="session")
+def pte_static_block() -> Lowered:
+    torch.manual_seed(0)
+    return lowered(executorch_xnnpack, XnnpackQuantizer("static_int8"), nets.Block(), (torch.randn(1, 8, 32),))
+
+
+@pytest.fixture(scope="session")
+def pte_difference() -> Lowered:
+    torch.manual_seed(0)
+    batch = (torch.randn(2, 4), torch.randn(2, 4))
+    return lowered(executorch_xnnpack, XnnpackQuantizer(), nets.Difference(), batch)

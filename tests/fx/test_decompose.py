@@ -1,0 +1,188 @@
+"""Every rewrite keeps the float function, and leaves alone what it cannot rewrite."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Call
+from torch import nn
+
+import torchquant as tq
+from torchquant.fx import passes
+from torchquant.fx.decompose import RULES, decompose
+
+attend = F.scaled_dot_product_attention
+
+
+def x3():
+    return (torch.randn(2, 3, 8),)
+
+
+def qkv():
+    return torch.randn(2, 4, 6, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 5)
+
+
+def masked(kind):
+    """q, k, v and a mask in which every row keeps at least its first key."""
+    mask = torch.rand(2, 1, 6, 7) > 0.5
+    mask[..., 0] = True
+    return *qkv(), mask if kind == "bool" else torch.zeros(2, 1, 6, 7).masked_fill(~mask, -math.inf)
+
+
+def module(m, x):
+    return m.inner(x)
+
+
+def affine(norm):
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.uniform_(0.5, 1.5)
+    return norm
+
+
+CASES = {
+    "layer_norm": (Call(module, inner=affine(nn.LayerNorm(8, eps=0.1))), x3),
+    "layer_norm without affine": (Call(module, inner=nn.LayerNorm(8, elementwise_affine=False)), x3),
+    "layer_norm without bias": (Call(module, inner=affine(nn.LayerNorm(8, bias=False))), x3),
+    "layer_norm, eps by keyword": (Call(lambda m, x: torch.layer_norm(x, [8], eps=0.5)), x3),
+    "rms_norm": (Call(module, inner=affine(nn.RMSNorm(8))), x3),
+    "rms_norm without weight": (Call(module, inner=nn.RMSNorm(8, elementwise_affine=False, eps=0.1)), x3),
+    "rms_norm by hand": (Call(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), x3),
+    "attention": (Call(lambda m, q, k, v: attend(q, k, v)), qkv),
+    "attention, causal": (Call(lambda m, q, k, v: attend(q, k, v, is_causal=True)), qkv),
+    "attention, scale": (Call(lambda m, q, k, v: attend(q, k, v, scale=0.3)), qkv),
+    "attention, bool mask": (Call(lambda m, q, k, v, a: attend(q, k, v, a)), lambda: masked("bool")),
+    "attention, float mask with -inf": (Call(lambda m, q, k, v, a: attend(q, k, v, a)), lambda: masked("float")),
+    "attention, constant mask": (
+        Call(lambda m, q, k, v: attend(q, k, v, torch.ones(6, 7, dtype=torch.bool).tril())),
+        qkv,
+    ),
+    "mean last": (Call(lambda m, x: x.mean(-1)), x3),
+    "mean last kept": (Call(lambda m, x: x.mean(-1, keepdim=True) * x), x3),
+    "sum last": (Call(lambda m, x: x.sum(-1)), x3),
+    "sum first": (Call(lambda m, x: x.sum(0)), x3),
+    "sum middle kept": (Call(lambda m, x: x.sum(1, keepdim=True)), x3),
+    "vector norm": (Call(lambda m, x: torch.linalg.vector_norm(x, dim=-1)), x3),
+    "normalize": (Call(lambda m, x: F.normalize(x, dim=-1)), x3),
+    "chunk": (Call(lambda m, x: x.chunk(3, -1)[2] - x.chunk(3, -1)[1][..., :2]), x3),
+    "split": (Call(lambda m, x: torch.cat(x.split([1, 2], 1)[::-1], 1)), x3),
+    "scalars": (Call(lambda m, x: (x * 2.5 + 1e-3 - 0.25) / 3), x3),
+    "near scalars": (Call(lambda m, x: (x + 1.0000001) * 1.0000002), x3),
+    "reversed subtraction": (Call(lambda m, x: 1 - x), x3),
+    "unsqueeze": (Call(lambda m, x: x.unsqueeze(1)), x3),
+    "transpose": (Call(lambda m, x: x.transpose(-1, 0)), x3),
+    "needless expand": (Call(lambda m, x: x * x[:, :1].expand(2, 3, 8)), x3),
+    "expand_as scaled": (Call(lambda m, x: torch.add(x, x[:, :1].expand_as(x), alpha=2)), x3),
+    "folded constants": (Call(lambda m, x: x * torch.arange(8).float().exp()), x3),
+}
+OTHER = {  # nothing to rewrite, or nothing that may be
+    "alpha": (Call(lambda m, x: torch.sub(x, 2, alpha=3)), x3),
+    "reversed alpha": (Call(lambda m, x: torch.rsub(x, 2, alpha=3)), x3),
+    "layer_norm over two axes": (Call(lambda m, x: F.layer_norm(x, [3, 8])), x3),
+    "attention of grouped queries": (
+        Call(lambda m, q, k, v: attend(q, k[:, :2], v[:, :2], enable_gqa=True)),
+        qkv,
+    ),
+    "attention in 3-D": (Call(lambda m, q, k, v: attend(q[0], k[0], v[0])), qkv),
+    "sum in float64": (Call(lambda m, x: x.sum(-1, dtype=torch.float64)), x3),
+    "another norm": (Call(lambda m, x: torch.linalg.vector_norm(x, ord=1, dim=-1)), x3),
+    "floor division": (Call(lambda m, x: torch.div(x, 2, rounding_mode="floor")), x3),
+    "expand that is returned": (Call(lambda m, x: x[:, :1].expand(2, 3, 8)), x3),
+    "shared expand": (Call(lambda m, x: x[:, :1].expand(2, 3, 8) + x[:1].expand(2, 3, 8)), x3),
+}
+_0D = "fx/decompose.py: scalar_operand makes the number a (1,) tensor, so a 0-D operand becomes (1,)"
+_ROW = "fx/decompose.py: attention drops SDPA's rule that a query with every key masked gives 0 (uniform or NaN here)"
+BROKEN = {
+    "0-D times a number": (Call(lambda m, x: x.sum(dim=(0, 1, 2)) * 2), x3, _0D),
+    "0-D sum of 1-D": (Call(lambda m, x: x.sum(dim=0) / 2), lambda: (torch.randn(5),), _0D),
+    "sum over all axes kept": (
+        Call(lambda m, x: torch.sum(x, dim=None, keepdim=True)),
+        x3,
+        "fx/decompose.py: total takes len() of dim=None: TypeError",
+    ),
+    "attention, scale 0": (
+        Call(lambda m, q, k, v: attend(q, k, v, scale=0.0)),
+        qkv,
+        "fx/decompose.py: `given.get('scale') or ...` takes scale=0.0 for no scale",
+    ),
+    "attention, bool row masked": (
+        Call(lambda m, q, k, v, a: attend(q, k, v, a.logical_and(torch.arange(6)[:, None] > 0))),
+        lambda: masked("bool"),
+        _ROW,
+    ),
+    "attention, float row masked": (
+        Call(lambda m, q, k, v, a: attend(q, k, v, torch.full_like(a, -math.inf))),
+        lambda: masked("float"),
+        _ROW,
+    ),
+    "attention, keys broadcast": (
+        Call(lambda m, q, k, v: attend(q, k[:1], v[:1])),
+        qkv,
+        "fx/decompose.py: attention reshapes keys to the queries' batch: RuntimeError where they broadcast",
+    ),
+}
+
+
+def before_and_after(model, inputs):
+    exported = tq.export(model, inputs)
+    changed = passes.copy_graph(exported)
+    count = decompose(changed)
+    return count, exported(*inputs), changed(*inputs)
+
+
+def assert_same(expected, found):
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
+    assert float(error) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rewrite_keeps_the_float_function(name):
+    model, inputs = CASES[name]
+    count, expected, found = before_and_after(model, inputs())
+    assert count or name == "folded constants"
+    assert_same(expected, found)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_no_rewrite_fits_keeps_its_function(name):
+    model, inputs = OTHER[name]
+    _, expected, found = before_and_after(model, inputs())
+    assert_same(expected, found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
+        for name, (_, _, reason) in BROKEN.items()
+    ],
+)
+def test_a_rewrite_keeps_the_float_function_at_the_edges(name):
+    model, inputs, _ = BROKEN[name]
+    _, expected, found = before_and_after(model, inputs())
+    assert_same(expected, found)
+
+
+def test_no_composite_op_is_left_of_a_transformer_block():
+    from nets import Block
+
+    graph = tq.export(Block(), torch.randn(1, 8, 32))
+    decompose(graph)
+    left = {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
+    assert not [t for t in left if any(w in t for w in ("layer_norm", "attention", "chunk", "split"))]
+
+
+def test_dynamic_shapes_are_left_alone():
+    from nets import Block
+
+    x = torch.randn(2, 8, 32)
+    graph = tq.export(Block(), x, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    before = [n.target for n in graph.graph.nodes if n.target in RULES]
+    assert before
+    expected = graph(x[:1])
+    decompose(graph)
+    assert [n.target for n in graph.graph.nodes if n.target in RULES] == before
+    assert torch.equal(graph(x[:1]), expected)

@@ -1,0 +1,52 @@
+"""X86Quantizer: uint8 activations and int8 weights for conv1d, conv2d and linear; the rest float, with the reason."""
+
+import nets
+import pytest
+import torch
+from nets import Call
+from torch import nn
+
+import torchquant as tq
+from torchquant.quantizers.x86 import X86Quantizer
+
+
+def test_convolutions_and_linears_get_u8_activations_and_s8_weights():
+    image = torch.randn(2, 4, 8, 8)
+    prepared = tq.prepare(tq.export(nets.Pixels(), image), X86Quantizer())
+    compute = [s for s in tq.report(prepared).sites if s.compute]
+    assert len(compute) == 5
+    for site in compute:
+        assert site.status == "quantized"
+        assert site.activation.describe() == "uint8[0,255] per tensor"
+        assert site.weight.describe() == "int8[-127,127] per channel 0"
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose2d(3, 4, 2), (1, 3, 8, 8)),
+        (nn.Conv3d(3, 4, 2), (1, 3, 4, 4, 4)),
+        (nn.Conv2d(3, 4, 3), (3, 8, 8)),
+        (nn.Linear(8, 4), (8,)),
+        (nn.Embedding(8, 4), (2, 3)),
+        (nn.LSTM(8, 4), (2, 3, 8)),
+    ],
+)
+def test_what_inductor_runs_in_float_is_left_float_with_the_reason(layer, shape):
+    x = torch.zeros(shape, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.randn(shape)
+    prepared = tq.prepare(tq.export(Call(lambda m, x: m.inner(x), inner=layer), x), X86Quantizer())
+    compute = [s for s in tq.report(prepared).sites if s.compute]
+    assert compute
+    assert all(s.status == "unsupported" and s.reason for s in compute)
+
+
+def test_dynamic_leaves_convolutions_float_and_says_which_scheme_runs_them():
+    image = torch.randn(2, 4, 8, 8)
+    prepared = tq.prepare(tq.export(nets.Pixels(), image), X86Quantizer("dynamic_int8"))
+    by_op = {}
+    for s in tq.report(prepared).sites:
+        by_op.setdefault(s.op, set()).add((s.status, s.reason))
+    assert by_op["linear"] == {("quantized", "")}
+    ((status, reason),) = by_op["conv2d"]
+    assert status == "unsupported"
+    assert "static_int8" in reason

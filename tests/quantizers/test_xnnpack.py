@@ -1,0 +1,94 @@
+"""XnnpackQuantizer: int8 from op to op, shared qparams, and dynamic for transformers."""
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Call
+from torch import nn
+
+import torchquant as tq
+from torchquant.fx import ops
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+
+
+def test_a_mobilenet_block_is_int8_from_the_first_conv_to_the_classifier():
+    image = torch.randn(1, 3, 16, 16)
+    quantized = tq.quantize(
+        nets.Mobile().eval(), image, [image], quantizer=XnnpackQuantizer(), algorithms=(), progress=False
+    )
+    sites = tq.report(quantized).sites
+    assert {s.op for s in sites if s.status == "quantized"} >= {
+        "conv2d",
+        "add",
+        "hardtanh",
+        "adaptive_avg_pool2d",
+        "linear",
+    }
+    assert tq.report(quantized).coverage == "5/5"
+
+
+def test_a_clamp_is_observed_behind_and_not_before_it():
+    image = torch.randn(1, 3, 8, 8)
+    prepared = tq.prepare(tq.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6()), image), XnnpackQuantizer())
+    conv, clamp = (
+        n for n in prepared.graph.nodes if n.op == "call_function" and ops.op_name(n) in ("conv2d", "hardtanh")
+    )
+    assert list(conv.users) == [clamp]
+    assert [u.op for u in clamp.users] == ["call_module"]
+
+
+@pytest.mark.parametrize("op", ["cat", "max_pool2d", "pad", "slice", "reshape"])
+def test_what_moves_data_keeps_its_inputs_qparams(op):
+    moves = {
+        "cat": lambda a, b: torch.cat([a, b], 1),
+        "max_pool2d": lambda a, b: F.max_pool2d(a, 2),
+        "pad": lambda a, b: F.pad(a, (1, 1)),
+        "slice": lambda a, b: a[:, :, 1:3],
+        "reshape": lambda a, b: a.permute(0, 1, 3, 2),
+    }
+    model = Call(lambda m, x: moves[op](m.left(x), m.right(x) * 100), left=nn.Conv2d(3, 4, 1), right=nn.Conv2d(3, 4, 1))
+    image = torch.randn(1, 3, 8, 8)
+    quantized = tq.quantize(
+        model, image, [image], quantizer=XnnpackQuantizer("static_int8"), algorithms=(), progress=False
+    )
+    node = next(n for n in quantized.graph.nodes if n.op == "call_function" and ops.op_name(n) == op)
+    before = [n.args[1:3] for n in node.all_input_nodes if ops.is_dequantize(n)]
+    behind = [u.args[1:3] for u in node.users if ops.is_quantize(u)]
+    assert before
+    assert behind
+    assert len({*before, *behind}) == 1
+
+
+def test_auto_is_dynamic_for_a_transformer_and_static_for_a_cnn():
+    def dynamic(model, x):
+        sites = tq.report(tq.prepare(tq.export(model, x), XnnpackQuantizer())).sites
+        return {s.activation.dynamic for s in sites if s.op in ("linear", "conv2d")}
+
+    assert dynamic(nets.Block(), torch.randn(1, 8, 32)) == {True}
+    assert dynamic(nets.cnn(), torch.randn(1, 3, 8, 8)) == {False}
+    assert dynamic(nets.mlp(), torch.randn(2, 8)) == {False}
+
+
+def test_static_runs_a_linear_that_joins_a_float_residual_sum_dynamically_and_says_so():
+    x = torch.randn(1, 8, 32)
+    prepared = tq.prepare(tq.export(nets.Block(), x), XnnpackQuantizer("static_int8"))
+    sites = {s.module: s for s in tq.report(prepared).sites if s.op == "linear"}
+    assert {m for m, s in sites.items() if s.activation.dynamic} == {"out", "down"}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Call(lambda m, x: torch.add(m.inner(x), m.inner(x), alpha=2), inner=nn.Conv2d(3, 4, 1)), "alpha = 1"),
+        (Call(lambda m, x: F.max_pool2d(m.inner(x), 3, ceil_mode=True), inner=nn.Conv2d(3, 4, 1)), "ceil_mode"),
+        (Call(lambda m, x: F.adaptive_avg_pool2d(m.inner(x), 2), inner=nn.Conv2d(3, 4, 1)), "1 x 1"),
+        (Call(lambda m, x: m.inner(x).mean((2, 3)), inner=nn.Conv2d(3, 4, 1)), "last two axes, kept"),
+        (Call(lambda m, x: F.pad(m.inner(x), (1, 1), value=2.0), inner=nn.Conv2d(3, 4, 1)), "constant zero"),
+        (Call(lambda m, x: m.inner(x), inner=nn.ConvTranspose2d(3, 6, 2, groups=3)), "grouped transposed"),
+        (Call(lambda m, x: F.softmax(m.inner(x), -1), inner=nn.Conv2d(3, 4, 1)), "in float"),
+    ],
+)
+def test_what_the_delegate_cannot_do_in_int8_stays_float_with_the_reason(model, words):
+    prepared = tq.prepare(tq.export(model, torch.randn(1, 3, 8, 8)), XnnpackQuantizer("static_int8"))
+    assert [s for s in tq.report(prepared).sites if s.status == "unsupported" and words in s.reason]

@@ -1,0 +1,91 @@
+"""encode and decode: the grid's promises, and equality with torch's own quantize ops."""
+
+import pytest
+import torch
+import torch.ao.quantization.fx._decomposed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchquant import formats
+from torchquant.errors import SchemeError
+from torchquant.types import Format, QParams
+
+OPS = torch.ops.quantized_decomposed
+FORMATS = (formats.INT8, formats.INT8_NARROW, formats.UINT8, formats.UINT7, Format("int4", torch.int8, -8, 7))
+
+
+@st.composite
+def grids(draw):
+    """A format, scales and zero points (one, or one a channel), and a tensor of values on and off the grid."""
+    format, channels = draw(st.sampled_from(FORMATS)), draw(st.integers(1, 4))
+    axis = draw(st.sampled_from([None, 0, 1]))
+    count = 1 if axis is None else channels
+    scale = torch.tensor(draw(st.lists(st.floats(2**-13, 1024, width=32), min_size=count, max_size=count)))
+    points = st.integers(format.quant_min, format.quant_max)
+    zero_point = torch.tensor(draw(st.lists(points, min_size=count, max_size=count)))
+    values = draw(st.lists(st.floats(-10000, 10000, width=32), min_size=3 * channels, max_size=3 * channels))
+    x = torch.tensor(values).reshape((channels, 3) if axis != 1 else (3, channels))
+    if axis is None:
+        scale, zero_point = scale[0], zero_point[0]
+    return x, QParams(format.dtype, format.quant_min, format.quant_max, axis, scale=scale, zero_point=zero_point)
+
+
+@given(grids())
+@settings(max_examples=200, deadline=None)
+def test_codes_come_back_from_their_values_and_equal_torchs(case):
+    x, q = case
+    codes = formats.encode(x, q)
+    assert codes.dtype == q.dtype
+    assert codes.min() >= q.quant_min
+    assert codes.max() <= q.quant_max
+    assert torch.equal(formats.encode(formats.decode(codes, q), q), codes)
+    values = formats.decode(codes, q)
+    limits = (q.quant_min, q.quant_max, q.dtype)
+    if q.axis is None:
+        arguments = (float(q.scale), int(q.zero_point), *limits)
+        theirs = OPS.quantize_per_tensor(x, *arguments)
+        back = OPS.dequantize_per_tensor(theirs, *arguments)
+    else:
+        arguments = (q.scale, q.zero_point, q.axis, *limits)
+        theirs = OPS.quantize_per_channel(x, *arguments)
+        back = OPS.dequantize_per_channel(theirs, *arguments)
+    # torch multiplies by 1 / scale, so codes may differ where x / scale lies within rounding of a half
+    steps = (x.double() / formats.broadcast(q.scale, q.axis, x.ndim).double()).abs()
+    halves = (steps - steps.floor() - 0.5).abs() <= 1e-5 * steps.clamp(min=1)
+    assert torch.equal(codes[~halves], theirs[~halves])
+    assert torch.equal(values[codes == theirs], back[codes == theirs])
+
+
+@given(grids())
+@settings(max_examples=100, deadline=None)
+def test_the_rounding_error_inside_the_range_is_at_most_half_a_step(case):
+    x, q = case
+    scale = formats.broadcast(q.scale, q.axis, x.ndim)
+    zero_point = formats.broadcast(q.zero_point, q.axis, x.ndim)
+    inside = (x >= (q.quant_min - zero_point) * scale) & (x <= (q.quant_max - zero_point) * scale)
+    error = (formats.decode(formats.encode(x, q), q) - x).abs()
+    bound = 0.5 * scale + 1e-6 * x.abs()
+    assert bool((error <= bound * (1 + 1e-5))[inside].all())
+
+
+@pytest.mark.parametrize(("format", "bits"), list(zip(FORMATS, (8, 8, 8, 7, 4), strict=True)))
+def test_a_format_knows_its_bits(format, bits):
+    assert format.bits == bits
+
+
+def test_a_channels_scale_is_shared_by_its_weights():
+    assert formats.bits_per_weight(formats.INT8, 32) == 9
+    assert formats.bits_per_weight(formats.INT8, 3200) == pytest.approx(8.01)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(torch.float32, 0, 1), (torch.int8, -129, 0), (torch.uint8, -1, 5), (torch.int8, 3, 3)]
+)
+def test_a_grid_that_its_dtype_cannot_hold_is_refused(arguments):
+    with pytest.raises(SchemeError, match="format 'odd'"):
+        Format("odd", *arguments)
+
+
+def test_qparams_without_a_scale_encode_nothing():
+    with pytest.raises(ValueError, match="carry no scale"):
+        formats.encode(torch.ones(2), QParams(torch.int8, -128, 127))
