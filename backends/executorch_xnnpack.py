@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
@@ -169,9 +168,7 @@ class XnnpackProgram(Program):
         self._buffer = buffer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        data.check(self.inputs, kwargs if kwargs and not args else (*args, *kwargs.values()))
-        leaves = pytree.tree_leaves((args, kwargs))
-        found = self._method.execute([v.contiguous() if isinstance(v, torch.Tensor) else v for v in leaves])
+        found = self._method.execute([t.contiguous() for t in data.arrange(self.inputs, args, kwargs)])
         return found[0] if len(found) == 1 else tuple(found)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -212,8 +209,10 @@ def lower(
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
     _refuse_unrunnable(wanted)
     _refuse_unshared(quantized)
+    _refuse_narrow(quantized, allowed)
     passes.remove_dead_weights(quantized)
     reference = passes.copy_graph(quantized)
+    passes.make_float(reference, allowed)
     passes.per_token_linears(reference)  # what the delegate makes of a dynamic linear, whatever the graph says
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
     data.check(data.input_specs(quantized), batch, "example_inputs")
@@ -238,7 +237,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     """
     buffer = bytes(_delegate(_executorch(), exported, example_inputs).to_executorch().buffer)
     program = XnnpackProgram(buffer)
-    program.inputs, program.sites = data.input_specs(exported), ()
+    program.inputs, program.sites, program.proof = data.input_specs(exported), (), None
     return program, len(buffer)
 
 
@@ -258,7 +257,7 @@ def load(path: str | os.PathLike[str]) -> XnnpackProgram:
         program = XnnpackProgram(content)
     except (LoweringError, RuntimeError) as error:
         raise ArtifactError(f"{file} is truncated or from another ExecuTorch: {error}") from error
-    program.inputs, program.sites = _inputs_of(program), ()
+    program.inputs, program.sites, program.proof = _inputs_of(program), (), None
     return program
 
 
@@ -339,7 +338,7 @@ def _refuse_unshared(graph: GraphModule) -> None:
         if ops.op_name(node) not in ("cat", "max_pool2d", "slice") or ops.kind_of(node) is None:
             continue
         behind = [u for u in node.users if ops.is_quantize(u)]
-        before = [n for n in ops.data_inputs(node, ops.BY_NAME[ops.op_name(node)]) if ops.is_dequantize(n)]
+        before = [n for n in node.all_input_nodes if ops.is_dequantize(n)]
         for quantize in behind:
             for dequantize in before:
                 if quantize.args[1:3] != dequantize.args[1:3]:
@@ -348,6 +347,22 @@ def _refuse_unshared(graph: GraphModule) -> None:
                         f"{quantize.args[1:3]}, and XNNPACK's programs with that fail to load. Give its inputs and "
                         "output one SharedQuantizationSpec."
                     )
+
+
+def _refuse_narrow(graph: GraphModule, allowed: set[str]) -> None:
+    """Static activations on another grid than int8 -128..127: the delegate does not know the declared range."""
+    for node in graph.graph.nodes:
+        if not ops.is_quantize(node) or ops.is_constant(node) or isinstance(node.args[1], Node):
+            continue
+        given = ops.arguments(node)
+        grid = (given.get("dtype"), given.get("quant_min"), given.get("quant_max"))
+        around = {str(node.args[0]), *(str(user) for dequantize in node.users for user in dequantize.users)}
+        if grid != (torch.int8, -128, 127) and not around & allowed:
+            raise LoweringError(
+                f"the tensor between {node.args[0]} and {', '.join(sorted(around - {str(node.args[0])}))} is quantized "
+                f"to {grid[0]} {grid[1]}..{grid[2]}, and XNNPACK's static ops compute in int8 -128..127 whatever the "
+                "graph says. Change the Quantizer's spec."
+            )
 
 
 def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -> Any:

@@ -91,8 +91,10 @@ class X86Program(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
-        data.check(self.inputs, kwargs if kwargs and not args else (*args, *kwargs.values()))
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
+        tensors = [self._own(t) for t in data.arrange(self.inputs, args, kwargs)]
+        structure = pytree.treespec_loads(self._about.structure)
+        if structure.num_leaves == len(tensors):
+            args, kwargs = pytree.tree_unflatten(tensors, structure)
         with torch.no_grad():
             return self._run(*args, **kwargs)
 
@@ -144,7 +146,9 @@ def lower(
     data.check(inputs, batch, "example_inputs")
     folder = Path(tempfile.mkdtemp(prefix="torchquant-x86-"))
     try:
-        raw = _compile(quantized, batch, folder / "raw.pt2")
+        reference = passes.copy_graph(quantized)
+        passes.make_float(reference, allowed)
+        raw = _compile(reference, batch, folder / "raw.pt2")
         kernels = _kernels(raw)
         wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
         fused = _prove_integer(wanted, kernels)
@@ -153,7 +157,7 @@ def lower(
         raw.unlink()
         run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
         found = hold_against(
-            quantized,
+            reference,
             run,
             _sizes(quantized, batch),
             min_sqnr_db=min_sqnr_db,
@@ -161,11 +165,16 @@ def lower(
             target=TARGET,
         )
         proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
-        write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote))
+        write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
         return X86Program(package, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _structure(batch: Any) -> str:
+    """The pytree of the arguments, with None and numbers as what they are and tensors as leaves."""
+    return str(pytree.treespec_dumps(pytree.tree_structure(data.split(batch))))
 
 
 class _OnCopies:
@@ -229,7 +238,7 @@ def _problem(site: Site) -> str:
         return "only its weight is quantized: Inductor folds such weights back to float"
     if weight is None or weight.dtype != torch.int8:
         return f"its weight is {weight.dtype if weight else 'float'}, and the kernels take int8"
-    if weight.axis not in (None, 0) or weight.scale is None:
+    if weight.axis not in (None, 0) or weight.scale is None or weight.group_size:
         return "its weight has scales by group or on another axis, which Inductor folds back to float"
     if weight.zero_point is not None and bool(weight.zero_point.any()):
         return "its weight has zero points, and the kernels take symmetric weights"
@@ -241,9 +250,10 @@ def _problem(site: Site) -> str:
 def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
     try:
         graph = passes.copy_graph(quantized)
+        passes.conv1d_to_conv2d(graph)
         passes.flatten_quantized_linears(graph)
         exported = export_again(graph, batch)
-        with torch.no_grad():
+        with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.metadata": {}}):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error

@@ -91,7 +91,7 @@ class CapabilityQuantizer(Quantizer):
         data = ops.data_nodes(model)
         for node in [n for n in model.graph.nodes if n in data and ops.is_op(n)]:
             if not _annotated(node):
-                self._annotate(node, wanted.get(node, self.scheme), data)
+                self._annotate(node, wanted, data)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -113,7 +113,8 @@ class CapabilityQuantizer(Quantizer):
         """What the user's patterns ask of each node: a scheme name, or None for float."""
         return {n: scheme for pattern, scheme in self.overrides.items() for n in match(model, pattern)}
 
-    def _annotate(self, node: Node, scheme: str | None, data: set[Node]) -> None:
+    def _annotate(self, node: Node, wanted: Mapping[Node, str | None], data: set[Node]) -> None:
+        scheme = wanted.get(node, self.scheme)
         if scheme is None:
             note(node, "excluded", "excluded by the user")
             return
@@ -125,7 +126,7 @@ class CapabilityQuantizer(Quantizer):
         elif row.role == "shared":
             self._share(node, row, scheme)
         else:
-            self._observe(node, row, scheme, why)
+            self._observe(node, row, scheme, why, [n for n, s in wanted.items() if s is None])
 
     def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
         """The scheme that this node gets where `scheme` was asked for, and why it is another one."""
@@ -153,7 +154,7 @@ class CapabilityQuantizer(Quantizer):
                 return "its weight is computed at run time, so it has no codes to store"
         return (row.condition(node, scheme) if row.condition else None) or ""
 
-    def _observe(self, node: Node, row: Capability, scheme: str, why: str) -> None:
+    def _observe(self, node: Node, row: Capability, scheme: str, why: str, excluded: Sequence[Node]) -> None:
         kind = ops.BY_NAME[row.op]
         spec = self.schemes[scheme]
         tensor = spec.activation
@@ -163,7 +164,7 @@ class CapabilityQuantizer(Quantizer):
         inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
         if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
             inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis)  # type: ignore[index]
-        tail = self._fused_tail(node, row)
+        tail = self._fused_tail(node, row, excluded)
         output = activation if row.observe_output and not spec.dynamic else None
         _mark(node, inputs, output if tail is node else None)
         note(node, "quantized", f"{scheme}: {why}" if why else scheme)
@@ -171,13 +172,13 @@ class CapabilityQuantizer(Quantizer):
             _mark(tail, {}, output)
             note(tail, "quantized", f"fused into {node.name}")
 
-    def _fused_tail(self, node: Node, row: Capability) -> Node:
+    def _fused_tail(self, node: Node, row: Capability, excluded: Sequence[Node]) -> Node:
         """The last node that the target computes in the same kernel as `node`."""
         fuses = (*row.fuses, "batch_norm") if self.is_qat and row.role == "weighted" else row.fuses
         tail = node
         while len(tail.users) == 1:
             user = next(iter(tail.users))
-            if ops.op_name(user) not in fuses or _annotated(user) or ops.kind_of(user) is None:
+            if ops.op_name(user) not in fuses or _annotated(user) or user in excluded or ops.kind_of(user) is None:
                 break
             tail = user
             if ops.op_name(user) != "batch_norm":
@@ -204,9 +205,8 @@ class CapabilityQuantizer(Quantizer):
             observer = PerTokenActivation if by_token else DynamicActivation
         elif self.is_qat:
             inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
-            observer = FusedMovingAvgObsFakeQuantize.with_args(observer=inner)
-            if per_channel:
-                observer = observer.with_args(ch_axis=axis)
+            extra = {"ch_axis": axis} if per_channel else {}
+            observer = FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
         else:
             observer = PerChannelWeight if per_channel else self.observer
         return QuantizationSpec(

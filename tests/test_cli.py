@@ -138,7 +138,6 @@ def test_report_reads_a_program_and_a_saved_graph(written, tmp_path):
     assert "1/1" in run("report", tq.save(graph, tmp_path / "graph.pt2")).output
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="cli.py report: a loaded .pte has no proof to print")
 def test_report_reads_a_pte(written):
     out, _ = written
     assert "executorch_xnnpack" in run("report", out / "executorch_xnnpack.pte").output
@@ -179,19 +178,15 @@ def test_an_error_of_ours_is_said_on_stderr_with_exit_code_1(name, capsys, monke
     assert not out
 
 
-@pytest.mark.xfail(strict=True, reason="cli.py: main wraps the message at the console's width")
 def test_an_error_is_one_line_however_long(capsys, monkeypatch):
     code, _, err = main("report", "no/" * 60 + "x.pt2", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 1
     assert len(err.strip().splitlines()) == 1
 
 
-_MARKUP = pytest.mark.xfail(strict=True, reason="cli.py: main prints the message as rich markup; escape it")
-
-
 @pytest.mark.parametrize(
     "name",
-    ["data[1].npz", pytest.param("[b]x.npz", marks=_MARKUP), pytest.param("x[/red].npz", marks=_MARKUP)],
+    ["data[1].npz", "[b]x.npz", "x[/red].npz"],
 )
 def test_an_error_shows_brackets_as_they_are(name, capsys, monkeypatch):
     code, _, err = main(

@@ -60,7 +60,6 @@ def test_a_training_model_is_exported_in_eval_mode_and_put_back(image):
 
 
 @pytest.mark.parametrize("outer", [True, False])
-@pytest.mark.xfail(strict=True, reason="flow.py: export restores the mode of the root only, for all submodules alike")
 def test_a_submodules_own_mode_is_put_back_too(image, outer):
     """A frozen BatchNorm in a training model, or the other way round."""
     model = nets.cnn().train(outer)
@@ -70,7 +69,6 @@ def test_a_submodules_own_mode_is_put_back_too(image, outer):
     assert model[1].training != outer
 
 
-@pytest.mark.xfail(strict=True, reason="flow.py: export leaves any GraphModule in training mode, also a symbolic trace")
 def test_a_symbolically_traced_model_is_exported_in_eval_mode():
     x = torch.ones(4, 64)
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5)).train())
@@ -125,12 +123,6 @@ def test_quantize_without_a_quantizer_says_what_is_missing():
         tq.quantize(nets.mlp(), x, [x], quantizer=[])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="fx/ops.py: qdq_name knows OpOverload targets only; torchao calls the packet "
-    "torch.ops.torchao.dequantize_affine, "
-    "so group-wise sites are reported as missed",
-)
 def test_groupwise_weights_of_a_foreign_observer_convert():
     x = torch.randn(2, 64)
     model = nn.Sequential(nn.Linear(64, 32))

@@ -137,10 +137,7 @@ def test_another_kind_of_artefact_is_refused(saved, tmp_path):
     "text",
     [
         "{",
-        pytest.param(
-            "[1]",
-            marks=pytest.mark.xfail(strict=True, reason=("archive.py: JSON that is no object raises AttributeError")),
-        ),
+        "[1]",
     ],
 )
 def test_broken_metadata_is_refused(saved, tmp_path, text):

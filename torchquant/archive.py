@@ -50,11 +50,13 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             if not names:
                 raise ArtifactError(f"{file} was not written by torchquant: it has no {NAME}; save it again")
             damaged = archive.testzip()
-            found: dict[str, Any] = json.loads(archive.read(names[0]))
+            found: Any = json.loads(archive.read(names[0]))
     except (zipfile.BadZipFile, EOFError, json.JSONDecodeError, zlib.error) as error:
         raise ArtifactError(f"{file} is truncated or not a .pt2 archive: {error}") from error
     if damaged:
         raise ArtifactError(f"{file} is damaged: {damaged} does not match its checksum")
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{file} is damaged: its {NAME} holds no object")
     if found.get("format") != FORMAT:
         writer = found.get("versions", {}).get("torchquant", "an unknown version")
         raise ArtifactError(
@@ -62,4 +64,4 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         )
     if found.get("kind") != kind:
         raise ArtifactError(f"{file} holds a {found.get('kind')!r}, not a {kind!r}")
-    return found
+    return dict(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,28 @@ def input_specs(model: GraphModule) -> tuple[InputSpec, ...]:
         for name, v in fakes
         if isinstance(v, torch.Tensor)
     )
+
+
+def arrange(specs: Sequence[InputSpec], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The tensors of a call in the order of `specs`: positional ones first, the others by name.
+
+    Raises:
+        InputError: too many, too few, an unknown name, or a tensor that does not fit.
+    """
+    names = [spec.name for spec in specs]
+    given = [v for v in pytree.tree_leaves(tuple(args)) if isinstance(v, torch.Tensor)]
+    rest = names[len(given) :]
+    if kwargs and set(kwargs) == set(rest):
+        given += [kwargs[name] for name in rest]
+    else:
+        given += [v for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, torch.Tensor)]
+        if set(kwargs) - set(names) and len(kwargs) == len(rest) == len(given) - len(names) + len(rest):
+            raise InputError(f"the model has no inputs {sorted(set(kwargs) - set(names))}; it takes {', '.join(names)}")
+    if len(given) != len(specs):
+        raise InputError(f"the input has {len(given)} tensors, the model takes {len(specs)}: {', '.join(names)}")
+    for value, spec in zip(given, specs, strict=True):
+        spec.check(value, "the input")
+    return given
 
 
 def check(specs: Sequence[InputSpec], batch: Any, name: str = "the input") -> None:

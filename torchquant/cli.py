@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
@@ -121,6 +122,8 @@ def _target(name: str) -> tuple[type[CapabilityQuantizer], Any, str]:
 
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
     if len(chosen) == 1 and not out.is_dir():
+        if not out.parent.is_dir():
+            raise InputError(f"the folder {out.parent} does not exist; create it, or choose another --out")
         return {chosen[0]: out}
     if not out.is_dir():
         raise InputError(f"{out} must be an existing folder to hold the artefacts of {len(chosen)} backends")
@@ -150,5 +153,5 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except TorchquantError as error:
-        _console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        _console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

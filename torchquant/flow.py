@@ -41,16 +41,16 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     if isinstance(model, GraphModule) and (is_prepared(model) or is_converted(model)):
         raise InputError("the model is prepared or converted already; export the float model")
     args, kwargs = data.split(example_inputs)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
-        exported = torch.export.export(
-            model if isinstance(model, GraphModule) else model.eval(), args, kwargs, dynamic_shapes=dynamic_shapes
-        ).module()
+        for module in modes:
+            module.training = False
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
     except Exception as error:
         raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_lines(error)}") from error
     finally:
-        if training and not isinstance(model, GraphModule):
-            model.train()
+        for module, training in modes.items():
+            module.training = training
     assert isinstance(exported, GraphModule)
     passes.inline_grad_regions(exported)
     return exported

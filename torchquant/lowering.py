@@ -21,8 +21,8 @@ from torchquant.verify import Comparison, compare
 
 __all__ = ["MIN_SQNR_DB", "accountable_sites", "hold_against", "names"]
 
-MIN_SQNR_DB = 40.0
-MARGIN_DB = 3.0
+MIN_SQNR_DB = 30.0
+MARGIN_DB = 6.0
 _EXACT = ("relu", "hardtanh", "cat", "max_pool2d", "pad", "embedding")  # ops that round nothing
 
 
@@ -85,8 +85,9 @@ def hold_against(
         raise LoweringError(f"{target}: the artefact was built but does not run: {error}") from error
     if found.sqnr_db >= min_sqnr_db:
         return found
-    bound = min(min_sqnr_db, compare(reference, Perturbed(reference, op_error), batches).sqnr_db - MARGIN_DB)
-    if math.isnan(found.sqnr_db) or found.sqnr_db < bound:
+    reproduced = min(compare(reference, Perturbed(reference, op_error, seed), batches).sqnr_db for seed in range(3))
+    bound = min(min_sqnr_db, reproduced - MARGIN_DB)
+    if found.sqnr_db == -math.inf or found.sqnr_db < bound:
         raise LoweringError(
             f"{target}: the artefact is {found.sqnr_db:.1f} dB from the converted graph (largest difference "
             f"{found.max_abs:.3g}); at least {bound:.1f} dB are required. Its kernels compute something else: "
@@ -98,7 +99,7 @@ def hold_against(
 class Perturbed(Interpreter):
     """Runs a graph with the result of each float op off by a relative error of up to `op_error`."""
 
-    def __init__(self, graph: GraphModule, op_error: float, seed: int = 0) -> None:
+    def __init__(self, graph: GraphModule, op_error: float, seed: int) -> None:
         super().__init__(graph)
         self.graph_module, self.op_error = graph, op_error
         self._noise = torch.Generator().manual_seed(seed)

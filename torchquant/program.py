@@ -43,12 +43,14 @@ class Metadata:
     """What a program knows about itself: its inputs, the sites of its graph, its proof.
 
     `overwrites_inputs`: the artefact writes into the tensors it is given, so a call must hand it copies.
+    `structure`: the pytree of (args, kwargs) that it was exported with, serialized.
     """
 
     inputs: tuple[InputSpec, ...]
     sites: tuple[Site, ...]
     proof: Proof
     overwrites_inputs: bool = False
+    structure: str = ""
 
 
 class Program(ABC):
@@ -57,7 +59,7 @@ class Program(ABC):
     target: str
     inputs: tuple[InputSpec, ...]
     sites: tuple[Site, ...]
-    proof: Proof
+    proof: Proof | None
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +83,7 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "sites": sites,
         "proof": asdict(about.proof),
         "overwrites_inputs": about.overwrites_inputs,
+        "structure": about.structure,
     }
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
         out.writestr(f"model/extra/{archive.NAME}", archive.text_of(target, payload))
@@ -91,7 +94,8 @@ def read_metadata(package: Path, target: str) -> Metadata:
     found = archive.read(package, target)
     proof = {**found["proof"], "comparison": Comparison(**found["proof"]["comparison"])}
     inputs = tuple(InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in found["inputs"])
-    return Metadata(inputs, tuple(_site_of(s) for s in found["sites"]), Proof(**proof), found["overwrites_inputs"])
+    sites = tuple(_site_of(s) for s in found["sites"])
+    return Metadata(inputs, sites, Proof(**proof), found["overwrites_inputs"], found["structure"])
 
 
 def _tensors_of(site: Site) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def _general(reason: str) -> str:
 def program_text(program: Program) -> str:
     """A program's size, kernels, proof, and what it runs in float."""
     proof = program.proof
+    if proof is None:
+        return f"\n{program.target}: {program.size_bytes:,} bytes (the file carries no proof; lower again to get one)"
     kernels = ", ".join(f"{n} {name}" for name, n in sorted(proof.kernels.items())) or "none"
     lines = [
         f"\n{program.target}: {program.size_bytes:,} bytes",

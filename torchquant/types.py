@@ -129,6 +129,7 @@ class QParams:
         axis: channel axis, or None for one scale for the tensor (or the token, or the group).
         dynamic: the scale is computed from the tensor at run time.
         scale, zero_point: (channels,) or scalar tensors; None in a prepared graph and when dynamic.
+        group_size: how many neighbours on the last axis share a scale, or None.
     """
 
     dtype: torch.dtype
@@ -138,10 +139,12 @@ class QParams:
     dynamic: bool = False
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
+    group_size: int | None = None
 
     def describe(self) -> str:
         """For example `int8[-127,127] per channel 0`."""
-        where = "dynamic" if self.dynamic else "per tensor" if self.axis is None else f"per channel {self.axis}"
+        where = "per tensor" if self.axis is None else f"per channel {self.axis}"
+        where = f"per group of {self.group_size}" if self.group_size else "dynamic" if self.dynamic else where
         return f"{str(self.dtype).removeprefix('torch.')}[{self.quant_min},{self.quant_max}] {where}"
 
 

@@ -32,9 +32,27 @@ class Comparison:
 
 
 def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
-    """Signal to quantization noise in dB: 10 log10(|ref|^2 / |ref - out|^2), infinite if equal."""
-    reference, output = reference.double(), output.double()
-    return _db(float(reference.square().sum()), float((reference - output).square().sum()))
+    """Signal to quantization noise in dB: 10 log10(|ref|^2 / |ref - out|^2), infinite if equal.
+
+    NaN and infinities must stand in the same places, else it is minus infinity.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    _check_outputs([reference], [output])
+    return _db(*_signal_and_noise(reference, output)[:2])
+
+
+def _signal_and_noise(reference: torch.Tensor, output: torch.Tensor) -> tuple[float, float, float]:
+    """Energies of reference and difference, and the largest difference; non-finite elements must be the same."""
+    finite = reference.isfinite()
+    if not torch.equal(finite, output.isfinite()) or not torch.equal(
+        reference[~finite].nan_to_num(), output[~finite].nan_to_num()
+    ):
+        return 1.0, math.inf, math.inf
+    kept, difference = reference[finite].double(), (reference[finite].double() - output[finite].double()).abs()
+    largest = float(difference.max()) if difference.numel() else 0.0
+    return float(kept.square().sum()), float(difference.square().sum()), largest
 
 
 def _db(signal: float, noise: float) -> float:
@@ -59,9 +77,8 @@ def compare(reference: Callable[..., Any], candidate: Callable[..., Any], batche
             expected, got = _tensors(data.call(reference, batch)), _tensors(data.call(candidate, batch))
         _check_outputs(expected, got)
         for a, b in zip(expected, got, strict=True):
-            signal += float(a.double().square().sum())
-            noise += float((a.double() - b.double()).square().sum())
-            max_abs = max(max_abs, float((a - b).abs().max()) if a.numel() else 0.0)
+            energy, error, largest = _signal_and_noise(a, b)
+            signal, noise, max_abs = signal + energy, noise + error, max(max_abs, largest)
         if expected and expected[0].ndim >= 2 and expected[0].shape[-1] > 0:
             matches = expected[0].argmax(-1) == got[0].argmax(-1)
             same, rows = same + int(matches.sum()), rows + matches.numel()

@@ -71,9 +71,6 @@ def test_a_saved_program_loads_again_with_bit_equal_results(pte_mobile, tmp_path
             again(bad)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="report.py: program_text reads .proof, which load() leaves unset"
-)
 def test_a_loaded_program_can_be_shown_in_a_report(pte_mobile, tmp_path):
     again = executorch_xnnpack.load(pte_mobile.program.save(tmp_path / "model.pte"))
     assert "executorch_xnnpack" in str(tq.report(pte_mobile.quantized, again))
@@ -113,10 +110,6 @@ def test_inputs_may_be_strided_and_require_grad(pte_difference):
     assert torch.equal(pte_difference.program(a.clone().requires_grad_(), b), expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="executorch_xnnpack.py: __call__ passes keyword arguments in the caller's order, not the program's",
-)
 def test_keyword_arguments_may_come_in_any_order(pte_difference):
     a, b = pte_difference.batch
     expected = pte_difference.program(a, b)
@@ -155,9 +148,6 @@ def test_what_the_delegate_would_drop_or_change_is_refused_with_site_and_remedy(
 
 
 @pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
-@pytest.mark.xfail(
-    strict=True, raises=(tq.InputError, AssertionError), reason="fx/ops.py: qdq_name, as in test_flow.py"
-)
 def test_groupwise_weights_alone_are_refused_as_weight_only():
     x = torch.randn(4, 64)
     quantized = foreign(nn.Sequential(nn.Linear(64, 32)), x, {"linear"}, None, groupwise())
@@ -165,12 +155,6 @@ def test_groupwise_weights_alone_are_refused_as_weight_only():
         executorch_xnnpack.lower(quantized, x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="executorch_xnnpack.py: _activation_problem reads a site's input only, so an output "
-    "limited to -64..63 passes "
-    "until (and unless) the comparison notices, and no site is named",
-)
 def test_an_output_of_reduced_range_is_refused():
     x = torch.randn(4, 8)
     quantized = foreign(nets.mlp(), x, {"linear"}, S8, per_channel(), per_tensor(low=-64, high=63))
@@ -181,15 +165,7 @@ def test_an_output_of_reduced_range_is_refused():
 @pytest.mark.parametrize(
     "op",
     [
-        pytest.param(
-            "cat",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="fx/ops.py: data_inputs of cat wants meta['val'], which dequantize nodes "
-                "lack, so _refuse_unshared "
-                "sees no inputs and the program fails to load without the site's name",
-            ),
-        ),
+        "cat",
         "max_pool2d",
     ],
 )

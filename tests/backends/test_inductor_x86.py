@@ -71,11 +71,6 @@ def test_lowering_changes_no_setting_of_inductor_and_no_grad_mode(x86_pixels):
     assert not torch._inductor.config.freezing
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="AOTInductor writes into the global config's aot_inductor.metadata; "
-    "backends/inductor_x86.py should patch it",
-)
 def test_lowering_leaves_no_metadata_in_inductors_settings(x86_pixels):
     assert x86_pixels.settings_before[METADATA] == x86_pixels.settings_after[METADATA]
 
@@ -105,12 +100,6 @@ def test_a_call_leaves_the_callers_tensors_as_they_were(x86_residual):
     assert torch.equal(y, x86_residual.batch[1])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="inductor_x86.py: __call__ hands keywords to a package exported with positional arguments (and the other "
-    "way round): a raw ValueError, where the converted graph takes either",
-)
 def test_arguments_may_be_given_by_name_in_any_order(x86_residual):
     x, y = x86_residual.batch
     expected = x86_residual.program(x, y)
@@ -195,12 +184,6 @@ def test_dynamic_int8_runs_all_linears_of_a_transformer(x86_block):
     assert tq.sqnr_db(x86_block.exported(x), x86_block.program(x)) > 25
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch's fake qconv_pointwise takes a 1-D kernel's size for 1, so the length behind a "
-    "conv1d is wrong (66 for "
-    "64) and a reshape after it cannot be compiled; backends/inductor_x86.py should lower conv1d as conv2d",
-)
 def test_a_padded_conv1d_may_be_followed_by_a_linear():
     model = Call(
         lambda m, x: m.head(m.conv(x).relu().transpose(1, 2)), conv=nn.Conv1d(8, 8, 3, padding=1), head=nn.Linear(8, 5)
@@ -237,12 +220,6 @@ def test_what_inductor_would_run_wrongly_or_in_float_is_refused_with_site_and_re
 
 
 @pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
-@pytest.mark.xfail(
-    strict=True,
-    reason="fx/ops.py: qdq_name (as in test_flow.py): with a quantized activation the weight is "
-    "folded to float and the "
-    "program built, with no more than the warning that ops were missed",
-)
 @pytest.mark.parametrize("activation", [None, U8])
 def test_groupwise_weights_are_refused(activation):
     x = torch.randn(4, 64)
@@ -264,12 +241,6 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
     assert tq.sqnr_db(quantized(x), program(x)) > 60
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="backends/inductor_x86.py: an allowed op keeps its dequantize ops, so Inductor's pattern "
-    "takes the transposed "
-    "convolution for a plain one and fails to compile (or computes it wrongly)",
-)
 def test_a_transposed_convolution_may_be_allowed_too():
     image = torch.randn(2, 3, 6, 6)
     quantized = foreign(TRANSPOSED, image, {"conv_transpose2d"}, U8, per_channel(axis=1))

@@ -1,6 +1,5 @@
 """What is data and what is a mask; what an op is called."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from nets import Call, MaskedTokens, token_batch
@@ -24,9 +23,6 @@ def test_masks_and_positions_are_no_data_and_embeddings_are():
     assert set(named(graph, "softmax")) <= data
 
 
-@pytest.mark.xfail(
-    strict=True, reason="fx/ops.py: data_nodes follows ones_like, new_zeros and full_like from their shape donor"
-)
 def test_tensors_that_take_only_the_shape_of_data_are_no_data():
     model = Call(lambda m, x: m.inner(x) + torch.ones_like(x).cumsum(-1) + x.new_zeros(8) + torch.full_like(x, 2.0))
     model.inner = nn.Linear(8, 8)

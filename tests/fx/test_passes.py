@@ -64,10 +64,6 @@ def test_other_products_are_left_as_they_are(function):
     assert torch.equal(graph(x), expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="fx/passes.py: _projection wants the weight as get_attr itself, so mm(x, W.t()) stays a float matmul",
-)
 def test_a_product_with_a_transposed_constant_becomes_a_linear():
     x = torch.randn(3, 8)
     graph = tq.export(Call(lambda m, x: torch.mm(x, m.w.t()), w=parameter(5, 8)), x)

@@ -106,9 +106,6 @@ def test_an_unknown_scheme_names_the_known_ones(options):
         X86Quantizer(**options)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine.py: _fused_tail takes an op the user excluded into the kernel and notes it as quantized"
-)
 def test_an_excluded_op_is_not_fused_into_the_one_before_it():
     image = torch.randn(1, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
@@ -147,11 +144,6 @@ def _only_first(annotate):
     return limited
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine.py: _spec nests with_args, and torchao asks PartialWrapper.p.func for __name__: "
-    "AttributeError in prepare_qat_pt2e",
-)
 @pytest.mark.parametrize("make", OURS)
 def test_quantization_aware_training_steps_and_converts(make):
     image = torch.randn(4, 3, 8, 8)

@@ -112,9 +112,11 @@ def rms_norm(b: _Builder, node: Node) -> Node | None:
 
 
 def attention(b: _Builder, node: Node) -> Node | None:
-    """Scaled dot-product attention as bmm, mask, softmax, bmm on (batch * heads, length, features)."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    """Scaled dot-product attention as bmm, mask, softmax, bmm on (batch * heads, length, features).
+
+    A row whose keys are all masked gives their mean here, where PyTorch's safe softmax gives zero.
+    """
+    given = ops.arguments(node)
     q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
     if not _static(q, k, v) or given.get("dropout_p") or q.meta["val"].ndim != 4 or given.get("enable_gqa"):
         return None
@@ -123,7 +125,9 @@ def attention(b: _Builder, node: Node) -> Node | None:
     assert isinstance(v, Node)
     batch, heads, length, features = q.meta["val"].shape
     source, values = k.meta["val"].shape[2], v.meta["val"].shape[3]
-    scale = given.get("scale") or 1 / math.sqrt(features)
+    if k.meta["val"].shape[:2] != (batch, heads) or v.meta["val"].shape[:2] != (batch, heads):
+        return None
+    scale = 1 / math.sqrt(features) if given.get("scale") is None else given["scale"]
     q = b.call(aten.mul.Tensor, q, b.scalar(float(scale)))
     q = b.call(aten.reshape.default, q, [batch * heads, length, features])
     k = b.call(aten.reshape.default, b.call(aten.permute.default, k, [0, 1, 3, 2]), [batch * heads, features, source])
@@ -140,7 +144,7 @@ def attention(b: _Builder, node: Node) -> Node | None:
 
 def _additive(b: _Builder, mask: Node) -> Node:
     if mask.meta["val"].dtype != torch.bool:
-        return mask
+        return b.call(aten.clamp.default, mask, _NEGATIVE)  # minus infinity would make a masked row NaN
     return b.call(aten.where.self, mask, b.scalar(0.0), b.scalar(_NEGATIVE))
 
 
@@ -155,7 +159,7 @@ def mean(b: _Builder, node: Node) -> Node | None:
 def total(b: _Builder, node: Node) -> Node | None:
     """A sum over one axis: that axis moved last, then a linear with weights of one."""
     x, dims = node.args[0], node.args[1]
-    if not _static(x) or node.kwargs.get("dtype") or len(dims) != 1:  # type: ignore[arg-type]
+    if not _static(x) or node.kwargs.get("dtype") or dims is None or len(dims) != 1:  # type: ignore[arg-type]
         return None
     assert isinstance(x, Node)
     rank = x.meta["val"].ndim
@@ -177,7 +181,7 @@ def vector_norm(b: _Builder, node: Node) -> Node | None:
 def scalar_operand(b: _Builder, node: Node) -> Node | None:
     """`x + 2` and its like with the number as a tensor."""
     x, number = node.args[0], node.args[1]
-    if not _static(x) or isinstance(number, Node) or node.kwargs:
+    if not _static(x) or isinstance(number, Node) or node.kwargs or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
         return None
     return b.call(_TENSOR_FORM.get(node.target, node.target), x, b.scalar(float(number)))  # type: ignore
 
@@ -185,7 +189,7 @@ def scalar_operand(b: _Builder, node: Node) -> Node | None:
 def reversed_subtraction(b: _Builder, node: Node) -> Node | None:
     """`2 - x` with the number as a tensor."""
     x, number = node.args[0], node.args[1]
-    if not _static(x) or isinstance(number, Node) or len(node.args) > 2:
+    if not _static(x) or isinstance(number, Node) or len(node.args) > 2 or x.meta["val"].ndim == 0:  # type: ignore
         return None
     return b.call(aten.sub.Tensor, b.scalar(float(number)), x)  # type: ignore[arg-type]
 

@@ -150,12 +150,27 @@ def op_name(node: Node) -> str:
     return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
+def schema_of(node: Node) -> torch.FunctionSchema | None:
+    """The schema of the operator that a node calls, by overload or by packet (as torchao calls its affine ops)."""
+    target = node.target
+    if node.op != "call_function":
+        return None
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The node's arguments by schema name; those left out are missing."""
+    schema = schema_of(node)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def qdq_name(node: Node) -> str:
     """The name of an op that quantizes, dequantizes or chooses qparams, in any dialect; else empty."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return ""
-    namespace, _, name = target._schema.name.partition("::")
+    schema = schema_of(node)
+    namespace, _, name = schema.name.partition("::") if schema is not None else ("", "", "")
     return name if namespace in ("quantized_decomposed", "torchao", "torchquant") else ""
 
 
@@ -233,7 +248,10 @@ def data_nodes(model: GraphModule) -> set[Node]:
             if is_float(node):
                 found.add(node)
             continue
-        looked_up = op_name(node) == "embedding"
+        name = op_name(node)
+        looked_up = name == "embedding"
+        if name.endswith("_like") or name in ("new_zeros", "new_ones", "new_full", "new_empty"):
+            continue
         if looked_up or (any(n in found for n in node.all_input_nodes) and _may_carry_data(node)):
             found.add(node)
     return found

@@ -79,15 +79,18 @@ def _observed(observer: Any) -> QParams | None:
     dtype: Any = getattr(observer, "dtype", None) or getattr(observer, "target_dtype", torch.int8)
     per_channel = getattr(observer, "qscheme", None) in (torch.per_channel_symmetric, torch.per_channel_affine)
     axis = int(observer.ch_axis) if per_channel and hasattr(observer, "ch_axis") else None
-    return QParams(dtype, low, high, axis, bool(getattr(observer, "is_dynamic", False)))
+    group_size = getattr(getattr(observer, "granularity", None), "group_size", None)
+    return QParams(dtype, low, high, axis, bool(getattr(observer, "is_dynamic", False)), group_size=group_size)
 
 
 def _dequantized(model: GraphModule, node: Node) -> QParams:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = ops.arguments(node)
     scale = _value(model, given.get("scale", given.get("scales")))
     zero_point = _value(model, given.get("zero_point", given.get("zero_points")))
     axis, dtype = given.get("axis"), given.get("dtype", given.get("input_dtype"))
+    group_size = None
+    if "block_size" in given:
+        axis, group_size = _blocks(given["block_size"], _value(model, given["input"]))
     return QParams(
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.int8,
         quant_min=given.get("quant_min"),  # type: ignore[arg-type]
@@ -96,7 +99,20 @@ def _dequantized(model: GraphModule, node: Node) -> QParams:
         dynamic=isinstance(given.get("scale"), Node) and scale is None,
         scale=scale,
         zero_point=zero_point,
+        group_size=group_size,
     )
+
+
+def _blocks(block_size: Any, codes: torch.Tensor | None) -> tuple[int | None, int | None]:
+    """Channel axis or group size of an affine block size."""
+    if codes is None or all(b in (n, -1) for b, n in zip(block_size, codes.shape, strict=True)):
+        return None, None
+    whole = [i for i, (b, n) in enumerate(zip(block_size, codes.shape, strict=True)) if b == 1 and n != 1]
+    if len(whole) == 1 and all(
+        b == n for i, (b, n) in enumerate(zip(block_size, codes.shape, strict=True)) if i != whole[0]
+    ):
+        return whole[0], None
+    return None, int(block_size[-1])
 
 
 def _value(model: GraphModule, value: Any) -> torch.Tensor | None:
