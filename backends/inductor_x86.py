@@ -60,8 +60,15 @@ def _batched(node: Node, scheme: str) -> str | None:
     return "its input has no batch dimension" if shape is not None and len(shape) < least else None
 
 
+def _pointwise(node: Node, scheme: str) -> str | None:
+    """A conv1d of kernel size 1; `torch.ops.onednn.qconv_pointwise` infers the length of others wrongly."""
+    shape = ops.shape_of(node.args[1])  # type: ignore[arg-type]
+    return _LONG_KERNEL if shape is None or shape[-1] != 1 else _batched(node, scheme)
+
+
+_LONG_KERNEL = "Inductor infers a wrong output length for an int8 conv1d whose kernel is longer than 1"
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability("conv1d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
+    Capability("conv1d", ("static_int8",), "weighted", condition=_pointwise, reason="kernel size 1"),
     Capability("conv2d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
     Capability(
         "linear", ("static_int8", "dynamic_int8"), "weighted", condition=_batched, reason="with a batch dimension"
@@ -139,7 +146,7 @@ def lower(
             run, or its output is off.
     """
     sites, allowed = accountable_sites(quantized, allow_float)
-    _refuse_unrunnable([s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
+    _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
     passes.remove_dead_weights(quantized)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
     inputs = data.input_specs(quantized)
@@ -219,14 +226,22 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         return torch._inductor.aoti_load_package(str(package)), package.stat().st_size
 
 
-def _refuse_unrunnable(sites: Sequence[Site]) -> None:
+def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
     """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
+    nodes = {node.name: node for node in graph.graph.nodes}
     for site in sites:
-        if problem := _problem(site):
+        if problem := _problem(site) or _kernel_problem(graph, nodes[site.node]):
             raise LoweringError(
                 f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Exclude it in the "
                 f"Quantizer, or pass allow_float=['node:{site.node}'] to run it in float."
             )
+
+
+def _kernel_problem(graph: GraphModule, node: Node) -> str:
+    if ops.op_name(node) != "conv1d":
+        return ""
+    weight = ops.constant_value(graph, node.args[1])  # type: ignore[arg-type]
+    return _LONG_KERNEL if weight.shape[-1] != 1 else ""
 
 
 def _problem(site: Site) -> str:
@@ -250,7 +265,6 @@ def _problem(site: Site) -> str:
 def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
     try:
         graph = passes.copy_graph(quantized)
-        passes.conv1d_to_conv2d(graph)
         passes.flatten_quantized_linears(graph)
         exported = export_again(graph, batch)
         with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.metadata": {}}):

@@ -184,15 +184,20 @@ def test_dynamic_int8_runs_all_linears_of_a_transformer(x86_block):
     assert tq.sqnr_db(x86_block.exported(x), x86_block.program(x)) > 25
 
 
-def test_a_padded_conv1d_may_be_followed_by_a_linear():
+def test_a_longer_conv1d_stays_float_and_a_pointwise_one_is_an_integer_kernel():
     model = Call(
-        lambda m, x: m.head(m.conv(x).relu().transpose(1, 2)), conv=nn.Conv1d(8, 8, 3, padding=1), head=nn.Linear(8, 5)
+        lambda m, x: m.head(m.point(m.long(x)).relu().transpose(1, 2)),
+        long=nn.Conv1d(8, 8, 3, padding=1),
+        point=nn.Conv1d(8, 8, 1),
+        head=nn.Linear(8, 5),
     )
     x = torch.randn(2, 8, 16)
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
     program = inductor_x86.lower(quantized, x)
     assert kernels(program, "qconv") == kernels(program, "qlinear") == 1
     assert tq.sqnr_db(quantized(x), program(x)) > 60
+    [left] = [s for s in tq.report(quantized).sites if s.compute and s.status != "quantized"]
+    assert "conv1d whose kernel is longer than 1" in left.reason
 
 
 def foreign(model, x, kinds, *specs):
@@ -245,7 +250,7 @@ def test_a_transposed_convolution_may_be_allowed_too():
     image = torch.randn(2, 3, 6, 6)
     quantized = foreign(TRANSPOSED, image, {"conv_transpose2d"}, U8, per_channel(axis=1))
     program = inductor_x86.lower(quantized, image, allow_float=["op:conv_transpose2d"])
-    assert tq.sqnr_db(quantized(image), program(image)) > 60
+    assert tq.sqnr_db(quantized(image), program(image)) > 40  # its activation is not rounded any more
 
 
 def test_example_inputs_that_do_not_fit_are_refused_before_compiling(x86_residual):

@@ -315,41 +315,6 @@ def _copy_chain(model: GraphModule, dequantize: Node) -> Node:
     return copies[dequantize]
 
 
-def conv1d_to_conv2d(model: GraphModule) -> int:
-    """Write quantized conv1d as conv2d of height 1; Inductor's int8 conv1d infers a wrong output length.
-
-    The new axis goes in front of the quantize op and into the stored codes: the numbers stay the same.
-    """
-
-    def matches(node: Node) -> bool:
-        named = node.target in (aten.conv1d.default, aten.conv1d.padding)
-        return named and all(isinstance(a, Node) and ops.is_dequantize(a) for a in node.args[:2])
-
-    return replace_each(model, matches, _as_conv2d)
-
-
-def _as_conv2d(model: GraphModule, node: Node) -> Node | None:
-    call = model.graph.call_function
-    given = ops.arguments(node)
-    x, weight = given["input"], given["weight"]
-    quantize, codes = x.args[0], weight.args[0]
-    if not ops.is_quantize(quantize) or codes.op != "get_attr":
-        return None
-    name = fresh_name(model, f"{node.name}_codes")
-    model.register_buffer(name, ops.constant_value(model, codes).unsqueeze(2).clone())
-    tall = call(aten.unsqueeze.default, (quantize.args[0], 2))
-    values = call(x.target, (call(quantize.target, (tall, *quantize.args[1:])), *x.args[1:]), dict(x.kwargs))
-    kernel = call(weight.target, (model.graph.get_attr(name), *weight.args[1:]), dict(weight.kwargs))
-    stride, dilation = ([1, *given.get(k, [1])] for k in ("stride", "dilation"))
-    padding = given.get("padding", [0])
-    padding = padding if isinstance(padding, str) else [0, *padding]
-    target = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
-    args = (values, kernel, given.get("bias"), stride, padding, dilation, given.get("groups", 1))
-    convolution = call(target, args)
-    convolution.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    return call(aten.squeeze.dim, (convolution, 2))
-
-
 def make_float(model: GraphModule, names: set[str]) -> None:
     """Run the named ops on what stands behind their dequantize ops: float activations and decoded weights."""
     for node in [n for n in model.graph.nodes if n.name in names]:
