@@ -40,7 +40,7 @@ class CapabilityQuantizer(Quantizer):
         observer: constructor of the static activation observer.
 
     Raises:
-        SchemeError: an unknown scheme, or one that an overridden op does not run in on this target.
+        SchemeError: an unknown scheme.
         PatternError: a pattern matches nothing (raised by `prepare_pt2e`).
     """
 

@@ -59,12 +59,25 @@ def test_a_used_up_generator_is_an_error(prepared, batch):
         tq.calibrate(prepared, batches, progress=False)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_data_that_is_not_finite_is_refused_with_the_number_of_its_batch(prepared, batch, value):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("nan", "batch 1 holds NaN"), ("inf", "input_1.* holds infinity"), ("-inf", "input_1.* holds infinity")],
+)
+def test_data_that_is_not_finite_is_refused_with_its_batch_or_site(prepared, batch, value, message):
     bad = batch.clone()
-    bad[1, 2] = value
-    with pytest.raises(tq.CalibrationError, match="batch 1 holds NaN or infinity"):
+    bad[1, 2] = float(value)
+    with pytest.raises(tq.CalibrationError, match=message):
         tq.calibrate(prepared, [batch, bad], progress=False)
+
+
+def test_a_mask_of_minus_infinity_is_no_bad_data():
+    model = nets.Call(
+        lambda m, x, mask: m.head((m.scores(x) + mask).softmax(-1)),
+        scores=torch.nn.Linear(8, 8),
+        head=torch.nn.Linear(8, 3),
+    )
+    x, mask = torch.randn(8, 8), torch.full((8, 8), -torch.inf).triu(1)
+    tq.calibrate(tq.prepare(tq.export(model, (x, mask)), X86Quantizer()), [(x, mask)], progress=False)
 
 
 @pytest.mark.parametrize("make", [X86Quantizer, lambda: SpecQuantizer({"linear"}, per_tensor(), per_channel())])

@@ -99,9 +99,10 @@ def arrange(specs: Sequence[InputSpec], args: Sequence[Any], kwargs: Mapping[str
     if kwargs and set(kwargs) == set(rest):
         given += [kwargs[name] for name in rest]
     else:
+        unknown = sorted(set(kwargs) - set(names))
+        if unknown and all(isinstance(v, torch.Tensor) for v in kwargs.values()):
+            raise InputError(f"the model has no inputs {', '.join(unknown)}; it takes {', '.join(names)}")
         given += [v for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, torch.Tensor)]
-        if set(kwargs) - set(names) and len(kwargs) == len(rest) == len(given) - len(names) + len(rest):
-            raise InputError(f"the model has no inputs {sorted(set(kwargs) - set(names))}; it takes {', '.join(names)}")
     if len(given) != len(specs):
         raise InputError(f"the input has {len(given)} tensors, the model takes {len(specs)}: {', '.join(names)}")
     for value, spec in zip(given, specs, strict=True):
@@ -127,7 +128,7 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Any]:
 
     Raises:
         InputError: `batches` is a single tensor or not iterable, or a batch does not fit.
-        CalibrationError: there is no batch at all, or one holds NaN or infinity.
+        CalibrationError: there is no batch at all, or one holds NaN.
     """
     if isinstance(batches, (torch.Tensor, dict, str)) or not isinstance(batches, Iterable):
         raise InputError(f"batches is an iterable of batches, not a single {type(batches).__name__}; wrap it: [batch]")
@@ -135,8 +136,9 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Any]:
     for count, batch in enumerate(batches, start=1):
         check(specs, batch, f"batch {count - 1}")
         for value in flatten(batch):
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                raise CalibrationError(f"batch {count - 1} holds NaN or infinity")
+            # infinity is refused where it is observed: a mask of minus infinity is a legitimate input
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+                raise CalibrationError(f"batch {count - 1} holds NaN")
         yield batch
     if count == 0:
         raise CalibrationError("there is no calibration batch: the iterable is empty (or was used up before)")
