@@ -44,7 +44,7 @@ LAYERS = {
     "conv2d with padding": (nn.Conv2d(6, 8, 3, padding=1), (4, 6, 9, 7)),
     "conv2d without bias": (nn.Conv2d(6, 8, 3, stride=2, bias=False), (4, 6, 9, 7)),
     "depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), (4, 6, 9, 7)),
-    "conv1d": (nn.Conv1d(6, 8, 3, padding=1), (4, 6, 11)),
+    "conv1d": (nn.Conv1d(6, 8, 1), (4, 6, 11)),
     "linear": (nn.Linear(6, 8), (4, 6)),
     "linear on 3-D input": (nn.Linear(6, 8, bias=False), (4, 5, 6)),
 }
