@@ -89,9 +89,9 @@ class X86Program(Program):
 
     target = TARGET
 
-    def __init__(self, package: Path, owned_folder: Path | None = None) -> None:
+    def __init__(self, package: Path, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self._package = package
-        self._owned_folder = owned_folder
+        self._folder = folder  # deleted with the program
         self._about = read_metadata(package, TARGET)
         self.inputs, self.sites, self.proof = self._about.inputs, self._about.sites, self._about.proof
         self._run = torch._inductor.aoti_load_package(str(package))
@@ -117,10 +117,6 @@ class X86Program(Program):
     @property
     def size_bytes(self) -> int:
         return self._package.stat().st_size
-
-    def __del__(self) -> None:
-        if getattr(self, "_owned_folder", None) is not None:
-            shutil.rmtree(self._owned_folder, ignore_errors=True)  # type: ignore[arg-type]
 
 
 def lower(
@@ -151,32 +147,28 @@ def lower(
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
     inputs = data.input_specs(quantized)
     data.check(inputs, batch, "example_inputs")
-    folder = Path(tempfile.mkdtemp(prefix="torchquant-x86-"))
-    try:
-        reference = passes.copy_graph(quantized)
-        passes.make_float(reference, allowed)
-        raw = _compile(reference, batch, folder / "raw.pt2")
-        kernels = _kernels(raw)
-        wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
-        fused = _prove_integer(wanted, kernels)
-        package = folder / "model.pt2"
-        _repack(raw, package)
-        raw.unlink()
-        run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
-        found = hold_against(
-            reference,
-            run,
-            _sizes(quantized, batch),
-            min_sqnr_db=min_sqnr_db,
-            op_error=torch.finfo(torch.float32).eps,
-            target=TARGET,
-        )
-        proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
-        write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
-        return X86Program(package, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)
+    reference = passes.copy_graph(quantized)
+    passes.make_float(reference, allowed)
+    raw = _compile(reference, batch, Path(folder.name) / "raw.pt2")
+    kernels = _kernels(raw)
+    wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
+    fused = _prove_integer(wanted, kernels)
+    package = Path(folder.name) / "model.pt2"
+    _repack(raw, package)
+    raw.unlink()
+    run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
+    found = hold_against(
+        reference,
+        run,
+        _sizes(quantized, batch),
+        min_sqnr_db=min_sqnr_db,
+        op_error=torch.finfo(torch.float32).eps,
+        target=TARGET,
+    )
+    proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
+    write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
+    return X86Program(package, folder)
 
 
 def _structure(batch: Any) -> str:
