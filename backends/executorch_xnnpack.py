@@ -214,7 +214,7 @@ def lower(
     reference = passes.copy_graph(quantized)
     passes.make_float(reference, allowed)
     passes.per_token_linears(reference)  # what the delegate makes of a dynamic linear, whatever the graph says
-    batch = data.example_of(quantized) if example_inputs is None else example_inputs
+    batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
     data.check(data.input_specs(quantized), batch, "example_inputs")
     edge = _delegate(executorch, reference, batch)
     kernels, fused = _prove_delegated(edge, wanted)

@@ -144,7 +144,7 @@ def lower(
     sites, allowed = accountable_sites(quantized, allow_float)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
     passes.remove_dead_weights(quantized)
-    batch = data.example_of(quantized) if example_inputs is None else example_inputs
+    batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
     inputs = data.input_specs(quantized)
     data.check(inputs, batch, "example_inputs")
     folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)

@@ -172,6 +172,11 @@ def _example_value(node: Node) -> Any:
     return torch.ones(shape, dtype=fake.dtype)
 
 
+def contiguous(batch: Any) -> Any:
+    """The batch with contiguous tensors: an export remembers the layout of its example."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, batch)
+
+
 def dynamic_shapes_of(model: GraphModule, batch: Any) -> Any:
     """The `dynamic_shapes` that exporting the graph on `batch` again needs to keep its dynamic sizes."""
     leaves = [_dynamic_dims(node) for node in placeholders(model)]

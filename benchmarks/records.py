@@ -1,0 +1,78 @@
+"""Result files: what ran where and when, and rows merged by key."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RESULTS", "read", "write"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torchquant", "torch", "torchao", "executorch", "onnxruntime", "openvino", "nncf")
+Row = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Any]:
+    """The content of `results/NAME.json`; no rows if there is no such file."""
+    file = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    return found
+
+
+def write(name: str, rows: Iterable[Row], key: Sequence[str]) -> None:
+    """Put the rows in `results/NAME.json`, in the place of those with the same `key` fields.
+
+    Rows measured with other versions or on another CPU are dropped: they must not stand beside these.
+    """
+    old, about = read(name), _about()
+    same_setup = all(old.get(field) == about[field] for field in ("versions", "cpu"))
+    merged = {_key(row, key): row for row in (old["rows"] if same_setup else [])}
+    stamp = {"date": about["date"], "command": about["command"]}
+    merged |= {_key(row, key): _plain({**row, **stamp}) for row in rows}
+    content = {**about, "rows": list(merged.values())}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _about() -> dict[str, Any]:
+    return {
+        "versions": {p: _version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def _key(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row[field] for field in key)
+
+
+def _plain(row: Row) -> Row:
+    """The row with floats rounded, and as JSON can write them: no NaN, no infinity."""
+    return {k: _number(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _number(value: float) -> float | str:
+    return round(value, 4) if math.isfinite(value) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

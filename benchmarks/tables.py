@@ -1,0 +1,174 @@
+"""Write docs/results.md from the result files, and the table of what runs in int8 where into README.md.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import records
+
+from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.files import write_whole
+from torchquant.types import Capability
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKERS = ("<!-- capabilities -->", "<!-- /capabilities -->")
+TARGETS = {"x86 (Inductor)": inductor_x86.CAPABILITIES, "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Write both files; README.md only where it has the markers."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = ROOT / "docs" / "results.md"
+    _write(results, "\n\n".join(["# Results", *_accuracy(records.read("accuracy")), *_latency(records.read("cpu"))]))
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if all(marker in text for marker in MARKERS):
+        _write(readme, with_capabilities(text))
+    else:
+        print(f"README.md has no {' ... '.join(MARKERS)}: its table was not written")
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda part: part.write_text(text.rstrip() + "\n", encoding="utf-8"))
+    print(f"{path.relative_to(ROOT)} written")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# capabilities -------------------------------------------------------------------------------------------------
+
+
+def with_capabilities(readme: str) -> str:
+    """The README with a fresh table between the markers."""
+    start, end = MARKERS
+    return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{capabilities()}\n{end}", readme, flags=re.DOTALL)
+
+
+def capabilities() -> str:
+    """Op by op, the schemes in which each target runs it, or why it stays float there."""
+    tables = [{row.op: row for row in rows} for rows in TARGETS.values()]
+    ops = sorted({op for table in tables for op in table}, key=lambda op: (_rank(op, tables), op))
+    cells = [[f"`{op}`", *(_cell(table.get(op)) for table in tables)] for op in ops]
+    return markdown(["op", *TARGETS], cells)
+
+
+def _rank(op: str, tables: Sequence[dict[str, Capability]]) -> int:
+    """Ops that more targets run in integers come first."""
+    return -sum(bool(table[op].schemes) for table in tables if op in table)
+
+
+def _cell(row: Capability | None) -> str:
+    if row is None:
+        return "float: no entry"
+    if not row.schemes:
+        return f"float: {row.reason}"
+    return ", ".join(row.schemes) + (f" ({row.reason})" if row.reason else "")
+
+
+# accuracy -----------------------------------------------------------------------------------------------------
+
+
+def _accuracy(found: Row) -> list[str]:
+    parts = ["## Accuracy", _about(found, "accuracy"), _ACCURACY_NOTE]
+    for name in _distinct(found["rows"], "network"):
+        rows = [r for r in found["rows"] if r["network"] == name]
+        first = next((r for r in rows if "metric" in r), None)
+        if first is None:
+            continue
+        parts.append(
+            f"### {name}: float {first['metric_name']} {first['float_metric']:.2f}\n\n"
+            f"{first['calibration_samples']} samples for calibration, {first['held_out_samples']} held out."
+        )
+        head = ["Quantizer", "measured", "int8 ops", "SQNR dB", first["metric_name"], "to float", "bytes", "delegates"]
+        parts.append(markdown(head, [_accuracy_cells(r) for r in rows]))
+        parts += [f"{r['quantizer']}: first refused: {r['refusal']}" for r in rows if r.get("refusal")]
+    return parts
+
+
+_ACCURACY_NOTE = (
+    "Every Quantizer saw the same calibration samples. SQNR is that of the outputs against the float network's; "
+    "it means little without the share of compute ops in int8 beside it. `delegates`: calls to the XNNPACK delegate."
+)
+
+
+def _accuracy_cells(row: Row) -> list[str]:
+    if "error" in row:
+        return [row["quantizer"], row["artefact"], row.get("coverage", ""), row["error"], "", "", "", ""]
+    size, calls = row.get("size_bytes"), row.get("delegate_calls")
+    return [
+        row["quantizer"],
+        row["artefact"],
+        row["coverage"],
+        _number(row["sqnr_db"], ".2f"),
+        f"{row['metric']:.2f}",
+        f"{row['delta']:+.2f}",
+        f"{size:,}" if size else "",
+        str(calls) if calls else "",
+    ]
+
+
+# latency ------------------------------------------------------------------------------------------------------
+
+
+def _latency(found: Row) -> list[str]:
+    parts = ["## Latency on a CPU", _about(found, "cpu"), _LATENCY_NOTE]
+    for name in _distinct(found["rows"], "network"):
+        rows = [r for r in found["rows"] if r["network"] == name]
+        settings = sorted({(r["batch"], r["threads"]) for r in rows})
+        head = ["runtime", "int8 ops", "SQNR dB", *(f"batch {b}, threads {t}" for b, t in settings)]
+        body = [_latency_cells(r, rows, settings) for r in _distinct(rows, "runtime")]
+        parts += [f"### {name}", markdown(head, body)]
+    return parts
+
+
+_LATENCY_NOTE = (
+    "Milliseconds a call: median / minimum (interquartile range). All runtimes of a column were measured "
+    "interleaved in one process, so compare within a column."
+)
+
+
+def _latency_cells(runtime: str, rows: Sequence[Row], settings: Sequence[tuple[int, int]]) -> list[str]:
+    mine = {(r["batch"], r["threads"]): r for r in rows if r["runtime"] == runtime}
+    first = mine[min(mine)]
+    times = [_time(mine[s]) if s in mine else "" for s in settings]
+    return [runtime, first["coverage"], _number(first["sqnr_db"], ".1f"), *times]
+
+
+def _time(row: Row) -> str:
+    return f"{row['median_ms']:.2f} / {row['min_ms']:.2f} ({row['iqr_ms']:.2f})"
+
+
+# both ---------------------------------------------------------------------------------------------------------
+
+
+def _about(found: Row, name: str) -> str:
+    """How the rows were made: commands, machine, versions, date."""
+    if not found["rows"]:
+        return f"Not measured yet: `python benchmarks/{name}.py`."
+    commands = "\n".join(_distinct(found["rows"], "command"))
+    versions = ", ".join(f"{package} {v}" for package, v in found["versions"].items())
+    return f"```\n{commands}\n```\n{found['cpu']}; {versions}; {found['date']}."
+
+
+def _distinct(rows: Iterable[Row], field: str) -> list[str]:
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def _number(value: float | str, form: str) -> str:
+    return value if isinstance(value, str) else format(value, form)
+
+
+if __name__ == "__main__":
+    main()
