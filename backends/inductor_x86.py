@@ -258,7 +258,7 @@ def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
     try:
         graph = passes.copy_graph(quantized)
         passes.flatten_quantized_linears(graph)
-        exported = export_again(graph, batch)
+        exported = export_again(graph, data.below_bounds(graph, batch))
         with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.metadata": {}}):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
     except Exception as error:

@@ -177,6 +177,26 @@ def contiguous(batch: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, batch)
 
 
+def below_bounds(model: GraphModule, batch: Any) -> Any:
+    """The batch cut by one wherever a dynamic size is at its upper bound: there a compiler may fix the size."""
+    leaves, structure = pytree.tree_flatten(batch)
+    nodes = placeholders(model)
+    if len(leaves) != len(nodes) or isinstance(batch, dict):
+        return batch
+    return pytree.tree_unflatten([_below(v, n.meta.get("val")) for v, n in zip(leaves, nodes, strict=True)], structure)
+
+
+def _below(value: Any, fake: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not isinstance(fake, torch.Tensor):
+        return value
+    for axis, size in enumerate(fake.shape):
+        if isinstance(size, torch.SymInt) and value.shape[axis] > 2:
+            upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+            if upper == value.shape[axis]:
+                value = value.narrow(axis, 0, value.shape[axis] - 1)
+    return value.contiguous()
+
+
 def dynamic_shapes_of(model: GraphModule, batch: Any) -> Any:
     """The `dynamic_shapes` that exporting the graph on `batch` again needs to keep its dynamic sizes."""
     leaves = [_dynamic_dims(node) for node in placeholders(model)]

@@ -258,6 +258,17 @@ def test_example_inputs_that_do_not_fit_are_refused_before_compiling(x86_residua
         inductor_x86.lower(x86_residual.quantized, torch.randn(2, 16))
 
 
+def test_an_example_at_the_upper_bound_of_a_dynamic_batch_leaves_it_dynamic():
+    x = torch.randn(8, 3, 6, 6)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+    quantized = tq.quantize(
+        model, x, [x], quantizer=X86Quantizer(), dynamic_shapes=shapes, algorithms=(), progress=False
+    )
+    program = inductor_x86.lower(quantized, x)
+    assert tq.sqnr_db(quantized(x[:3]), program(x[:3])) > 60
+
+
 def test_torch_compile_reaches_the_same_lowering():
     torch._dynamo.reset()
     x = torch.randn(4, 8)
