@@ -50,7 +50,7 @@ _FLOAT = {
     "embedding": "Inductor has no kernel for integer embedding tables",
     "recurrent": "Inductor has no int8 kernel for recurrent layers",
 }
-_ELEMENTWISE = "computed in float between the int8 kernels, fused by Inductor into their neighbours where it can"
+_ELEMENTWISE = "in float, fused by Inductor"
 
 
 def _batched(node: Node, scheme: str) -> str | None:

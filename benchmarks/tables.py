@@ -71,7 +71,7 @@ def _rank(op: str, tables: Sequence[dict[str, Capability]]) -> int:
 
 def _cell(row: Capability | None) -> str:
     if row is None:
-        return "float: no entry"
+        return "moves values, whatever their type"  # reshape and slice: no kernel of their own
     if not row.schemes:
         return f"float: {row.reason}"
     return ", ".join(row.schemes) + (f" ({row.reason})" if row.reason else "")

@@ -15,8 +15,7 @@ from rich.table import Table
 import torchquant as tq
 from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.benchmark import interleaved
-from torchquant.quantizers.x86 import X86Quantizer
-from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
 
 OUT = Path(os.environ.get("TORCHQUANT_DEMO_OUT", "demo-output"))
 console = Console(width=110)

@@ -1,1 +1,7 @@
 """torchao Quantizers, one thin file a target over one table-driven engine."""
+
+from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.quantizers.x86 import X86Quantizer
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+
+__all__ = ["CapabilityQuantizer", "X86Quantizer", "XnnpackQuantizer"]
