@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
@@ -156,7 +157,8 @@ class XnnpackProgram(Program):
 
     target = TARGET
 
-    def __init__(self, buffer: bytes) -> None:
+    def __init__(self, buffer: bytes, structure: pytree.TreeSpec | None = None) -> None:
+        self._structure = structure  # of the outputs; a .pte holds them flat
         executorch = _executorch()
         try:
             self._program = executorch.runtime.get().load_program(
@@ -169,6 +171,8 @@ class XnnpackProgram(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self._method.execute([t.contiguous() for t in data.arrange(self.inputs, args, kwargs)])
+        if self._structure is not None:
+            return pytree.tree_unflatten(found, self._structure)
         return found[0] if len(found) == 1 else tuple(found)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -222,7 +226,7 @@ def lower(
         buffer = bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
-    program = XnnpackProgram(buffer)
+    program = XnnpackProgram(buffer, getattr(quantized, "_out_spec", None))
     program.inputs, program.sites = data.input_specs(quantized), sites
     found = hold_against(reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
     program.proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
@@ -370,6 +374,7 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         graph = passes.copy_graph(quantized)
         decompose(graph)
         passes.duplicate_dynamic_chains(graph)
+        passes.unshare_weights(graph)
         return executorch.lower(export_again(graph, batch), partitioner=[executorch.partitioner()])
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot lower the converted graph: {str(error)[:2000]}") from error

@@ -19,6 +19,7 @@ import torch._inductor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from torchquant import archive
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError
 from torchquant.files import write_whole
@@ -258,6 +259,7 @@ def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
     try:
         graph = passes.copy_graph(quantized)
         passes.flatten_quantized_linears(graph)
+        passes.unshare_weights(graph)
         exported = export_again(graph, data.below_bounds(graph, batch))
         with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.metadata": {}}):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
@@ -294,13 +296,13 @@ def _prove_integer(wanted: Sequence[Site], kernels: dict[str, int]) -> int:
 
 def _repack(raw: Path, package: Path) -> None:
     """The package without sources and debug symbols, compressed."""
-    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as out:
-        for entry in source.infolist():
-            if entry.filename.endswith(".cpp"):
-                continue
-            content = source.read(entry)
-            name = entry.filename
-            out.writestr(f"model/{name.partition('/')[2]}", _stripped(content) if name.endswith(".so") else content)
+
+    def keep(name: str, content: bytes) -> bytes | None:
+        if name.endswith(".cpp"):
+            return None
+        return _stripped(content) if name.endswith(".so") else content
+
+    archive.compress(raw, package, keep)
 
 
 def _stripped(library: bytes) -> bytes:

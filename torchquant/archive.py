@@ -6,13 +6,14 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torchquant.errors import ArtifactError
 
-__all__ = ["FORMAT", "NAME", "read", "text_of", "versions"]
+__all__ = ["FORMAT", "NAME", "compress", "read", "text_of", "versions"]
 
 FORMAT = 1  # raised when an older reader could not make sense of what is written
 NAME = "torchquant.json"
@@ -65,3 +66,17 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     if found.get("kind") != kind:
         raise ArtifactError(f"{file} holds a {found.get('kind')!r}, not a {kind!r}")
     return dict(found)
+
+
+def compress(plain: Path, out: Path, keep: Callable[[str, bytes], bytes | None] | None = None) -> None:
+    """Write a copy of a zip archive with every entry deflated; torch writes them uncompressed.
+
+    Args:
+        keep: called with (name, content); what to store instead, or None to leave the entry out.
+    """
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            stored = content if keep is None else keep(entry.filename, content)
+            if stored is not None:
+                target.writestr(entry.filename, stored)

@@ -86,7 +86,8 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "structure": about.structure,
     }
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
-        out.writestr(f"model/extra/{archive.NAME}", archive.text_of(target, payload))
+        root = out.namelist()[0].partition("/")[0]
+        out.writestr(f"{root}/extra/{archive.NAME}", archive.text_of(target, payload))
 
 
 def read_metadata(package: Path, target: str) -> Metadata:

@@ -39,7 +39,14 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
     passes.remove_dead_weights(quantized)
     exported = export_again(quantized, example_inputs)
     extra = {archive.NAME: archive.text_of(_KIND, {})}
-    return write_whole(path, lambda part: torch.export.save(exported, part, extra_files=extra))
+
+    def write(part: Path) -> None:
+        plain = part.with_suffix(".plain.pt2")
+        torch.export.save(exported, plain, extra_files=extra)
+        archive.compress(plain, part)
+        plain.unlink()
+
+    return write_whole(path, write)
 
 
 def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export.ExportedProgram:

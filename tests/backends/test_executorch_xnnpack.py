@@ -221,3 +221,27 @@ def test_the_observer_of_activations_can_be_chosen():
     prepared = tq.prepare(tq.export(nets.mlp(), x), XnnpackQuantizer(observer=MinMaxObserver))
     kinds = {type(m) for m in prepared.children()}
     assert MinMaxObserver in kinds
+
+
+class TiedTwice(nn.Module):
+    """An embedding tied to the head, a linear called twice, a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.inner(self.inner(self.embed(ids)))
+        return {"logits": self.head(x), "hidden": x}
+
+
+def test_a_linear_called_twice_has_the_right_bias_both_times_and_outputs_keep_their_names():
+    torch.manual_seed(0)
+    model, ids = TiedTwice().eval(), torch.randint(0, 20, (2, 5))
+    quantized = tq.quantize(model, ids, [ids], quantizer=XnnpackQuantizer("static_int8"), algorithms=(), progress=False)
+    program = executorch_xnnpack.lower(quantized, ids)
+    found, expected = program(ids), quantized(ids)
+    assert program.proof.fused == 3
+    assert list(found) == ["logits", "hidden"]
+    assert tq.sqnr_db(expected["logits"], found["logits"]) > 40

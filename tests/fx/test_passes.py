@@ -110,3 +110,14 @@ def test_dynamic_chains_are_duplicated_with_the_same_result():
     assert sum(map(ops.is_quantize, quantized.graph.nodes)) == before + done
     assert all(len(n.users) == 1 for n in quantized.graph.nodes if ops.is_dequantize(n))
     assert torch.equal(quantized(x), expected)
+
+
+def test_a_module_called_twice_gets_its_own_codes_and_bias_for_each_call():
+    model = Call(lambda m, x: m.inner(m.inner(x)), inner=nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    graph = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    expected = graph(x)
+    assert passes.unshare_weights(graph) == 2
+    linears = [n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert len({n.args[1] for n in linears}) == len({n.args[2] for n in linears}) == 2
+    assert torch.equal(graph(x), expected)

@@ -335,3 +335,40 @@ def make_float(model: GraphModule, names: set[str]) -> None:
     model.graph.eliminate_dead_code()
     model.recompile()
     remove_dead_weights(model)
+
+
+def unshare_weights(model: GraphModule) -> int:
+    """Give every conv and linear that is called more than once its own weight codes and bias; returns how many.
+
+    Inductor's int8 patterns want a dequantize op with one user, and XNNPACK stores a bias in units of one user's
+    input scale.
+    """
+    done, seen = 0, set()
+    for node in list(model.graph.nodes):
+        kind = ops.kind_of(node)
+        if kind is None or kind.weight is None or not kind.compute:
+            continue
+        for position in (kind.weight, kind.weight + 1):
+            source = ops.argument(node, position)
+            stored = source.args[0] if source is not None and ops.is_dequantize(source) else source
+            if source is None or not isinstance(stored, Node) or stored.op != "get_attr":
+                continue
+            if stored.target in seen:
+                node.update_arg(position, _own_copy(model, node, source, stored))
+                done += 1
+            seen.add(stored.target)
+    if done:
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    return done
+
+
+def _own_copy(model: GraphModule, node: Node, source: Node, stored: Node) -> Node:
+    name = fresh_name(model, f"{stored.target}_of_{node.name}".replace(".", "_"))
+    model.register_buffer(name, ops.constant_value(model, stored).clone())
+    with model.graph.inserting_before(node):
+        copied = model.graph.get_attr(name)
+        copied.meta = dict(stored.meta)
+        if source is stored:
+            return copied
+        return model.graph.node_copy(source, lambda n: copied if n is stored else n)
