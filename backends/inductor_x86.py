@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -261,7 +262,12 @@ def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
         passes.flatten_quantized_linears(graph)
         passes.unshare_weights(graph)
         exported = export_again(graph, data.below_bounds(graph, batch))
-        with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.metadata": {}}):
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            torch._inductor.config.patch({"aot_inductor.metadata": {}}),
+        ):
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
