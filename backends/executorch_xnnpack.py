@@ -135,7 +135,6 @@ def _executorch() -> SimpleNamespace:
         MissingDependencyError: ExecuTorch is not installed.
     """
     try:
-        from executorch.backends.transforms.duplicate_dynamic_quant_chain import DuplicateDynamicQuantChainPass
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
         from executorch.runtime import Runtime, Verification
@@ -144,7 +143,6 @@ def _executorch() -> SimpleNamespace:
             f"ExecuTorch is not installed ({error}): pip install 'torchquant[executorch]'"
         ) from error
     return SimpleNamespace(
-        duplicate=DuplicateDynamicQuantChainPass,
         partitioner=XnnpackPartitioner,
         lower=to_edge_transform_and_lower,
         runtime=Runtime,

@@ -167,6 +167,11 @@ def replace_each(
             node.replace_all_uses_with(replacement)
             model.graph.erase_node(node)
             done += 1
+    return _finished(model, done)
+
+
+def _finished(model: GraphModule, done: int) -> int:
+    """Tidy a graph in which `done` places changed; returns `done`."""
     if done:
         model.graph.eliminate_dead_code()
         model.graph.lint()
@@ -292,11 +297,7 @@ def duplicate_dynamic_chains(model: GraphModule) -> int:
         for user in list(node.users)[0 if shared else 1 :]:
             user.replace_input_with(node, _copy_chain(model, node))
             done += 1
-    if done:
-        model.graph.eliminate_dead_code()
-        model.graph.lint()
-        model.recompile()
-    return done
+    return _finished(model, done)
 
 
 def _is_dynamic_dequantize(node: Node) -> bool:
@@ -357,10 +358,7 @@ def unshare_weights(model: GraphModule) -> int:
                 node.update_arg(position, _own_copy(model, node, source, stored))
                 done += 1
             seen.add(stored.target)
-    if done:
-        model.graph.eliminate_dead_code()
-        model.recompile()
-    return done
+    return _finished(model, done)
 
 
 def _own_copy(model: GraphModule, node: Node, source: Node, stored: Node) -> Node:
