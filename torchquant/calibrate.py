@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
 from torchquant.fx.sites import is_observer, observers, read_sites
-from torchquant.observers import check_finite
+from torchquant.observers import check_finite, reset
 
-__all__ = ["Recorder", "calibrate"]
+__all__ = ["Recorder", "calibrate", "recalibrate"]
 
 
 def calibrate(
@@ -58,6 +58,17 @@ def calibrate(
             hook.remove()
     for model in models:
         _check_reached(model, reached)
+
+
+def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool = True) -> None:
+    """Forget what the observers saw, weights' included, and calibrate again: after weights changed.
+
+    Raises:
+        CalibrationError: as `calibrate`, or an observer cannot be reset.
+    """
+    for node, observer in observers(prepared):
+        reset(observer, str(getattr(observer, "site", node.args[0])))
+    calibrate(prepared, batches, progress=progress)
 
 
 def _runner(model: GraphModule, statistics: Mapping[Node, Any]) -> Callable[[Any], Any]:

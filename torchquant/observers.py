@@ -9,6 +9,8 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops that `PerTokenActivation` emits
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
+    AffineQuantizedObserverBase,
+    FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
     PerChannelMinMaxObserver,
@@ -25,6 +27,7 @@ __all__ = [
     "PerTokenActivation",
     "check_finite",
     "per_token",
+    "reset",
 ]
 
 
@@ -40,6 +43,37 @@ def check_finite(x: torch.Tensor, site: str) -> None:
         f"{site}: the tensor (shape {tuple(x.shape)}) holds {bad}; no range fits it. "
         "Check the calibration data and the float model, or exclude this site."
     )
+
+
+def reset(observer: torch.nn.Module, site: str = "an observer") -> None:
+    """Make an observer of any make forget what it saw; one that keeps nothing stays as it is.
+
+    Raises:
+        CalibrationError: it keeps statistics in a way that torchquant does not know.
+    """
+    inner: Any = getattr(observer, "activation_post_process", observer)
+    if isinstance(inner, HistogramObserver):
+        inner.histogram = torch.zeros(inner.bins, device=inner.histogram.device)
+        inner.min_val.resize_(()).fill_(torch.inf)
+        inner.max_val.resize_(()).fill_(-torch.inf)
+    elif callable(getattr(inner, "reset_min_max_vals", None)) and hasattr(inner, "min_val"):
+        inner.reset_min_max_vals()
+    elif isinstance(inner, AffineQuantizedObserverBase):
+        for name in ("min_val", "max_val"):
+            if hasattr(inner, name):
+                delattr(inner, name)
+    elif callable(getattr(inner, "reset", None)):
+        inner.reset()
+    elif not getattr(inner, "is_dynamic", False) and _keeps_statistics(inner):
+        raise CalibrationError(
+            f"{site}: {type(inner).__name__} has statistics that cannot be taken back, which a second calibration "
+            "needs; give it a method `reset`"
+        )
+
+
+def _keeps_statistics(observer: torch.nn.Module) -> bool:
+    constant = isinstance(observer, (FixedQParamsObserver, PlaceholderObserver))
+    return not constant and any(True for _ in observer.buffers())
 
 
 class _Checked:
