@@ -1,25 +1,29 @@
 """Accuracy on real networks: each Quantizer calibrated on the same samples, judged on the same held-out ones.
 
-python benchmarks/accuracy.py [--network lite0] [--quantizer x86] [--samples 200] [--lower]
+python benchmarks/accuracy.py [--network lite0] [--quantizer x86] [--algorithm adaround] [--samples 200] [--lower]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import records
 import torch
-from candidates import QUANTIZERS, Candidate, lower, quantize
+from candidates import ALGORITHMS, QUANTIZERS, Candidate, lower, quantize
 from networks import NETWORKS, Batch, Network, load_network
 
 import torchquant as tq
 from torchquant.program import Program
 
-KEY = ("network", "quantizer", "artefact")
+KEY = ("network", "quantizer", "algorithm", "artefact")
+MINE = ("x86", "x86_dynamic", "xnnpack", "xnnpack_static", "torchao_x86", "torchao_x86_nonstrict", "et_xnnpack")
 
 
 def main() -> None:
@@ -33,11 +37,11 @@ def main() -> None:
         print(
             f"\n{network.name}: float {network.metric_name} {network.metric(reference):.2f}, {len(reference)} samples"
         )
-        for key in options.quantizer or QUANTIZERS:
+        shapes = network.dynamic_shapes if options.dynamic_batch else None
+        for key, algorithm in itertools.product(options.quantizer or MINE, options.algorithm or ["none"]):
             if QUANTIZERS[key].transformers_only and not network.transformer:
                 continue
-            shapes = network.dynamic_shapes if options.dynamic_batch else None
-            for row in _rows(network, reference, QUANTIZERS[key], shapes, options.lower):
+            for row in _rows(network, reference, QUANTIZERS[key], algorithm, shapes, options.lower):
                 records.write("accuracy", [row], KEY)
                 print(_line(row), flush=True)
 
@@ -45,7 +49,10 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=NETWORKS, help="repeatable; all if left out")
-    parser.add_argument("--quantizer", action="append", choices=QUANTIZERS, help="repeatable; all if left out")
+    parser.add_argument(
+        "--quantizer", action="append", choices=QUANTIZERS, help="repeatable; the 8-bit ones if left out"
+    )
+    parser.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="repeatable; none if left out")
     parser.add_argument("--samples", type=int, help="held-out samples (pairs for MiniLM, 250 if left out)")
     parser.add_argument("--calibration", type=int, default=64, help="calibration samples")
     parser.add_argument("--dynamic-batch", action="store_true", help="export with a batch size of 1 to 16, not of 16")
@@ -68,21 +75,37 @@ def _call(model: Callable[..., Any], batch: Batch, size: int) -> torch.Tensor:
 
 
 def _rows(
-    network: Network, reference: torch.Tensor, candidate: Candidate, dynamic_shapes: Any, lowered: bool
+    network: Network,
+    reference: torch.Tensor,
+    candidate: Candidate,
+    algorithm: str,
+    dynamic_shapes: Any,
+    lowered: bool,
 ) -> Iterator[dict[str, Any]]:
     """One row for the converted graph and, with `lowered`, one for the artefact of ours."""
-    about = {"network": network.name, "quantizer": candidate.name, "artefact": "converted graph"}
-    start = time.perf_counter()
+    about: dict[str, Any] = {
+        "network": network.name,
+        "quantizer": candidate.name,
+        "algorithm": algorithm,
+        "artefact": "converted graph",
+    }
+    _forget_peak()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
-        converted = quantize(candidate, network.model, network.calibration, dynamic_shapes)
+        steps = ALGORITHMS[algorithm]()
+        converted, result = quantize(candidate, network.model, network.calibration, dynamic_shapes, steps)
     except Exception as error:  # a peer's failure is a result
         yield {**about, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         return
     about |= {"seconds": time.perf_counter() - start, "coverage": tq.report(converted).coverage}
+    about |= {"cpu_seconds": time.process_time() - cpu_start, "peak_bytes": _peak_bytes()}
+    if result is not None:
+        about["not_kept"] = [name for name, _, kept in result.steps if not kept]
     yield {**about, **_measure(network, reference, converted)}
     if not lowered or candidate.backend is None:
         return
-    del about["seconds"]
+    for name in ("seconds", "cpu_seconds", "peak_bytes"):
+        del about[name]
     about |= {"artefact": candidate.backend.TARGET}
     program, refusal = lower(candidate.backend, converted, network.example)
     if program is None:
@@ -100,6 +123,7 @@ def _measure(network: Network, reference: torch.Tensor, model: Callable[..., Any
         "metric_name": network.metric_name,
         "metric": metric,
         "delta": metric - float_metric,
+        "agreement": 100 * float((outputs.argmax(-1) == reference.argmax(-1)).float().mean()),
         "float_metric": float_metric,
         "calibration_samples": sum(len(b[0]) for b in network.calibration),
         "held_out_samples": len(reference),
@@ -117,15 +141,28 @@ def _facts(program: Program) -> dict[str, Any]:
     }
 
 
+def _forget_peak() -> None:
+    """Start the process's peak of resident memory anew (Linux)."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['network']:19s}{row['quantizer']:54s}{row['artefact']:20s}"
+    head = f"{row['network']:19s}{row['quantizer']:45s}{row['algorithm']:23s}{row['artefact']:20s}"
     if "error" in row:
         return f"{head}{row['error']}"
     size = f"  {row['size_bytes']:,} bytes" if "size_bytes" in row else ""
     refusal = f"\n    first refused: {row['refusal']}" if row.get("refusal") else ""
     seconds = f"  {row['seconds']:6.1f} s" if "seconds" in row else ""
     measured = f"{row['coverage']:>8s}  {row['sqnr_db']:6.2f} dB  {row['metric']:6.2f} ({row['delta']:+.2f})"
-    return f"{head}{measured}{seconds}{size}{refusal}"
+    peak = f"  {row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
+    back = f"  not kept: {', '.join(row['not_kept'])}" if row.get("not_kept") else ""
+    return f"{head}{measured}{seconds}{peak}{size}{back}{refusal}"
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 from networks import Batch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
@@ -21,11 +21,14 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 import torchquant as tq
 from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.fx import ops
 from torchquant.program import Program
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.solving import Optimization
+from torchquant.types import Format, Scheme, TensorSpec
 
-__all__ = ["QUANTIZERS", "Candidate", "lower", "quantize"]
+__all__ = ["ALGORITHMS", "QUANTIZERS", "Candidate", "LowBitQuantizer", "lower", "quantize"]
 
 
 def _torchao_x86(dynamic: bool = False) -> X86InductorQuantizer:
@@ -34,6 +37,76 @@ def _torchao_x86(dynamic: bool = False) -> X86InductorQuantizer:
 
 def _executorch_xnnpack(dynamic: bool = False) -> XNNPACKQuantizer:
     return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+
+
+def _low_bit(weight_bits: int, activation_bits: int, name: str) -> Scheme:
+    weight_high, activation_high = 2 ** (weight_bits - 1) - 1, 2**activation_bits - 1
+    return Scheme(
+        name,
+        TensorSpec(Format(f"uint{activation_bits}", torch.uint8, 0, activation_high), symmetric=False),
+        TensorSpec(
+            Format(f"int{weight_bits}", torch.int8, -weight_high - 1, weight_high),
+            symmetric=True,
+            granularity="channel",
+        ),
+    )
+
+
+class LowBitQuantizer(X86Quantizer):
+    """X86Quantizer with fewer bits, as accuracy studies use it; no kernel of the target runs these.
+
+    Args:
+        weight_bits: symmetric, per channel. activation_bits: affine, per tensor.
+        edge_bits: of weights and activations of the first and the last weighted op; None: as the others.
+    """
+
+    capabilities = tuple(
+        replace(row, schemes=(*row.schemes, "edge")) if "static_int8" in row.schemes else row
+        for row in X86Quantizer.capabilities
+    )
+    schemes: ClassVar = {name: _low_bit(8, 8, name) for name in ("static_int8", "edge")}
+
+    def __init__(self, weight_bits: int, activation_bits: int, edge_bits: int | None = None) -> None:
+        super().__init__()
+        edge = (edge_bits, edge_bits) if edge_bits else (weight_bits, activation_bits)
+        self.schemes = {
+            "static_int8": _low_bit(weight_bits, activation_bits, "static_int8"),
+            "edge": _low_bit(*edge, "edge"),
+        }
+        self._edges: set[Node] = set()
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Find the first and the last weighted op, then annotate."""
+        weighted = [n for n in model.graph.nodes if ops.op_name(n) in ("conv2d", "linear")]
+        self._edges = {weighted[0], weighted[-1]} if weighted else set()
+        return super().annotate(model)
+
+    def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
+        """Edges have a scheme of their own."""
+        return ("edge", "") if node in self._edges else (scheme, "")
+
+
+ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
+    "none": list,
+    "bias": lambda: [tq.BiasCorrection()],
+    "batch_norm": lambda: [tq.BatchNormReestimation()],
+    "equalize": lambda: [tq.CrossLayerEqualization()],
+    "smooth": lambda: [tq.SmoothQuant()],
+    "ranges": lambda: [tq.RangeSearch()],
+    "seq_mse": lambda: [tq.SeqMSE()],
+    "adaround": lambda: [tq.AdaRound()],
+    "adaround_paper": lambda: [tq.AdaRound(search=False, refits=0, sweeps=0, correct_bias=False, compensate=False)],
+    "adaquant": lambda: [tq.AdaQuant()],
+    "brecq": lambda: [tq.BRECQ()],
+    "qdrop": lambda: [tq.QDrop()],
+    "adaround+brecq": lambda: [tq.AdaRound(), tq.BRECQ()],
+    "adaround+qdrop": lambda: [tq.AdaRound(), tq.QDrop()],
+    "ranges+adaround": lambda: [tq.RangeSearch(), tq.AdaRound()],
+    "ranges+adaround+brecq": lambda: [tq.RangeSearch(), tq.AdaRound(), tq.BRECQ()],
+    "ranges+adaround+qdrop": lambda: [tq.RangeSearch(), tq.AdaRound(), tq.QDrop()],
+    "smooth+adaround": lambda: [tq.SmoothQuant(), tq.AdaRound()],
+    "smooth+ranges+adaround": lambda: [tq.SmoothQuant(), tq.RangeSearch(), tq.AdaRound()],
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +119,6 @@ class Candidate:
         backend: the module of ours that lowers it; None for a peer, which is measured by its own flow.
         strict: how to export for it; source-partition Quantizers see `nn.Conv2d` subclasses only if strict.
         transformers_only: no sense on a CNN.
-        algorithms: of ours, applied after calibration.
     """
 
     name: str
@@ -54,24 +126,14 @@ class Candidate:
     backend: ModuleType | None = None
     strict: bool = False
     transformers_only: bool = False
-    algorithms: tuple[tq.BiasCorrection, ...] = ()
 
 
 QUANTIZERS: dict[str, Candidate] = {
     "x86": Candidate("X86Quantizer", X86Quantizer, inductor_x86),
-    "x86_bias": Candidate(
-        "X86Quantizer + BiasCorrection", X86Quantizer, inductor_x86, algorithms=(tq.BiasCorrection(),)
-    ),
     "x86_dynamic": Candidate(
         "X86Quantizer dynamic_int8", lambda: X86Quantizer("dynamic_int8"), inductor_x86, transformers_only=True
     ),
     "xnnpack": Candidate("XnnpackQuantizer (auto)", XnnpackQuantizer, executorch_xnnpack),
-    "xnnpack_bias": Candidate(
-        "XnnpackQuantizer (auto) + BiasCorrection",
-        XnnpackQuantizer,
-        executorch_xnnpack,
-        algorithms=(tq.BiasCorrection(),),
-    ),
     "xnnpack_static": Candidate(  # what `auto` is on a CNN
         "XnnpackQuantizer static_int8",
         lambda: XnnpackQuantizer("static_int8"),
@@ -90,31 +152,38 @@ QUANTIZERS: dict[str, Candidate] = {
     "et_xnnpack_dynamic": Candidate(
         "ExecuTorch XNNPACKQuantizer dynamic", lambda: _executorch_xnnpack(dynamic=True), transformers_only=True
     ),
+    "w4a8": Candidate("W4A8", lambda: LowBitQuantizer(4, 8)),
+    "w3a8": Candidate("W3A8", lambda: LowBitQuantizer(3, 8)),
+    "w2a8_edges8": Candidate("W2A8, first and last 8 bits", lambda: LowBitQuantizer(2, 8, 8)),
+    "w4a4_edges8": Candidate("W4A4, first and last 8 bits", lambda: LowBitQuantizer(4, 4, 8)),
 }
 
 
 def quantize(
-    candidate: Candidate, model: torch.nn.Module, calibration: Sequence[Batch], dynamic_shapes: Any = None
-) -> GraphModule:
-    """Export, calibrate and convert: ours by `torchquant.quantize`, a peer's Quantizer by torchao's own calls."""
+    candidate: Candidate,
+    model: torch.nn.Module,
+    calibration: Sequence[Batch],
+    dynamic_shapes: Any = None,
+    algorithms: Sequence[Any] = (),
+) -> tuple[GraphModule, Optimization | None]:
+    """Export, calibrate, optimize and convert: a peer's Quantizer by torchao's own calls."""
     if candidate.backend is not None:
-        converted: GraphModule = tq.quantize(
-            model,
-            calibration[0],
-            calibration,
-            quantizer=candidate.make(),
-            algorithms=candidate.algorithms,
-            dynamic_shapes=dynamic_shapes,
-            progress=False,
-        )
-        return converted
-    exported = torch.export.export(model, calibration[0], dynamic_shapes=dynamic_shapes, strict=candidate.strict)
-    prepared = prepare_pt2e(exported.module(), candidate.make())
+        exported = tq.export(model, calibration[0], dynamic_shapes=dynamic_shapes)
+        prepared = tq.prepare(exported, candidate.make())
+        tq.calibrate(prepared, calibration, progress=False)
+    else:
+        exported = torch.export.export(
+            model, calibration[0], dynamic_shapes=dynamic_shapes, strict=candidate.strict
+        ).module()
+        prepared = prepare_pt2e(exported, candidate.make())
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch in calibration:
+                prepared(*batch)
+    result = tq.optimize(prepared, calibration, algorithms, progress=False) if algorithms else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for batch in calibration:
-            prepared(*batch)
-        return convert_pt2e(prepared)
+        return tq.convert(prepared) if candidate.backend is not None else convert_pt2e(prepared), result
 
 
 def lower(backend: ModuleType, converted: GraphModule, example: Batch) -> tuple[Program | None, str]:

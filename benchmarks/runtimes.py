@@ -53,7 +53,7 @@ class Case:
     def quantized(self, key: str) -> GraphModule:
         """The network converted with one of `QUANTIZERS`, calibrated in batches of this case's size."""
         network = self.network
-        build = lambda: quantize(QUANTIZERS[key], network.model, network.calibration)  # noqa: E731
+        build = lambda: quantize(QUANTIZERS[key], network.model, network.calibration)[0]  # noqa: E731
         found: GraphModule = self.once(f"converted {key}", build)
         return found
 

@@ -16,10 +16,11 @@ FOLDERS = {
 LAYERS = [
     ["errors"],
     ["types"],
-    ["archive", "batches", "files", "formats", "observers"],
+    ["archive", "batches", "files", "formats", "observers", "parallel", "histograms", "ranges"],
     ["fx"],
-    ["benchmark", "calibrate", "verify"],
+    ["benchmark", "calibrate", "solved", "verify"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
+    ["solving"],
     ["flow", "report"],
     ["cli", "sources", "__init__"],
 ]

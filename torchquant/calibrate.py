@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ def calibrate(
     prepared: GraphModule | Sequence[GraphModule],
     batches: Iterable[Any],
     *,
-    statistics: Mapping[Node, Any] | None = None,
     progress: bool = True,
 ) -> None:
     """Run the observers of one or several prepared graphs over the data, read once.
@@ -30,8 +29,6 @@ def calibrate(
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
         batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments.
-        statistics: what algorithms need besides: node of a prepared graph -> an object whose `update` is
-            called with the node's first input, batch by batch.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -46,13 +43,12 @@ def calibrate(
     checked = data.checked(models[0], batches)
     shown = track(checked, "calibrating", total=length, disable=not progress, transient=True)
     reached: set[int] = set()
-    runs = [_runner(model, statistics or {}) for model in models]
     hooks = [h for model in models for h in _watch(model, reached)]
     try:
         with torch.no_grad():
             for batch in shown:
-                for run in runs:
-                    run(batch)
+                for model in models:
+                    data.call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -69,15 +65,6 @@ def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool
     for node, observer in observers(prepared):
         reset(observer, str(getattr(observer, "site", node.args[0])))
     calibrate(prepared, batches, progress=progress)
-
-
-def _runner(model: GraphModule, statistics: Mapping[Node, Any]) -> Callable[[Any], Any]:
-    """How to run the graph on a batch: node by node where statistics are asked for."""
-    mine = {node: s for node, s in statistics.items() if node.graph is model.graph}
-    if not mine:
-        return lambda batch: data.call(model, batch)
-    recorder = Recorder(model, mine, observe=True)
-    return lambda batch: data.call(recorder, batch)
 
 
 class Recorder(Interpreter):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
-from torchquant.calibrate import Recorder, calibrate
+from torchquant.algorithms.contract import Algorithm
+from torchquant.calibrate import calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted, is_prepared, read_sites
-from torchquant.verify import compare
-
-_GUARD_BATCHES = 8
+from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
 
@@ -94,7 +93,7 @@ def quantize(
     batches: Iterable[Any],
     *,
     quantizer: Quantizer | Sequence[Quantizer],
-    algorithms: Sequence[BiasCorrection] = (BiasCorrection(),),
+    algorithms: Sequence[Algorithm] = (BiasCorrection(),),
     dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> Any:
@@ -104,8 +103,7 @@ def quantize(
         model, example_inputs, dynamic_shapes: as for `export`. A GraphModule from `export` is taken as it is.
         batches: calibration data, as for `calibrate`.
         quantizer: a Quantizer, or several.
-        algorithms: applied after calibration; what they need is measured in the same pass. Where they make
-            the output worse on the calibration data, a warning says so and the plain result is kept.
+        algorithms: see `optimize`; none leaves what the observers chose.
 
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
@@ -115,79 +113,66 @@ def quantize(
         raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
     exported = model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
     prepared = [prepare(exported, q) for q in quantizers]
-    measured = [[(a, a.statistics(p)) for a in algorithms] for p in prepared]
-    kept: list[Any] = []
-    everything = {n: s for each in measured for _, found in each for n, s in found.items()}
-    calibrate(prepared, _keeping(batches, kept), statistics=everything, progress=progress)
-    for graph, each in zip(prepared, measured, strict=True):
-        _improve(graph, each, kept)
+    if algorithms and not isinstance(batches, (list, torch.Tensor, dict, str)) and isinstance(batches, Iterable):
+        batches = list(batches)
+    calibrate(prepared, batches, progress=progress)
+    if algorithms:
+        for graph in prepared:
+            optimize(graph, batches, algorithms, progress=progress)
     converted = [convert(p) for p in prepared]
     for graph in converted:
         _warn_if_nothing_happened(graph)
     return converted[0] if isinstance(quantizer, Quantizer) else converted
 
 
-def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterable[Any]:
-    """The batches as they are, the first few remembered for the guard; sized if they are."""
-    if isinstance(batches, (list, tuple)):
-        kept.extend(batches[:_GUARD_BATCHES])
-        return batches
-    return batches if isinstance(batches, (torch.Tensor, dict, str)) else _remembering(batches, kept)
-
-
-def _remembering(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if len(kept) < _GUARD_BATCHES:
-            kept.append(batch)
-        yield batch
-
-
 def optimize(
-    prepared: GraphModule, batches: Iterable[Any], algorithms: Sequence[BiasCorrection], *, progress: bool = True
-) -> None:
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    algorithms: Sequence[Algorithm],
+    *,
+    budget_s: float | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> Optimization:
     """Improve a calibrated prepared graph in place, before `convert_pt2e`; any Quantizer's.
+
+    Each answer of an algorithm is kept only if the output of its layer or block is no worse on the calibration
+    data, and each algorithm only if the output of the network is no worse; a warning says so.
 
     Args:
         prepared: a calibrated graph.
-        batches: calibration data, read once.
-        algorithms: applied together; where they make the output worse on the calibration data, a warning
-            says so and the graph is left as it was.
+        batches: calibration data; kept in memory while this runs.
+        algorithms: run one after the other; those that rewrite the float graph come first, e.g.
+            `[SmoothQuant(), AdaRound()]`.
+        budget_s: seconds to spend; what is not solved by then stays as it was.
+        memory_bytes: activations kept in memory between layers; the rest lies on disk while this runs.
+        checkpoint: folder in which each answer is kept, so that a run that was stopped goes on where it was: call
+            it again with the same arguments. Delete the folder afterwards.
+        seed: of everything drawn at random.
+        exclude: patterns of modules and ops to leave as they are (see `fx/patterns.py`).
+        progress: show a progress bar on stderr.
 
     Raises:
-        InputError, CalibrationError: as `calibrate`.
+        InputError: a batch does not fit, no algorithm, or one in the wrong place.
+        CalibrationError: the graph is not prepared or not calibrated.
+        SchemeError: an algorithm cannot honour how a weight is quantized.
+        ArtifactError: the checkpoints are those of another run.
+        KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is.
     """
     _refuse_uncalibrated(prepared)
-    measured = [(a, a.statistics(prepared)) for a in algorithms]
-    kept: list[Any] = []
-    everything = {n: s for _, found in measured for n, s in found.items()}
-    recorder = Recorder(prepared, everything, observe=False)
-    checked = data.checked(prepared, _keeping(batches, kept))
-    with torch.no_grad():
-        for batch in track(checked, "measuring", total=None, disable=not progress, transient=True):
-            data.call(recorder, batch)
-    _improve(prepared, measured, kept)
-
-
-def _improve(prepared: GraphModule, measured: Sequence[tuple[BiasCorrection, Any]], kept: Sequence[Any]) -> None:
-    """Apply the algorithms to the prepared graph, unless the converted output on `kept` gets worse."""
-    if not any(found for _, found in measured):
-        return
-    plain, improved = passes.copy_graph(prepared), passes.copy_graph(prepared)
-    twins = dict(zip(prepared.graph.nodes, improved.graph.nodes, strict=True))
-    for algorithm, found in measured:
-        algorithm.apply(improved, {twins[node]: value for node, value in found.items()})
-    reference = Recorder(passes.copy_graph(prepared), {}, observe=False)
-    before, after = (compare(reference, convert(graph), kept).sqnr_db for graph in (plain, improved))
-    if after >= before:
-        for algorithm, found in measured:
-            algorithm.apply(prepared, found)
-        return
-    names = ", ".join(type(algorithm).__name__ for algorithm, _ in measured)
-    warnings.warn(
-        f"{names} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
-        "the plain result is kept",
-        TorchquantWarning,
-        stacklevel=3,
+    return run(
+        prepared,
+        batches,
+        algorithms,
+        budget_s=budget_s,
+        memory_bytes=memory_bytes,
+        checkpoint=checkpoint,
+        seed=seed,
+        exclude=exclude,
+        progress=progress,
     )
 
 

@@ -76,7 +76,7 @@ def _keeps_statistics(observer: torch.nn.Module) -> bool:
     return not constant and any(True for _ in observer.buffers())
 
 
-class _Checked:
+class Checked:
     """Refuses non-finite data when observing, and missing data when asked for qparams."""
 
     site = "a tensor of the prepared graph"  # set by the Quantizer once the place is known
@@ -95,15 +95,15 @@ class _Checked:
         return super().calculate_qparams()  # type: ignore[misc]
 
 
-class ActivationMinMax(_Checked, MinMaxObserver):
+class ActivationMinMax(Checked, MinMaxObserver):
     """Per-tensor range from the smallest and largest value seen."""
 
 
-class ActivationHistogram(_Checked, HistogramObserver):
+class ActivationHistogram(Checked, HistogramObserver):
     """Per-tensor range of least squared error on a histogram of the values seen (torchao's search)."""
 
 
-class PerChannelWeight(_Checked, PerChannelMinMaxObserver):
+class PerChannelWeight(Checked, PerChannelMinMaxObserver):
     """Per-channel range of a weight. The Quantizer runs it in prepare: weights need no calibration data.
 
     No channel's scale is below 2**-16 of the largest one: where BatchNorm folding leaves a channel almost

@@ -1,9 +1,10 @@
-"""Bias correction: its promise is that the mean output error of weight rounding is zero on the calibration data."""
+"""Bias correction: its promise is that the mean output error of each layer is zero on the calibration data."""
 
 from typing import ClassVar
 
 import pytest
 import torch
+from foreign import EveryKind, EverySpec, SpecQuantizer, calibrated, per_channel, per_tensor
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -12,10 +13,13 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant.algorithms.bias_correction import RunningMean
+from torchquant.algorithms.bias_correction import output_moments
 from torchquant.formats import UINT8
+from torchquant.fx.blocks import layers
+from torchquant.fx.stream import Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.solved import Solution
 from torchquant.types import Format, Scheme, TensorSpec
 
 
@@ -29,6 +33,14 @@ class CoarseQuantizer(X86Quantizer):
             TensorSpec(Format("int3", torch.int8, -3, 3), symmetric=True, granularity="channel"),
         )
     }
+
+
+def transposed_quantizer():
+    return SpecQuantizer(
+        ("conv_transpose1d", "conv_transpose2d"),
+        per_tensor(torch.uint8, 0, 255),
+        per_channel(low=-3, high=3, axis=1),
+    )
 
 
 class OneLayer(nn.Module):
@@ -47,36 +59,47 @@ LAYERS = {
     "conv1d": (nn.Conv1d(6, 8, 1), (4, 6, 11)),
     "linear": (nn.Linear(6, 8), (4, 6)),
     "linear on 3-D input": (nn.Linear(6, 8, bias=False), (4, 5, 6)),
+    "conv_transpose1d": (nn.ConvTranspose1d(6, 8, 3, stride=2), (4, 6, 9)),
+    "conv_transpose2d": (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (4, 6, 5, 4)),
+    "conv_transpose2d in groups": (nn.ConvTranspose2d(6, 8, 2, groups=2, bias=False), (4, 6, 5, 4)),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_mean_error_of_the_rounded_weight_is_zero_on_the_calibration_data(name):
-    torch.manual_seed(0)
-    layer, shape = LAYERS[name]
-    model = OneLayer(layer).eval()
-    batches = [torch.rand(shape) for _ in range(4)]
-    exported = tq.export(model, batches[0])
-
-    def mean_error(algorithms):
-        prepared = tq.prepare(exported, CoarseQuantizer())
-        tq.calibrate(prepared, batches, progress=False)
-        if algorithms:
-            tq.optimize(prepared, batches, algorithms, progress=False)
-        converted = tq.convert(prepared)
-        axis = -1 if isinstance(layer, nn.Linear) else 1
+def mean_error(prepared, model, batches, axis):
+    """Largest mean error of a channel of the converted model's output."""
+    converted = tq.convert(prepared)
+    with torch.no_grad():
         errors = [(converted(b) - model(b)).movedim(axis, 0).flatten(1) for b in batches]
-        return torch.cat(errors, 1).mean(1).abs().max()
+    return torch.cat(errors, 1).mean(1).abs().max()
 
-    plain, corrected = mean_error([]), mean_error([tq.BiasCorrection()])
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_mean_error_of_each_channel_is_zero_on_the_calibration_data(name):
+    layer, shape = LAYERS[name]
+    model, batches = OneLayer(layer), [torch.rand(shape) for _ in range(4)]
+    quantizer = transposed_quantizer() if "transpose" in name else CoarseQuantizer()
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    plain = mean_error(calibrated(model, batches, quantizer), model, batches, axis)
+    prepared = calibrated(model, batches, quantizer)
+    result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    assert [span.kept for span in result.spans] == [True]
     assert plain > 0.01
-    assert corrected < 0.1 * plain  # what is left comes from rounding the activations
+    assert mean_error(prepared, model, batches, axis) < 1e-6 + 1e-5 * plain
+
+
+def test_deep_in_a_network_the_mean_error_of_every_layer_is_zero():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    batches = [torch.rand(2, 3, 10, 10) for _ in range(3)]
+    prepared = calibrated(model, batches, CoarseQuantizer())
+    tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    found = largest_mean_errors(prepared, batches)
+    assert len(found) == 3
+    assert max(found) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
 @pytest.mark.parametrize("quantizer", [XnnpackQuantizer, X86Quantizer])
 def test_it_never_ends_below_the_plain_result_on_the_calibration_data(quantizer):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     batches = [torch.randn(2, 3, 8, 8) for _ in range(4)]
     found = []
@@ -89,47 +112,63 @@ def test_it_never_ends_below_the_plain_result_on_the_calibration_data(quantizer)
     assert found[1] >= found[0]
 
 
-@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
 def test_a_worse_result_is_not_kept_and_a_warning_says_so(monkeypatch):
-    model = nn.Sequential(nn.Linear(6, 5)).eval()
-    batches = [torch.randn(4, 6)]
-    algorithm = tq.BiasCorrection()
+    def spoil(self, task, clock):
+        return Solution(biases={task.span.sites[0].name: torch.full((5,), 1e3)})
 
-    def spoil(prepared, measured):
-        node = next(iter(measured))
-        node.args = (node.args[0], node.args[1])  # drops the bias
-
-    monkeypatch.setattr(algorithm, "apply", spoil)
-    prepared = tq.prepare(tq.export(model, batches[0]), X86Quantizer())
-    tq.calibrate(prepared, batches, progress=False)
-    with pytest.warns(tq.TorchquantWarning, match="plain result is kept"):
-        tq.optimize(prepared, batches, [algorithm], progress=False)
+    monkeypatch.setattr(tq.BiasCorrection, "solve", spoil)
+    monkeypatch.setattr("torchquant.fx.stream.Task.error", lambda task: 0.0)  # each layer by itself looks no worse
+    model, batches = nn.Sequential(nn.Linear(6, 5)).eval(), [torch.randn(4, 6)]
+    prepared = calibrated(model, batches, X86Quantizer())
+    with pytest.warns(tq.TorchquantWarning, match=r"BiasCorrection would lower .* the plain result is kept"):
+        result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    assert [kept for _, _, kept in result.steps] == [True, False]
     assert tq.compare(model, tq.convert(prepared), batches).sqnr_db > 30
 
 
+def test_a_layer_without_error_is_left_as_it_is():
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.randint(-3, 4, (4, 4)).float())
+        model.weight[:, 0] = 3.0
+    batches = [torch.tensor([[0.0, 1.0, 2.0, 255.0]])]
+    prepared = calibrated(model, batches, CoarseQuantizer())
+    result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    assert not result.spans
+
+
 def test_it_works_on_a_foreign_quantizers_graph():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     batches = [torch.rand(2, 3, 8, 8) for _ in range(3)]
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(torch.export.export(model, (batches[0],)).module(), quantizer)
     tq.calibrate(prepared, batches, progress=False)
-    assert len(tq.BiasCorrection().statistics(prepared)) == 2
-    tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    assert len(result.spans) == 2
     assert tq.compare(model, tq.convert(prepared), batches).sqnr_db > 25
 
 
-def test_a_running_mean_weighs_batches_by_their_samples():
-    mean = RunningMean(features=False)
-    mean.update(torch.ones(3, 2))
-    mean.update(torch.full((1, 2), 5.0))
-    [(value, count)] = mean.means()
-    assert count == 4
-    assert torch.allclose(value, torch.full((2,), 2.0))
+def test_it_corrects_every_layer_of_a_quantizer_that_uses_every_kind_of_spec():
+    batches = [torch.randn(2, 4, 8, 8) for _ in range(2)]
+    prepared = calibrated(EveryKind(), batches, EverySpec())
+    plain = largest_mean_errors(prepared, batches)
+    result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    corrected = largest_mean_errors(prepared, batches)
+    assert len(result.spans) == len(corrected) == 10
+    assert min(plain) > 5e-4
+    assert max(corrected) < 5e-5  # what is left is the rounding of the int32 bias
 
 
-def test_sites_of_changing_size_are_averaged_by_size():
-    mean = RunningMean(features=False)
-    mean.update(torch.ones(2, 1, 4))
-    mean.update(torch.ones(2, 1, 5))
-    assert [tuple(value.shape) for value, _ in mean.means()] == [(1, 4), (1, 5)]
+def largest_mean_errors(prepared, batches):
+    stream, found = Stream(prepared, batches), []
+    for task in stream.walk(layers(prepared)):
+        moments = output_moments(task)
+        found.append(float((moments.mean - moments.mean_q).abs().max()))
+    return found
+
+
+def test_batches_of_different_size_count_by_their_samples():
+    model, batches = OneLayer(nn.Linear(6, 4)), [torch.rand(size, 6) for size in (2, 7, 3)]
+    prepared = calibrated(model, batches, CoarseQuantizer(), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+    assert mean_error(prepared, model, batches, -1) < 1e-6

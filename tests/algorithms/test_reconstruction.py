@@ -1,0 +1,239 @@
+"""Reconstruction: its loss is AdaRound's on one layer, its parts start where they should, its blocks get no worse."""
+
+import math
+
+import pytest
+import torch
+from foreign import SpecQuantizer, calibrated, groupwise, per_channel, per_tensor
+from torch import nn
+
+import torchquant as tq
+from torchquant.algorithms.adaquant import AdaQuant
+from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.brecq import BRECQ
+from torchquant.algorithms.contract import Clock
+from torchquant.algorithms.gram import Layout, Moments, moments
+from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.qdrop import QDrop
+from torchquant.algorithms.reconstruction import LearnedStep, Reconstruction, SoftRounding, StraightThrough
+from torchquant.fx.blocks import layers, weight_grid
+from torchquant.fx.grids import grid_of
+from torchquant.fx.sites import observers
+from torchquant.fx.stream import Stream
+from torchquant.solved import SolvedWeight
+
+KINDS = ("conv2d", "linear", "conv_transpose2d")
+W4A8 = SpecQuantizer(KINDS, per_tensor(torch.uint8, 0, 255), per_channel(low=-7, high=7))
+
+
+class Residual(nn.Module):
+    """A stem, one residual block, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.b(self.a(x).relu()) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(4, 3, 8, 8) for _ in range(4)]
+
+
+def codes_of(prepared):
+    return {str(n.args[0]): o.codes for n, o in observers(prepared) if isinstance(o, SolvedWeight)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(8, 5, bias=False), (1, 30, 8)),
+        (nn.Conv2d(4, 6, 3, padding=1, bias=False), (1, 4, 6, 5)),
+        (nn.Conv2d(4, 4, 3, stride=2, groups=4, bias=False), (1, 4, 7, 7)),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), (1, 4, 5, 5)),
+    ],
+)
+def test_at_hard_rounding_the_loss_of_one_layer_is_adarounds_quadratic_form(layer, shape):
+    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    quantizer = SpecQuantizer(KINDS, per_tensor(low=-8, high=7), per_channel(low=-3, high=3, axis=axis))
+    sample = [torch.randn(shape)]
+    prepared = calibrated(nn.Sequential(layer), sample, quantizer)
+    [span] = layers(prepared)
+    (site,) = span.sites
+    for task in Stream(prepared, sample).walk([span]):
+        learned = Reconstruction(
+            task, Clock(), SoftRounding, drop=0, sensitive=False, learn_steps=False, learn_biases=False
+        )
+        up = torch.rand(layer.weight.shape) < 0.5
+        learned.weights[site].a.data.copy_(torch.where(up, 30.0, -30.0))
+        layout = Layout.of(site, layer.weight.shape)
+        found = Moments.joined(moments(task, site, layout))
+        W, V = (layout.matrix(t.detach()) for t in (layer.weight, learned.weights[site]()))
+        y = task.targets(0)[0]
+        energy = float(y.square().sum(1 if y.ndim > 3 else -1).mean())
+        form = float(((V @ found.a) * V).sum() - 2 * ((W @ found.b) * V).sum())
+        assert float(learned.data_loss().detach()) == pytest.approx(form + energy, rel=1e-4)
+
+
+def test_without_drop_qdrop_is_brecq(batches):
+    model = Residual()
+    found = [calibrated(model, batches, W4A8) for _ in range(2)]
+    results = [
+        tq.optimize(prepared, batches, [algorithm], seed=3, progress=False)
+        for prepared, algorithm in zip(found, (BRECQ(20), QDrop(20, drop=0.0)), strict=True)
+    ]
+    assert [s.after for s in results[0].spans] == [s.after for s in results[1].spans]
+    one, other = map(codes_of, found)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("algorithm", [BRECQ(150), BRECQ(150, fisher=False), QDrop(150), AdaQuant(150)])
+def test_no_block_ends_above_the_error_of_rounding_to_nearest(algorithm, batches):
+    prepared = calibrated(Residual(), batches, W4A8)
+    result = tq.optimize(prepared, batches, [algorithm], progress=False)
+    assert len(result.spans) == len(algorithm.spans(prepared, frozenset()))
+    assert all(span.kept == (span.after <= span.before) for span in result.spans)
+    assert sum(span.after < span.before for span in result.spans) >= len(result.spans) / 2
+    assert result.steps[-1][1] > result.steps[0][1]
+
+
+def test_brecq_refines_the_codes_that_stand_in_the_graph(batches):
+    prepared = calibrated(Residual(), batches, W4A8)
+    tq.optimize(prepared, batches, [AdaRound(50)], progress=False)
+    before = {name: codes.clone() for name, codes in codes_of(prepared).items()}
+    tq.optimize(prepared, batches, [BRECQ(0, learn_steps=False, learn_biases=False)], progress=False)
+    after = codes_of(prepared)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+GRIDS = {
+    "per channel": per_channel(low=-7, high=7),
+    "per group": groupwise(4),
+    "per tensor": per_tensor(low=-7, high=7, symmetric=True),
+    "affine": per_channel(torch.uint8, 0, 15, symmetric=False),
+}
+
+
+def weight_and_grid(name):
+    layer = nn.Linear(8, 6)
+    with torch.no_grad():
+        layer.weight *= torch.logspace(-3, 0, 6)[:, None]  # channels of very different scale
+    prepared = calibrated(nn.Sequential(layer), [torch.randn(4, 8)], SpecQuantizer(KINDS, None, GRIDS[name]))
+    site = layers(prepared)[0].sites[0]
+    return float_weight(prepared, site) * 0.93, weight_grid(prepared, site)  # no weight halfway between two codes
+
+
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("rounding", [SoftRounding, StraightThrough])
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_learned_weight_starts_at_nearest_or_at_the_given_codes(name, rounding):
+    weight, grid = weight_and_grid(name)
+    assert torch.equal(rounding(weight, grid).answer()[0], grid.encode(weight))
+    codes = torch.randint(grid.quant_min, grid.quant_max + 1, weight.shape)
+    found, same = rounding(weight, grid, codes).answer()
+    assert torch.equal(found, codes.float())
+    assert torch.allclose(same.scale, grid.scale)
+
+
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
+def test_soft_weights_lie_between_the_two_roundings_and_start_at_the_float_weight():
+    weight, grid = weight_and_grid("per channel")
+    soft = SoftRounding(weight, grid)
+    scale = grid.expand(weight.shape)[0]
+    assert torch.allclose(soft(), weight, atol=float(1e-3 * scale.max()))
+    assert bool(((soft.h() >= 0) & (soft.h() <= 1)).all())
+    assert float(soft.penalty(2.0).detach()) > 0
+    soft.a.data.fill_(30.0)
+    assert float(soft.penalty(2.0).detach()) == 0
+    values, learned = grid.decode(soft.answer()[0]), soft()
+    assert torch.allclose(values, learned)
+
+
+def test_a_learned_step_starts_at_the_observers_grid_and_drops_a_share():
+    observer = per_tensor(torch.uint8, 0, 255).observer_or_fake_quant_ctr(
+        dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine
+    )
+    x = torch.randn(100, 100)
+    observer(x)
+    grid = grid_of(observer, x.shape)
+    step = LearnedStep(grid, 0.0, torch.Generator())
+    assert torch.allclose(step(x), grid.nearest(x), atol=1e-6)
+    assert step.answer() == pytest.approx((float(grid.scale), int(grid.zero_point)))
+    step(x).square().sum().backward()
+    assert float(step.log_scale.grad) != 0
+    dropped = LearnedStep(grid, 0.3, torch.Generator().manual_seed(0))(x)
+    assert float((dropped == x).float().mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_sensitivities_are_the_squared_gradients_of_a_linear_net_in_closed_form():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2))
+    sample = [torch.randn(2, 4)]
+    prepared = calibrated(model, sample, W4A8)
+    spans, stream = layers(prepared), Stream(prepared, sample)
+    stream.sensitivities(spans, seed=0, draws=4000)
+    behind = [model[2].weight @ model[1].weight, model[2].weight, torch.eye(2)]
+    for task, jacobian in zip(stream.walk(spans), behind, strict=True):
+        [found] = task.sensitivity(0)
+        assert torch.allclose(found, jacobian.detach().square().sum(0).expand_as(found), rtol=0.12)
+
+
+def test_sensitivities_are_the_squared_gradients_by_autograd():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    sample = [torch.randn(1, 2, 5, 5) for _ in range(2)]
+    prepared = calibrated(model, sample, W4A8)
+    spans, stream = layers(prepared), Stream(prepared, sample)
+    stream.sensitivities(spans, seed=0, draws=3000)
+    for task, position in zip(stream.walk(spans), (0, 2, 5), strict=True):
+        for batch in range(2):
+            [y] = task.targets(batch)
+            jacobian = torch.autograd.functional.jacobian(model[position + 1 :], y)
+            [found] = task.sensitivity(batch)
+            exact = jacobian.flatten(0, 1).square().sum(0)
+            assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_mean_of_draws_approaches_its_limit():
+    model, sample = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 6)), [torch.randn(5, 4)]
+    prepared = calibrated(model, sample, W4A8)
+    exact, off = model[1].weight.detach().square().sum(0), []
+    for draws in (2, 2000):
+        spans, stream = layers(prepared), Stream(prepared, sample)
+        stream.sensitivities(spans, seed=1, draws=draws)
+        off.append([float((task.sensitivity(0)[0] - exact).abs().mean()) for task in stream.walk(spans)][0])
+    assert off[1] < 0.2 * off[0]
+
+
+def test_without_fisher_nothing_is_measured(batches):
+    prepared = calibrated(Residual(), batches, W4A8)
+    algorithm, stream = BRECQ(fisher=False), Stream(prepared, batches)
+    spans = algorithm.spans(prepared, frozenset())
+    algorithm.begin(stream, spans, 0)
+    for task in stream.walk(spans):
+        assert task.sensitivity(0) == [None] * len(task.results)
+
+
+def test_time_that_is_up_still_gives_an_answer(batches):
+    prepared = calibrated(Residual(), batches, W4A8)
+    spans = BRECQ().spans(prepared, frozenset())
+    for task in Stream(prepared, batches).walk(spans):
+        solution = BRECQ(10**9).solve(task, Clock(seconds=0.0))
+        assert solution.weights.keys() == {site.name for site in task.span.sites}
+
+
+@pytest.mark.parametrize("drop", [-0.1, 1.0, math.nan])
+def test_a_drop_outside_zero_to_one_is_refused(drop):
+    with pytest.raises(tq.InputError, match="drop"):
+        QDrop(drop=drop)
+
+
+def test_block_sizes_that_contradict_are_refused():
+    with pytest.raises(tq.InputError, match="min_sites 5 and max_sites 3"):
+        BRECQ(min_sites=5, max_sites=3)

@@ -1,0 +1,353 @@
+"""optimize: answers are guarded, timed, kept on disk; what is refused, and what the result says."""
+
+import nets
+import pytest
+import torch
+from foreign import PlaceholderObserver, SpecQuantizer, calibrated, dynamic, per_channel, per_tensor
+from torch import nn
+
+import torchquant as tq
+from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.brecq import BRECQ
+from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.fx import ops
+from torchquant.fx.blocks import layers, weight_grid
+from torchquant.fx.sites import observers
+from torchquant.solved import Solution, SolvedWeight
+from torchquant.solving import SpanResult
+
+LINEAR = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel(low=-3, high=3))
+
+
+def chain(count=5):
+    sizes = [8] * count + [4]
+    return nn.Sequential(*(m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())))
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(16, 8) for _ in range(3)]
+
+
+@pytest.fixture
+def model():
+    return chain()
+
+
+def solved(prepared):
+    """The codes that stand in the graph, by observer."""
+    return {str(n.target): o.codes for n, o in observers(prepared) if isinstance(o, SolvedWeight)}
+
+
+def assert_same_codes(one, other):
+    assert solved(one).keys() == solved(other).keys()
+    assert all(torch.equal(codes, solved(other)[name]) for name, codes in solved(one).items())
+
+
+class Spoil:
+    """Answers with random codes; `only` names the spans that it spoils, the others get the nearest ones."""
+
+    def __init__(self, only=None):
+        self.only = only
+
+    def spans(self, prepared, excluded):
+        return layers(prepared, excluded)
+
+    def solve(self, task, clock):
+        (site,) = task.span.sites
+        weight, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
+        codes = grid.encode(weight)
+        if self.only is None or ops.module_path(site) in self.only:
+            codes = torch.randint(-3, 4, weight.shape, generator=clock.generator())
+        return Solution({site.name: (codes, grid)})
+
+
+class BehindTheBack(Spoil):
+    """Spoils a range that no result of its span depends on, so that only the whole output tells."""
+
+    def solve(self, task, clock):
+        last = [str(n.target) for n, _ in observers(task.prepared) if not ops.is_constant(n.args[0])][-1]
+        return Solution(activations={last: (1e-6, 0)}) if ops.module_path(task.span.sites[0]) == "0" else Solution()
+
+
+def test_a_worse_answer_for_a_span_is_not_kept(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [Spoil(only=("2", "6"))], progress=False)
+    assert [(s.span, s.kept) for s in result.spans] == [("0", True), ("2", False), ("4", True), ("6", False), ("8", True)]
+    assert all(s.kept == (s.after <= s.before) for s in result.spans)
+    assert len(solved(prepared)) == 3
+    assert result.steps[-1][1] == pytest.approx(result.steps[0][1])
+
+
+def test_an_algorithm_that_lowers_the_whole_output_is_taken_back_with_a_warning(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.warns(tq.TorchquantWarning, match="BehindTheBack would lower .* the plain result is kept"):
+        result = tq.optimize(prepared, batches, [AdaRound(20), BehindTheBack()], progress=False)
+    assert [(name, kept) for name, _, kept in result.steps] == [
+        ("as calibrated", True),
+        ("AdaRound", True),
+        ("BehindTheBack", False),
+    ]
+    again = calibrated(model, batches, LINEAR)
+    tq.optimize(again, batches, [AdaRound(20)], progress=False)
+    assert_same_codes(prepared, again)
+    assert torch.equal(tq.convert(prepared)(batches[0]), tq.convert(again)(batches[0]))
+
+
+def test_steps_say_what_the_converted_model_gives(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [AdaRound(50), tq.BiasCorrection()], progress=False)
+    kept = [db for _, db, kept in result.steps if kept]
+    assert kept == sorted(kept)
+    found = [tq.convert(prepared)(b) for b in batches]
+    noise = sum(float((f - model(b)).detach().square().sum()) for f, b in zip(found, batches, strict=True))
+    signal = sum(float(model(b).detach().square().sum()) for b in batches)
+    assert kept[-1] == pytest.approx(10 * torch.log10(torch.tensor(signal / noise)).item(), abs=0.01)
+
+
+def test_the_result_records_what_was_done(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [AdaRound(10)], memory_bytes=1, progress=False)
+    assert all(isinstance(span, SpanResult) for span in result.spans)
+    assert [span.span for span in result.spans] == ["0", "2", "4", "6", "8"]
+    assert {span.algorithm for span in result.spans} == {"AdaRound"}
+    assert all(span.before > 0 and span.seconds > 0 for span in result.spans)
+    assert result.seconds >= sum(span.seconds for span in result.spans)
+    assert result.peak_bytes > 2**20
+    assert result.spilled_bytes > 0
+    assert [name for name, _, _ in result.steps] == ["as calibrated", "AdaRound"]
+    text = str(result)
+    assert "AdaRound" in text
+    assert " dB" in text
+    assert "5 spans in" in text
+    assert tq.optimize(prepared, batches, [SeqMSE()], progress=False).spilled_bytes == 0
+
+
+# interrupted ----------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(AdaRound):
+    """AdaRound that is stopped in its third span, once."""
+
+    stop: BaseException | None = None
+    calls = 0
+
+    def solve(self, task, clock):
+        type(self).calls += 1
+        if self.stop is not None and type(self).calls == 3:
+            raise self.stop
+        return super().solve(task, clock)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    def by(reason):
+        monkeypatch.setattr(Interrupted, "stop", reason)
+        monkeypatch.setattr(Interrupted, "calls", 0)
+        return Interrupted(30)
+
+    return by
+
+
+@pytest.mark.parametrize("reason", [RuntimeError("no power"), KeyboardInterrupt()])
+def test_a_resumed_run_equals_an_unbroken_one(model, batches, tmp_path, stopped, reason):
+    unbroken = calibrated(model, batches, LINEAR)
+    whole = tq.optimize(unbroken, batches, [stopped(None), tq.BiasCorrection()], progress=False)
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(type(reason)):
+        tq.optimize(prepared, batches, [stopped(reason), tq.BiasCorrection()], checkpoint=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("*.pt"))) == 2
+    prepared = calibrated(model, batches, LINEAR)  # as a new process would
+    algorithms = [stopped(None), tq.BiasCorrection()]
+    result = tq.optimize(prepared, batches, algorithms, checkpoint=tmp_path, progress=False)
+    assert Interrupted.calls == 3
+    assert_same_codes(prepared, unbroken)
+    assert result.steps == whole.steps
+    assert [(s.span, s.before, s.after, s.kept) for s in result.spans] == [
+        (s.span, s.before, s.after, s.kept) for s in whole.spans
+    ]
+    assert torch.equal(tq.convert(prepared)(batches[0]), tq.convert(unbroken)(batches[0]))
+
+
+def test_a_finished_run_read_again_solves_nothing(model, batches, tmp_path, stopped):
+    first, second = calibrated(model, batches, LINEAR), calibrated(model, batches, LINEAR)
+    tq.optimize(first, batches, [stopped(None)], checkpoint=tmp_path, progress=False)
+    tq.optimize(second, batches, [stopped(RuntimeError("not reached"))], checkpoint=tmp_path, progress=False)
+    assert Interrupted.calls == 0
+    assert_same_codes(first, second)
+
+
+def test_an_interrupt_leaves_a_graph_with_what_was_solved(model, batches, stopped):
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(KeyboardInterrupt):
+        tq.optimize(prepared, batches, [stopped(KeyboardInterrupt())], progress=False)
+    assert len(solved(prepared)) == 2
+    prepared.graph.lint()
+    partly = tq.compare(model, tq.convert(prepared), batches).sqnr_db
+    assert partly > tq.compare(model, tq.convert(calibrated(model, batches, LINEAR)), batches).sqnr_db
+
+
+def test_an_error_leaves_the_graph_as_it_came(model, batches, stopped):
+    prepared = calibrated(model, batches, LINEAR)
+    before = tq.compare(model, tq.convert(calibrated(model, batches, LINEAR)), batches).sqnr_db
+    with pytest.raises(RuntimeError, match="no power"):
+        tq.optimize(prepared, batches, [stopped(RuntimeError("no power"))], progress=False)
+    assert not solved(prepared)
+    assert tq.compare(model, tq.convert(prepared), batches).sqnr_db == before
+
+
+@pytest.mark.parametrize("change", ["seed", "data", "model", "algorithm", "order", "exclude", "quantizer"])
+def test_checkpoints_of_another_run_are_refused_with_their_folder(model, batches, tmp_path, change):
+    arguments = {"algorithms": [SeqMSE(8), tq.BiasCorrection()], "seed": 0, "exclude": ()}
+    tq.optimize(calibrated(model, batches, LINEAR), batches, **arguments, checkpoint=tmp_path, progress=False)
+    given, quantizer = batches, LINEAR
+    if change == "seed":
+        arguments["seed"] = 1
+    elif change == "data":
+        given = [*batches[:2], batches[2] + 1]
+    elif change == "model":
+        model[0].weight.data[0, 0] += 1
+    elif change == "algorithm":
+        arguments["algorithms"] = [SeqMSE(9), tq.BiasCorrection()]
+    elif change == "order":
+        arguments["algorithms"] = arguments["algorithms"][::-1]
+    elif change == "exclude":
+        arguments["exclude"] = ("2",)
+    else:
+        quantizer = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel(low=-7, high=7))
+    prepared = calibrated(model, batches, quantizer)
+    with pytest.raises(tq.ArtifactError, match=rf"{tmp_path.name} holds the checkpoints of another run"):
+        tq.optimize(prepared, given, **arguments, checkpoint=tmp_path, progress=False)
+
+
+def test_a_broken_checkpoint_is_refused_with_its_path(model, batches, tmp_path):
+    tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
+    file = sorted(tmp_path.glob("*.pt"))[1]
+    torch.save({"weights": {"elsewhere": (1, 2, 3)}, "biases": {}, "activations": {}}, file)
+    with pytest.raises(tq.ArtifactError, match=file.name):
+        tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
+    file.write_bytes(b"half of a file")
+    with pytest.raises(tq.ArtifactError, match=file.name):
+        tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
+
+
+# settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_solved_when_the_time_is_up_stays_and_a_note_says_so(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [AdaRound()], budget_s=1e-9, progress=False)
+    assert result.notes == ["AdaRound: the time was up; 5 of 5 spans were left as they were"]
+    assert "5 of 5" in str(result)
+    assert not solved(prepared)
+
+
+def test_the_time_is_kept(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [BRECQ(10**7)], budget_s=2, progress=False)
+    assert 1 < result.seconds < 4
+    assert result.spans
+
+
+def test_the_seed_decides_all_that_is_drawn(model, batches):
+    found = []
+    for seed in (0, 0, 1):
+        prepared = calibrated(model, batches, LINEAR)
+        torch.manual_seed(len(found))  # the global generator plays no part
+        result = tq.optimize(prepared, batches, [BRECQ(20)], seed=seed, progress=False)
+        found.append([span.after for span in result.spans])
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+@pytest.mark.parametrize(("exclude", "left"), [(["2"], ["2"]), (["op:linear"], "02468"), (["0", "8"], ["0", "8"])])
+def test_excluded_places_stay_as_they_are(model, batches, exclude, left):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [SeqMSE(8)], exclude=exclude, progress=False)
+    assert [span.span for span in result.spans] == [name for name in "02468" if name not in left]
+    assert len(solved(prepared)) == 5 - len(left)
+
+
+def test_an_exclude_pattern_that_matches_nothing_is_refused(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(tq.PatternError, match="nowhere"):
+        tq.optimize(prepared, batches, [SeqMSE(8)], exclude=["nowhere"], progress=False)
+
+
+class Transformed:
+    """A transform that changes nothing, or says that it did."""
+
+    def __init__(self, changed=0):
+        self.changed = changed
+
+    def transform(self, prepared, batches):
+        return self.changed
+
+
+def test_a_transform_is_recalibrated_and_judged_as_a_step(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    result = tq.optimize(prepared, batches, [Transformed(), Transformed(1), SeqMSE(8)], progress=False)
+    assert result.notes == ["Transformed: nothing to change"]
+    assert [name for name, _, _ in result.steps] == ["as calibrated", "Transformed", "SeqMSE"]
+    assert result.steps[0][1] == pytest.approx(result.steps[1][1])
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "words"),
+    [
+        ([AdaRound], r"AdaRound is a class; pass an instance: AdaRound\(\)"),
+        (["adaround"], "str is no algorithm"),
+        ([SeqMSE(8), Transformed()], "Transformed changes float weights, so it must come before"),
+    ],
+)
+def test_what_is_no_algorithm_or_in_the_wrong_place_is_refused(model, batches, algorithms, words):
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(tq.InputError, match=words):
+        tq.optimize(prepared, batches, algorithms, progress=False)
+    assert not solved(prepared)
+
+
+def test_a_transform_after_an_earlier_solver_is_refused(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    tq.optimize(prepared, batches, [SeqMSE(8)], progress=False)
+    with pytest.raises(tq.InputError, match="must come before"):
+        tq.optimize(prepared, batches, [Transformed()], progress=False)
+
+
+@pytest.mark.parametrize("budget_s", [0, -1.0])
+def test_a_budget_of_no_time_is_refused(model, batches, budget_s):
+    with pytest.raises(tq.InputError, match="budget_s"):
+        tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], budget_s=budget_s, progress=False)
+
+
+def test_a_graph_without_calibration_or_observers_is_refused(model, batches):
+    exported = tq.export(model, batches[0])
+    with pytest.raises(tq.CalibrationError, match="never saw data"):
+        tq.optimize(tq.prepare(exported, LINEAR), batches, [SeqMSE(8)], progress=False)
+    with pytest.raises(tq.CalibrationError, match="no observers"):
+        tq.optimize(exported, batches, [SeqMSE(8)], progress=False)
+
+
+def test_no_batches_and_batches_that_do_not_fit_are_refused(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(tq.CalibrationError, match="no calibration batch"):
+        tq.optimize(prepared, [], [SeqMSE(8)], progress=False)
+    with pytest.raises(tq.InputError, match="batch 1"):
+        tq.optimize(prepared, [batches[0], torch.randn(16, 9)], [SeqMSE(8)], progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:the Quantizer left:torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("algorithm", [AdaRound(5), SeqMSE(5), BRECQ(5)])
+def test_a_weight_without_an_integer_grid_is_refused_with_its_site(batches, algorithm):
+    half = per_tensor(torch.float16, None, None, observer=PlaceholderObserver)
+    prepared = calibrated(chain(2), batches, SpecQuantizer(("linear",), dynamic(), half))
+    with pytest.raises(tq.SchemeError, match=r"^0: PlaceholderObserver gives its weight no static integer grid"):
+        tq.optimize(prepared, batches, [algorithm], progress=False)
+    left_out = tq.optimize(prepared, batches, [algorithm], exclude=["0", "2"], progress=False)
+    assert not left_out.spans
+
+
+def test_a_generator_of_batches_is_enough(batches):
+    prepared = calibrated(nets.mlp(), batches, LINEAR)
+    assert tq.optimize(prepared, iter(batches), [SeqMSE(8), tq.BiasCorrection()], progress=False).spans

@@ -1,0 +1,398 @@
+"""The stream: all calibration batches through a prepared graph in one walk, in float and as quantized.
+
+At each span the solver gets the inputs from the quantized prefix, the inputs and outputs of the float function, and
+leaves its answer in the graph; the walk goes on with it. What no later node reads is freed; what
+exceeds the byte budget lies on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from torchquant import batches as data
+from torchquant.fx import ops
+from torchquant.fx.blocks import Span, data_order
+from torchquant.fx.grids import fake_quantizer
+from torchquant.fx.sites import observer_of
+from torchquant.parallel import total
+
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Store", "Stream", "Task"]
+
+Flow = Literal["float", "quantized"]
+FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
+Env = dict[Node, Any]
+Fake = Callable[[torch.Tensor], torch.Tensor]
+Known = dict[tuple[int, torch.Size], tuple[torch.nn.Module, Fake]]
+
+
+class Store:
+    """Values by key; over `budget_bytes` of tensors in memory the oldest lie on disk, in a folder of its own.
+
+    Args:
+        budget_bytes: None keeps everything in memory.
+    """
+
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        self._budget = math.inf if budget_bytes is None else budget_bytes
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._spilled: dict[Any, Path] = {}
+        self._folder: Path | None = None
+        self._bytes = self._named = 0
+        self.spilled_bytes = 0
+
+    def put(self, key: Any, value: Any) -> None:
+        """Keep a value (tensors, or tuples and lists of them) under a key that is not in use."""
+        value = pytree.tree_map_only(torch.Tensor, _compact, value)
+        self._kept[key] = value
+        self._bytes += _bytes_of(value)
+        while self._bytes > self._budget and len(self._kept) > 1:
+            self._spill(*self._kept.popitem(last=False))
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept or key in self._spilled
+
+    def get(self, key: Any) -> Any:
+        """The value; one that was spilled is read from disk and stays there."""
+        if key in self._kept:
+            return self._kept[key]
+        return torch.load(self._spilled[key], weights_only=True)
+
+    def drop(self, key: Any) -> None:
+        """Forget the value, if there is one."""
+        if key in self._kept:
+            self._bytes -= _bytes_of(self._kept.pop(key))
+        elif key in self._spilled:
+            self._spilled.pop(key).unlink()
+
+    def close(self) -> None:
+        """Forget everything and delete the folder."""
+        self._kept.clear()
+        self._spilled.clear()
+        self._bytes = 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _spill(self, key: Any, value: Any) -> None:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="torchquant-"))
+        path = self._folder / f"{self._named}.pt"
+        self._named += 1
+        torch.save(value, path)
+        self._spilled[key] = path
+        self._bytes -= _bytes_of(value)
+        self.spilled_bytes += _bytes_of(value)
+
+
+def _compact(value: torch.Tensor) -> torch.Tensor:
+    """Without a larger tensor behind it that would stay alive (and be saved) with a view of it."""
+    value = value.detach()
+    return value.clone() if value.untyped_storage().nbytes() > 2 * value.nbytes else value
+
+
+def _bytes_of(value: Any) -> int:
+    return sum(t.nbytes for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+
+
+class Evaluator:
+    """Runs nodes of a prepared graph: as the float function, or as convert will quantize it.
+
+    Args:
+        prepared: the graph; its observers hold the grids.
+        flow: `float` skips observers and reads the biases that stood there before any correction.
+        weights: weight observer node -> tensor to use in its place (a solver's trial).
+        fakes: activation observer's target -> function to use in its place.
+        biases: op node -> bias to use in its place.
+        known: what is known of observers already, shared between evaluators of one graph.
+    """
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        flow: Flow,
+        *,
+        weights: Mapping[Node, torch.Tensor] | None = None,
+        fakes: Mapping[str, Fake] | None = None,
+        biases: Mapping[Node, torch.Tensor] | None = None,
+        known: Known | None = None,
+    ) -> None:
+        self._prepared, self._flow = prepared, flow
+        self._weights, self._fakes, self._biases = weights or {}, fakes or {}, biases or {}
+        self._known: Known = {} if known is None else known
+        self._constants: dict[Node, Any] = {}
+
+    def run(self, nodes: Sequence[Node], env: Env) -> Env:
+        """Evaluate the nodes in order; `env` holds the values they read from outside and is filled."""
+        for node in nodes:
+            env[node] = self._node(node, env)
+        return env
+
+    def value(self, of: Any, env: Env) -> Any:
+        """Arguments with the values of their nodes."""
+        return torch.fx.node.map_arg(of, lambda n: env[n] if n in env else self._constant(n))
+
+    def _node(self, node: Node, env: Env) -> Any:
+        if node.op == "call_module":
+            observer = observer_of(self._prepared, node)
+            if observer is not None:
+                value = self.value(node.args[0], env)
+                return value if self._flow == "float" else self._fake(node, observer, value)(value)
+            return self._prepared.get_submodule(str(node.target))(*self.value(node.args, env))
+        args, kwargs = self.value(node.args, env), self.value(node.kwargs, env)
+        if node in self._biases:
+            args = (*args[:2], self._biases[node].to(args[1].dtype), *args[3:])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = node.target
+        if _mutates(node):
+            args = (args[0].clone(), *args[1:])
+        return target(*args, **kwargs)
+
+    def _fake(self, node: Node, observer: torch.nn.Module, value: torch.Tensor) -> Fake:
+        if str(node.target) in self._fakes:
+            return self._fakes[str(node.target)]
+        key = (id(observer), value.shape)
+        if key not in self._known:
+            self._known[key] = observer, fake_quantizer(observer, value.shape)
+        return self._known[key][1]
+
+    def _constant(self, node: Node) -> Any:
+        if node in self._weights:
+            return self._weights[node].to(self._constant(node.all_input_nodes[0]).dtype)
+        if node not in self._constants:
+            self._constants[node] = self._evaluate(node)
+        return self._constants[node]
+
+    def _evaluate(self, node: Node) -> Any:
+        with torch.no_grad():
+            if node.op == "get_attr":
+                if self._flow == "float" and FLOAT_BIAS in node.meta:
+                    name = node.meta[FLOAT_BIAS]
+                    return None if name is None else _attribute(self._prepared, name)
+                return _attribute(self._prepared, str(node.target))
+            observer: Any = observer_of(self._prepared, node)
+            if observer is not None and self._flow == "quantized" and hasattr(observer, "values"):
+                return observer.values().to(self._constant(node.all_input_nodes[0]).dtype)
+            return self._node(node, {})
+
+
+def _attribute(model: GraphModule, name: str) -> Any:
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+class Task:
+    """One span to be solved, with the data that reaches it.
+
+    Args:
+        prepared, span: where.
+        count: batches.
+    """
+
+    def __init__(self, stream: Stream, span: Span, reads: Sequence[Node], results: Sequence[Node]) -> None:
+        self._stream, self.span, self._reads, self.results = stream, span, reads, tuple(results)
+        self.prepared, self.count = stream.prepared, stream.count
+
+    def inputs(self, batch: int, flow: Flow) -> Env:
+        """The values that the span reads from outside, for one batch."""
+        return {node: self._stream.value(flow, node, batch) for node in self._reads}
+
+    def targets(self, batch: int) -> list[torch.Tensor]:
+        """The float values of `results`: what is made in the span and read behind it."""
+        return [self._stream.value("float", node, batch) for node in self.results]
+
+    def outputs(self, batch: int, evaluator: Evaluator, flow: Flow = "quantized") -> list[torch.Tensor]:
+        """The span's results for one batch with its inputs from a flow."""
+        env = evaluator.run(self.span.nodes, self.inputs(batch, flow))
+        return [env[node] for node in self.results]
+
+    def sensitivity(self, batch: int) -> list[torch.Tensor | None]:
+        """For each result, how much the network's output feels an error in each element; see `Stream.sensitivities`.
+
+        Mean square of the derivatives of the output, by random projections: the diagonal of the Gauss-Newton
+        matrix. None where it was not measured.
+        """
+        keys = [("sensitivity", node, batch) for node in self.results]
+        return [self._stream.store.get(k) if k in self._stream.store else None for k in keys]
+
+    def error(self, evaluator: Evaluator | None = None) -> float:
+        """Squared error of the results, summed over all batches: as the graph stands now, or with a trial."""
+        evaluator, found = evaluator or self.evaluator(), 0.0
+        with torch.no_grad():
+            for batch in range(self.count):
+                for got, wanted in zip(self.outputs(batch, evaluator), self.targets(batch), strict=True):
+                    if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
+                        found += float((got - wanted).square().sum(dtype=torch.float64))
+        return total(found)[0]
+
+    def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
+        """An Evaluator of the graph, with a solver's trial values."""
+        return self._stream.evaluator(flow, **trial)
+
+
+class Stream:
+    """All batches through a prepared, calibrated graph.
+
+    Args:
+        prepared: the graph; solvers change its observers and biases while the stream walks.
+        batches: the calibration batches (of this process).
+        budget_bytes: for what is kept between nodes; the rest lies on disk.
+    """
+
+    def __init__(self, prepared: GraphModule, batches: Sequence[Any], *, budget_bytes: int | None = None) -> None:
+        _read_mutated(prepared)
+        self.prepared, self.count = prepared, len(batches)
+        self.store = Store(budget_bytes)
+        inputs = data.placeholders(prepared)
+        self._given = [dict(zip(inputs, data.in_order(prepared, b), strict=True)) for b in batches]
+        self._order = data_order(prepared)
+        self._place = {node: i for i, node in enumerate(self._order)}
+        self._inputs = set(inputs)
+        self._last = {n: max((self._place.get(u, len(self._order)) for u in n.users), default=-1) for n in self._order}
+        self._alive: list[Node] = []
+        self._known: Known = {}
+        self.signal = self.noise = 0.0  # energies of the float output and of its error, after a walk
+
+    def value(self, flow: Flow, node: Node, batch: int) -> Any:
+        """A live value."""
+        given = self._given[batch]
+        return given[node] if node in given else self.store.get((flow, node, batch))
+
+    def evaluator(self, flow: Flow, **trial: Any) -> Evaluator:
+        """An Evaluator that shares what is known of the observers."""
+        return Evaluator(self.prepared, flow, known=self._known, **trial)
+
+    def walk(self, spans: Sequence[Span]) -> Iterator[Task]:
+        """Yield a task for each span, in graph order; what the caller leaves in the graph holds for the rest of it.
+
+        After the walk, `signal` and `noise` say how the quantized output follows the float one.
+        """
+        start = 0
+        try:
+            for span in spans:
+                first, end = self._place[span.nodes[0]], self._place[span.nodes[-1]] + 1
+                self._advance(start, first)
+                self._run(first, end, "float")
+                yield Task(self, span, self._reads(first, end), self._results(first, end))
+                self._run(first, end, "quantized")
+                self._free(first, end)
+                start = end
+            self._advance(start, len(self._order))
+            self._compare_outputs()
+        finally:
+            self.store.close()
+            self._alive.clear()
+
+    def sensitivities(self, spans: Sequence[Span], seed: int, draws: int = 1) -> None:
+        """Measure for `Task.sensitivity`: one pass forward and `draws` backward through the float graph per batch."""
+        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
+        generator = torch.Generator().manual_seed(seed)
+        results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans]
+        borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=True)}
+        for batch in range(self.count):
+            env: Env = dict(self._given[batch])
+            measured: dict[Node, torch.Tensor] = {}
+            evaluator = self.evaluator("float")
+            with torch.enable_grad():
+                for node in self._order:
+                    evaluator.run([node], env)
+                    for made in borders.get(node, ()):
+                        if isinstance(env[made], torch.Tensor) and env[made].is_floating_point():
+                            if not env[made].requires_grad:
+                                env[made] = env[made].detach().requires_grad_()
+                            measured[made] = env[made]
+                leaves = pytree.tree_leaves([env[n] for n in output.all_input_nodes if n in self._last])
+            found = _squared_gradients(leaves, measured, generator, draws)
+            for node, value in found.items():
+                self.store.put(("sensitivity", node, batch), value)
+
+    def _advance(self, start: int, end: int) -> None:
+        """Run order[start:end] on all batches in both flows; keep what is read later, drop what is not."""
+        if start < end:
+            self._run(start, end, "float")
+            self._run(start, end, "quantized")
+            self._free(start, end)
+
+    def _run(self, start: int, end: int, flow: Flow) -> None:
+        nodes, reads, results = self._order[start:end], self._reads(start, end), self._results(start, end)
+        evaluator = self.evaluator(flow)
+        with torch.no_grad():
+            for batch in range(self.count):
+                env = evaluator.run(nodes, {n: self.value(flow, n, batch) for n in reads})
+                for node in results:
+                    self.store.put((flow, node, batch), env[node])
+
+    def _free(self, start: int, end: int) -> None:
+        self._alive += self._results(start, end)
+        for node in [n for n in self._alive if self._last[n] < end]:
+            self._alive.remove(node)
+            for batch in range(self.count):
+                self.store.drop(("float", node, batch))
+                self.store.drop(("quantized", node, batch))
+                self.store.drop(("sensitivity", node, batch))
+
+    def _reads(self, start: int, end: int) -> list[Node]:
+        """What order[start:end] reads from outside, constants left out."""
+        found = dict.fromkeys(n for node in self._order[start:end] for n in node.all_input_nodes)
+        return [n for n in found if n in self._inputs or self._place.get(n, start) < start]
+
+    def _results(self, start: int, end: int) -> list[Node]:
+        return [n for n in self._order[start:end] if self._last[n] >= end]
+
+    def _compare_outputs(self) -> None:
+        signal = noise = 0.0
+        for batch in range(self.count):
+            wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
+            for a, b in zip(wanted, got, strict=True):
+                signal += float(a.square().sum(dtype=torch.float64))
+                noise += float((a - b).square().sum(dtype=torch.float64))
+        self.signal, self.noise = total(signal, noise)
+
+    def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
+        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
+        values = [self.value(flow, n, batch) for n in output.all_input_nodes if n in self._last]
+        return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _squared_gradients(
+    outputs: Sequence[Any], measured: Mapping[Node, torch.Tensor], generator: torch.Generator, draws: int
+) -> dict[Node, torch.Tensor]:
+    """Mean over draws of the squared gradient of (outputs . r), r standard normal: the diagonal of JT J."""
+    floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+    total: dict[Node, torch.Tensor] = {}
+    for draw in range(draws):
+        loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in floats)
+        if not isinstance(loss, torch.Tensor):
+            return {}
+        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=draw + 1 < draws)
+        for node, gradient in zip(measured, found, strict=True):
+            if gradient is not None:
+                total[node] = total.get(node, 0) + gradient.square() / draws
+    return total
+
+
+def _read_mutated(prepared: GraphModule) -> None:
+    """Let whoever reads a tensor after an in-place op on it read that op's result: the stream keeps values."""
+    place = {node: i for i, node in enumerate(prepared.graph.nodes)}
+    for node in prepared.graph.nodes:
+        if _mutates(node) and isinstance(node.args[0], Node):
+            mutated = node.args[0]
+            for user in [u for u in mutated.users if place[u] > place[node]]:
+                user.replace_input_with(mutated, node)
+
+
+def _mutates(node: Node) -> bool:
+    schema = ops.schema_of(node)
+    return schema is not None and schema.is_mutable and bool(node.args)

@@ -1,0 +1,393 @@
+"""Algorithms on a calibrated prepared graph: run, guarded, timed, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.fx import GraphModule
+
+from torchquant import batches as data
+from torchquant.algorithms.contract import Algorithm, Clock, Solver, Transform
+from torchquant.calibrate import recalibrate
+from torchquant.errors import ArtifactError, InputError, TorchquantWarning
+from torchquant.files import write_whole
+from torchquant.fx import patterns
+from torchquant.fx.blocks import Span, weight_grid
+from torchquant.fx.passes import copy_graph
+from torchquant.fx.sites import observers
+from torchquant.fx.stream import Stream, Task
+from torchquant.parallel import is_parallel
+from torchquant.solved import Solution, SolvedActivation, SolvedWeight, apply
+
+__all__ = ["Optimization", "SpanResult", "run"]
+
+DEFAULT_MEMORY_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class SpanResult:
+    """What one algorithm did to one span.
+
+    Args:
+        algorithm, span: names.
+        before, after: squared error of the span's output on the calibration data.
+        kept: whether the answer is in the graph; if not, it was worse than what stood there.
+        seconds: spent on it.
+    """
+
+    algorithm: str
+    span: str
+    before: float
+    after: float
+    kept: bool
+    seconds: float
+
+
+@dataclass
+class Optimization:
+    """What `optimize` did.
+
+    Args:
+        spans: one by one.
+        steps: (algorithm, SQNR of the whole output on the calibration data in dB after it, whether it was kept);
+            the first row is the graph as it came.
+        notes: what was left alone and why.
+        seconds, peak_bytes, spilled_bytes: time, largest resident memory of the process, bytes that went to disk.
+    """
+
+    spans: list[SpanResult] = field(default_factory=list)
+    steps: list[tuple[str, float, bool]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    spilled_bytes: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{name:28s}{db:8.2f} dB{'' if kept else '   not kept'}" for name, db, kept in self.steps]
+        back = [s for s in self.spans if not s.kept]
+        lines.append(f"{len(self.spans)} spans in {self.seconds:.1f} s, {len(back)} left as they were")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass
+class _Settings:
+    budget_s: float
+    memory_bytes: int
+    checkpoint: Path | None
+    seed: int
+    excluded: frozenset[str]
+    progress: bool
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left_s(self) -> float:
+        return self.budget_s - (time.perf_counter() - self.start)
+
+
+def run(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    algorithms: Sequence[Algorithm],
+    *,
+    budget_s: float | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> Optimization:
+    """See `torchquant.optimize`."""
+    _check(prepared, algorithms, budget_s)
+    kept = list(data.checked(prepared, batches))
+    settings = _Settings(
+        math.inf if budget_s is None else budget_s,
+        memory_bytes,
+        None if checkpoint is None else Path(checkpoint),
+        seed,
+        frozenset(node.name for pattern in exclude for node in patterns.match(prepared, pattern)),
+        progress,
+    )
+    result = Optimization()
+    stream = Stream(prepared, kept, budget_bytes=memory_bytes)
+    for _ in stream.walk([]):
+        pass
+    result.steps.append(("as calibrated", _db(stream), True))
+    checkpoints = _Checkpoints.open(settings, prepared, kept, algorithms)
+    for number, algorithm in enumerate(algorithms):
+        if isinstance(algorithm, Solver):
+            _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
+        else:
+            _transform(prepared, kept, algorithm, settings, result)
+    prepared.recompile()
+    result.seconds = time.perf_counter() - settings.start
+    result.peak_bytes = _peak_bytes()
+    return result
+
+
+def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: float | None) -> None:
+    solved = any(isinstance(o, (SolvedWeight, SolvedActivation)) for _, o in observers(prepared))
+    for algorithm in algorithms:
+        if isinstance(algorithm, type):
+            raise InputError(f"{algorithm.__name__} is a class; pass an instance: {algorithm.__name__}()")
+        if isinstance(algorithm, Solver):
+            solved = True
+        elif not isinstance(algorithm, Transform):
+            raise InputError(
+                f"{type(algorithm).__name__} is no algorithm: it has neither spans() and solve() nor transform()"
+            )
+        elif solved:
+            raise InputError(
+                f"{type(algorithm).__name__} changes float weights, so it must come before the algorithms that choose "
+                "codes and ranges for them"
+            )
+    if budget_s is not None and budget_s <= 0:
+        raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
+    if budget_s is not None and is_parallel():
+        raise InputError("budget_s cannot be kept by several processes alike; leave it out under torchrun")
+
+
+# transforms -------------------------------------------------------------------------------------------------------
+
+
+def _transform(
+    prepared: GraphModule, batches: Sequence[Any], algorithm: Any, settings: _Settings, result: Optimization
+) -> None:
+    """Rewrite a copy, calibrate it again, and keep it if its output is no worse."""
+    name, trial = type(algorithm).__name__, copy_graph(prepared)
+    changed = algorithm.transform(trial, batches)
+    result.notes += [f"{name}: {note}" for note in getattr(algorithm, "notes", ())]
+    if not changed:
+        result.notes.append(f"{name}: nothing to change")
+        return
+    trial.recompile()
+    recalibrate(trial, batches, progress=settings.progress)
+    stream = Stream(trial, batches, budget_bytes=settings.memory_bytes)
+    for _ in stream.walk([]):
+        pass
+    _judge(name, _db(stream), lambda: None, result)
+    if result.steps[-1][2]:
+        _become(prepared, trial)
+
+
+def _become(prepared: GraphModule, other: GraphModule) -> None:
+    """Give a graph module the graph, parameters and modules of another."""
+    for table in ("_parameters", "_buffers", "_modules"):
+        mine, theirs = getattr(prepared, table), getattr(other, table)
+        mine.clear()
+        mine.update(theirs)
+    for name in other.__dict__.keys() - prepared.__dict__.keys():
+        prepared.__dict__[name] = other.__dict__[name]
+    prepared._graph = other.graph
+    prepared._graph.owning_module = prepared
+    prepared.meta.update(other.meta)
+    prepared.recompile()
+
+
+# solvers ----------------------------------------------------------------------------------------------------------
+
+
+def _solve(
+    prepared: GraphModule,
+    batches: Sequence[Any],
+    algorithm: Solver,
+    number: int,
+    settings: _Settings,
+    checkpoints: _Checkpoints,
+    result: Optimization,
+) -> None:
+    name, undo = type(algorithm).__name__, list[Callable[[], None]]()
+    spans = algorithm.spans(prepared, settings.excluded)
+    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
+    weights = [_cost(span) for span in spans]
+    late = 0
+    begin = getattr(algorithm, "begin", None)
+    if callable(begin):
+        begin(stream, spans, settings.seed + 7919 * number)
+    try:
+        with _bar(settings.progress) as bar:
+            row = bar.add_task(name, total=len(spans))
+            for index, task in enumerate(stream.walk(spans)):
+                bar.update(row, description=f"{name}: {task.span.name}")
+                seconds = settings.left_s * weights[index] / sum(weights[index:])
+                if settings.left_s <= 0:
+                    late += 1
+                else:
+                    clock = Clock(seconds, settings.seed + 7919 * number + index)
+                    undo.append(_solve_span(task, algorithm, clock, checkpoints.path(number, index), result))
+                bar.advance(row)
+    except KeyboardInterrupt:
+        prepared.recompile()
+        raise
+    except BaseException:
+        _take_back(undo)
+        raise
+    result.spilled_bytes += stream.store.spilled_bytes
+    if late:
+        result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
+    _judge(name, _db(stream), lambda: _take_back(undo), result)
+
+
+def _take_back(undo: Sequence[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
+
+
+def _solve_span(
+    task: Task, algorithm: Solver, clock: Clock, path: Path | None, result: Optimization
+) -> Callable[[], None]:
+    """Solve (or read) one span, and keep the answer unless the span's output got worse."""
+    start, name = time.perf_counter(), type(algorithm).__name__
+    found = _read(path, task) if path is not None and path.exists() else None
+    solution = algorithm.solve(task, clock) if found is None else found
+    if not solution:
+        return lambda: None
+    before = task.error()
+    undo = apply(task.prepared, solution)
+    after = task.error()
+    kept = after <= before
+    if not kept:
+        undo()
+    if path is not None and found is None:
+        _write(path, solution)
+    seconds = time.perf_counter() - start
+    result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
+    return undo if kept else lambda: None
+
+
+def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
+    """Note the SQNR after a step, and take the step back if it is below the last one kept."""
+    before = next(db for _, db, kept in reversed(result.steps) if kept)
+    kept = after >= before
+    result.steps.append((name, after, kept))
+    if kept:
+        return
+    undo()
+    warnings.warn(
+        f"{name} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
+        "the plain result is kept",
+        TorchquantWarning,
+        stacklevel=5,
+    )
+
+
+def _cost(span: Span) -> float:
+    """Relative time that a span takes: its weights, times their inputs."""
+    found = 1.0
+    for site in span.sites:
+        value = site.args[1].meta.get("val") if hasattr(site.args[1], "meta") else None  # type: ignore[union-attr]
+        shape = getattr(value, "shape", (1, 1))
+        found += math.prod(shape) * math.prod(shape[1:])
+    return found
+
+
+def _db(stream: Stream) -> float:
+    if stream.noise == 0:
+        return math.inf
+    return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), disable=not shown, transient=True)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checkpoints:
+    folder: Path | None
+
+    @staticmethod
+    def open(
+        settings: _Settings, prepared: GraphModule, batches: Sequence[Any], algorithms: Sequence[Algorithm]
+    ) -> _Checkpoints:
+        """The folder of this very run: made, or found from one that was cut short.
+
+        Raises:
+            ArtifactError: it holds another run.
+        """
+        folder = settings.checkpoint
+        if folder is None:
+            return _Checkpoints(None)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark, digest = folder / "run.txt", _fingerprint(prepared, batches, algorithms, settings)
+        if mark.exists() and mark.read_text() != digest:
+            raise ArtifactError(
+                f"{folder} holds the checkpoints of another run (other model, data, algorithms or seed); delete it or "
+                "name another folder"
+            )
+        write_whole(mark, lambda part: part.write_text(digest))
+        return _Checkpoints(folder)
+
+    def path(self, algorithm: int, span: int) -> Path | None:
+        """Where the answer for a span is kept."""
+        return None if self.folder is None else self.folder / f"{algorithm:02d}-{span:05d}.pt"
+
+
+def _fingerprint(
+    prepared: GraphModule, batches: Sequence[Any], algorithms: Sequence[Algorithm], settings: _Settings
+) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    found.update(str(prepared.graph).encode())
+    for node in prepared.graph.nodes:
+        if node.op == "get_attr":
+            _digest(found, operator.attrgetter(str(node.target))(prepared))
+    for batch in batches:
+        for leaf in data.flatten(batch):
+            _digest(found, leaf)
+    for algorithm in algorithms:
+        found.update(f"{type(algorithm).__qualname__} {sorted(vars(algorithm).items(), key=str)}".encode())
+    found.update(f"{settings.seed} {sorted(settings.excluded)}".encode())
+    return found.hexdigest()
+
+
+def _digest(found: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    else:
+        found.update(repr(value).encode())
+
+
+def _write(path: Path, solution: Solution) -> None:
+    content = {
+        "weights": {
+            n: (codes.to(grid.dtype), grid.scale, grid.zero_point) for n, (codes, grid) in solution.weights.items()
+        },
+        "biases": solution.biases,
+        "activations": solution.activations,
+    }
+    write_whole(path, lambda part: torch.save(content, part))
+
+
+def _read(path: Path, task: Task) -> Solution:
+    try:
+        content = torch.load(path, weights_only=True)
+        nodes = {site.name: site for site in task.span.sites}
+        return Solution(
+            {
+                name: (codes, weight_grid(task.prepared, nodes[name]).with_scale(scale, zero_point))
+                for name, (codes, scale, zero_point) in content["weights"].items()
+            },
+            content["biases"],
+            content["activations"],
+        )
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{path} is no checkpoint of this run ({error}); delete the folder") from error
