@@ -99,11 +99,9 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "adaquant": lambda: [tq.AdaQuant()],
     "brecq": lambda: [tq.BRECQ()],
     "qdrop": lambda: [tq.QDrop()],
-    "adaround+brecq": lambda: [tq.AdaRound(), tq.BRECQ()],
-    "adaround+qdrop": lambda: [tq.AdaRound(), tq.QDrop()],
     "ranges+adaround": lambda: [tq.RangeSearch(), tq.AdaRound()],
-    "ranges+adaround+brecq": lambda: [tq.RangeSearch(), tq.AdaRound(), tq.BRECQ()],
-    "ranges+adaround+qdrop": lambda: [tq.RangeSearch(), tq.AdaRound(), tq.QDrop()],
+    "ranges+brecq": lambda: [tq.RangeSearch(), tq.BRECQ()],
+    "ranges+qdrop": lambda: [tq.RangeSearch(), tq.QDrop()],
     "smooth+adaround": lambda: [tq.SmoothQuant(), tq.AdaRound()],
     "smooth+ranges+adaround": lambda: [tq.SmoothQuant(), tq.RangeSearch(), tq.AdaRound()],
 }

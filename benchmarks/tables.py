@@ -1,4 +1,4 @@
-"""Write docs/results.md from the result files, and the table of what runs in int8 where into README.md.
+"""Write docs/results.md from the result files, and tables into README.md and docs/algorithms.md.
 
 python benchmarks/tables.py
 """
@@ -19,6 +19,7 @@ from torchquant.types import Capability
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- capabilities -->", "<!-- /capabilities -->")
+ALGORITHM_MARKERS = ("<!-- algorithms -->", "<!-- /algorithms -->")
 TARGETS = {"x86 (Inductor)": inductor_x86.CAPABILITIES, "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES}
 Row = dict[str, Any]
 
@@ -28,6 +29,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = ROOT / "docs" / "results.md"
     _write(results, "\n\n".join(["# Results", *_accuracy(records.read("accuracy")), *_latency(records.read("cpu"))]))
+    page = ROOT / "docs" / "algorithms.md"
+    _write(page, _between(page.read_text(encoding="utf-8"), ALGORITHM_MARKERS, algorithms(records.read("accuracy"))))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
@@ -52,8 +55,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def with_capabilities(readme: str) -> str:
     """The README with a fresh table between the markers."""
-    start, end = MARKERS
-    return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{capabilities()}\n{end}", readme, flags=re.DOTALL)
+    return _between(readme, MARKERS, capabilities())
+
+
+def _between(text: str, markers: tuple[str, str], table: str) -> str:
+    start, end = markers
+    return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def capabilities() -> str:
@@ -91,7 +98,17 @@ def _accuracy(found: Row) -> list[str]:
             f"### {name}: float {first['metric_name']} {first['float_metric']:.2f}\n\n"
             f"{first['calibration_samples']} samples for calibration, {first['held_out_samples']} held out."
         )
-        head = ["Quantizer", "measured", "int8 ops", "SQNR dB", first["metric_name"], "to float", "bytes", "delegates"]
+        head = [
+            "Quantizer",
+            "algorithms",
+            "measured",
+            "int8 ops",
+            "SQNR dB",
+            first["metric_name"],
+            "to float",
+            "bytes",
+            "delegates",
+        ]
         parts.append(markdown(head, [_accuracy_cells(r) for r in rows]))
         parts += [f"{r['quantizer']}: first refused: {r['refusal']}" for r in rows if r.get("refusal")]
     return parts
@@ -105,10 +122,21 @@ _ACCURACY_NOTE = (
 
 def _accuracy_cells(row: Row) -> list[str]:
     if "error" in row:
-        return [row["quantizer"], row["artefact"], row.get("coverage", ""), row["error"], "", "", "", ""]
+        return [
+            row["quantizer"],
+            row["algorithm"],
+            row["artefact"],
+            row.get("coverage", ""),
+            row["error"],
+            "",
+            "",
+            "",
+            "",
+        ]
     size, calls = row.get("size_bytes"), row.get("delegate_calls")
     return [
         row["quantizer"],
+        row["algorithm"],
         row["artefact"],
         row["coverage"],
         _number(row["sqnr_db"], ".2f"),
@@ -116,6 +144,36 @@ def _accuracy_cells(row: Row) -> list[str]:
         f"{row['delta']:+.2f}",
         f"{size:,}" if size else "",
         str(calls) if calls else "",
+    ]
+
+
+# algorithms ---------------------------------------------------------------------------------------------------
+
+
+def algorithms(found: Row) -> str:
+    """Every converted graph measured with an algorithm, beside the plain one."""
+    rows = [r for r in found["rows"] if r["artefact"] == "converted graph" and "metric" in r]
+    tried = {(r["network"], r["quantizer"]) for r in rows if r["algorithm"] != "none"}
+    rows = [r for r in rows if (r["network"], r["quantizer"]) in tried]
+    order = {key: i for i, key in enumerate(dict.fromkeys((r["network"], r["quantizer"]) for r in rows))}
+    rows.sort(key=lambda r: (order[r["network"], r["quantizer"]], r["algorithm"] != "none"))
+    head = ["network", "Quantizer", "algorithms", "SQNR dB", "metric", "to float", "agreement %", "seconds", "peak GB"]
+    return markdown(head, [_algorithm_cells(r) for r in rows])
+
+
+def _algorithm_cells(row: Row) -> list[str]:
+    peak, agreement = row.get("peak_bytes"), row.get("agreement")
+    not_kept = f" (not kept: {', '.join(row['not_kept'])})" if row.get("not_kept") else ""
+    return [
+        row["network"],
+        row["quantizer"],
+        row["algorithm"] + not_kept,
+        _number(row["sqnr_db"], ".2f"),
+        f"{row['metric']:.2f}",
+        f"{row['delta']:+.2f}",
+        f"{agreement:.2f}" if agreement is not None and row["metric_name"].startswith("top") else "",
+        f"{row['seconds']:.0f}",
+        f"{peak / 1e9:.2f}" if peak else "",
     ]
 
 

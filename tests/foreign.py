@@ -136,7 +136,7 @@ class EveryKind(nn.Module):
         return self.seven(self.six(self.five(x).relu()).relu())
 
 
-INT16 = dict(dtype=torch.int16, low=-(2**15), high=2**15 - 1)
+INT16 = {"dtype": torch.int16, "low": -(2**15), "high": 2**15 - 1}
 SPECS = {  # submodule -> specs of its input and of its weight
     "conv": (per_tensor(torch.uint8, 0, 255, observer=HistogramObserver), weight_of_bits(8)),
     "up": (per_tensor(torch.uint8, 0, 127), weight_of_bits(4, axis=1)),
@@ -155,8 +155,10 @@ SPECS = {  # submodule -> specs of its input and of its weight
 
 
 class EverySpec(Quantizer):
-    """Static symmetric and affine, 2 to 8 bits, int16, reduced range, per channel on either axis, per group, dynamic per
-    tensor and per token, fixed, shared and derived qparams, and an observer that converts itself: in one network.
+    """Uses every kind of spec in one network.
+
+    Static symmetric and affine, 2 to 8 bits, int16, reduced range, per channel on either axis, per group, dynamic per
+    tensor and per token, fixed, shared and derived qparams, and an observer that converts itself.
     """
 
     def annotate(self, model):

@@ -1,5 +1,7 @@
 """optimize: answers are guarded, timed, kept on disk; what is refused, and what the result says."""
 
+import itertools
+
 import nets
 import pytest
 import torch
@@ -22,7 +24,7 @@ LINEAR = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel
 
 def chain(count=5):
     sizes = [8] * count + [4]
-    return nn.Sequential(*(m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())))
+    return nn.Sequential(*(m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))
 
 
 @pytest.fixture
@@ -74,7 +76,13 @@ class BehindTheBack(Spoil):
 def test_a_worse_answer_for_a_span_is_not_kept(model, batches):
     prepared = calibrated(model, batches, LINEAR)
     result = tq.optimize(prepared, batches, [Spoil(only=("2", "6"))], progress=False)
-    assert [(s.span, s.kept) for s in result.spans] == [("0", True), ("2", False), ("4", True), ("6", False), ("8", True)]
+    assert [(s.span, s.kept) for s in result.spans] == [
+        ("0", True),
+        ("2", False),
+        ("4", True),
+        ("6", False),
+        ("8", True),
+    ]
     assert all(s.kept == (s.after <= s.before) for s in result.spans)
     assert len(solved(prepared)) == 3
     assert result.steps[-1][1] == pytest.approx(result.steps[0][1])
@@ -100,7 +108,8 @@ def test_steps_say_what_the_converted_model_gives(model, batches):
     result = tq.optimize(prepared, batches, [AdaRound(50), tq.BiasCorrection()], progress=False)
     kept = [db for _, db, kept in result.steps if kept]
     assert kept == sorted(kept)
-    found = [tq.convert(prepared)(b) for b in batches]
+    converted = tq.convert(prepared)
+    found = [converted(b) for b in batches]
     noise = sum(float((f - model(b)).detach().square().sum()) for f, b in zip(found, batches, strict=True))
     signal = sum(float(model(b).detach().square().sum()) for b in batches)
     assert kept[-1] == pytest.approx(10 * torch.log10(torch.tensor(signal / noise)).item(), abs=0.01)
@@ -179,13 +188,14 @@ def test_a_finished_run_read_again_solves_nothing(model, batches, tmp_path, stop
 
 
 def test_an_interrupt_leaves_a_graph_with_what_was_solved(model, batches, stopped):
-    prepared = calibrated(model, batches, LINEAR)
+    whole, prepared = calibrated(model, batches, LINEAR), calibrated(model, batches, LINEAR)
+    tq.optimize(whole, batches, [stopped(None)], progress=False)
     with pytest.raises(KeyboardInterrupt):
         tq.optimize(prepared, batches, [stopped(KeyboardInterrupt())], progress=False)
     assert len(solved(prepared)) == 2
+    assert all(torch.equal(codes, solved(whole)[name]) for name, codes in solved(prepared).items())
     prepared.graph.lint()
-    partly = tq.compare(model, tq.convert(prepared), batches).sqnr_db
-    assert partly > tq.compare(model, tq.convert(calibrated(model, batches, LINEAR)), batches).sqnr_db
+    assert tq.compare(model, tq.convert(prepared), batches).sqnr_db > 10
 
 
 def test_an_error_leaves_the_graph_as_it_came(model, batches, stopped):
@@ -195,6 +205,15 @@ def test_an_error_leaves_the_graph_as_it_came(model, batches, stopped):
         tq.optimize(prepared, batches, [stopped(RuntimeError("no power"))], progress=False)
     assert not solved(prepared)
     assert tq.compare(model, tq.convert(prepared), batches).sqnr_db == before
+
+
+def test_equal_settings_are_the_same_run_also_where_an_algorithm_holds_another(model, batches, tmp_path):
+    for _ in range(2):
+        prepared = calibrated(model, batches, LINEAR)
+        algorithm = BRECQ(5, start=AdaRound(7))
+        tq.optimize(prepared, batches, [algorithm], checkpoint=tmp_path, progress=False)
+    with pytest.raises(tq.ArtifactError, match="another run"):
+        tq.optimize(prepared, batches, [BRECQ(5, start=AdaRound(8))], checkpoint=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("change", ["seed", "data", "model", "algorithm", "order", "exclude", "quantizer"])
@@ -250,12 +269,13 @@ def test_the_time_is_kept(model, batches):
     assert result.spans
 
 
+@pytest.mark.filterwarnings("ignore:.*would lower:torchquant.errors.TorchquantWarning")
 def test_the_seed_decides_all_that_is_drawn(model, batches):
     found = []
     for seed in (0, 0, 1):
         prepared = calibrated(model, batches, LINEAR)
         torch.manual_seed(len(found))  # the global generator plays no part
-        result = tq.optimize(prepared, batches, [BRECQ(20)], seed=seed, progress=False)
+        result = tq.optimize(prepared, batches, [BRECQ(100, lr=0.1)], seed=seed, progress=False)
         found.append([span.after for span in result.spans])
     assert found[0] == found[1]
     assert found[0] != found[2]

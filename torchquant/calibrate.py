@@ -12,8 +12,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
+from torchquant.fx import merging
 from torchquant.fx.sites import is_observer, observers, read_sites
 from torchquant.observers import check_finite, reset
+from torchquant.parallel import is_parallel
 
 __all__ = ["Recorder", "calibrate", "recalibrate"]
 
@@ -26,6 +28,8 @@ def calibrate(
 ) -> None:
     """Run the observers of one or several prepared graphs over the data, read once.
 
+    Under `torchrun` each process takes its own batches, and all end with what the observers saw in all processes.
+
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
         batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -33,12 +37,14 @@ def calibrate(
 
     Raises:
         InputError: a batch does not fit the model's inputs.
-        CalibrationError: no batch, NaN or infinity at a site, a site that never saw data, or a graph
-            without observers.
+        CalibrationError: no batch, NaN or infinity at a site, a site that never saw data, a graph without
+            observers, or in several processes an observer whose states cannot be put together.
     """
     models = [prepared] if isinstance(prepared, GraphModule) else list(prepared)
     for model in models:
         _check_prepared(model)
+    if is_parallel():
+        merging.begin(models)
     length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     checked = data.checked(models[0], batches)
     shown = track(checked, "calibrating", total=length, disable=not progress, transient=True)
@@ -52,6 +58,8 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
+    if is_parallel():
+        merging.merge(models, reached)
     for model in models:
         _check_reached(model, reached)
 

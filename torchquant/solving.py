@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.fx import GraphModule
 
@@ -28,7 +29,7 @@ from torchquant.fx.blocks import Span, weight_grid
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream, Task
-from torchquant.parallel import is_parallel
+from torchquant.parallel import is_parallel, total, world_size
 from torchquant.solved import Solution, SolvedActivation, SolvedWeight, apply
 
 __all__ = ["Optimization", "SpanResult", "run"]
@@ -249,7 +250,7 @@ def _solve_span(
 ) -> Callable[[], None]:
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
-    found = _read(path, task) if path is not None and path.exists() else None
+    found = _read(path, task) if path is not None and _everywhere(path.exists()) else None
     solution = algorithm.solve(task, clock) if found is None else found
     if not solution:
         return lambda: None
@@ -264,6 +265,11 @@ def _solve_span(
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
     return undo if kept else lambda: None
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether it holds in all processes: they must go the same way."""
+    return total(float(condition))[0] == world_size()
 
 
 def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
@@ -327,6 +333,8 @@ class _Checkpoints:
         folder = settings.checkpoint
         if folder is None:
             return _Checkpoints(None)
+        if is_parallel():
+            folder = folder / f"process-{dist.get_rank()}"
         folder.mkdir(parents=True, exist_ok=True)
         mark, digest = folder / "run.txt", _fingerprint(prepared, batches, algorithms, settings)
         if mark.exists() and mark.read_text() != digest:
@@ -350,13 +358,30 @@ def _fingerprint(
     for node in prepared.graph.nodes:
         if node.op == "get_attr":
             _digest(found, operator.attrgetter(str(node.target))(prepared))
+    for node, observer in observers(prepared):
+        found.update(f"{node.target} {type(observer).__qualname__}".encode())
+        for name, value in sorted({**vars(observer), **dict(observer.named_buffers())}.items()):
+            if isinstance(value, (torch.Tensor, torch.dtype, torch.qscheme, bool, int, float, str, tuple)):
+                found.update(name.encode())
+                _digest(found, value)
     for batch in batches:
         for leaf in data.flatten(batch):
             _digest(found, leaf)
     for algorithm in algorithms:
-        found.update(f"{type(algorithm).__qualname__} {sorted(vars(algorithm).items(), key=str)}".encode())
+        found.update(_description(algorithm).encode())
     found.update(f"{settings.seed} {sorted(settings.excluded)}".encode())
     return found.hexdigest()
+
+
+def _description(value: Any) -> str:
+    """What an algorithm and its settings (other algorithms among them) are, the same in every process."""
+    if isinstance(value, (list, tuple)):
+        return str([_description(v) for v in value])
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    if not hasattr(value, "__dict__"):
+        return repr(value)
+    return f"{type(value).__qualname__} {sorted((name, _description(v)) for name, v in vars(value).items())}"
 
 
 def _digest(found: Any, value: Any) -> None:

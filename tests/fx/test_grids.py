@@ -69,6 +69,12 @@ def test_each_element_belongs_to_one_cell_in_row_major_order():
     assert grid((2, 4), torch.ones(1)).cells(torch.Size([2, 4])).numel() == 1
 
 
+def test_small_unsigned_codes_are_decoded_without_overflow():
+    cut = grid((4, 3), [0.5], [200], "tensor", None, 0, 255)
+    codes = torch.zeros(4, 3, dtype=torch.uint8)
+    assert torch.equal(cut.decode(codes), torch.full((4, 3), -100.0))
+
+
 def test_codes_on_the_grid_are_fixed_points():
     cut = grid((1, 4), torch.rand(12) + 0.1, torch.randint(-3, 3, (12,)), dialect="block")
     codes = torch.randint(-8, 8, (4, 12)).float()

@@ -25,7 +25,7 @@ from torchquant.solved import Solution
 
 __all__ = ["BRECQ"]
 
-_START = AdaRound(200)
+_START = AdaRound()
 
 
 class BRECQ:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torchquant.algorithms.contract import Clock
 from torchquant.errors import InputError
 from torchquant.fx.blocks import Span, data_order
-from torchquant.fx.grids import Grid, grid_of
+from torchquant.fx.grids import Grid, grid_of, per_tensor
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Task
 from torchquant.parallel import total
@@ -38,7 +38,7 @@ class RangeSearch:
         samples: how many a trial is judged on, at least; the guard judges on all.
     """
 
-    def __init__(self, factor: float = 0.85, *, patience: int = 4, samples: int = 32) -> None:
+    def __init__(self, factor: float = 0.8, *, patience: int = 3, samples: int = 16) -> None:
         if not 0 < factor < 1:
             raise InputError(f"factor is {factor}; it must be between 0 and 1")
         self.factor, self.patience, self.samples = factor, patience, samples
@@ -115,13 +115,13 @@ class _Judge:
 
     def error(self, grid: Grid) -> float:
         """Relative squared error, summed over the results."""
-        evaluator = self._task.evaluator(fakes=dict.fromkeys(self._targets, grid.nearest))
+        evaluator = self._task.evaluator(fakes=dict.fromkeys(self._targets, per_tensor(grid)))
         found = [0.0] * len(self._task.results)
         for batch in self._batches:
             pairs = zip(self._task.outputs(batch, evaluator), self._task.targets(batch), strict=True)
             for i, (got, wanted) in enumerate(pairs):
                 if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
-                    found[i] += float((got - wanted).square().sum(dtype=torch.float64))
+                    found[i] += float(torch.linalg.vector_norm(got - wanted)) ** 2
         return sum(e / s for e, s in zip(total(*found), self._energy, strict=True))
 
 

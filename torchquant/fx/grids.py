@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase
 from torchquant.errors import SchemeError
 from torchquant.types import DTYPE_RANGE
 
-__all__ = ["Grid", "fake_quantizer", "grid_of"]
+__all__ = ["Grid", "fake_quantizer", "grid_of", "per_tensor"]
 
 Dialect = Literal["tensor", "channel", "block"]
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -69,7 +69,7 @@ class Grid:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The float32 values of codes of any dtype."""
         scale, zero_point = self.expand(codes.shape)
-        return (codes - zero_point) * scale
+        return (codes.float() - zero_point) * scale
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """`x` rounded to the grid, in its own dtype; computed in float32."""
@@ -157,11 +157,12 @@ def fake_quantizer(observer: Any, shape: torch.Size) -> Function:
     if grid is None:
         return lambda x: x
     if grid.scale.numel() == 1 and grid.dialect == "tensor":
-        return _per_tensor(grid)
+        return per_tensor(grid)
     return grid.nearest
 
 
-def _per_tensor(grid: Grid) -> Function:
+def per_tensor(grid: Grid) -> Function:
+    """Rounding to a grid of one cell, in one pass over the tensor."""
     scale, zero_point = float(grid.scale), int(grid.zero_point)
     if not grid.quant_min <= zero_point <= grid.quant_max:
         return grid.nearest
