@@ -69,7 +69,7 @@ def written(folder, tmp_path_factory):
         patch.chdir(folder)
         result = run(
             "quantize", "users_net:model", "--calibration", "users_net:batches", "--backend", "inductor_x86",
-            "--backend", "executorch_xnnpack", "--out", out,
+            "--backend", "executorch_xnnpack", "--algorithm", "range-search", "--algorithm", "adaround", "--out", out,
         )  # fmt: skip
     assert result.exit_code == 0, result.output
     return out, result.output
@@ -154,6 +154,7 @@ ERRORS = {
     "no file": ([*REPORT, "none.npz"], "is not a file"),
     "no input": (["report"], "give a saved file"),
     "no artefact": (["report", "none.pt2"], "is not a file"),
+    "no algorithm": ([*QUANTIZE, "data.npz", "--out", "x", "--algorithm", "adarund"], "'adarund'"),
     "no backend": ([*QUANTIZE, "data.npz", "--out", "x", "--backend", "tpu"], "'tpu'"),
     "no folder": (
         [*QUANTIZE, "data.npz", "--out", "none", "--backend", "inductor_x86",

@@ -23,7 +23,7 @@ ALGORITHMS = {
 
 
 class Net(nn.Module):
-    """Two convs, a branch that only large inputs reach through its range, and a head."""
+    """Two convs and a head."""
 
     def __init__(self):
         super().__init__()

@@ -16,6 +16,16 @@ from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant import flow, serialize, sources
+from torchquant.algorithms.adaquant import AdaQuant
+from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.batch_norm import BatchNormReestimation
+from torchquant.algorithms.bias_correction import BiasCorrection
+from torchquant.algorithms.brecq import BRECQ
+from torchquant.algorithms.equalization import CrossLayerEqualization
+from torchquant.algorithms.qdrop import QDrop
+from torchquant.algorithms.range_search import RangeSearch
+from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.algorithms.smooth_quant import SmoothQuant
 from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 from torchquant.program import Program
@@ -41,6 +51,34 @@ Backend = Annotated[list[str] | None, typer.Option("--backend", help=f"one or se
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="module glob, op:KIND or node:NAME; repeatable")]
 SchemeName = Annotated[str | None, typer.Option("--scheme", help="a scheme of the target; its default if left out")]
 
+ALGORITHMS: dict[str, type] = {
+    "adaquant": AdaQuant,
+    "adaround": AdaRound,
+    "batch-norm": BatchNormReestimation,
+    "bias-correction": BiasCorrection,
+    "brecq": BRECQ,
+    "equalization": CrossLayerEqualization,
+    "qdrop": QDrop,
+    "range-search": RangeSearch,
+    "seq-mse": SeqMSE,
+    "smooth-quant": SmoothQuant,
+}
+Algorithms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--algorithm", help=f"repeatable, in this order; bias-correction if left out: {', '.join(ALGORITHMS)}, none"
+    ),
+]
+
+
+def _algorithms(names: list[str]) -> list[Any]:
+    if names == ["none"]:
+        return []
+    unknown = [name for name in names if name not in ALGORITHMS]
+    if unknown:
+        raise InputError(f"there is no algorithm {unknown[0]!r}; choose from {', '.join(ALGORITHMS)}, none")
+    return [ALGORITHMS[name]() for name in names]
+
 
 @app.command()
 def quantize(
@@ -51,6 +89,7 @@ def quantize(
     exclude: Exclude = None,
     scheme: SchemeName = None,
     dynamic_batch: Annotated[bool, typer.Option(help="let the first size of every input vary")] = False,
+    algorithm: Algorithms = None,
 ) -> None:
     """Quantize a model for one or several backends with one calibration, prove the artefacts, and write them."""
     chosen = backend or [inductor_x86.TARGET]
@@ -63,7 +102,9 @@ def quantize(
     shapes = _dynamic_first(batches[0]) if dynamic_batch else None
     float_model = flow.export(sources.load_model(model), batches[0], dynamic_shapes=shapes)
     quantizers = [_target(name)[0](scheme, exclude=exclude or ()) for name in chosen]
-    converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers)
+    converted = flow.quantize(
+        float_model, batches[0], batches, quantizer=quantizers, algorithms=_algorithms(algorithm or ["bias-correction"])
+    )
     for name, graph in zip(chosen, converted, strict=True):
         program = _target(name)[1].lower(graph, batches[0])
         program.save(paths[name])
