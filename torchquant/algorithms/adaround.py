@@ -15,6 +15,7 @@ What the relaxation finds is then improved by coordinate descent, in which a cod
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -31,7 +32,8 @@ class AdaRound(Layerwise):
     """Learned rounding of each layer's weight, in the order of the graph, for any Quantizer's grids.
 
     Args:
-        iterations: of the relaxation. lr: Adam's step size. lam: weight of the rounding term.
+        iterations: of the relaxation. lr: Adam's step size. lam: weight of the rounding term
+            against the data term, which is 1 for a weight at round-to-nearest.
         beta: first and last exponent b. warm_up: share of the iterations without the rounding term.
         search: choose each scale by the layer's output error first.
         sweeps: of coordinate descent. refits: how often scale and codes are improved in turn.
@@ -43,7 +45,7 @@ class AdaRound(Layerwise):
         iterations: int = 500,
         *,
         lr: float = 0.01,
-        lam: float = 0.01,
+        lam: float = 10.0,
         beta: tuple[float, float] = (20.0, 2.0),
         warm_up: float = 0.2,
         search: bool = True,
@@ -87,7 +89,13 @@ def relax(
     warm_up: float,
     clock: Clock,
 ) -> torch.Tensor:
-    """Codes (g, o, k) rounded up or down from the target by gradient descent on the relaxed objective."""
+    """Codes (g, o, k) rounded up or down from the target by gradient descent on the relaxed objective.
+
+    The data term is in units of what rounding to nearest costs for a weight, so that `lam` fits any network and bit
+    width.
+    """
+    nearest = problem.error(problem.nearest())
+    problem = replace(problem, metric=problem.metric * (problem.target.numel() / max(nearest, 1e-30)))
     low = torch.floor(problem.target / problem.scale)
     fraction = (problem.target / problem.scale - low).clamp(1e-4, 1 - 1e-4)
     low = low + problem.zero_point

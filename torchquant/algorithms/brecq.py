@@ -37,7 +37,7 @@ class BRECQ:
     Args:
         iterations: for each block. lr, step_lr, bias_lr: Adam's step sizes for the rounding, for the logarithms of
             activation steps, and for biases.
-        lam, beta, warm_up: of the rounding term, as in AdaRound.
+        lam, beta, warm_up: of the rounding term, as in `AdaRound`; the data term is 1 for a weight at the start.
         fisher: weigh errors by sensitivity; if not, all alike.
         draws: random projections that measure it.
         learn_steps, learn_biases: besides the rounding.
@@ -54,7 +54,7 @@ class BRECQ:
         lr: float = 1e-2,
         step_lr: float = 1e-3,
         bias_lr: float = 1e-3,
-        lam: float = 0.01,
+        lam: float = 10.0,
         beta: tuple[float, float] = (20.0, 2.0),
         warm_up: float = 0.2,
         fisher: bool = True,

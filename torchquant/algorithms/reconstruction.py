@@ -23,12 +23,13 @@ from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Task
-from torchquant.parallel import total_
+from torchquant.parallel import total, total_, world_size
 from torchquant.solved import Solution, SolvedWeight
 
 __all__ = ["LearnedStep", "Reconstruction", "SoftRounding", "StraightThrough"]
 
 _LOW, _HIGH = -0.1, 1.1
+_PROBES = 4
 _NEAR = 0.25  # steps from a code chosen before, within which its relaxation starts
 
 
@@ -219,12 +220,13 @@ class Reconstruction:
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations))
         parameters = [p for g in groups for p in g["params"]]
+        unit = self._unit()
         for step in range(iterations):
             if self.clock.is_over:
                 break
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = self.data_loss()
+                loss = self.data_loss() * unit
                 progress = step / iterations
                 if progress >= warm_up and lam:
                     b = beta[1] + (beta[0] - beta[1]) * (1 - (progress - warm_up) / (1 - warm_up))
@@ -237,10 +239,20 @@ class Reconstruction:
             if scales:
                 schedule.step()
 
-    def data_loss(self) -> torch.Tensor:
-        """L without the rounding term, on samples drawn now."""
+    @torch.no_grad()
+    def _unit(self) -> float:
+        """Weights, divided by the loss at the codes where learning starts: lam then fits any network."""
+        start = sum(float(self.data_loss(hard=True)) for _ in range(_PROBES)) / _PROBES
+        start = total(start)[0] / world_size()
+        return sum(w.a.numel() for w in self.weights.values()) / max(start, 1e-30)
+
+    def data_loss(self, hard: bool = False) -> torch.Tensor:
+        """L without the rounding term, on samples drawn now; with the codes where the weights would end if `hard`."""
         env, targets, sensitivity = self._sample()
-        weights = {self._weight_node(site): learned() for site, learned in self.weights.items()}
+        weights = {
+            self._weight_node(site): _decoded(*learned.answer()) if hard else learned()
+            for site, learned in self.weights.items()
+        }
         fakes: dict[str, Any] = dict(self.steps)
         evaluator = self.task.evaluator(weights=weights, fakes=fakes, biases=self.biases)
         evaluator.run(self.task.span.nodes, env)
@@ -299,6 +311,10 @@ class Reconstruction:
         if not self.drop or not isinstance(quantized, torch.Tensor) or not quantized.is_floating_point():
             return quantized
         return torch.where(torch.rand(quantized.shape, generator=self.generator) < self.drop, exact, quantized)
+
+
+def _decoded(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return grid.decode(codes)
 
 
 def _samples(values: Sequence[Any]) -> int | None:
