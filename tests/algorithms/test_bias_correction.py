@@ -76,6 +76,7 @@ def mean_error(prepared, model, batches, axis):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_mean_error_of_each_channel_is_zero_on_the_calibration_data(name):
     layer, shape = LAYERS[name]
+    layer.reset_parameters()  # seeded, unlike at import
     model, batches = OneLayer(layer), [torch.rand(shape) for _ in range(4)]
     quantizer = transposed_quantizer() if "transpose" in name else CoarseQuantizer()
     axis = -1 if isinstance(layer, nn.Linear) else 1
@@ -83,7 +84,7 @@ def test_the_mean_error_of_each_channel_is_zero_on_the_calibration_data(name):
     prepared = calibrated(model, batches, quantizer)
     result = tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
     assert [span.kept for span in result.spans] == [True]
-    assert plain > 0.01
+    assert plain > 0.005
     assert mean_error(prepared, model, batches, axis) < 1e-6 + 1e-5 * plain
 
 

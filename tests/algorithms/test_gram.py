@@ -53,6 +53,7 @@ LAYERS = {
 
 def one_site(layer, shape, weight, batches=3):
     """The task of a single layer, and its batches; its input is quantized to four bits."""
+    layer.reset_parameters()  # seeded, unlike at import
     model, data = nn.Sequential(layer), [torch.randn(shape) for _ in range(batches)]
     prepared = calibrated(model, data, SpecQuantizer(KINDS, per_tensor(low=-8, high=7), weight))
     walk = Stream(prepared, data).walk(layers(prepared))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -69,6 +70,7 @@ class RangeSearch:
         judge = _Judge(task, grid, self.samples)
         low = float((grid.quant_min - grid.zero_point) * grid.scale)
         high = float((grid.quant_max - grid.zero_point) * grid.scale)
+        low, high = _widened(observer, low, high)
         if grid.symmetric:
             share = self._shrink(lambda f: judge.error(_scaled(grid, f)), clock)
             chosen = _scaled(grid, share)
@@ -88,7 +90,7 @@ class RangeSearch:
         while idle < self.patience and share > 1e-6 and not clock.is_over:
             share *= self.factor
             tried = error(share)
-            idle = 0 if tried < found * 0.999 else idle + 1
+            idle = 0 if tried < found * 0.999 else idle + (tried > found)  # a plateau may end: a mask's does
             if tried < found:
                 best, found = share, tried
         for share in (best * self.factor**0.5, best * self.factor**-0.5):
@@ -131,6 +133,15 @@ def _between(grid: Grid, low: float, high: float) -> Grid:
     scale = max((high - low) / (grid.quant_max - grid.quant_min), torch.finfo(torch.float32).eps)
     zero_point = min(max(round(grid.quant_min - low / scale), grid.quant_min), grid.quant_max)
     return grid.with_scale(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+
+
+def _widened(observer: Any, low: float, high: float) -> tuple[float, float]:
+    """The ends with what the observer saw: beside a far end, rounding the zero point may have lost the near one."""
+    inner = getattr(observer, "activation_post_process", observer)
+    seen = [getattr(inner, name, None) for name in ("min_val", "max_val")]
+    if not all(isinstance(v, torch.Tensor) and v.numel() == 1 and bool(v.isfinite()) for v in seen):
+        return low, high
+    return min(low, float(seen[0])), max(high, float(seen[1]))  # type: ignore[arg-type]
 
 
 def _scaled(grid: Grid, share: float) -> Grid:

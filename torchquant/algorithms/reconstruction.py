@@ -9,6 +9,7 @@ The parts that can be learned are small modules: how a weight is rounded, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def _round(x: torch.Tensor) -> torch.Tensor:
     return x + (x.round() - x).detach()
 
 
+def _near(steps: torch.Tensor, chosen: torch.Tensor, distance: float) -> torch.Tensor:
+    """`steps` moved to within `distance` of those chosen before."""
+    return chosen + (steps - chosen).clamp(-distance, distance)
+
+
 class SoftRounding(nn.Module):
     """A weight whose codes are floor(u) + h(a), h from 0 to 1 (AdaRound, eq. 23).
 
@@ -52,8 +58,7 @@ class SoftRounding(nn.Module):
         self._scale, self._zero_point = scale, zero_point
         u = weight / scale
         if codes is not None:
-            centre = codes.float() - zero_point
-            u = centre + (u - centre).clamp(-_NEAR, _NEAR)
+            u = _near(u, codes - zero_point, _NEAR)
         self._floor = u.floor()
         fraction = (u - self._floor).clamp(1e-4, 1 - 1e-4)
         self.a = nn.Parameter(torch.logit((fraction - _LOW) / (_HIGH - _LOW)))
@@ -85,15 +90,10 @@ class StraightThrough(nn.Module):
     def __init__(self, weight: torch.Tensor, grid: Grid, codes: torch.Tensor | None = None) -> None:
         super().__init__()
         self.grid = grid
-        start = (
-            weight
-            if codes is None
-            else grid.decode(codes)
-            + (weight - grid.decode(codes)).clamp(-0.45 * grid.scale.max(), 0.45 * grid.scale.max())
-        )
         self._cells = grid.cells(weight.shape)
         scale, self._zero_point = grid.expand(weight.shape)
-        self.a = nn.Parameter(start / scale)  # in steps of the first scale, so that one learning rate fits all
+        steps = weight / scale  # of the first scale, so that one learning rate fits all
+        self.a = nn.Parameter(steps if codes is None else _near(steps, codes - self._zero_point, 0.45))
         self.log_scale = nn.Parameter(torch.zeros(grid.scale.numel()))
 
     def _steps(self) -> torch.Tensor:
@@ -218,7 +218,10 @@ class Reconstruction:
         groups += [{"params": scales, "lr": step_lr}] if scales else []
         groups += [{"params": list(self.biases.values()), "lr": bias_lr}] if self.biases else []
         optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations))
+        decays = [lambda step: 0.5 + 0.5 * math.cos(math.pi * step / iterations)] * len(groups)
+        if lam:
+            decays[0] = lambda _: 1.0  # the rounding term ends the weights' search
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decays)
         parameters = [p for g in groups for p in g["params"]]
         unit = self._unit()
         for step in range(iterations):
@@ -236,8 +239,7 @@ class Reconstruction:
                 if parameter.grad is not None:
                     total_(parameter.grad)
             optimizer.step()
-            if scales:
-                schedule.step()
+            schedule.step()
 
     @torch.no_grad()
     def _unit(self) -> float:
