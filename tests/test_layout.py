@@ -20,6 +20,7 @@ LAYERS = [
     ["fx"],
     ["benchmark", "calibrate", "solved", "verify"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
+    ["checkpoints"],
     ["solving"],
     ["flow", "report"],
     ["cli", "sources", "__init__"],

@@ -160,7 +160,8 @@ def optimize(
         CalibrationError: the graph is not prepared or not calibrated.
         SchemeError: an algorithm cannot honour how a weight is quantized.
         ArtifactError: the checkpoints are those of another run.
-        KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is.
+        KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is; or, with a checkpoint
+            folder, in that folder, and the graph is as it came. After any other error it is as it came.
     """
     _refuse_uncalibrated(prepared)
     return run(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import operator
 import resource
 import sys
 import time
@@ -14,23 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.fx import GraphModule
 
 from torchquant import batches as data
 from torchquant.algorithms.contract import Algorithm, Clock, Solver, Transform
 from torchquant.calibrate import recalibrate
-from torchquant.errors import ArtifactError, InputError, TorchquantWarning
-from torchquant.files import write_whole
+from torchquant.checkpoints import Checkpoints, read, write
+from torchquant.errors import InputError, TorchquantWarning
 from torchquant.fx import patterns
-from torchquant.fx.blocks import Span, weight_grid
+from torchquant.fx.blocks import Span
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream, Task
 from torchquant.parallel import is_parallel, total, world_size
-from torchquant.solved import Solution, SolvedActivation, SolvedWeight, apply
+from torchquant.solved import SolvedActivation, SolvedWeight, apply
 
 __all__ = ["Optimization", "SpanResult", "run"]
 
@@ -125,12 +121,21 @@ def run(
     for _ in stream.walk([]):
         pass
     result.steps.append(("as calibrated", _db(stream), True))
-    checkpoints = _Checkpoints.open(settings, prepared, kept, algorithms)
-    for number, algorithm in enumerate(algorithms):
-        if isinstance(algorithm, Solver):
-            _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
-        else:
-            _transform(prepared, kept, algorithm, settings, result)
+    checkpoints = Checkpoints.open(
+        settings.checkpoint, prepared, kept, algorithms, (settings.seed, sorted(settings.excluded))
+    )
+    original = copy_graph(prepared)
+    try:
+        for number, algorithm in enumerate(algorithms):
+            if isinstance(algorithm, Solver):
+                _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
+            else:
+                _transform(prepared, kept, algorithm, settings, result)
+    except BaseException as error:
+        if checkpoint is not None or not isinstance(error, KeyboardInterrupt):
+            _become(prepared, original)
+        prepared.recompile()
+        raise
     prepared.recompile()
     result.seconds = time.perf_counter() - settings.start
     result.peak_bytes = _peak_bytes()
@@ -205,7 +210,7 @@ def _solve(
     algorithm: Solver,
     number: int,
     settings: _Settings,
-    checkpoints: _Checkpoints,
+    checkpoints: Checkpoints,
     result: Optimization,
 ) -> None:
     name, undo = type(algorithm).__name__, list[Callable[[], None]]()
@@ -216,24 +221,17 @@ def _solve(
     begin = getattr(algorithm, "begin", None)
     if callable(begin):
         begin(stream, spans, settings.seed + 7919 * number)
-    try:
-        with _bar(settings.progress) as bar:
-            row = bar.add_task(name, total=len(spans))
-            for index, task in enumerate(stream.walk(spans)):
-                bar.update(row, description=f"{name}: {task.span.name}")
-                seconds = settings.left_s * weights[index] / sum(weights[index:])
-                if settings.left_s <= 0:
-                    late += 1
-                else:
-                    clock = Clock(seconds, settings.seed + 7919 * number + index)
-                    undo.append(_solve_span(task, algorithm, clock, checkpoints.path(number, index), result))
-                bar.advance(row)
-    except KeyboardInterrupt:
-        prepared.recompile()
-        raise
-    except BaseException:
-        _take_back(undo)
-        raise
+    with _bar(settings.progress) as bar:
+        row = bar.add_task(name, total=len(spans))
+        for index, task in enumerate(stream.walk(spans)):
+            bar.update(row, description=f"{name}: {task.span.name}")
+            seconds = settings.left_s * weights[index] / sum(weights[index:])
+            if settings.left_s <= 0:
+                late += 1
+            else:
+                clock = Clock(seconds, settings.seed + 7919 * number + index)
+                undo.append(_solve_span(task, algorithm, clock, checkpoints.path(number, index), result))
+            bar.advance(row)
     result.spilled_bytes += stream.store.spilled_bytes
     if late:
         result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
@@ -250,7 +248,7 @@ def _solve_span(
 ) -> Callable[[], None]:
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
-    found = _read(path, task) if path is not None and _everywhere(path.exists()) else None
+    found = read(path, task) if path is not None and _everywhere(path.exists()) else None
     solution = algorithm.solve(task, clock) if found is None else found
     if not solution:
         return lambda: None
@@ -261,7 +259,7 @@ def _solve_span(
     if not kept:
         undo()
     if path is not None and found is None:
-        _write(path, solution)
+        write(path, solution)
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
     return undo if kept else lambda: None
@@ -312,107 +310,3 @@ def _bar(shown: bool) -> Progress:
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# checkpoints ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Checkpoints:
-    folder: Path | None
-
-    @staticmethod
-    def open(
-        settings: _Settings, prepared: GraphModule, batches: Sequence[Any], algorithms: Sequence[Algorithm]
-    ) -> _Checkpoints:
-        """The folder of this very run: made, or found from one that was cut short.
-
-        Raises:
-            ArtifactError: it holds another run.
-        """
-        folder = settings.checkpoint
-        if folder is None:
-            return _Checkpoints(None)
-        if is_parallel():
-            folder = folder / f"process-{dist.get_rank()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        mark, digest = folder / "run.txt", _fingerprint(prepared, batches, algorithms, settings)
-        if mark.exists() and mark.read_text() != digest:
-            raise ArtifactError(
-                f"{folder} holds the checkpoints of another run (other model, data, algorithms or seed); delete it or "
-                "name another folder"
-            )
-        write_whole(mark, lambda part: part.write_text(digest))
-        return _Checkpoints(folder)
-
-    def path(self, algorithm: int, span: int) -> Path | None:
-        """Where the answer for a span is kept."""
-        return None if self.folder is None else self.folder / f"{algorithm:02d}-{span:05d}.pt"
-
-
-def _fingerprint(
-    prepared: GraphModule, batches: Sequence[Any], algorithms: Sequence[Algorithm], settings: _Settings
-) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    found.update(str(prepared.graph).encode())
-    for node in prepared.graph.nodes:
-        if node.op == "get_attr":
-            _digest(found, operator.attrgetter(str(node.target))(prepared))
-    for node, observer in observers(prepared):
-        found.update(f"{node.target} {type(observer).__qualname__}".encode())
-        for name, value in sorted({**vars(observer), **dict(observer.named_buffers())}.items()):
-            if isinstance(value, (torch.Tensor, torch.dtype, torch.qscheme, bool, int, float, str, tuple)):
-                found.update(name.encode())
-                _digest(found, value)
-    for batch in batches:
-        for leaf in data.flatten(batch):
-            _digest(found, leaf)
-    for algorithm in algorithms:
-        found.update(_description(algorithm).encode())
-    found.update(f"{settings.seed} {sorted(settings.excluded)}".encode())
-    return found.hexdigest()
-
-
-def _description(value: Any) -> str:
-    """What an algorithm and its settings (other algorithms among them) are, the same in every process."""
-    if isinstance(value, (list, tuple)):
-        return str([_description(v) for v in value])
-    if callable(value) and hasattr(value, "__qualname__"):
-        return str(value.__qualname__)
-    if not hasattr(value, "__dict__"):
-        return repr(value)
-    return f"{type(value).__qualname__} {sorted((name, _description(v)) for name, v in vars(value).items())}"
-
-
-def _digest(found: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    else:
-        found.update(repr(value).encode())
-
-
-def _write(path: Path, solution: Solution) -> None:
-    content = {
-        "weights": {
-            n: (codes.to(grid.dtype), grid.scale, grid.zero_point) for n, (codes, grid) in solution.weights.items()
-        },
-        "biases": solution.biases,
-        "activations": solution.activations,
-    }
-    write_whole(path, lambda part: torch.save(content, part))
-
-
-def _read(path: Path, task: Task) -> Solution:
-    try:
-        content = torch.load(path, weights_only=True)
-        nodes = {site.name: site for site in task.span.sites}
-        return Solution(
-            {
-                name: (codes, weight_grid(task.prepared, nodes[name]).with_scale(scale, zero_point))
-                for name, (codes, scale, zero_point) in content["weights"].items()
-            },
-            content["biases"],
-            content["activations"],
-        )
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{path} is no checkpoint of this run ({error}); delete the folder") from error

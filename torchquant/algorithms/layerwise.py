@@ -10,7 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Layout, Moments, Problem, choose_damp, compensated, damped, moments
+from torchquant.algorithms.gram import Moments, Problem, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layout import Layout
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers, weight_grid, weight_of

@@ -7,12 +7,7 @@ exceeds the byte budget lies on disk.
 
 from __future__ import annotations
 
-import math
-import shutil
-import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,84 +19,16 @@ from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.sites import observer_of
+from torchquant.fx.store import Store
 from torchquant.parallel import total
 
-__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Store", "Stream", "Task"]
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
 Env = dict[Node, Any]
 Fake = Callable[[torch.Tensor], torch.Tensor]
 Known = dict[tuple[int, torch.Size], tuple[torch.nn.Module, Fake]]
-
-
-class Store:
-    """Values by key; over `budget_bytes` of tensors in memory the oldest lie on disk, in a folder of its own.
-
-    Args:
-        budget_bytes: None keeps everything in memory.
-    """
-
-    def __init__(self, budget_bytes: int | None = None) -> None:
-        self._budget = math.inf if budget_bytes is None else budget_bytes
-        self._kept: OrderedDict[Any, Any] = OrderedDict()
-        self._spilled: dict[Any, Path] = {}
-        self._folder: Path | None = None
-        self._bytes = self._named = 0
-        self.spilled_bytes = 0
-
-    def put(self, key: Any, value: Any) -> None:
-        """Keep a value (tensors, or tuples and lists of them) under a key that is not in use."""
-        value = pytree.tree_map_only(torch.Tensor, _compact, value)
-        self._kept[key] = value
-        self._bytes += _bytes_of(value)
-        while self._bytes > self._budget and len(self._kept) > 1:
-            self._spill(*self._kept.popitem(last=False))
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self._kept or key in self._spilled
-
-    def get(self, key: Any) -> Any:
-        """The value; one that was spilled is read from disk and stays there."""
-        if key in self._kept:
-            return self._kept[key]
-        return torch.load(self._spilled[key], weights_only=True)
-
-    def drop(self, key: Any) -> None:
-        """Forget the value, if there is one."""
-        if key in self._kept:
-            self._bytes -= _bytes_of(self._kept.pop(key))
-        elif key in self._spilled:
-            self._spilled.pop(key).unlink()
-
-    def close(self) -> None:
-        """Forget everything and delete the folder."""
-        self._kept.clear()
-        self._spilled.clear()
-        self._bytes = 0
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-    def _spill(self, key: Any, value: Any) -> None:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="torchquant-"))
-        path = self._folder / f"{self._named}.pt"
-        self._named += 1
-        torch.save(value, path)
-        self._spilled[key] = path
-        self._bytes -= _bytes_of(value)
-        self.spilled_bytes += _bytes_of(value)
-
-
-def _compact(value: torch.Tensor) -> torch.Tensor:
-    """Without a larger tensor behind it that would stay alive (and be saved) with a view of it."""
-    value = value.detach()
-    return value.clone() if value.untyped_storage().nbytes() > 2 * value.nbytes else value
-
-
-def _bytes_of(value: Any) -> int:
-    return sum(t.nbytes for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
 class Evaluator:
