@@ -3,8 +3,10 @@
 Nagel, van Baalen, Blankevoort, Welling: "Data-Free Quantization Through Weight Equalization and Bias Correction",
 ICCV 2019, section 4.2; with the error measured on calibration data (appendix D) instead of derived from BatchNorm.
 
-    y, yq        outputs of the layer: float function, and quantized on inputs from the quantized prefix
+    y, yq        outputs of the layer on float inputs: with the float weight, and with the quantized one
     b <- b + E[y - yq]
+
+On inputs from the quantized prefix the correction would follow that prefix's noise: 2 dB worse on EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.fx import GraphModule
 from torchquant.algorithms.contract import Clock
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
-from torchquant.fx.stream import Task
+from torchquant.fx.stream import Flow, Task
 from torchquant.parallel import total_
 from torchquant.solved import Solution
 
@@ -36,7 +38,7 @@ class BiasCorrection:
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """The corrected bias of one site."""
-        found = output_moments(task)
+        found = output_moments(task, "float")
         error = found.mean - found.mean_q
         if not bool(error.any()):
             return Solution()
@@ -53,15 +55,15 @@ class OutputMoments:
     covariance: torch.Tensor
 
 
-def output_moments(task: Task) -> OutputMoments:
-    """Measure a one-site task on all batches (of all processes)."""
+def output_moments(task: Task, flow: Flow = "quantized") -> OutputMoments:
+    """Measure a one-site task on all batches (of all processes); yq is made of the inputs of `flow`."""
     (site,) = task.span.sites
     axis = -1 if ops.op_name(site) == "linear" else 1
     evaluator, sums = task.evaluator(), torch.zeros(())
     place = task.results.index(site)
     for batch in range(task.count):
         y = task.targets(batch)[place].movedim(axis, 0).flatten(1).double()
-        yq = task.outputs(batch, evaluator)[place].movedim(axis, 0).flatten(1).double()
+        yq = task.outputs(batch, evaluator, flow)[place].movedim(axis, 0).flatten(1).double()
         count = torch.full((len(y),), y.shape[1], dtype=torch.float64)
         sums = sums + torch.stack([count, y.sum(1), yq.sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
     total_(sums)
