@@ -15,8 +15,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 import torchquant as tq
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Problem
 from torchquant.algorithms.layerwise import Answer, Layerwise
+from torchquant.algorithms.rounding import Problem
 
 
 class BestOfManyRoundings(Layerwise):

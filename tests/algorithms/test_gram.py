@@ -9,20 +9,10 @@ from torch import nn
 
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import (
-    Layout,
-    Moments,
-    Problem,
-    choose_damp,
-    compensated,
-    damped,
-    descend,
-    enumerate_rounding,
-    fit_scale,
-    moments,
-    search_scale,
-)
+from torchquant.algorithms.gram import Moments, choose_damp, compensated, damped, moments
 from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.layout import Layout
+from torchquant.algorithms.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.errors import SchemeError
 from torchquant.fx.blocks import layers, weight_grid

@@ -12,15 +12,17 @@ from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Layout, Moments, moments
-from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.gram import Moments, moments
+from torchquant.algorithms.layerwise import float_weight, trial
+from torchquant.algorithms.layout import Layout
+from torchquant.algorithms.objective import Objective
 from torchquant.algorithms.qdrop import QDrop
-from torchquant.algorithms.reconstruction import LearnedStep, Reconstruction, SoftRounding, StraightThrough
+from torchquant.algorithms.reconstruction import LearnedStep, Reconstruction, StraightThrough
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.grids import grid_of
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream
-from torchquant.solved import SolvedWeight
+from torchquant.solved import Solution, SolvedWeight
 
 KINDS = ("conv2d", "linear", "conv_transpose2d")
 W4A8 = SpecQuantizer(KINDS, per_tensor(torch.uint8, 0, 255), per_channel(low=-7, high=7))
@@ -67,18 +69,19 @@ def test_at_hard_rounding_the_loss_of_one_layer_is_adarounds_quadratic_form(laye
     [span] = layers(prepared)
     (site,) = span.sites
     for task in Stream(prepared, sample).walk([span]):
-        learned = Reconstruction(
-            task, Clock(), SoftRounding, drop=0, sensitive=False, learn_steps=False, learn_biases=False
-        )
-        up = torch.rand(layer.weight.shape) < 0.5
-        learned.weights[site].a.data.copy_(torch.where(up, 30.0, -30.0))
+        grid = weight_grid(prepared, site)
+        up = (torch.rand(layer.weight.shape) < 0.5).float()
+        codes = (torch.floor(layer.weight.detach() / grid.expand(layer.weight.shape)[0]) + up).clamp(-3, 3)
+        chosen = Solution(weights={site.name: (codes, grid)})
         layout = Layout.of(site, layer.weight.shape)
         found = Moments.joined(moments(task, site, layout))
-        W, V = (layout.matrix(t.detach()) for t in (layer.weight, learned.weights[site]()))
-        y = task.targets(0)[0]
-        energy = float(y.square().sum(1 if y.ndim > 3 else -1).mean())
-        form = float(((V @ found.a) * V).sum() - 2 * ((W @ found.b) * V).sum())
-        assert float(learned.data_loss().detach()) == pytest.approx(form + energy, rel=1e-4)
+        W, V = layout.matrix(layer.weight.detach()), layout.matrix(grid.decode(codes))
+        energy = float(task.targets(0)[0].square().sum())
+        form = found.count * float(((V @ found.a) * V).sum() - 2 * ((W @ found.b) * V).sum())
+        objective = Objective(task, sensitive=False)
+        assert objective.of(trial(task, chosen)) == pytest.approx(form + energy, rel=1e-4)
+        learned = Reconstruction(objective, Clock(), {site: (codes, grid)}, {}, learn_steps=False)
+        assert float(learned.loss()) == pytest.approx(form + energy, rel=1e-4)
 
 
 def test_without_drop_qdrop_is_brecq(batches):
@@ -95,7 +98,7 @@ def test_without_drop_qdrop_is_brecq(batches):
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("algorithm", [BRECQ(150), BRECQ(150, fisher=False), QDrop(150), AdaQuant(150)])
+@pytest.mark.parametrize("algorithm", [BRECQ(), BRECQ(fisher=False), BRECQ(compensate=False), QDrop(), AdaQuant(150)])
 def test_no_block_ends_above_the_error_of_rounding_to_nearest(algorithm, batches):
     prepared = calibrated(Residual(), batches, W4A8)
     result = tq.optimize(prepared, batches, [algorithm], progress=False)
@@ -109,7 +112,7 @@ def test_brecq_refines_the_codes_that_stand_in_the_graph(batches):
     prepared = calibrated(Residual(), batches, W4A8)
     tq.optimize(prepared, batches, [AdaRound(50)], progress=False)
     before = {name: codes.clone() for name, codes in codes_of(prepared).items()}
-    tq.optimize(prepared, batches, [BRECQ(0, start=None, learn_steps=False, learn_biases=False)], progress=False)
+    tq.optimize(prepared, batches, [BRECQ(0, rounds=0, start=None)], progress=False)
     after = codes_of(prepared)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -133,38 +136,22 @@ def weight_and_grid(name):
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("rounding", [SoftRounding, StraightThrough])
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_learned_weight_starts_at_the_nearest_codes(name, rounding):
+def test_a_learned_weight_starts_at_the_nearest_codes(name):
     weight, grid = weight_and_grid(name)
-    found, same = rounding(weight, grid).answer()
+    found, same = StraightThrough(weight, grid).answer()
     assert torch.equal(found, grid.encode(weight))
     assert torch.allclose(same.scale, grid.scale)
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("rounding", [SoftRounding, StraightThrough])
 @pytest.mark.parametrize("name", [name for name in GRIDS if name != "per tensor"])
-def test_a_learned_weight_starts_at_the_codes_chosen_before(name, rounding):
+def test_a_learned_weight_starts_at_the_codes_chosen_before(name):
     weight, grid = weight_and_grid(name)
     codes = torch.randint(grid.quant_min, grid.quant_max + 1, weight.shape)
-    found, same = rounding(weight, grid, codes).answer()
+    found, same = StraightThrough(weight, grid, codes).answer()
     assert torch.equal(found, codes.float())
     assert torch.allclose(same.scale, grid.scale)
-
-
-@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-def test_soft_weights_lie_between_the_two_roundings_and_start_at_the_float_weight():
-    weight, grid = weight_and_grid("per channel")
-    soft = SoftRounding(weight, grid)
-    scale = grid.expand(weight.shape)[0]
-    assert torch.allclose(soft(), weight, atol=float(1e-3 * scale.max()))
-    assert bool(((soft.h() >= 0) & (soft.h() <= 1)).all())
-    assert float(soft.penalty(2.0).detach()) > 0
-    soft.a.data.fill_(30.0)
-    assert float(soft.penalty(2.0).detach()) == 0
-    values, learned = grid.decode(soft.answer()[0]), soft()
-    assert torch.allclose(values, learned)
 
 
 def test_a_learned_step_starts_at_the_observers_grid_and_drops_a_share():
@@ -208,6 +195,18 @@ def test_sensitivities_are_the_squared_gradients_by_autograd():
             [found] = task.sensitivity(batch)
             exact = jacobian.flatten(0, 1).square().sum(0)
             assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_output_metric_is_the_jacobians_gram_matrix():
+    model, sample = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 6)), [torch.randn(500, 4)]
+    prepared = calibrated(model, sample, W4A8)
+    spans, stream = layers(prepared), Stream(prepared, sample)
+    stream.sensitivities(spans, seed=0, draws=20)
+    exact = model[1].weight.detach().T @ model[1].weight.detach()
+    exact = exact / exact.diagonal().mean()
+    for task, wanted in zip(stream.walk(spans), (exact, torch.eye(6)), strict=True):
+        found = task.output_metric(task.span.sites[0])
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_mean_of_draws_approaches_its_limit():

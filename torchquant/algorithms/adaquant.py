@@ -11,7 +11,9 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.reconstruction import Reconstruction, StraightThrough
+from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.objective import Objective
+from torchquant.algorithms.reconstruction import Reconstruction, StraightThrough, standing
 from torchquant.fx.blocks import Span, layers
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Task
@@ -39,18 +41,12 @@ class AdaQuant:
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """Learn one layer."""
-        learned = Reconstruction(
-            task, clock, StraightThrough, drop=0.0, sensitive=False, learn_steps=True, learn_biases=True
-        )
-        learned.run(
-            self.iterations,
-            lr=self.lr,
-            step_lr=self.scale_lr,
-            bias_lr=self.bias_lr,
-            lam=0.0,
-            beta=(0.0, 0.0),
-            warm_up=1.0,
-        )
+        now, (site,) = standing(task), task.span.sites
+        codes, grid = now.weights[site.name]
+        weight = StraightThrough(float_weight(task.prepared, site), grid, codes)
+        objective = Objective(task, sensitive=False)
+        learned = Reconstruction(objective, clock, {site: weight}, {site: now.biases[site.name]}, learn_steps=True)
+        learned.run(self.iterations, lr=self.lr, step_lr=self.scale_lr, bias_lr=self.bias_lr)
         return learned.answer()
 
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Problem, descend, enumerate_rounding, fit_scale, search_scale
 from torchquant.algorithms.layerwise import Answer, Layerwise
+from torchquant.algorithms.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
 
 __all__ = ["AdaRound", "relax"]
 
@@ -61,6 +61,13 @@ class AdaRound(Layerwise):
 
     def choose(self, problem: Problem, clock: Clock) -> Answer:
         """Codes and scale factors for one site."""
+        factor, codes = self._by_rows(problem.by_rows(), clock)
+        if problem.outputs is not None:
+            codes = descend(problem.scaled(factor), codes, self.sweeps)
+        return Answer(codes, factor)
+
+    def _by_rows(self, problem: Problem, clock: Clock) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale factors and codes, each row for itself."""
         factor = torch.ones(problem.count)
         if self.search:
             factor = search_scale(problem, torch.linspace(1.2, 0.3, 37))
@@ -77,7 +84,7 @@ class AdaRound(Layerwise):
             if trial.error(moved) >= scaled.error(codes):
                 break
             factor, scaled, codes = refitted, trial, moved
-        return Answer(codes, factor)
+        return factor, codes
 
 
 def relax(

@@ -5,7 +5,8 @@ Reconstruction", ICLR 2021, section 3.
 
 The paper weighs the error of a block's output by the squared gradient of the task loss (eq. 10). No labels are
 needed here: the gradient is that of random projections of the network's output, which gives the Gauss-Newton
-diagonal of the squared output error.
+diagonal of the squared output error. Within the block the codes move by Gauss-Newton steps (see `gauss_newton`), and
+then activation steps and biases are learned with the codes as they are, as the paper does (section 3.4).
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Sequence
 from torch.fx import GraphModule
 
 from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.compensation import Compensated
 from torchquant.algorithms.contract import Clock
+from torchquant.algorithms.gauss_newton import improve_codes
 from torchquant.algorithms.layerwise import Inside, Layerwise, trial
-from torchquant.algorithms.reconstruction import Reconstruction, SoftRounding
+from torchquant.algorithms.objective import Objective
+from torchquant.algorithms.reconstruction import Reconstruction, standing
 from torchquant.errors import InputError
 from torchquant.fx.blocks import Span, blocks
 from torchquant.fx.stream import Stream, Task
@@ -29,18 +33,19 @@ _START = AdaRound()
 
 
 class BRECQ:
-    """Learned rounding of all weights of a block against the block's float output.
+    """Codes, activation steps and biases of a block against what the block should make of its inputs.
 
-    Each block starts from AdaRound's answers for its layers, on the inputs that the blocks in front of it lead to, and
-    ends with what was learned only if that has the smaller error.
+    Each block starts from AdaRound's answers for its layers, on the inputs that the blocks in front of it lead to and
+    with errors weighed by the network's output, and ends with a smaller error or with these.
 
     Args:
-        iterations: for each block. lr, step_lr, bias_lr: Adam's step sizes for the rounding, for the logarithms of
-            activation steps, and for biases.
-        lam, beta, warm_up: of the rounding term, as in `AdaRound`; the data term is 1 for a weight at the start.
+        iterations: of learning steps and biases, for each block. rounds: of Gauss-Newton steps on the codes, at most.
+        step_lr, bias_lr: Adam's step sizes for logarithms of activation steps, and for biases.
         fisher: weigh errors by sensitivity; if not, all alike.
         draws: random projections that measure it.
-        learn_steps, learn_biases: besides the rounding.
+        compensate: aim at what the block with compensated float weights makes of its quantized inputs (see
+            `compensation`); if not, at its float output.
+        learn_steps, learn_biases: besides the codes.
         start: what a block starts from; None: what stands in the graph.
         min_sites, max_sites: convolutions and linears in a block.
     """
@@ -49,16 +54,14 @@ class BRECQ:
 
     def __init__(
         self,
-        iterations: int = 500,
+        iterations: int = 200,
         *,
-        lr: float = 1e-2,
+        rounds: int = 20,
         step_lr: float = 1e-3,
         bias_lr: float = 1e-3,
-        lam: float = 10.0,
-        beta: tuple[float, float] = (20.0, 2.0),
-        warm_up: float = 0.2,
         fisher: bool = True,
         draws: int = 2,
+        compensate: bool = True,
         learn_steps: bool = True,
         learn_biases: bool = True,
         start: Layerwise | None = _START,
@@ -69,9 +72,8 @@ class BRECQ:
             raise InputError(
                 f"min_sites {min_sites} and max_sites {max_sites} must satisfy 1 <= min_sites <= max_sites"
             )
-        self.iterations, self.lr, self.step_lr, self.bias_lr = iterations, lr, step_lr, bias_lr
-        self.lam, self.beta, self.warm_up = lam, beta, warm_up
-        self.fisher, self.draws = fisher, draws
+        self.iterations, self.rounds, self.step_lr, self.bias_lr = iterations, rounds, step_lr, bias_lr
+        self.fisher, self.draws, self.compensate = fisher, draws, compensate
         self.learn_steps, self.learn_biases = learn_steps, learn_biases
         self.start, self.min_sites, self.max_sites = start, min_sites, max_sites
 
@@ -86,34 +88,34 @@ class BRECQ:
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """Learn one block."""
-        first = Solution() if self.start is None else _layer_by_layer(self.start, task, clock)
+        first = standing(task) if self.start is None else _layer_by_layer(self.start, task, clock)
+        aim = Compensated(task) if self.compensate else None
+        objective = Objective(task, sensitive=self.fisher, aim=aim)
+        better = improve_codes(objective, first, clock, rounds=self.rounds, drop=self.drop, biases=self.learn_biases)
+        return self._learn(objective, better, clock)
+
+    def _learn(self, objective: Objective, first: Solution, clock: Clock) -> Solution:
+        """Steps and biases, if that makes the error smaller."""
+        sites = {site.name: site for site in objective.task.span.sites}
         learned = Reconstruction(
-            task,
+            objective,
             clock,
-            SoftRounding,
-            drop=self.drop,
-            sensitive=self.fisher,
+            {sites[name]: weight for name, weight in first.weights.items()},
+            {sites[name]: bias for name, bias in first.biases.items() if self.learn_biases},
             learn_steps=self.learn_steps,
-            learn_biases=self.learn_biases,
-            start=first,
+            drop=self.drop,
         )
-        learned.run(
-            self.iterations,
-            lr=self.lr,
-            step_lr=self.step_lr,
-            bias_lr=self.bias_lr,
-            lam=self.lam,
-            beta=self.beta,
-            warm_up=self.warm_up,
-        )
+        learned.run(self.iterations, lr=0.0, step_lr=self.step_lr, bias_lr=self.bias_lr)
         answer = learned.answer()
-        return answer if not first or task.error(trial(task, answer)) <= task.error(trial(task, first)) else first
+        answer.biases = first.biases | answer.biases
+        before, after = (objective.of(trial(objective.task, s)) for s in (first, answer))
+        return answer if after <= before else first
 
 
 def _layer_by_layer(start: Layerwise, task: Task, clock: Clock) -> Solution:
     found = Solution()
     for site in task.span.sites:
-        answer = start.solve(Inside(task, site, found), clock)
+        answer = start.solve(Inside(task, site, trial(task, found)), clock)
         found.weights |= answer.weights
         found.biases |= answer.biases
     return found

@@ -13,7 +13,6 @@ T is what the layer should be, given what the quantized prefix makes of the data
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,25 +21,12 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.layout import Layout
-from torchquant.fx.grids import Grid
 from torchquant.fx.stream import Flow
 from torchquant.parallel import total_
 
-__all__ = [
-    "Moments",
-    "Problem",
-    "choose_damp",
-    "compensated",
-    "damped",
-    "descend",
-    "enumerate_rounding",
-    "fit_scale",
-    "moments",
-    "search_scale",
-]
+__all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
 
 _CHUNK = 1 << 25  # elements of unfolded input at once
-_EXHAUSTIVE = 9  # inputs of a group up to which every rounding is tried
 
 
 # moments ----------------------------------------------------------------------------------------------------------
@@ -131,61 +117,7 @@ def _chunks(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
     return x.float().split(max(1, _CHUNK // max(1, unfolded)))
 
 
-# the problem ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Round `target` to a grid such that tr((V - target) metric (V - target)T) is small.
-
-    Args:
-        target: (g, o, k). metric: (g, k, k), symmetric, positive definite.
-        scale, zero_point: of each weight, (g, o, k). cells: which of the grid's cells it is in, int64.
-        count: cells of the grid. low, high: limits of the codes.
-    """
-
-    target: torch.Tensor
-    metric: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    cells: torch.Tensor
-    count: int
-    low: int
-    high: int
-
-    @staticmethod
-    def of(weight: torch.Tensor, layout: Layout, grid: Grid, target: torch.Tensor, metric: torch.Tensor) -> Problem:
-        """The problem of a site with a float weight in its own shape."""
-        scale, zero_point = (layout.matrix(t.expand(weight.shape)) for t in grid.expand(weight.shape))
-        cells = layout.matrix(grid.cells(weight.shape).expand(weight.shape))
-        return Problem(
-            target, metric, scale, zero_point.float(), cells, grid.scale.numel(), grid.quant_min, grid.quant_max
-        )
-
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """What the codes (g, o, k) stand for."""
-        return (codes - self.zero_point) * self.scale
-
-    def nearest(self) -> torch.Tensor:
-        """Codes by rounding each weight of the target."""
-        return self.clamp(torch.round(self.target / self.scale) + self.zero_point)
-
-    def clamp(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes within the limits."""
-        return codes.clamp(self.low, self.high)
-
-    def contributions(self, codes: torch.Tensor) -> torch.Tensor:
-        """(g, o, k), whose sum is the error."""
-        off = self.values(codes) - self.target
-        return (off @ self.metric) * off
-
-    def error(self, codes: torch.Tensor) -> float:
-        """tr((V - target) metric (V - target)T)."""
-        return float(self.contributions(codes).sum(dtype=torch.float64))
-
-    def scaled(self, factor: torch.Tensor) -> Problem:
-        """The same with the scale of each cell (count,) multiplied."""
-        return replace(self, scale=self.scale * factor[self.cells])
+# what the layer should be -----------------------------------------------------------------------------------------
 
 
 def damped(a: torch.Tensor, damp: float) -> torch.Tensor:
@@ -216,93 +148,3 @@ def choose_damp(matrix: torch.Tensor, folds: Sequence[Moments], candidates: Sequ
             off -= 2 * ((matrix @ judge.b) * target).sum(dtype=torch.float64)
             errors[i] += float(off)
     return candidates[errors.index(min(errors))]
-
-
-def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
-    """For each cell, the factor (of `factors`) on its scale with the least error of rounding to nearest.
-
-    Returns (count,). The error of a cell counts products of its own weights only, which is exact per channel and
-    per tensor.
-    """
-    same = problem.cells[:, :1, :, None] == problem.cells[:, :1, None, :]
-    local = replace(problem, metric=problem.metric * same[:, 0])
-    best = torch.full((problem.count,), torch.inf)
-    chosen = torch.ones(problem.count)
-    for factor in factors.tolist():
-        trial = local.scaled(torch.full((problem.count,), factor))
-        found = trial.contributions(trial.nearest())
-        errors = torch.zeros(problem.count).index_add_(0, problem.cells.reshape(-1), found.reshape(-1))
-        better = errors < best
-        best, chosen = torch.where(better, errors, best), torch.where(better, factor, chosen)
-    return chosen
-
-
-def fit_scale(problem: Problem, codes: torch.Tensor) -> torch.Tensor:
-    """Least-squares factor (count,) on the scale of each cell, the codes as they are.
-
-    Where a weight's row has several cells they are fitted one by one, which never raises the error but for couplings.
-    """
-    values = problem.values(codes)
-    same = problem.cells[:, :1, :, None] == problem.cells[:, :1, None, :]
-    local = problem.metric * same[:, 0]
-    rest = problem.target - values
-    top = values * (rest @ problem.metric) + (values @ local) * values
-    sums = torch.zeros(2, problem.count)
-    sums[0].index_add_(0, problem.cells.reshape(-1), top.reshape(-1))
-    sums[1].index_add_(0, problem.cells.reshape(-1), ((values @ local) * values).reshape(-1))
-    factor = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-30), torch.ones(problem.count))
-    return factor.clamp(0.5, 2.0)
-
-
-def descend(problem: Problem, codes: torch.Tensor, sweeps: int = 8, block: int = 64) -> torch.Tensor:
-    """Cyclic coordinate descent from `codes`: each code in turn takes its best value, the others fixed.
-
-    The error never rises. A sweep costs as much as one product with the metric.
-    """
-    codes = codes.clone()
-    diagonal = problem.metric.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
-    for _ in range(sweeps):
-        slope = (problem.values(codes) - problem.target) @ problem.metric
-        before = codes.clone()
-        for start in range(0, codes.shape[-1], block):
-            part = slice(start, start + block)
-            moved = _descend_block(problem, codes, slope[..., part].clone(), diagonal, part)
-            slope += moved @ problem.metric[:, part, :]
-        if torch.equal(before, codes):
-            break
-    return codes
-
-
-def _descend_block(
-    problem: Problem, codes: torch.Tensor, slope: torch.Tensor, diagonal: torch.Tensor, part: slice
-) -> torch.Tensor:
-    metric = problem.metric[:, part, part]
-    scale = problem.scale[..., part]
-    moved = torch.zeros_like(slope)
-    for j in range(slope.shape[-1]):
-        old = codes[..., part.start + j]
-        step = slope[..., j] / (diagonal[:, None, part.start + j] * scale[..., j])
-        new = problem.clamp(torch.round(old - step))
-        delta = (new - old) * scale[..., j]
-        codes[..., part.start + j] = new
-        moved[..., j] = delta
-        slope += delta[..., None] * metric[:, None, j, :]
-    return moved
-
-
-def enumerate_rounding(problem: Problem) -> torch.Tensor | None:
-    """The best of all 2^k roundings up or down of each row, for k up to 9 (depthwise convolutions); else None."""
-    k = problem.target.shape[-1]
-    if k > _EXHAUSTIVE:
-        return None
-    floor = torch.floor(problem.target / problem.scale) + problem.zero_point
-    choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=k)))
-    best = torch.full(floor.shape[:2], torch.inf)
-    codes = problem.nearest()
-    for choice in choices:
-        trial = problem.clamp(floor + choice)
-        error = problem.contributions(trial).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes = torch.where(better[..., None], trial, codes)
-    return codes

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Moments, Problem, choose_damp, compensated, damped, moments
+from torchquant.algorithms.gram import Moments, choose_damp, compensated, damped, moments
 from torchquant.algorithms.layout import Layout
+from torchquant.algorithms.rounding import Problem
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers, weight_grid, weight_of
@@ -19,9 +20,9 @@ from torchquant.fx.grids import Grid
 from torchquant.fx.stream import Evaluator, Fake, Flow, Task
 from torchquant.solved import Solution
 
-__all__ = ["Answer", "Inside", "Layerwise", "float_bias", "float_weight", "trial"]
+__all__ = ["DAMPS", "Answer", "Inside", "Layerwise", "by_groups", "float_bias", "float_weight", "moved_bias", "trial"]
 
-_DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _LEAST_DAMP, _METRIC_DAMP = 0.001, 0.01
 _FLOOR = 2.0**-16  # of the largest scale: a bias in units of the smallest must fit an int32
 
@@ -66,11 +67,15 @@ class Layerwise:
         folds = moments(task, site, layout)
         found = Moments.joined(folds)
         problem = Problem.of(weight, layout, grid, *self._aim(layout.matrix(weight.float()), folds, found))
+        outputs = task.output_metric(site)
+        if outputs is not None:
+            problem = replace(problem, outputs=by_groups(outputs, layout))
         answer = self.choose(problem, clock)
         chosen = _floored(grid, answer.factor)
         solution = Solution(weights={site.name: (layout.tensor(answer.codes), chosen)})
         if self.correct_bias:
-            solution.biases[site.name] = _bias(task.prepared, site, weight, solution, layout, found)
+            decoded = layout.matrix(chosen.decode(solution.weights[site.name][0]))
+            solution.biases[site.name] = moved_bias(task.prepared, site, layout, decoded, found)
         return solution
 
     def _aim(self, matrix: torch.Tensor, folds: Sequence[Moments], found: Moments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,22 +84,23 @@ class Layerwise:
             folds, found = [f.centred() for f in folds], found.centred()
         if not self.compensate:
             return matrix, found.a + damped(found.a, self.damp or _LEAST_DAMP)
-        damp = choose_damp(matrix, folds, _DAMPS) if self.damp is None else self.damp
+        damp = choose_damp(matrix, folds, DAMPS) if self.damp is None else self.damp
         return compensated(matrix, found, damp), found.a + damped(found.a, min(damp, _METRIC_DAMP))
 
 
 class Inside:
-    """One site within a span, as a task of its own; the sites in front of it have the answers of `chosen`.
+    """One site within a span, as a task of its own.
 
     Args:
-        task: of the span. site: one of its sites. chosen: answers for the sites in front of it.
+        task: of the span. site: one of its sites.
+        before: how the nodes in front of the site see the inputs from the quantized prefix.
     """
 
-    def __init__(self, task: Task, site: Node, chosen: Solution) -> None:
+    def __init__(self, task: Task, site: Node, before: Evaluator) -> None:
         self.prepared, self.count, self.span = task.prepared, task.count, Span((site,), (site,))
         self._task, self._source = task, site.args[0]
         self._before = task.span.nodes[: task.span.nodes.index(site)]
-        self._evaluators = {"float": task.evaluator("float"), "quantized": trial(task, chosen)}
+        self._evaluators = {"float": task.evaluator("float"), "quantized": before}
 
     def inputs(self, batch: int, flow: Flow) -> dict[Node, Any]:
         """The site's input, for one batch."""
@@ -104,6 +110,10 @@ class Inside:
             with torch.no_grad():
                 self._evaluators[flow].run(self._before, env)
         return {self._source: env[self._source]}
+
+    def output_metric(self, site: Node) -> torch.Tensor | None:
+        """See `Task.output_metric`."""
+        return self._task.output_metric(site)
 
 
 def trial(task: Task, solution: Solution) -> Evaluator:
@@ -138,15 +148,17 @@ def _floored(grid: Grid, factor: torch.Tensor) -> Grid:
     return grid.with_scale(torch.maximum(scale, scale.max() * _FLOOR))
 
 
-def _bias(
-    prepared: GraphModule, site: Node, weight: torch.Tensor, solution: Solution, layout: Layout, found: Moments
-) -> torch.Tensor:
-    """b + W E[x] - Wq E[xq]: the bias that makes the mean error zero, (out,)."""
-    codes, grid = solution.weights[site.name]
-    exact, decoded = layout.matrix(weight.float()), layout.matrix(grid.decode(codes))
-    moved = (exact @ found.mean[..., None] - decoded @ found.mean_q[..., None]).reshape(-1)
-    bias = float_bias(prepared, site)
+def moved_bias(prepared: GraphModule, site: Node, layout: Layout, matrix: torch.Tensor, found: Moments) -> torch.Tensor:
+    """b + W E[x] - V E[xq]: the bias (out,) that makes the mean error of a site with weight V (g, o, k) zero."""
+    exact, bias = layout.matrix(float_weight(prepared, site).float()), float_bias(prepared, site)
+    moved = (exact @ found.mean[..., None] - matrix @ found.mean_q[..., None]).reshape(-1)
     return moved if bias is None else bias + moved
+
+
+def by_groups(outputs: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(g, o, o) of a matrix over all outputs (out, out)."""
+    size = len(outputs) // layout.matrix(torch.empty(layout.shape, device="meta")).shape[0]
+    return torch.stack([outputs[i : i + size, i : i + size] for i in range(0, len(outputs), size)])
 
 
 def float_bias(prepared: GraphModule, site: Node) -> torch.Tensor | None:

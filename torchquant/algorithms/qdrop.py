@@ -22,7 +22,7 @@ class QDrop(BRECQ):
         iterations, options: as for BRECQ.
     """
 
-    def __init__(self, iterations: int = 500, *, drop: float = 0.5, **options: Any) -> None:
+    def __init__(self, iterations: int = 200, *, drop: float = 0.5, **options: Any) -> None:
         super().__init__(iterations, **options)
         if not 0 <= drop < 1:
             raise InputError(f"drop is {drop}; it must be in [0, 1)")

@@ -1,16 +1,13 @@
-"""Reconstruction of a span's float output by gradient descent on sampled data.
+"""Reconstruction of a span's output by gradient descent on sampled data: what is continuous in it.
 
-    z, zq       outputs of the span: float function, and quantized on inputs from the quantized prefix
-    F           weight of each element of z: its squared gradient (BRECQ's Fisher diagonal), or one
-    L = sum_c F (zq - z)^2, mean over samples and places, + the rounding term of AdaRound over all weights
-
-The parts that can be learned are small modules: how a weight is rounded, and the step of an activation grid.
+Weights and their scales through the rounding (AdaQuant), steps of activation grids (LSQ), and biases. The parts that
+can be learned are small modules; the error is that of `objective`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,70 +15,24 @@ from torch import nn
 from torch.fx import Node
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import float_bias, float_weight
+from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.layout import Layout
+from torchquant.algorithms.objective import Objective, activation_observers, dropped, passing
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid, grid_of
-from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Task
-from torchquant.parallel import total, total_, world_size
+from torchquant.parallel import total_
 from torchquant.solved import Solution, SolvedWeight
 
-__all__ = ["LearnedStep", "Reconstruction", "SoftRounding", "StraightThrough"]
+__all__ = ["LearnedStep", "Reconstruction", "StraightThrough", "standing"]
 
-_LOW, _HIGH = -0.1, 1.1
-_PROBES = 4
-_NEAR = 0.25  # steps from a code chosen before, within which its relaxation starts
+_NEAR = 0.45  # steps from a code chosen before, within which learning starts
 
 
 def _round(x: torch.Tensor) -> torch.Tensor:
     """Round to nearest, with the gradient of the identity."""
     return x + (x.round() - x).detach()
-
-
-def _near(steps: torch.Tensor, chosen: torch.Tensor, distance: float) -> torch.Tensor:
-    """`steps` moved to within `distance` of those chosen before."""
-    return chosen + (steps - chosen).clamp(-distance, distance)
-
-
-class SoftRounding(nn.Module):
-    """A weight whose codes are floor(u) + h(a), h from 0 to 1 (AdaRound, eq. 23).
-
-    Args:
-        weight: float weight. grid: its grid. codes: those chosen already, or None; they are where it starts.
-    """
-
-    def __init__(self, weight: torch.Tensor, grid: Grid, codes: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.grid = grid
-        scale, zero_point = grid.expand(weight.shape)
-        self._scale, self._zero_point = scale, zero_point
-        u = weight / scale
-        if codes is not None:
-            u = _near(u, codes - zero_point, _NEAR)
-        self._floor = u.floor()
-        fraction = (u - self._floor).clamp(1e-4, 1 - 1e-4)
-        self.a = nn.Parameter(torch.logit((fraction - _LOW) / (_HIGH - _LOW)))
-
-    def h(self) -> torch.Tensor:
-        """The rectified sigmoid."""
-        return (torch.sigmoid(self.a) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-
-    def forward(self) -> torch.Tensor:
-        """The soft-quantized weight."""
-        return (self._clamp(self._floor + self.h()) - self._zero_point) * self._scale
-
-    def penalty(self, beta: float) -> torch.Tensor:
-        """sum(1 - |2 h - 1|^beta)."""
-        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
-
-    @torch.no_grad()
-    def answer(self) -> tuple[torch.Tensor, Grid]:
-        """Codes and grid."""
-        return self._clamp(self._floor + (self.h() > 0.5)), self.grid
-
-    def _clamp(self, steps: torch.Tensor) -> torch.Tensor:
-        return (steps + self._zero_point).clamp(self.grid.quant_min, self.grid.quant_max)
 
 
 class StraightThrough(nn.Module):
@@ -93,7 +44,7 @@ class StraightThrough(nn.Module):
         self._cells = grid.cells(weight.shape)
         scale, self._zero_point = grid.expand(weight.shape)
         steps = weight / scale  # of the first scale, so that one learning rate fits all
-        self.a = nn.Parameter(steps if codes is None else _near(steps, codes - self._zero_point, 0.45))
+        self.a = nn.Parameter(steps if codes is None else _near(steps, codes - self._zero_point))
         self.log_scale = nn.Parameter(torch.zeros(grid.scale.numel()))
 
     def _steps(self) -> torch.Tensor:
@@ -103,10 +54,6 @@ class StraightThrough(nn.Module):
     def forward(self) -> torch.Tensor:
         """The quantized weight."""
         return (self._steps() - self._zero_point) * (self.grid.scale * self.log_scale.exp())[self._cells]
-
-    def penalty(self, beta: float) -> torch.Tensor:
-        """Nothing to push: the codes are integers all along."""
-        return torch.zeros(())
 
     @torch.no_grad()
     def answer(self) -> tuple[torch.Tensor, Grid]:
@@ -141,135 +88,75 @@ class LearnedStep(nn.Module):
 
 
 class Reconstruction:
-    """Learns a span's weights, activation steps and biases.
+    """Learns a span's activation steps and biases, and its weights where these can be learned.
 
     Args:
-        weights: site -> its learned weight. steps: observer's target -> its learned step.
-        biases: site -> bias. sensitive: weigh errors by `Task.sensitivity`.
-        drop: probability that an element of the span's input comes from the float function.
-        start: codes and biases to start from; those in the graph if None.
+        objective: the error of the span. clock: time and seed.
+        weights: site -> codes and grid, or a learned weight, for all sites.
+        biases: site -> bias to start from, of those that are to be learned.
+        learn_steps: of static per-tensor activation grids that belong to this span alone.
+        drop: share of the activations, in the span and at its input, that are left unquantized (QDrop).
     """
 
     def __init__(
         self,
-        task: Task,
+        objective: Objective,
         clock: Clock,
-        rounding: type[SoftRounding] | type[StraightThrough],
+        weights: Mapping[Node, Weight],
+        biases: Mapping[Node, torch.Tensor],
         *,
-        drop: float,
-        sensitive: bool,
         learn_steps: bool,
-        learn_biases: bool,
-        start: Solution | None = None,
+        drop: float = 0.0,
     ) -> None:
-        self.task, self.clock, self.drop, self.sensitive = task, clock, drop, sensitive
+        self.objective, self.task, self.clock, self.drop = objective, objective.task, clock, drop
         self.generator = clock.generator()
-        self._start = start or Solution()
-        self.weights = {site: self._rounding(site, rounding) for site in task.span.sites}
-        self.steps = dict(self._learned_steps(drop)) if learn_steps or drop else {}
-        self.learn_steps = learn_steps
-        self.biases = {site: self._bias(site) for site in task.span.sites} if learn_biases else {}
+        self.weights = dict(weights)
+        self.steps = dict(self._learned_steps()) if learn_steps else {}
+        self.biases = {site: nn.Parameter(bias.detach().clone()) for site, bias in biases.items()}
 
-    def _rounding(self, site: Node, rounding: Any) -> Any:
-        weight, found = float_weight(self.task.prepared, site), weight_of(self.task.prepared, site)
-        assert found is not None
-        if site.name in self._start.weights:
-            codes, grid = self._start.weights[site.name]
-            return rounding(weight, grid, codes)
-        old = found[1].codes if isinstance(found[1], SolvedWeight) else None
-        return rounding(weight, weight_grid(self.task.prepared, site), old)
-
-    def _learned_steps(self, drop: float) -> Iterator[tuple[str, LearnedStep]]:
+    def _learned_steps(self) -> Iterator[tuple[str, LearnedStep]]:
         seen, known = _observed_elsewhere(self.task), dict[int, LearnedStep]()
-        for node in self.task.span.nodes:
-            observer = observer_of(self.task.prepared, node)
+        for node, observer in activation_observers(self.task):
             value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
-            if observer is None or value is None or str(node.target) in seen:
+            if value is None or str(node.target) in seen:
                 continue
             grid = grid_of(observer, value.shape)
             if grid is not None and grid.dialect == "tensor" and grid.scale.numel() == 1:
-                yield str(node.target), known.setdefault(id(observer), LearnedStep(grid, drop, self.generator))
+                yield str(node.target), known.setdefault(id(observer), LearnedStep(grid, self.drop, self.generator))
 
-    def _bias(self, site: Node) -> nn.Parameter:
-        if site.name in self._start.biases:
-            return nn.Parameter(self._start.biases[site.name].clone())
-        source = ops.argument(site, 2)
-        value: Any = None if source is None else self.task.evaluator().value(source, {})
-        shape = float_weight(self.task.prepared, site).shape
-        exact = float_bias(self.task.prepared, site)
-        outputs = shape[0] if exact is None else exact.numel()
-        return nn.Parameter(torch.zeros(outputs) if value is None else value.detach().clone().float())
-
-    def run(
-        self,
-        iterations: int,
-        *,
-        lr: float,
-        step_lr: float,
-        bias_lr: float,
-        lam: float,
-        beta: tuple[float, float],
-        warm_up: float,
-    ) -> None:
-        """Adam on samples drawn from all batches, until the iterations or the time are used up."""
-        groups: list[dict[str, Any]] = [{"params": [w.a for w in self.weights.values()], "lr": lr}]
-        scales = [w.log_scale for w in self.weights.values() if isinstance(w, StraightThrough)]
-        scales += list({s.log_scale for s in self.steps.values()}) if self.learn_steps else []
-        groups += [{"params": scales, "lr": step_lr}] if scales else []
-        groups += [{"params": list(self.biases.values()), "lr": bias_lr}] if self.biases else []
+    def run(self, iterations: int, *, lr: float, step_lr: float, bias_lr: float) -> None:
+        """Adam on samples drawn from all batches, step sizes down to zero by a cosine, while there is time."""
+        learned = [w for w in self.weights.values() if isinstance(w, StraightThrough)]
+        scales = [w.log_scale for w in learned] + list({s.log_scale for s in self.steps.values()})
+        rates = [([w.a for w in learned], lr), (scales, step_lr), (list(self.biases.values()), bias_lr)]
+        groups: list[dict[str, Any]] = [{"params": found, "lr": rate} for found, rate in rates if found]
+        if not groups or not iterations:
+            return
         optimizer = torch.optim.Adam(groups)
-        decays = [lambda step: 0.5 + 0.5 * math.cos(math.pi * step / iterations)] * len(groups)
-        if lam:
-            decays[0] = lambda _: 1.0  # the rounding term ends the weights' search
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decays)
-        parameters = [p for g in groups for p in g["params"]]
-        unit = self._unit()
-        for step in range(iterations):
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / iterations)
+        )
+        for _ in range(iterations):
             if self.clock.is_over:
                 break
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = self.data_loss() * unit
-                progress = step / iterations
-                if progress >= warm_up and lam:
-                    b = beta[1] + (beta[0] - beta[1]) * (1 - (progress - warm_up) / (1 - warm_up))
-                    loss = loss + lam * sum(w.penalty(b) for w in self.weights.values())
-                loss.backward()
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    total_(parameter.grad)
+                self.loss().backward()
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        total_(parameter.grad)
             optimizer.step()
             schedule.step()
 
-    @torch.no_grad()
-    def _unit(self) -> float:
-        """Weights, divided by the loss at the codes where learning starts: lam then fits any network."""
-        start = sum(float(self.data_loss(hard=True)) for _ in range(_PROBES)) / _PROBES
-        start = total(start)[0] / world_size()
-        return sum(w.a.numel() for w in self.weights.values()) / max(start, 1e-30)
-
-    def data_loss(self, hard: bool = False) -> torch.Tensor:
-        """L without the rounding term, on samples drawn now; with the codes where the weights would end if `hard`."""
-        env, targets, sensitivity = self._sample()
-        weights = {
-            self._weight_node(site): _decoded(*learned.answer()) if hard else learned()
-            for site, learned in self.weights.items()
-        }
-        fakes: dict[str, Any] = dict(self.steps)
-        evaluator = self.task.evaluator(weights=weights, fakes=fakes, biases=self.biases)
-        evaluator.run(self.task.span.nodes, env)
-        loss = torch.zeros(())
-        for node, wanted, weight in zip(self.task.results, targets, sensitivity, strict=True):
-            if not isinstance(wanted, torch.Tensor) or not wanted.is_floating_point():
-                continue
-            error = (env[node] - wanted).square()
-            error = error if weight is None else error * (weight / weight.mean().clamp(min=1e-30))
-            axis = 1 if self._channels_first() and error.ndim > 2 else -1
-            loss = loss + error.sum(axis).mean()
-        return loss
-
-    def _channels_first(self) -> bool:
-        return ops.op_name(self.task.span.sites[-1]).startswith("conv")
+    def loss(self) -> torch.Tensor:
+        """The error on samples drawn now, mean over these."""
+        inputs, wanted, sensitivities, count = self._sample()
+        nodes = {self._weight_node(site): _value(weight) for site, weight in self.weights.items()}
+        fakes: dict[str, Any] = {**passing(self.task, self.drop, self.generator), **self.steps}
+        evaluator = self.task.evaluator(weights=nodes, fakes=fakes, biases=self.biases)
+        env = evaluator.run(self.task.span.nodes, inputs)
+        return self.objective.error(env, wanted, sensitivities) / count
 
     def _weight_node(self, site: Node) -> Node:
         found = weight_of(self.task.prepared, site)
@@ -279,44 +166,65 @@ class Reconstruction:
     def answer(self) -> Solution:
         """What was learned."""
         return Solution(
-            {site.name: learned.answer() for site, learned in self.weights.items()},
+            {s.name: w.answer() if isinstance(w, StraightThrough) else w for s, w in self.weights.items()},
             {site.name: bias.detach().clone() for site, bias in self.biases.items()},
-            {target: step.answer() for target, step in self.steps.items()} if self.learn_steps else {},
+            {target: step.answer() for target, step in self.steps.items()},
         )
 
     # samples ------------------------------------------------------------------------------------------------------
 
-    def _sample(self) -> tuple[dict[Node, Any], list[Any], list[Any]]:
-        """Inputs, targets and sensitivities of a batch whose samples come from two batches, where that can be."""
+    def _sample(self) -> tuple[dict[Node, Any], Sequence[Any], Sequence[Any], int]:
+        """Inputs, wanted results and their weights for samples from two batches, where that can be; their number."""
         first, second = (int(torch.randint(self.task.count, (), generator=self.generator)) for _ in range(2))
         one, other = self._batch(first), self._batch(second)
         size = _samples(one)
-        if size is None or size != _samples(other):
-            return self._mixed(one)
-        pick = torch.randperm(2 * size, generator=self.generator)[:size]
-        joined = [_pick(a, b, pick) for a, b in zip(one, other, strict=True)]
-        return self._mixed(joined)
+        if size is not None and size == _samples(other):
+            pick = torch.randperm(2 * size, generator=self.generator)[:size]
+            one = [_pick(a, b, pick) for a, b in zip(one, other, strict=True)]
+        reads, m = list(self.task.inputs(first, "quantized")), len(self.task.results)
+        n = len(reads)
+        inputs = {
+            node: dropped(q, x, self.drop, self.generator)
+            for node, q, x in zip(reads, one[:n], one[n : 2 * n], strict=True)
+        }
+        wanted = self.objective.wanted(inputs, one[2 * n : 2 * n + m])
+        return inputs, wanted, one[2 * n + m :], size or 1
 
     def _batch(self, batch: int) -> list[Any]:
         quantized, exact = self.task.inputs(batch, "quantized"), self.task.inputs(batch, "float")
-        targets = self.task.targets(batch)
-        sensitivity = self.task.sensitivity(batch) if self.sensitive else [None] * len(targets)
-        return [*quantized.values(), *exact.values(), *targets, *sensitivity]
-
-    def _mixed(self, values: Sequence[Any]) -> tuple[dict[Node, Any], list[Any], list[Any]]:
-        reads = list(self.task.inputs(0, "quantized"))
-        n, m = len(reads), len(self.task.results)
-        inputs = [self._drop(q, x) for q, x in zip(values[:n], values[n : 2 * n], strict=True)]
-        return dict(zip(reads, inputs, strict=True)), list(values[2 * n : 2 * n + m]), list(values[2 * n + m :])
-
-    def _drop(self, quantized: Any, exact: Any) -> Any:
-        if not self.drop or not isinstance(quantized, torch.Tensor) or not quantized.is_floating_point():
-            return quantized
-        return torch.where(torch.rand(quantized.shape, generator=self.generator) < self.drop, exact, quantized)
+        targets, sensitivities = self.task.targets(batch), self.objective.sensitivities(batch)
+        return [*quantized.values(), *exact.values(), *targets, *sensitivities]
 
 
-def _decoded(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return grid.decode(codes)
+def standing(task: Task) -> Solution:
+    """Codes, grids and biases of a span's sites as they are in the graph: chosen before, or by rounding to nearest."""
+    found = Solution()
+    for site in task.span.sites:
+        source, grid = weight_of(task.prepared, site), weight_grid(task.prepared, site)
+        assert source is not None
+        codes = (
+            source[1].codes.detach()
+            if isinstance(source[1], SolvedWeight)
+            else grid.encode(float_weight(task.prepared, site).float())
+        )
+        found.weights[site.name] = codes, grid
+        node = ops.argument(site, 2)
+        value: Any = None if node is None else task.evaluator().value(node, {})
+        outputs = Layout.of(site, codes.shape).matrix(codes).shape[:2].numel()
+        found.biases[site.name] = torch.zeros(outputs) if value is None else value.detach().clone().float()
+    return found
+
+
+Weight = StraightThrough | tuple[torch.Tensor, Grid]
+
+
+def _value(weight: Weight) -> torch.Tensor:
+    return weight() if isinstance(weight, StraightThrough) else weight[1].decode(weight[0])
+
+
+def _near(steps: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`steps` moved to near those chosen before."""
+    return chosen + (steps - chosen).clamp(-_NEAR, _NEAR)
 
 
 def _samples(values: Sequence[Any]) -> int | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Problem, search_scale
 from torchquant.algorithms.layerwise import Answer, Layerwise
+from torchquant.algorithms.rounding import Problem, search_scale
 
 __all__ = ["SeqMSE"]
 

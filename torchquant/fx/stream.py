@@ -20,13 +20,15 @@ from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.sites import observer_of
 from torchquant.fx.store import Store
-from torchquant.parallel import total
+from torchquant.parallel import total, total_
 
 __all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
 Env = dict[Node, Any]
+_LARGEST_METRIC = 2048  # outputs of a site up to which their products are kept
+_EVEN = 0.01  # share of every output's weight that is the same for all
 Fake = Callable[[torch.Tensor], torch.Tensor]
 Known = dict[tuple[int, torch.Size], tuple[torch.nn.Module, Fake]]
 
@@ -154,6 +156,13 @@ class Task:
         keys = [("sensitivity", node, batch) for node in self.results]
         return [self._stream.store.get(k) if k in self._stream.store else None for k in keys]
 
+    def output_metric(self, site: Node) -> torch.Tensor | None:
+        """(out, out): how the network's output feels errors in the outputs of a site together; mean diagonal 1.
+
+        None where it was not measured, see `Stream.sensitivities`.
+        """
+        return self._stream.output_metrics.get(site)
+
     def error(self, evaluator: Evaluator | None = None) -> float:
         """Squared error of the results, summed over all batches: as the graph stands now, or with a trial."""
         evaluator, found = evaluator or self.evaluator(), 0.0
@@ -190,6 +199,7 @@ class Stream:
         self._last = {n: max((self._place.get(u, len(self._order)) for u in n.users), default=-1) for n in self._order}
         self._alive: list[Node] = []
         self._known: Known = {}
+        self.output_metrics: dict[Node, torch.Tensor] = {}
         self.signal = self.noise = 0.0  # energies of the float output and of its error, after a walk
 
     def value(self, flow: Flow, node: Node, batch: int) -> Any:
@@ -223,27 +233,46 @@ class Stream:
             self._alive.clear()
 
     def sensitivities(self, spans: Sequence[Span], seed: int, draws: int = 1) -> None:
-        """Measure for `Task.sensitivity`: one pass forward and `draws` backward through the float graph per batch."""
-        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
+        """Measure for `Task.sensitivity` and `Task.output_metric`.
+
+        One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
+        """
         generator = torch.Generator().manual_seed(seed)
         results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans]
         borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=True)}
+        sites = {site: None for span in spans for site in span.sites if _outputs_of(site) <= _LARGEST_METRIC}
+        metrics = {site: _OutputMetric(site) for site in sites}
         for batch in range(self.count):
-            env: Env = dict(self._given[batch])
-            measured: dict[Node, torch.Tensor] = {}
-            evaluator = self.evaluator("float")
-            with torch.enable_grad():
-                for node in self._order:
-                    evaluator.run([node], env)
-                    for made in borders.get(node, ()):
-                        if isinstance(env[made], torch.Tensor) and env[made].is_floating_point():
-                            if not env[made].requires_grad:
-                                env[made] = env[made].detach().requires_grad_()
-                            measured[made] = env[made]
-                leaves = pytree.tree_leaves([env[n] for n in output.all_input_nodes if n in self._last])
-            found = _squared_gradients(leaves, measured, generator, draws)
-            for node, value in found.items():
-                self.store.put(("sensitivity", node, batch), value)
+            measured, leaves = self._float_with_gradients(batch, borders, sites)
+            squares: dict[Node, torch.Tensor] = {}
+            for _ in range(draws):
+                for node, gradient in _random_gradients(leaves, measured, generator):
+                    if node in metrics:
+                        metrics[node].add(gradient)
+                    if any(node in found for found in results):
+                        squares[node] = squares.get(node, 0) + gradient.square() / draws
+            for node, square in squares.items():
+                self.store.put(("sensitivity", node, batch), square)
+        samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
+        self.output_metrics = {site: metric.shrunk(samples) for site, metric in metrics.items()}
+
+    def _float_with_gradients(
+        self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
+    ) -> tuple[dict[Node, torch.Tensor], list[Any]]:
+        """The float values of one batch that gradients are wanted of, and the network's outputs."""
+        env: Env = dict(self._given[batch])
+        measured: dict[Node, torch.Tensor] = {}
+        evaluator = self.evaluator("float")
+        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
+        with torch.enable_grad():
+            for node in self._order:
+                evaluator.run([node], env)
+                for made in (*borders.get(node, ()), *([node] if node in sites else [])):
+                    if isinstance(env[made], torch.Tensor) and env[made].is_floating_point():
+                        if not env[made].requires_grad:
+                            env[made] = env[made].detach().requires_grad_()
+                        measured[made] = env[made]
+            return measured, pytree.tree_leaves([env[n] for n in output.all_input_nodes if n in self._last])
 
     def _advance(self, start: int, end: int) -> None:
         """Run order[start:end] on all batches in both flows; keep what is read later, drop what is not."""
@@ -293,21 +322,44 @@ class Stream:
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _squared_gradients(
-    outputs: Sequence[Any], measured: Mapping[Node, torch.Tensor], generator: torch.Generator, draws: int
-) -> dict[Node, torch.Tensor]:
-    """Mean over draws of the squared gradient of (outputs . r), r standard normal: the diagonal of JT J."""
+def _random_gradients(
+    outputs: Sequence[Any], measured: Mapping[Node, torch.Tensor], generator: torch.Generator
+) -> Iterator[tuple[Node, torch.Tensor]]:
+    """Gradients of (outputs . r), r standard normal: their products have the mean JT J."""
     floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
-    total: dict[Node, torch.Tensor] = {}
-    for draw in range(draws):
-        loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in floats)
-        if not isinstance(loss, torch.Tensor):
-            return {}
-        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=draw + 1 < draws)
-        for node, gradient in zip(measured, found, strict=True):
-            if gradient is not None:
-                total[node] = total.get(node, 0) + gradient.square() / draws
-    return total
+    loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in floats)
+    if isinstance(loss, torch.Tensor):
+        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
+        yield from ((node, g) for node, g in zip(measured, found, strict=True) if g is not None)
+
+
+class _OutputMetric:
+    """Mean product of the gradients by two outputs of a site, on the way."""
+
+    def __init__(self, site: Node) -> None:
+        self._axis = -1 if ops.op_name(site) == "linear" else 1
+        self._sums = torch.zeros(_outputs_of(site), _outputs_of(site), dtype=torch.float64)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        rows = gradient.movedim(self._axis, 0).flatten(1).float()
+        self._sums += rows @ rows.T
+
+    def shrunk(self, samples: float) -> torch.Tensor:
+        """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
+        total_(self._sums)
+        found = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
+        share = len(found) / (len(found) + max(samples, 1.0))
+        diagonal = (1 - _EVEN) * found.diagonal() + _EVEN
+        return (1 - share) * found + torch.diag(diagonal - (1 - share) * found.diagonal())
+
+
+def _outputs_of(site: Node) -> int:
+    value = site.meta["val"]
+    return int(value.shape[-1 if ops.op_name(site) == "linear" else 1])
+
+
+def _first_size(given: Mapping[Node, Any]) -> int:
+    return next((len(v) for v in given.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
 def _read_mutated(prepared: GraphModule) -> None:
