@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-__all__ = ["is_parallel", "total", "total_", "world_size"]
+__all__ = ["anywhere", "everywhere", "is_parallel", "total", "total_", "world_size"]
 
 
 def is_parallel() -> bool:
@@ -28,3 +28,13 @@ def total_(tensor: torch.Tensor) -> torch.Tensor:
 def total(*values: float) -> list[float]:
     """Sums of numbers over all processes."""
     return total_(torch.tensor(values, dtype=torch.float64)).tolist() if is_parallel() else list(values)
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether it holds in any process: they must go the same way."""
+    return total(float(condition))[0] > 0
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether it holds in all processes."""
+    return total(float(condition))[0] == world_size()

@@ -25,7 +25,7 @@ from torchquant.fx.blocks import Span
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream, Task
-from torchquant.parallel import is_parallel, total, world_size
+from torchquant.parallel import anywhere, everywhere
 from torchquant.solved import SolvedActivation, SolvedWeight, apply
 
 __all__ = ["Optimization", "SpanResult", "run"]
@@ -91,6 +91,11 @@ class _Settings:
     @property
     def left_s(self) -> float:
         return self.budget_s - (time.perf_counter() - self.start)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up, in any process."""
+        return not math.isinf(self.budget_s) and anywhere(self.left_s <= 0)
 
 
 def run(
@@ -160,8 +165,6 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
             )
     if budget_s is not None and budget_s <= 0:
         raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
-    if budget_s is not None and is_parallel():
-        raise InputError("budget_s cannot be kept by several processes alike; leave it out under torchrun")
 
 
 # transforms -------------------------------------------------------------------------------------------------------
@@ -226,7 +229,7 @@ def _solve(
         for index, task in enumerate(stream.walk(spans)):
             bar.update(row, description=f"{name}: {task.span.name}")
             seconds = settings.left_s * weights[index] / sum(weights[index:])
-            if settings.left_s <= 0:
+            if settings.is_late:
                 late += 1
             else:
                 clock = Clock(seconds, settings.seed + 7919 * number + index)
@@ -248,7 +251,7 @@ def _solve_span(
 ) -> Callable[[], None]:
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
-    found = read(path, task) if path is not None and _everywhere(path.exists()) else None
+    found = read(path, task) if path is not None and everywhere(path.exists()) else None
     solution = algorithm.solve(task, clock) if found is None else found
     if not solution:
         return lambda: None
@@ -263,11 +266,6 @@ def _solve_span(
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
     return undo if kept else lambda: None
-
-
-def _everywhere(condition: bool) -> bool:
-    """Whether it holds in all processes: they must go the same way."""
-    return total(float(condition))[0] == world_size()
 
 
 def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:

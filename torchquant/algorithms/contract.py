@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from torchquant.fx.blocks import Span
 from torchquant.fx.stream import Task
+from torchquant.parallel import anywhere
 from torchquant.solved import Solution
 
 __all__ = ["Algorithm", "Clock", "Solver", "Transform"]
@@ -33,8 +34,11 @@ class Clock:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is up; a solver then finishes with what it has."""
-        return time.perf_counter() - self._start > self.seconds
+        """Whether the time is up, in any process; a solver then finishes with what it has.
+
+        With a budget under torchrun this is a meeting of all processes, so all must ask equally often.
+        """
+        return not math.isinf(self.seconds) and anywhere(time.perf_counter() - self._start > self.seconds)
 
     def generator(self) -> torch.Generator:
         """A generator seeded for this span."""
