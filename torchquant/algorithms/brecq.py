@@ -65,7 +65,7 @@ class BRECQ:
         learn_steps: bool = True,
         learn_biases: bool = True,
         start: Layerwise | None = _START,
-        min_sites: int = 2,
+        min_sites: int = 4,
         max_sites: int = 8,
     ) -> None:
         if not 1 <= min_sites <= max_sites:
