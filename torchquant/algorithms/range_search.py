@@ -1,12 +1,12 @@
 """Range search: the range of each static activation that does least harm behind it.
 
 A range is judged by what its consumers make of the tensor, not by the tensor: values that a ReLU6 cuts off, or that a
-softmax turns to zero, need no codes. Choosing steps by the error of the next layer's output: Nahshan et al.,
-"Loss Aware Post-training Quantization", Machine Learning 2021, section 4; here one tensor at a time, in the order
-of the graph, with the quantized prefix.
+softmax turns to zero, need no codes. Choosing steps by the network's loss: Nahshan et al., "Loss Aware Post-training
+Quantization", Machine Learning 2021, section 4; here one tensor at a time, all others as float, with the loss to second
+order at the next ranges, as in Li et al., "BRECQ", ICLR 2021, section 3.2.
 
     low, high      ends of the range, each shrunk by itself from what the observer saw
-    sum over the results r of the span of |rq(low, high) - r|^2 / |r|^2
+    sum over the results r of the span of F (rq(low, high) - r)^2, F the squared derivatives of the network's output
 """
 
 from __future__ import annotations

@@ -32,14 +32,15 @@ from torchquant.fx.consumers import Reader
 from torchquant.fx.producers import channel_axis
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Stream
-from torchquant.fx.ties import Tie, ties_of
+from torchquant.fx.ties import Tie, has_static_range, ties_of
 
 __all__ = ["smooth_ties", "spread"]
 
 OCTAVES = tuple(i / 2 for i in range(1, 18))
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _GAIN = 0.99  # a round must leave less than this share of the noise
-_WORTH = 0.02  # an op at run time must save at least this share of what noise is left in all ties
+_WORTH = 0.8  # what must be left of a tie's noise at most for ops at run time to pay
+_SHARE = 0.02  # and each op must save at least this share of the noise that is left in all ties
 _SAMPLES = 32  # that the derivatives are measured on
 
 
@@ -69,15 +70,19 @@ def smooth_ties(
             found.append(tie)
         elif tie.is_sum:
             notes.append(f"{tie.values[0].name}: left as it is: {reason}")
-    if not found:
-        return 0, notes
-    noises = _measure(prepared, found, batches, seed)
+    measured = zip(found, _measure(prepared, found, batches, seed) if found else (), strict=True)
+    found, noises = [], []
+    for tie, noise in measured:
+        if noise.activations:  # what no data reach costs nothing
+            found.append(tie)
+            noises.append(noise)
     factors = [_search(noise) for noise in noises]
-    left = sum(noise(s) for noise, s in zip(noises, factors, strict=True))
+    before = [noise(torch.ones_like(s)) for noise, s in zip(noises, factors, strict=True)]
+    after = [noise(s) for noise, s in zip(noises, factors, strict=True)]
     changed = 0
-    for tie, noise, s in zip(found, noises, factors, strict=True):
-        gain = noise(torch.ones_like(s)) - noise(s)
-        if gain > 0 and gain >= _WORTH * left * tie.operations:
+    for tie, s, old, new in zip(found, factors, before, after, strict=True):
+        pays = new <= _WORTH * old and old - new >= _SHARE * sum(after) * tie.operations
+        if pays or (new < old and not tie.operations):
             _apply(prepared, tie, s)
             changed += 1
         elif tie.is_sum:
@@ -192,7 +197,7 @@ def _noise_of(
     activations = []
     for node, value in tie.observers.items():
         observer, seen = _inner(observer_of(prepared, node)), moments[node]
-        if value not in feels or seen.low is None or seen.high is None:
+        if not has_static_range(prepared, node) or value not in feels or seen.low is None or seen.high is None:
             continue
         symmetric = observer.qscheme is torch.per_tensor_symmetric
         levels = int(observer.quant_max - observer.quant_min)

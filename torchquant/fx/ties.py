@@ -25,7 +25,7 @@ from torchquant.fx.producers import (
 from torchquant.fx.sites import observer_of
 from torchquant.types import DTYPE_RANGE
 
-__all__ = ["Tie", "is_annotated", "quantizes_output", "ties_of"]
+__all__ = ["Tie", "has_static_range", "is_annotated", "quantizes_output", "ties_of"]
 
 _SUMS = ("add", "sub")
 _NORMS = ("layer_norm", "batch_norm", "group_norm")
@@ -69,7 +69,7 @@ class Tie:
 
 
 def ties_of(prepared: GraphModule) -> list[Tie]:
-    """Every set of values that observers with one static range read, if additions or readers that are no layers do too.
+    """Every set of values with static ranges that additions tie, or that others than layers read as quantized.
 
     An op that the Quantizer annotated must keep its observers as neighbours, or it would not be lowered as an integer
     op: no op is inserted beside it.
@@ -80,9 +80,9 @@ def ties_of(prepared: GraphModule) -> list[Tie]:
             continue
         tie = Tie(values)
         tie.observers = {o: v for v in values for o in _observers(prepared, v)}
-        if any(_is_static(prepared, o) for o in tie.observers):
+        if any(has_static_range(prepared, o) for o in tie.observers):
             tie.reason = _classify(prepared, tie)
-            if tie.outside or tie.is_sum:
+            if tie.is_sum or any(source in tie.observers for source in tie.outside):
                 found.append(tie)
     return found
 
@@ -149,7 +149,7 @@ def _observers(prepared: GraphModule, value: Node) -> Iterator[Node]:
             yield from _observers(prepared, user)
 
 
-def _is_static(prepared: GraphModule, node: Node) -> bool:
+def has_static_range(prepared: GraphModule, node: Node) -> bool:
     """Whether the observer has one integer range for the whole tensor."""
     module = observer_of(prepared, node)
     observer: Any = getattr(module, "activation_post_process", module)
