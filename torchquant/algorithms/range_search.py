@@ -79,20 +79,28 @@ class RangeSearch:
         high = float((grid.quant_max - grid.zero_point) * grid.scale)
         low, high = _widened(observer, low, high)
         if grid.symmetric:
-            share = self._shrink(lambda f: judge.error(_scaled(grid, f)), clock)
-            chosen = _scaled(grid, share)
+            chosen = _scaled(grid, self._shrink(lambda f: judge.error(_scaled(grid, f)), clock))
         else:
-            top = self._shrink(lambda f: judge.error(_between(grid, low, high * f)), clock) if high > 0 else 1.0
-            high *= top
-            bottom = self._shrink(lambda f: judge.error(_between(grid, low * f, high)), clock) if low < 0 else 1.0
-            chosen = _between(grid, low * bottom, high)
-            if top == bottom == 1.0:
+            ends = self._shrink_ends(lambda a, b: judge.error(_between(grid, a, b)), low, high, clock)
+            if ends == (low, high):
                 return Solution()
+            chosen = _between(grid, *ends)
         return Solution(activations={str(node.target): (float(chosen.scale), int(chosen.zero_point))})
 
     def error(self, task: Task) -> float:
         """What the guard holds an answer by: the measure of the search, on all batches."""
         return _Judge(task, None).error()
+
+    def _shrink_ends(
+        self, error: Callable[[float, float], float], low: float, high: float, clock: Clock
+    ) -> tuple[float, float]:
+        """Each end shrunk by itself, twice: at first the other one hides what an end is worth."""
+        for _ in range(2):
+            if high > 0:
+                high *= self._shrink(lambda f: error(low, high * f), clock)  # noqa: B023
+            if low < 0:
+                low *= self._shrink(lambda f: error(low * f, high), clock)  # noqa: B023
+        return low, high
 
     def _shrink(self, error: Callable[[float], float], clock: Clock) -> float:
         """The share of an end with the least error, refined once between its neighbours."""
