@@ -103,6 +103,7 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "ranges+brecq": lambda: [tq.RangeSearch(), tq.BRECQ()],
     "ranges+qdrop": lambda: [tq.RangeSearch(), tq.QDrop()],
     "smooth+adaround": lambda: [tq.SmoothQuant(), tq.AdaRound()],
+    "smooth+ranges": lambda: [tq.SmoothQuant(), tq.RangeSearch()],
     "smooth+ranges+adaround": lambda: [tq.SmoothQuant(), tq.RangeSearch(), tq.AdaRound()],
 }
 

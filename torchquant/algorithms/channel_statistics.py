@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["ChannelSample", "Fold", "Smallest"]
+__all__ = ["ChannelMoments", "ChannelSample", "Fold", "Smallest"]
 
 
 @dataclass
@@ -22,6 +22,37 @@ class Smallest:
         if value.numel():
             low = value.detach().movedim(self.axis, -1).flatten(0, -2).amin(0)
             self.value = low if self.value is None else torch.minimum(self.value, low)
+
+
+@dataclass
+class ChannelMoments:
+    """Range and mean square of each channel (channels,) of a tensor.
+
+    Args:
+        axis: of the channels.
+    """
+
+    axis: int
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    squares: torch.Tensor | float = 0.0
+    count: int = 0
+
+    def update(self, value: torch.Tensor) -> None:
+        """Add one batch."""
+        if not value.numel():
+            return
+        rows = value.detach().movedim(self.axis, -1).reshape(-1, value.shape[self.axis])
+        low, high = torch.aminmax(rows, dim=0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.squares = self.squares + rows.square().sum(0, dtype=torch.float64)
+        self.count += len(rows)
+
+    @property
+    def square(self) -> torch.Tensor:
+        """Mean square of each channel, float32."""
+        return torch.as_tensor(self.squares / max(1, self.count)).float()
 
 
 @dataclass(frozen=True)

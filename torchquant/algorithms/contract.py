@@ -50,6 +50,7 @@ class Solver(Protocol):
     """Chooses codes, ranges or biases, span by span, while the data stream through the graph.
 
     One that must measure something first may have a method `begin(stream, spans, seed)`, called before the walk.
+    The guard holds an answer by `error(task)` if the solver has that method, else by the span's squared error.
     """
 
     def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:

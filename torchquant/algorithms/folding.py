@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops, passes
-from torchquant.fx.producers import Producer, affine_positions
+from torchquant.fx.grids import fake_quantizer
+from torchquant.fx.producers import Producer, affine_positions, shape_behind
 from torchquant.fx.sites import note, observer_of
+from torchquant.observers import reset
 
 __all__ = [
     "constant_at",
@@ -24,6 +27,7 @@ __all__ = [
     "input_magnitudes",
     "insert_ops",
     "own_observer",
+    "rounded",
     "scale_inputs",
     "tidy",
 ]
@@ -41,6 +45,15 @@ def input_magnitudes(weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
     """max |W| of each input channel (in,) of `weight` (out, in / groups, ...)."""
     rows = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
     return rows.reshape(groups, -1, weight.shape[1]).amax(1).reshape(-1)
+
+
+def rounded(observer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """`weight` rounded to the grid that its observer (a copy, or None for a float weight) chooses for it."""
+    if observer is None:
+        return weight
+    reset(observer)
+    observer(weight)
+    return fake_quantizer(observer, weight.shape)(weight)
 
 
 def constant_at(model: GraphModule, node: Node, position: int | None) -> torch.Tensor | None:
@@ -99,7 +112,8 @@ def insert_ops(
     why: str,
 ) -> None:
     """Give `users` (in graph order) the tensor as (y - z) / s, by a multiplication and, with `z`, a subtraction."""
-    shape = (-1, *[1] * (len(ops.shape_of(tensor) or ()) - axis - 1))
+    rank = len(shape_behind(tensor))
+    shape = (-1, *[1] * (rank - axis % rank - 1))
     value, first = tensor, users[0]
     steps = [(aten.sub.Tensor, z, "offset")] if z is not None and bool(z.any()) else []
     for target, constant, name in [*steps, (aten.mul.Tensor, 1 / s, "factor")]:
@@ -107,12 +121,20 @@ def insert_ops(
         attribute = _new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
         with model.graph.inserting_before(first):
             step = model.graph.call_function(target, (value, attribute))
-        step.meta = {k: tensor.meta[k] for k in ("val", "tensor_meta") if k in tensor.meta}
-        step.meta["nn_module_stack"] = next(iter(first.users)).meta.get("nn_module_stack", {})
+        source = _unobserved(model, tensor)
+        step.meta = {k: source.meta[k] for k in ("val", "tensor_meta") if k in source.meta}
+        near = next(iter(first.users), first) if observer_of(model, first) is not None else first
+        step.meta["nn_module_stack"] = near.meta.get("nn_module_stack", {})
         note(step, "unsupported", why)
         value = step
     for user in users:
         user.replace_input_with(tensor, value)
+
+
+def _unobserved(model: GraphModule, node: Node) -> Node:
+    while observer_of(model, node) is not None:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def own_observer(model: GraphModule, observer: Node, users: Sequence[Node]) -> Node:

@@ -1,12 +1,12 @@
 """Range search: the range of each static activation that does least harm behind it.
 
 A range is judged by what its consumers make of the tensor, not by the tensor: values that a ReLU6 cuts off, or that a
-softmax turns to zero, need no codes. Choosing steps by the error of the next layer's output: Nahshan et al.,
-"Loss Aware Post-training Quantization", Machine Learning 2021, section 4; here one tensor at a time, in the order
-of the graph, with the quantized prefix.
+softmax turns to zero, need no codes. Choosing steps by the network's loss: Nahshan et al., "Loss Aware Post-training
+Quantization", Machine Learning 2021, section 4; here one tensor at a time, all others as float, with the loss to second
+order at the next ranges, as in Li et al., "BRECQ", ICLR 2021, section 3.2.
 
     low, high      ends of the range, each shrunk by itself from what the observer saw
-    sum over the results r of the span of |rq(low, high) - r|^2 / |r|^2
+    sum over the results r of the span of F (rq(low, high) - r)^2, F the squared derivatives of the network's output
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.contract import Clock
 from torchquant.errors import InputError
+from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import Grid, grid_of, per_tensor
 from torchquant.fx.sites import observer_of
-from torchquant.fx.stream import Task
+from torchquant.fx.stream import Evaluator, Stream, Task
 from torchquant.parallel import total
 from torchquant.solved import Solution
 
 __all__ = ["RangeSearch"]
+
+_Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class RangeSearch:
@@ -60,6 +63,10 @@ class RangeSearch:
                 found.append(Span(tuple(order[start:end]), ()))
         return found
 
+    def begin(self, stream: Stream, spans: list[Span], seed: int) -> None:
+        """Measure what the network's output feels of the spans' results."""
+        stream.sensitivities(spans, seed)
+
     def solve(self, task: Task, clock: Clock) -> Solution:
         """The range of the span's observer."""
         node = task.span.nodes[0]
@@ -67,21 +74,33 @@ class RangeSearch:
         grid = grid_of(observer, task.inputs(0, "float")[_source(node)].shape)
         if grid is None or grid.dialect != "tensor" or hasattr(observer, "derive_qparams_fn"):
             return Solution()
-        judge = _Judge(task, grid, self.samples)
+        judge = _Judge(task, self.samples)
         low = float((grid.quant_min - grid.zero_point) * grid.scale)
         high = float((grid.quant_max - grid.zero_point) * grid.scale)
         low, high = _widened(observer, low, high)
         if grid.symmetric:
-            share = self._shrink(lambda f: judge.error(_scaled(grid, f)), clock)
-            chosen = _scaled(grid, share)
+            chosen = _scaled(grid, self._shrink(lambda f: judge.error(_scaled(grid, f)), clock))
         else:
-            top = self._shrink(lambda f: judge.error(_between(grid, low, high * f)), clock) if high > 0 else 1.0
-            high *= top
-            bottom = self._shrink(lambda f: judge.error(_between(grid, low * f, high)), clock) if low < 0 else 1.0
-            chosen = _between(grid, low * bottom, high)
-            if top == bottom == 1.0:
+            ends = self._shrink_ends(lambda a, b: judge.error(_between(grid, a, b)), low, high, clock)
+            if ends == (low, high):
                 return Solution()
+            chosen = _between(grid, *ends)
         return Solution(activations={str(node.target): (float(chosen.scale), int(chosen.zero_point))})
+
+    def error(self, task: Task) -> float:
+        """What the guard holds an answer by: the measure of the search, on all batches."""
+        return _Judge(task, None).error()
+
+    def _shrink_ends(
+        self, error: Callable[[float, float], float], low: float, high: float, clock: Clock
+    ) -> tuple[float, float]:
+        """Each end shrunk by itself, twice: at first the other one hides what an end is worth."""
+        for _ in range(2):
+            if high > 0:
+                high *= self._shrink(lambda f: error(low, high * f), clock)  # noqa: B023
+            if low < 0:
+                low *= self._shrink(lambda f: error(low * f, high), clock)  # noqa: B023
+        return low, high
 
     def _shrink(self, error: Callable[[float], float], clock: Clock) -> float:
         """The share of an end with the least error, refined once between its neighbours."""
@@ -100,31 +119,69 @@ class RangeSearch:
 
 
 class _Judge:
-    """The error of a span's results for a trial grid, on a few batches."""
+    """What rounding one tensor costs at the network's output, on the first batches of the float flow.
 
-    def __init__(self, task: Task, grid: Grid, samples: int) -> None:
+    Args:
+        task: the span that the tensor's observers begin.
+        samples: how many to judge on, at least; None: all.
+    """
+
+    def __init__(self, task: Task, samples: int | None) -> None:
         observer = observer_of(task.prepared, task.span.nodes[0])
         self._task = task
         self._targets = [str(n.target) for n in task.span.nodes if observer_of(task.prepared, n) is observer]
+        self._weights = _float_weights(task)
         size = max(1, len(task.inputs(0, "float")[_source(task.span.nodes[0])]))
-        self._batches = range(min(task.count, math.ceil(samples / size)))
+        self._count = task.count if samples is None else min(task.count, math.ceil(samples / size))
+        self._exact = self._evaluator(lambda x: x)
+        self._kept: dict[int, list[_Result]] = {}
         self._energy = [1e-30] * len(task.results)
-        for batch in self._batches:
-            for i, wanted in enumerate(task.targets(batch)):
-                if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
+        for batch in range(self._count):
+            results = self._results(batch)
+            for i, (wanted, felt) in enumerate(results):
+                if felt is None and _is_float(wanted):
                     self._energy[i] += float(wanted.square().sum(dtype=torch.float64))
+            if samples is not None:
+                self._kept[batch] = results
         self._energy = total(*self._energy)
 
-    def error(self, grid: Grid) -> float:
-        """Relative squared error, summed over the results."""
-        evaluator = self._task.evaluator(fakes=dict.fromkeys(self._targets, per_tensor(grid)))
-        found = [0.0] * len(self._task.results)
-        for batch in self._batches:
-            pairs = zip(self._task.outputs(batch, evaluator), self._task.targets(batch), strict=True)
-            for i, (got, wanted) in enumerate(pairs):
-                if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
-                    found[i] += float(torch.linalg.vector_norm(got - wanted)) ** 2
-        return sum(e / s for e, s in zip(total(*found), self._energy, strict=True))
+    def _results(self, batch: int) -> list[_Result]:
+        """What the span should make, and how much the network's output feels each element of it (None: unknown)."""
+        wanted = self._task.outputs(batch, self._exact, "float")
+        return list(zip(wanted, self._task.sensitivity(batch), strict=True))
+
+    def error(self, grid: Grid | None = None) -> float:
+        """Squared error of the results, as the output feels it; relative to their energy where that is unknown.
+
+        Args:
+            grid: a trial; None: as the observer stands.
+        """
+        evaluator = self._evaluator(None if grid is None else per_tensor(grid))
+        found = 0.0
+        for batch in range(self._count):
+            outputs = self._task.outputs(batch, evaluator, "float")
+            results = self._kept.get(batch) or self._results(batch)
+            for got, (wanted, felt), energy in zip(outputs, results, self._energy, strict=True):
+                if _is_float(wanted):
+                    square = (got - wanted).square()
+                    square = square / energy if felt is None else square * felt
+                    found += float(square.sum(dtype=torch.float64))
+        return total(found)[0]
+
+    def _evaluator(self, fake: Callable[[torch.Tensor], torch.Tensor] | None) -> Evaluator:
+        fakes = {} if fake is None else dict.fromkeys(self._targets, fake)
+        return self._task.evaluator(fakes=fakes, weights=self._weights)
+
+
+def _float_weights(task: Task) -> dict[Node, torch.Tensor]:
+    """The constants that the span reads through observers, as they are without."""
+    near = {n for node in task.span.nodes for n in node.all_input_nodes}
+    observed = [n for n in near if observer_of(task.prepared, n) is not None and ops.is_constant(_source(n))]
+    return {n: ops.constant_value(task.prepared, _source(n)) for n in observed}
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _between(grid: Grid, low: float, high: float) -> Grid:

@@ -28,13 +28,14 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelSample, Fold
+from torchquant.algorithms.tied_factors import smooth_ties
 from torchquant.calibrate import Recorder
 from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.producers import Producer, is_padded, shape_behind
 from torchquant.fx.sites import observer_of
-from torchquant.observers import reset
+from torchquant.fx.ties import quantizes_output
 
 __all__ = ["Rule", "SmoothQuant", "outlier_factor", "smoothing_factor"]
 
@@ -100,32 +101,43 @@ class SmoothQuant:
         alpha: how much of the outliers to move, 0 to 1; None: the best of a grid for each tensor, by output error.
         shift: subtract the middle of each channel's range too, where that pays: its effect goes into biases.
         explicit: insert ops where nothing can take the factor; if not, such tensors stay as they are (see `notes`).
+        ties: smooth also what quantized additions tie together: see `torchquant.algorithms.tied_factors`.
         rows: how many rows of each tensor the search looks at.
         seed: of their draw.
     """
 
     def __init__(
-        self, alpha: float | None = None, shift: bool = True, explicit: bool = True, rows: int = 1024, seed: int = 0
+        self,
+        alpha: float | None = None,
+        shift: bool = True,
+        explicit: bool = True,
+        ties: bool = True,
+        rows: int = 1024,
+        seed: int = 0,
     ) -> None:
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} must be between 0 and 1, or None for a search")
-        self.alpha, self.shift, self.explicit, self.rows, self.seed = alpha, shift, explicit, rows, seed
+        self.alpha, self.shift, self.explicit, self.ties = alpha, shift, explicit, ties
+        self.rows, self.seed = rows, seed
         self.notes: list[str] = []
 
     def transform(self, prepared: GraphModule, batches: Sequence[Any]) -> int:
-        """Smooth in place, float function unchanged; returns how many layers changed. Recalibrate afterwards."""
-        self.notes = []
+        """Smooth in place, float function unchanged; returns how many places changed. Recalibrate afterwards."""
+        self.notes, tied = [], 0
+        if self.ties:
+            tied, self.notes = smooth_ties(prepared, batches, explicit=self.explicit, seed=self.seed)
         found = [g for g in groups_of(prepared) if self._possible(g)]
         samples = self._measure(prepared, found, batches)
         changed = sum(self._smooth(prepared, g, s) for g, s in zip(found, samples, strict=True))
         folding.tidy(prepared)
-        return changed
+        return tied + changed
 
     def _possible(self, group: Group) -> bool:
         reason = group.reason
         if isinstance(group.producer, str) and not reason:
             linear = all(ops.op_name(r.layer) == "linear" for r in group.readers)
-            reason = "" if self.explicit and linear else group.producer
+            beside = quantizes_output(group.tensor)  # an op between the two would leave it float
+            reason = "" if self.explicit and linear and not beside else group.producer
         if reason:
             self.notes.append(f"{group.tensor.name}: left as it is: {reason}")
         return not reason
@@ -220,7 +232,7 @@ class _Layer:
         if id(fold) not in self._exact:
             self._exact[id(fold)] = self._run(fold.items, self.weight)
         exact = self._exact[id(fold)]
-        weight = _round_weight(self._grid, folding.scale_inputs(self.weight, s, self.groups))
+        weight = folding.rounded(self._grid, folding.scale_inputs(self.weight, s, self.groups))
         output = self._run(rounded, weight)
         if bool(z.any()):
             offset = folding.scale_inputs(self.weight, z, self.groups).flatten(1).sum(1)
@@ -231,15 +243,6 @@ class _Layer:
         if self._rows:
             return torch.nn.functional.linear(x, weight.flatten(1))
         return self._node.target(x, weight, None, *self._node.args[3:], **self._node.kwargs)  # type: ignore[operator]
-
-
-def _round_weight(observer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """`weight` rounded to the grid that its observer chooses for it."""
-    if observer is None:
-        return weight
-    reset(observer)
-    observer(weight)
-    return fake_quantizer(observer, weight.shape)(weight)
 
 
 def _round_activation(observer: Any, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
