@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
+from torchquant import ranges
 from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.fx import ops
 from torchquant.program import Program
@@ -35,8 +36,16 @@ def _torchao_x86(dynamic: bool = False) -> X86InductorQuantizer:
     return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
 
 
-def _executorch_xnnpack(dynamic: bool = False) -> XNNPACKQuantizer:
-    return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+def _torchao_x86_with(observer: Any) -> X86InductorQuantizer:
+    """torchao's Quantizer with another observer for activations."""
+    config = get_default_x86_inductor_quantization_config()
+    activation = replace(config.input_activation, observer_or_fake_quant_ctr=observer)
+    return X86InductorQuantizer().set_global(replace(config, input_activation=activation))
+
+
+def _executorch_xnnpack(dynamic: bool = False, per_channel: bool = True) -> XNNPACKQuantizer:
+    config = get_symmetric_quantization_config(is_per_channel=per_channel, is_dynamic=dynamic)
+    return XNNPACKQuantizer().set_global(config)
 
 
 def _low_bit(weight_bits: int, activation_bits: int, name: str) -> Scheme:
@@ -108,6 +117,14 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
+OBSERVERS: dict[str, Any] = {
+    "percentile": ranges.ActivationPercentile,
+    "entropy": ranges.ActivationEntropy,
+    "MSE": ranges.ActivationMSE,
+    "L2.4": ranges.ActivationMSE.with_args(p=2.4),
+}
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A Quantizer as its users would call it.
@@ -151,6 +168,17 @@ QUANTIZERS: dict[str, Candidate] = {
     "et_xnnpack_dynamic": Candidate(
         "ExecuTorch XNNPACKQuantizer dynamic", lambda: _executorch_xnnpack(dynamic=True), transformers_only=True
     ),
+    "et_xnnpack_tensor": Candidate(
+        "ExecuTorch XNNPACKQuantizer, weights per tensor", lambda: _executorch_xnnpack(per_channel=False)
+    ),
+    **{
+        f"torchao_x86_{name}": Candidate(
+            f"torchao X86InductorQuantizer, {name} observer (strict export)",
+            lambda observer=observer: _torchao_x86_with(observer),  # type: ignore[misc]
+            strict=True,
+        )
+        for name, observer in OBSERVERS.items()
+    },
     "w4a8": Candidate("W4A8", lambda: LowBitQuantizer(4, 8)),
     "w3a8": Candidate("W3A8", lambda: LowBitQuantizer(3, 8)),
     "w2a8_edges8": Candidate("W2A8, first and last 8 bits", lambda: LowBitQuantizer(2, 8, 8)),

@@ -187,6 +187,33 @@ def minilm(calibration: int = 64, samples: int | None = 250) -> Network:
     )
 
 
+def stories260k(calibration: int = 32, samples: int | None = None) -> Network:
+    """A Llama of 260,000 parameters on windows of stories, judged by the share of next tokens it guesses."""
+    _loader("smollm2")  # which the next one imports
+    loader = _loader("stories260k")
+    model = loader.load(str(_data("stories260k.safetensors")))
+    tokenizer = loader.Tok(str(_data("tok512.json")))
+    text = _data("tinystories_valid_excerpt.txt").read_text(encoding="utf-8")
+    ids = torch.tensor([i for story in text.splitlines() for i in tokenizer.encode(story)])
+    windows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
+    chosen, rest = _spread(len(windows), calibration)
+    rest = rest[:samples]
+    return Network(
+        "stories260K",
+        model,
+        calibration=_split((windows[chosen],)),
+        held_out=_split((windows[rest],)),
+        metric=partial(_next_tokens, windows[rest]),
+        metric_name="next token %",
+        transformer=True,
+    )
+
+
+def _next_tokens(ids: torch.Tensor, outputs: torch.Tensor) -> float:
+    """Share in % of the tokens (windows, length) that are the likeliest after those before them."""
+    return 100 * float((outputs[:, :-1].argmax(-1) == ids[: len(outputs), 1:]).float().mean())
+
+
 def _pairs(file: str) -> list[tuple[str, str, float]]:
     with _data(file).open(newline="", encoding="utf-8") as text:
         return [(first, second, float(score)) for first, second, score in csv.reader(text)]
@@ -217,7 +244,12 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return (last - (counts - 1) / 2)[place]
 
 
-NETWORKS: dict[str, Callable[..., Network]] = {"lite0": efficientnet_lite0, "resnet20": resnet20, "minilm": minilm}
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "lite0": efficientnet_lite0,
+    "resnet20": resnet20,
+    "minilm": minilm,
+    "stories": stories260k,
+}
 
 
 def load_network(name: str, calibration: int = 64, samples: int | None = None) -> Network:

@@ -1,5 +1,6 @@
 """Layer objectives from moments: equal to the sampled error, minimized as promised, brute force on tiny layers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -142,6 +143,43 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(grou
     assert min(neighbours(of, codes)) >= of.error(codes) * (1 - 1e-6)
     assert codes.min() >= of.low
     assert codes.max() <= of.high
+
+
+def coupled(of):
+    """The same problem with outputs that the error couples."""
+    groups, outputs = of.target.shape[:2]
+    y = torch.randn(groups, outputs, 3 * outputs) + torch.randn(groups, 1, 3 * outputs)
+    return dataclasses.replace(of, outputs=y @ y.mT / (3 * outputs))
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_descent_with_coupled_outputs_never_raises_the_error_and_ends_where_no_single_code_helps(groups, block):
+    of = coupled(problem(groups=groups))
+    start = descend(of.by_rows(), of.nearest())
+    errors = [of.error(start), *(of.error(descend(of, start, sweeps, block)) for sweeps in range(1, 6))]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
+    assert errors[-1] < errors[0]
+    codes = descend(of, start, 50, block)
+    assert min(neighbours(of, codes)) >= of.error(codes) * (1 - 1e-6)
+    assert codes.min() >= of.low
+    assert codes.max() <= of.high
+
+
+def test_unit_outputs_are_no_outputs():
+    of = problem()
+    unit = dataclasses.replace(of, outputs=torch.eye(6)[None])
+    assert unit.error(of.nearest()) == pytest.approx(of.error(of.nearest()))
+    assert torch.equal(descend(unit, of.nearest()), descend(of, of.nearest()))
+
+
+def test_descent_along_a_given_slope_is_descent_on_the_problem_whose_slope_it_is():
+    of = coupled(problem())
+    start = of.nearest()
+    slope = of.slope(of.values(start) - of.target)
+    elsewhere = dataclasses.replace(of, target=of.values(start))
+    assert torch.equal(descend(elsewhere, start, slope=slope), descend(of, start))
+    assert torch.equal(descend(elsewhere, start), start)
 
 
 def test_descent_finds_the_same_codes_whatever_the_block():

@@ -13,13 +13,16 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from torchquant.algorithms.layout import Layout
 from torchquant.fx.grids import Grid
 
 __all__ = ["Problem", "descend", "enumerate_rounding", "fit_scale", "search_scale"]
 
+Array = NDArray[np.float32]
 _EXHAUSTIVE = 9  # inputs of a group up to which every rounding is tried
 
 
@@ -186,20 +189,30 @@ def _rows_step(
 def _coupled_step(
     problem: Problem, old: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, curvature: torch.Tensor
 ) -> torch.Tensor:
-    """Better codes (g, o) of a column whose rows are coupled: the one that gains most moves, until none does."""
+    """Better codes (g, o) of a column whose rows are coupled: each in turn takes its best value."""
     assert problem.outputs is not None
-    own = problem.outputs.diagonal(dim1=1, dim2=2).clamp(min=1e-30) * curvature
     new, slope = old.clone(), slope.clone()
-    for _ in range(2 * old.shape[1]):
-        delta = (problem.clamp(torch.round(new - slope / (own * scale))) - new) * scale
-        gain, row = (-delta * (2 * slope + own * delta)).max(1, keepdim=True)
-        if not bool((gain > 0).any()):
-            break
-        delta = torch.where(gain > 0, delta.gather(1, row), torch.zeros(()))
-        new.scatter_add_(1, row, torch.round(delta / scale.gather(1, row)))
-        rows = row[..., None].expand(-1, -1, old.shape[1])
-        slope += problem.outputs.gather(1, rows)[:, 0] * (delta * curvature)
+    for group, factor in enumerate(curvature[:, 0].tolist()):
+        codes, steps, slopes, outputs = (t[group].numpy() for t in (new, scale, slope, problem.outputs))
+        _settle(codes, steps, slopes, outputs, factor, problem.low, problem.high)
     return new
+
+
+def _settle(codes: Array, scale: Array, slope: Array, outputs: Array, factor: float, low: int, high: int) -> None:
+    """Let the codes (o,) of one column move, the largest gains first, until none helps; changes codes and slope."""
+    own = np.maximum(outputs.diagonal() * factor, 1e-30)
+    inverse = 1 / (own * scale)
+    for _ in range(len(codes)):
+        delta = (np.clip(np.rint(codes - slope * inverse), low, high) - codes) * scale
+        gain = -delta * (2 * slope + own * delta)
+        rows = np.flatnonzero(gain > 0)
+        if not len(rows):
+            return
+        for row in rows[np.argsort(-gain[rows])].tolist():
+            best = min(max(round(float(codes[row] - slope[row] * inverse[row])), low), high)
+            if best != codes[row]:
+                slope += outputs[row] * ((best - codes[row]) * scale[row] * factor)
+                codes[row] = best
 
 
 def enumerate_rounding(problem: Problem) -> torch.Tensor | None:
