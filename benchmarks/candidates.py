@@ -105,6 +105,7 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "seq_mse": lambda: [tq.SeqMSE()],
     "adaround": lambda: [tq.AdaRound()],
     "adaround_paper": lambda: [tq.AdaRound(search=False, refits=0, sweeps=0, correct_bias=False, compensate=False)],
+    "adaround_sensitive": lambda: [tq.AdaRound(sensitive=True)],
     "adaquant": lambda: [tq.AdaQuant()],
     "brecq": lambda: [tq.BRECQ()],
     "qdrop": lambda: [tq.QDrop()],

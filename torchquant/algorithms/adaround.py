@@ -37,7 +37,7 @@ class AdaRound(Layerwise):
         beta: first and last exponent b. warm_up: share of the iterations without the rounding term.
         search: choose each scale by the layer's output error first.
         sweeps: of coordinate descent. refits: how often scale and codes are improved in turn.
-        correct_bias, compensate, damp: see `Layerwise`.
+        correct_bias, compensate, damp, sensitive: see `Layerwise`; `sensitive` costs one pass backward per batch.
     """
 
     def __init__(
@@ -54,8 +54,9 @@ class AdaRound(Layerwise):
         correct_bias: bool = True,
         compensate: bool = True,
         damp: float | None = None,
+        sensitive: bool = False,
     ) -> None:
-        super().__init__(correct_bias=correct_bias, compensate=compensate, damp=damp)
+        super().__init__(correct_bias=correct_bias, compensate=compensate, damp=damp, sensitive=sensitive)
         self.iterations, self.lr, self.lam, self.beta, self.warm_up = iterations, lr, lam, beta, warm_up
         self.search, self.sweeps, self.refits = search, sweeps, refits
 

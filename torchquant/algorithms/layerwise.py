@@ -17,13 +17,14 @@ from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers, weight_grid, weight_of
 from torchquant.fx.grids import Grid
-from torchquant.fx.stream import Evaluator, Fake, Flow, Task
+from torchquant.fx.stream import Evaluator, Fake, Flow, Stream, Task
 from torchquant.solved import Solution
 
 __all__ = ["DAMPS", "Answer", "Inside", "Layerwise", "by_groups", "float_bias", "float_weight", "moved_bias", "trial"]
 
 DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _LEAST_DAMP, _METRIC_DAMP = 0.001, 0.01
+_DRAWS = 2  # random projections of the network's output
 _FLOOR = 2.0**-16  # of the largest scale: a bias in units of the smallest must fit an int32
 
 
@@ -44,16 +45,30 @@ class Layerwise:
             the output of the float layer on its float inputs.
         damp: share of the mean diagonal of the moments added to their diagonal, which holds the answer near the float
             weight. None: chosen at each site by two-fold cross-validation.
+        sensitive: count errors of a layer's outputs as the network's output feels them together.
     """
 
-    def __init__(self, *, correct_bias: bool = True, compensate: bool = True, damp: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        correct_bias: bool = True,
+        compensate: bool = True,
+        damp: float | None = None,
+        sensitive: bool = False,
+    ) -> None:
         if damp is not None and damp <= 0:
             raise InputError(f"damp is {damp}; it must be above 0, or the moments may have no inverse")
         self.correct_bias, self.compensate, self.damp = correct_bias, compensate, damp
+        self.sensitive = sensitive
 
     def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:
         """The spans to solve: each site for itself."""
         return layers(prepared, excluded)
+
+    def begin(self, stream: Stream, spans: Sequence[Span], seed: int) -> None:
+        """Measure what the network's output feels of the sites' outputs."""
+        if self.sensitive:
+            stream.sensitivities(spans, seed, _DRAWS, elements=False)
 
     def choose(self, problem: Problem, clock: Clock) -> Answer:
         """Codes and scale factors for one site."""

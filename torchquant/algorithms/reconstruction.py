@@ -182,18 +182,17 @@ class Reconstruction:
             pick = torch.randperm(2 * size, generator=self.generator)[:size]
             one = [_pick(a, b, pick) for a, b in zip(one, other, strict=True)]
         reads, m = list(self.task.inputs(first, "quantized")), len(self.task.results)
-        n = len(reads)
-        inputs = {
-            node: dropped(q, x, self.drop, self.generator)
-            for node, q, x in zip(reads, one[:n], one[n : 2 * n], strict=True)
-        }
-        wanted = self.objective.wanted(inputs, one[2 * n : 2 * n + m])
-        return inputs, wanted, one[2 * n + m :], size or 1
+        targets, sensitivities, values = one[:m], one[m : 2 * m], one[2 * m :]
+        if self.drop:
+            n = len(reads)
+            values = [dropped(q, x, self.drop, self.generator) for q, x in zip(values[:n], values[n:], strict=True)]
+        inputs = dict(zip(reads, values, strict=True))
+        return inputs, self.objective.wanted(inputs, targets), sensitivities, size or 1
 
     def _batch(self, batch: int) -> list[Any]:
-        quantized, exact = self.task.inputs(batch, "quantized"), self.task.inputs(batch, "float")
-        targets, sensitivities = self.task.targets(batch), self.objective.sensitivities(batch)
-        return [*quantized.values(), *exact.values(), *targets, *sensitivities]
+        exact = self.task.inputs(batch, "float").values() if self.drop else ()
+        quantized = self.task.inputs(batch, "quantized").values()
+        return [*self.task.targets(batch), *self.objective.sensitivities(batch), *quantized, *exact]
 
 
 def standing(task: Task) -> Solution:
@@ -235,7 +234,9 @@ def _samples(values: Sequence[Any]) -> int | None:
 
 
 def _pick(a: Any, b: Any, pick: torch.Tensor) -> Any:
-    return torch.cat([a, b])[pick] if isinstance(a, torch.Tensor) else a
+    if not isinstance(a, torch.Tensor):
+        return a
+    return torch.cat([a[pick[pick < len(a)]], b[pick[pick >= len(a)] - len(a)]])
 
 
 def _observed_elsewhere(task: Task) -> set[str]:

@@ -232,14 +232,14 @@ class Stream:
             self.store.close()
             self._alive.clear()
 
-    def sensitivities(self, spans: Sequence[Span], seed: int, draws: int = 1) -> None:
-        """Measure for `Task.sensitivity` and `Task.output_metric`.
+    def sensitivities(self, spans: Sequence[Span], seed: int, draws: int = 1, *, elements: bool = True) -> None:
+        """Measure for `Task.output_metric` and, with `elements`, for `Task.sensitivity`.
 
         One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
         """
         generator = torch.Generator().manual_seed(seed)
-        results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans]
-        borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=True)}
+        results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
+        borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=elements)}
         sites = {site: None for span in spans for site in span.sites if _outputs_of(site) <= _LARGEST_METRIC}
         metrics = {site: _OutputMetric(site) for site in sites}
         for batch in range(self.count):
