@@ -20,6 +20,7 @@ from torchquant.types import Capability
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- capabilities -->", "<!-- /capabilities -->")
 ALGORITHM_MARKERS = ("<!-- algorithms -->", "<!-- /algorithms -->")
+MEMORY_MARKERS = ("<!-- memory -->", "<!-- /memory -->")
 TARGETS = {"x86 (Inductor)": inductor_x86.CAPABILITIES, "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES}
 Row = dict[str, Any]
 
@@ -30,7 +31,8 @@ def main() -> None:
     results = ROOT / "docs" / "results.md"
     _write(results, "\n\n".join(["# Results", *_accuracy(records.read("accuracy")), *_latency(records.read("cpu"))]))
     page = ROOT / "docs" / "algorithms.md"
-    _write(page, _between(page.read_text(encoding="utf-8"), ALGORITHM_MARKERS, algorithms(records.read("accuracy"))))
+    text = _between(page.read_text(encoding="utf-8"), ALGORITHM_MARKERS, algorithms(records.read("accuracy")))
+    _write(page, _between(text, MEMORY_MARKERS, memory(records.read("memory"))))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
@@ -175,6 +177,14 @@ def _algorithm_cells(row: Row) -> list[str]:
         f"{row['seconds']:.0f}",
         f"{peak / 1e9:.2f}" if peak else "",
     ]
+
+
+def memory(found: Row) -> str:
+    """What algorithms added to the memory of the process, against the bound."""
+    head = ["network", "algorithm", "budget MB", "bound MB", "added MB", "on disk MB"]
+    fields = ("budget_bytes", "bound_bytes", "added_bytes", "spilled_bytes")
+    rows = [[r["network"], r["algorithm"], *(f"{r[f] / 1e6:.0f}" for f in fields)] for r in found["rows"]]
+    return markdown(head, rows)
 
 
 # latency ------------------------------------------------------------------------------------------------------
