@@ -32,9 +32,11 @@ def net(*sizes):
     return nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU())][:-1])
 
 
+@pytest.mark.parametrize("coupled", [0, 100])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("sensitive", [False, True])
-def test_the_error_never_rises_and_falls_from_rounding_to_nearest(drop, sensitive):
+def test_the_error_never_rises_and_falls_from_rounding_to_nearest(drop, sensitive, coupled, monkeypatch):
+    monkeypatch.setattr("torchquant.algorithms.gauss_newton._LARGEST_COUPLED", coupled)
     batches = [torch.randn(16, 8) for _ in range(3)]
     prepared = calibrated(net(8, 12, 6), batches, W3A8)
     spans, stream = blocks(prepared), Stream(prepared, batches)
@@ -45,7 +47,7 @@ def test_the_error_never_rises_and_falls_from_rounding_to_nearest(drop, sensitiv
         found = [improve_codes(objective, start, Clock(), rounds=n, drop=drop) for n in (0, 1, 3, 20)]
         errors = [_Steps(objective, start, Clock(), drop, True).look(s).error for s in found]
         assert errors == sorted(errors, reverse=True)
-        assert errors[-1] < 0.7 * errors[0]
+        assert errors[-1] < (0.7 if coupled else 0.9) * errors[0]
 
 
 def test_the_derivatives_are_those_of_the_error():

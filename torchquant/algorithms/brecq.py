@@ -105,7 +105,7 @@ class BRECQ:
             learn_steps=self.learn_steps,
             drop=self.drop,
         )
-        learned.run(self.iterations, lr=0.0, step_lr=self.step_lr, bias_lr=self.bias_lr)
+        learned.run(self.iterations, step_lr=self.step_lr, bias_lr=self.bias_lr)
         answer = learned.answer()
         answer.biases = first.biases | answer.biases
         before, after = (objective.of(trial(objective.task, s)) for s in (first, answer))

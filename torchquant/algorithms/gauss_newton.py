@@ -91,11 +91,12 @@ class _Steps:
 
     def __init__(self, objective: Objective, start: Solution, clock: Clock, drop: float, biases: bool) -> None:
         self._objective, self._task, self._drop, self._biases = objective, objective.task, drop, biases
-        self._seed = clock.seed
+        self._seed, self._generator = clock.seed, torch.Generator()
+        self._fakes = passing(self._task, drop, self._generator)
         self._sites = {s.name: s for s in self._task.span.sites if s.name in start.weights}
         self._layouts = {n: Layout.of(s, start.weights[n][0].shape) for n, s in self._sites.items()}
         self._inputs = {n: self._input_moments(s, start) for n, s in self._sites.items()}
-        self._outputs = {n: by_groups(g, self._layouts[n]) for n, g in self._output_moments(start).items()}
+        self._outputs = self._output_moments(start)
 
     def look(self, solution: Solution) -> _Point:
         """Error and derivatives at a solution; the same elements are dropped at each look."""
@@ -121,14 +122,18 @@ class _Steps:
         moved = False
         for name in self._sites:
             codes, grid = here.solution.weights[name]
-            layout, outputs = self._layouts[name], self._outputs[name] * kappa
+            layout, outputs, slope = self._layouts[name], self._outputs[name] * kappa, here.slopes[name]
             matrix = layout.matrix(codes).float()
             problem = Problem.of(codes, layout, grid, matrix, self._inputs[name])
-            better = descend(replace(problem, outputs=outputs), matrix, _SWEEPS, slope=here.slopes[name])
+            own = outputs if outputs.ndim == 1 else outputs.diagonal()
+            if outputs.ndim == 1:  # each row for itself, in units of its own curvature
+                slope = slope / own.reshape(slope.shape[:2])[..., None]
+            else:
+                problem = replace(problem, outputs=by_groups(outputs, layout))
+            better = descend(problem, matrix, _SWEEPS, slope=slope)
             moved |= not torch.equal(better, matrix)
             found.weights[name] = layout.tensor(better), grid
             if self._biases and name in found.biases:
-                own = outputs.diagonal(dim1=1, dim2=2).reshape(-1)
                 found.biases[name] = found.biases[name] - here.bias_slopes[name] / own
         return found if moved else None
 
@@ -138,11 +143,11 @@ class _Steps:
         return a + damped(a, _DAMP)
 
     def _output_moments(self, start: Solution) -> dict[str, torch.Tensor]:
-        """G by backward passes of random signs times the roots of the error's weights."""
+        """G (out, out), or its diagonal (out,), by backward passes of random signs times the roots of F."""
         signs = torch.Generator().manual_seed(self._seed + 1)
         weights = {n: grid.decode(codes) for n, (codes, grid) in start.weights.items()}
         sizes = {n: layout.matrix(start.weights[n][0]).shape[:2].numel() for n, layout in self._layouts.items()}
-        sums = {n: torch.zeros(size, size) for n, size in sizes.items()}
+        sums = {n: torch.zeros((size, size) if size <= _LARGEST_COUPLED else (size,)) for n, size in sizes.items()}
         for env, wanted, sensitivities in self._batches():
             with torch.enable_grad():
                 outputs = self._run(env, weights, start.biases, outputs=True)
@@ -156,17 +161,14 @@ class _Steps:
                 if gradient is not None:
                     axis = -1 if ops.op_name(self._sites[name]) == "linear" else 1
                     rows = gradient.movedim(axis, 0).flatten(1).float()
-                    few = len(rows) <= _LARGEST_COUPLED
-                    sums[name] = sums[name] + (rows @ rows.T if few else torch.diag(rows.square().sum(1)))
-        for name, found_sum in sums.items():
-            total_(found_sum)
-            mean = found_sum.diagonal().mean().clamp(min=1e-20)
-            sums[name] = found_sum + _DAMP * mean * torch.eye(len(found_sum))
+                    sums[name] += rows @ rows.T if sums[name].ndim == 2 else rows.square().sum(1)
+        for found_sum in sums.values():
+            diagonal = total_(found_sum) if found_sum.ndim == 1 else total_(found_sum).diagonal()
+            diagonal += _DAMP * diagonal.mean().clamp(min=1e-20)
         return sums
 
     def _batches(self) -> Iterator[tuple[Env, Any, Any]]:
-        generator = torch.Generator().manual_seed(self._seed)
-        self._fakes = passing(self._task, self._drop, generator)
+        generator = self._generator.manual_seed(self._seed)
         for batch in range(self._task.count):
             pairs = zip(
                 self._task.inputs(batch, "quantized").items(), self._task.inputs(batch, "float").values(), strict=True

@@ -124,7 +124,7 @@ class Reconstruction:
             if grid is not None and grid.dialect == "tensor" and grid.scale.numel() == 1:
                 yield str(node.target), known.setdefault(id(observer), LearnedStep(grid, self.drop, self.generator))
 
-    def run(self, iterations: int, *, lr: float, step_lr: float, bias_lr: float) -> None:
+    def run(self, iterations: int, *, lr: float = 0.0, step_lr: float, bias_lr: float) -> None:
         """Adam on samples drawn from all batches, step sizes down to zero by a cosine, while there is time."""
         learned = [w for w in self.weights.values() if isinstance(w, StraightThrough)]
         scales = [w.log_scale for w in learned] + list({s.log_scale for s in self.steps.values()})
