@@ -26,7 +26,7 @@ from torchquant.parallel import total_
 
 __all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
 
-_CHUNK = 1 << 25  # elements of unfolded input at once
+_CHUNK = 1 << 23  # elements of unfolded input at once
 
 
 # moments ----------------------------------------------------------------------------------------------------------

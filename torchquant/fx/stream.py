@@ -170,7 +170,7 @@ class Task:
             for batch in range(self.count):
                 for got, wanted in zip(self.outputs(batch, evaluator), self.targets(batch), strict=True):
                     if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
-                        found += float((got - wanted).square().sum(dtype=torch.float64))
+                        found += _energy(got - wanted)
         return total(found)[0]
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
@@ -286,7 +286,12 @@ class Stream:
         evaluator = self.evaluator(flow)
         with torch.no_grad():
             for batch in range(self.count):
-                env = evaluator.run(nodes, {n: self.value(flow, n, batch) for n in reads})
+                env = {n: self.value(flow, n, batch) for n in reads}
+                for node in nodes:
+                    evaluator.run([node], env)
+                    for read in node.all_input_nodes:
+                        if self._last.get(read) == self._place[node]:
+                            env.pop(read, None)
                 for node in results:
                     self.store.put((flow, node, batch), env[node])
 
@@ -312,14 +317,19 @@ class Stream:
         for batch in range(self.count):
             wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
             for a, b in zip(wanted, got, strict=True):
-                signal += float(a.square().sum(dtype=torch.float64))
-                noise += float((a - b).square().sum(dtype=torch.float64))
+                signal += _energy(a)
+                noise += _energy(a - b)
         self.signal, self.noise = total(signal, noise)
 
     def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
         output = next(n for n in self.prepared.graph.nodes if n.op == "output")
         values = [self.value(flow, n, batch) for n in output.all_input_nodes if n in self._last]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _energy(x: torch.Tensor) -> float:
+    """Sum of squares, in double precision but not in double memory."""
+    return sum(float(part.double().square_().sum()) for part in x.reshape(-1).split(1 << 20))
 
 
 def _random_gradients(
