@@ -74,6 +74,7 @@ def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
         quantized, exact = (task.inputs(batch, flow)[source] for flow in ("quantized", "float"))
         for fold in range(2):
             sums[(fold + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
+        del quantized, exact  # before the next ones are read
     return sums[0].moments(), sums[1].moments()
 
 

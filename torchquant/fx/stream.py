@@ -165,13 +165,13 @@ class Task:
 
     def error(self, evaluator: Evaluator | None = None) -> float:
         """Squared error of the results, summed over all batches: as the graph stands now, or with a trial."""
-        evaluator, found = evaluator or self.evaluator(), 0.0
+        evaluator = evaluator or self.evaluator()
+        return total(sum(self._batch_error(batch, evaluator) for batch in range(self.count)))[0]
+
+    def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
         with torch.no_grad():
-            for batch in range(self.count):
-                for got, wanted in zip(self.outputs(batch, evaluator), self.targets(batch), strict=True):
-                    if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
-                        found += _energy(got - wanted)
-        return total(found)[0]
+            pairs = zip(self.outputs(batch, evaluator), self.targets(batch), strict=True)
+            return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
@@ -294,6 +294,7 @@ class Stream:
                             env.pop(read, None)
                 for node in results:
                     self.store.put((flow, node, batch), env[node])
+                env.clear()
 
     def _free(self, start: int, end: int) -> None:
         self._alive += self._results(start, end)
@@ -317,8 +318,8 @@ class Stream:
         for batch in range(self.count):
             wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
             for a, b in zip(wanted, got, strict=True):
-                signal += _energy(a)
-                noise += _energy(a - b)
+                signal += _distance(a, torch.zeros_like(a))
+                noise += _distance(a, b)
         self.signal, self.noise = total(signal, noise)
 
     def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
@@ -327,9 +328,10 @@ class Stream:
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _energy(x: torch.Tensor) -> float:
-    """Sum of squares, in double precision but not in double memory."""
-    return sum(float(part.double().square_().sum()) for part in x.reshape(-1).split(1 << 20))
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Sum of the squared differences, in double precision but without a copy of all."""
+    parts = zip(*(t.reshape(-1).split(1 << 20) for t in torch.broadcast_tensors(a, b)), strict=True)
+    return sum(float((x.double() - y).square_().sum()) for x, y in parts)
 
 
 def _random_gradients(
