@@ -77,10 +77,8 @@ class LearnedStep(nn.Module):
         """`x`, quantized but for what is dropped."""
         scale, zero_point = self.grid.scale.reshape(()) * self.log_scale.exp(), self.grid.zero_point.reshape(())
         steps = (_round(x / scale) + zero_point).clamp(self.grid.quant_min, self.grid.quant_max)
-        quantized = (steps - zero_point) * scale
-        if not self.drop:
-            return quantized
-        return torch.where(torch.rand(x.shape, generator=self._generator) < self.drop, x, quantized)
+        found: torch.Tensor = dropped((steps - zero_point) * scale, x, self.drop, self._generator)
+        return found
 
     def answer(self) -> tuple[float, int]:
         """Scale and zero point."""
