@@ -1,4 +1,7 @@
-"""x86 CPUs through AOTInductor and oneDNN: int8 convolutions and linears, proven by the kernels in the package."""
+"""x86 CPUs: our int8 kernels where they apply, oneDNN's through Inductor elsewhere, in one AOTInductor package.
+
+The int8 convolutions and linears of the package are counted and proven.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor
+from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -27,6 +31,8 @@ from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
+from torchquant.ops import native
+from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again
 from torchquant.types import Capability, Scheme, Site, TensorSpec
@@ -81,8 +87,12 @@ CAPABILITIES: tuple[Capability, ...] = (
 
 # what the calls in the generated C++ are called
 _KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
-_INTEGER = {("conv1d", "conv2d"): re.compile(r"qconv"), ("linear",): re.compile(r"qlinear")}
+_INTEGER = {
+    ("conv1d", "conv2d"): re.compile(r"qconv|torchquant_conv"),
+    ("linear",): re.compile(r"qlinear|torchquant_linear"),
+}
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
+_RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
@@ -95,8 +105,9 @@ class X86Program(Program):
         self._package = package
         self._folder = folder  # deleted with the program
         self._about = read_metadata(package, TARGET)
+        _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.inputs, self._about.sites, self._about.proof
-        self._run = torch._inductor.aoti_load_package(str(package))
+        self._run = load_package(str(package), num_runners=_RUNNERS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
@@ -127,6 +138,7 @@ def lower(
     *,
     allow_float: Sequence[str] = (),
     min_sqnr_db: float = MIN_SQNR_DB,
+    own_kernels: bool = True,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
@@ -137,6 +149,7 @@ def lower(
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
         min_sqnr_db: how close the package must be to the converted graph on `example_inputs`.
+        own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
@@ -152,13 +165,15 @@ def lower(
     folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)
     reference = passes.copy_graph(quantized)
     passes.make_float(reference, allowed)
-    raw = _compile(reference, batch, Path(folder.name) / "raw.pt2")
-    kernels = _kernels(raw)
+    raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels)
+    kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
     fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
     _repack(raw, package)
     raw.unlink()
+    if regions:
+        _add_kernels(package)
     run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
     found = hold_against(
         reference,
@@ -214,7 +229,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         LoweringError: Inductor cannot compile it.
     """
     with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
-        raw = _compile(exported, example_inputs, Path(folder) / "raw.pt2")
+        raw, _ = _compile(exported, example_inputs, Path(folder) / "raw.pt2", own_kernels=False)
         package = Path(folder) / "model.pt2"
         _repack(raw, package)
         return torch._inductor.aoti_load_package(str(package)), package.stat().st_size
@@ -256,12 +271,18 @@ def _problem(site: Site) -> str:
     return ""
 
 
-def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
+def _compile(quantized: GraphModule, batch: Any, package: Path, own_kernels: bool) -> tuple[Path, list[Built]]:
+    regions: list[Built] = []
     try:
         graph = passes.copy_graph(quantized)
         passes.flatten_quantized_linears(graph)
         passes.unshare_weights(graph)
-        exported = export_again(graph, data.below_bounds(graph, batch))
+        given = data.below_bounds(graph, batch)
+        exported = export_again(graph, given)
+        if own_kernels and native.supported():
+            graph = exported.module()
+            regions = replace_regions(graph)
+            exported = export_again(graph, given) if regions else exported
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -269,14 +290,16 @@ def _compile(quantized: GraphModule, batch: Any, package: Path) -> Path:
         ):
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+    except LoweringError:
+        raise
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
-    return package
+    return package, regions
 
 
-def _kernels(package: Path) -> dict[str, int]:
-    """Calls to matrix kernels in the package's generated C++, by name."""
-    found: Counter[str] = Counter()
+def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
+    """Calls to matrix kernels in the package's generated C++, by name, and the int8 products inside our regions."""
+    found: Counter[str] = Counter(f"torchquant_{kind}" for region in regions for kind in region.products)
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".wrapper.cpp"):
@@ -309,6 +332,22 @@ def _repack(raw: Path, package: Path) -> None:
         return _stripped(content) if name.endswith(".so") else content
 
     archive.compress(raw, package, keep)
+
+
+def _add_kernels(package: Path) -> None:
+    """Put the library of our kernels into the package, so that it runs where there is no compiler."""
+    library = native.library_file()
+    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
+        root = out.namelist()[0].partition("/")[0]
+        out.write(library, f"{root}/kernels/{library.name}")
+
+
+def _load_kernels(package: Path) -> None:
+    """Load the kernels that a package calls, if it calls any."""
+    with zipfile.ZipFile(package) as source:
+        for name in source.namelist():
+            if name.rpartition("/")[2].startswith(native.PREFIX):
+                native.load_packaged(Path(name).name, source.read(name))
 
 
 def _stripped(library: bytes) -> bytes:

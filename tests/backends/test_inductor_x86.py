@@ -24,8 +24,8 @@ def kernels(program, word):
 
 def test_every_annotated_op_has_an_int8_kernel(x86_pixels):
     program = x86_pixels.program
-    assert kernels(program, "qconv") == 2
-    assert kernels(program, "qlinear") == 3
+    assert kernels(program, "torchquant_conv2d") == 2
+    assert kernels(program, "torchquant_linear") == 3
     assert sum(program.proof.kernels.values()) == 5
     assert program.proof.annotated == program.proof.fused == 5
     assert program.proof.comparison.sqnr_db > 60
@@ -194,7 +194,7 @@ def test_a_longer_conv1d_stays_float_and_a_pointwise_one_is_an_integer_kernel():
     x = torch.randn(2, 8, 16)
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
     program = inductor_x86.lower(quantized, x)
-    assert kernels(program, "qconv") == kernels(program, "qlinear") == 1
+    assert kernels(program, "torchquant_conv1d") == kernels(program, "torchquant_linear") == 1
     assert tq.sqnr_db(quantized(x), program(x)) > 60
     [left] = [s for s in tq.report(quantized).sites if s.compute and s.status != "quantized"]
     assert "conv1d whose kernel is longer than 1" in left.reason

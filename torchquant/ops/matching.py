@@ -1,0 +1,200 @@
+"""What the x86 kernels know of a node of a converted graph: grids, weights, windows, activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops
+from torchquant.ops.plan import Quantization
+
+ACCUMULATOR = 2**31 - 1
+ALIASES = ("dropout.default", "clone.default", "contiguous.default", "alias.default", "detach.default")
+RESHAPES = ("flatten.using_ints", "view.default", "reshape.default", "squeeze.dims", "squeeze.dim")
+ACTIVATIONS = {
+    "relu": "clamp",
+    "hardtanh": "clamp",
+    "gelu": "gelu",
+    "silu": "silu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "hardswish": "hardswish",
+    "hardsigmoid": "hardsigmoid",
+}
+
+
+IMAGE, ROWS = "image", "rows"
+CONVOLUTIONS = ("conv1d", "conv2d")
+PRODUCTS = (*CONVOLUTIONS, "linear")
+
+
+def overload(node: Node) -> str:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return ""
+    return target._schema.name.removeprefix("aten::") + "." + target._overloadname
+
+
+def shape_of(node: Any) -> tuple[int | str, ...]:
+    """Sizes of a node's value; one that is not known before run time by its expression."""
+    return tuple(s if isinstance(s, int) else str(s) for s in ops.shape_of(node) or ())
+
+
+def is_float32(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def static(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(s, int) for s in sizes)
+
+
+def pair(value: Any, flat: bool = False) -> tuple[int, int] | None:
+    """A size for height and width; `flat`: of a one-dimensional op, along the width."""
+    if isinstance(value, int):
+        return (1, value) if flat else (value, value)
+    if isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(isinstance(v, int) for v in value):
+        return (1, int(value[0])) if flat else (int(value[0]), int(value[-1]))
+    return None
+
+
+def grid_of(graph: GraphModule, node: Node) -> Quantization | None:
+    """The grid of a static per-tensor quantize or dequantize op, counted as unsigned bytes."""
+    if ops.qdq_name(node) not in ("quantize_per_tensor", "dequantize_per_tensor"):
+        return None
+    given = ops.arguments(node)
+    scale, zero = (_number(graph, given.get(k)) for k in ("scale", "zero_point"))
+    low, high, dtype = given.get("quant_min"), given.get("quant_max"), given.get("dtype")
+    if scale is None or zero is None or dtype not in (torch.uint8, torch.int8) or scale <= 0:
+        return None
+    if not isinstance(low, int) or not isinstance(high, int) or given.get("out_dtype") not in (None, torch.float32):
+        return None
+    shift = 128 if dtype == torch.int8 else 0
+    found = Quantization(scale, int(zero) + shift, low + shift, high + shift)
+    return found if 0 <= found.low <= found.zero_point <= found.high <= 255 else None
+
+
+def _number(graph: GraphModule, value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Node) and value.op == "get_attr":
+        tensor = ops.constant_value(graph, value)
+        return float(tensor) if tensor.numel() == 1 else None
+    return None
+
+
+@dataclass(frozen=True)
+class Weight:
+    codes: torch.Tensor  # int8, channels first
+    scale: torch.Tensor  # float64, one a channel
+
+
+def weight_of(graph: GraphModule, node: Any) -> Weight | None:
+    """The codes and scales behind a dequantized constant: symmetric int8 on axis 0 or for the whole tensor."""
+    if not isinstance(node, Node) or ops.qdq_name(node) not in ("dequantize_per_channel", "dequantize_per_tensor"):
+        return None
+    given = ops.arguments(node)
+    source = given.get("input")
+    if not isinstance(source, Node) or not ops.is_constant(source):
+        return None
+    codes = ops.constant_value(graph, source)
+    if codes.dtype != torch.int8:
+        return None
+    values = []
+    for name in ("scale", "scales", "zero_point", "zero_points"):
+        value = given.get(name)
+        if value is not None:
+            values.append(ops.constant_value(graph, value) if isinstance(value, Node) else torch.tensor(value))
+    if len(values) == 1:
+        values.append(torch.zeros(1))
+    scale, zero = values
+    if bool(zero.any()) or given.get("axis", 0) != 0 or scale.numel() not in (1, codes.shape[0]):
+        return None
+    return Weight(codes, scale.double().flatten().expand(codes.shape[0]))
+
+
+def quantize_behind(node: Any) -> Node | None:
+    """The quantize op behind a dequantize op."""
+    if not isinstance(node, Node) or not ops.is_dequantize(node):
+        return None
+    source = ops.argument(node, 0)
+    return source if source is not None and ops.is_quantize(source) else None
+
+
+def window_of(node: Node) -> dict[str, int] | None:
+    """Kernel, stride, padding in front, dilation of a convolution or max pool; a conv1d lies along the width."""
+    given = ops.arguments(node)
+    flat = ops.op_name(node) == "conv1d"
+    size = shape_of(given["weight"])[2:] if "weight" in given else given.get("kernel_size")
+    kernel, stride = pair(size, flat), pair(given.get("stride") or (1 if "weight" in given else size), flat)
+    dilation, padding = pair(given.get("dilation", 1), flat), given.get("padding", 0)
+    if kernel is None or stride is None or dilation is None:
+        return None
+    if padding == "same":
+        before: tuple[int, int] | None = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+    else:
+        before = pair(0 if padding == "valid" else padding, flat)
+    if before is None:
+        return None
+    if flat:
+        before = (0, before[1])
+    names = ("kh", "kw", "sh", "sw", "pt", "pl", "dh", "dw")
+    return dict(zip(names, (*kernel, *stride, *before, *dilation), strict=True))
+
+
+def image_size(shape: Sequence[int | str]) -> tuple[int, int, int]:
+    """h, w, c of (n, c, h, w), or of (n, c, w) with a height of one."""
+    height, width = (1, *shape[2:])[-2:]
+    return int(height), int(width), int(shape[1])
+
+
+def padding_of(node: Node) -> list[int] | None:
+    """top, left, bottom, right of a pad with zeros in space alone."""
+    given = ops.arguments(node)
+    pad = given.get("pad")
+    if (
+        given.get("mode", "constant") != "constant"
+        or (given.get("value") or 0) != 0
+        or not isinstance(pad, (list, tuple))
+    ):
+        return None
+    if len(pad) not in (2, 4) or not all(isinstance(p, int) and p >= 0 for p in pad):
+        return None
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    return [top, left, bottom, right]
+
+
+def _clamp(node: Node) -> tuple[float, float] | None:
+    name, given = overload(node).rstrip("_"), ops.arguments(node)
+    if "relu6" in name:
+        return 0.0, 6.0
+    if ops.op_name(node) == "relu":
+        return 0.0, math.inf
+    low, high = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
+    if "hardtanh" in name:
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    return (float(low), float(high)) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
+
+
+def activation_of(node: Node) -> dict[str, Any] | None:
+    """name, low, high of an activation, or None."""
+    name = ACTIVATIONS.get(ops.op_name(node))
+    if name is None or (_in_place(node) and len(node.all_input_nodes[0].users) > 1):
+        return None
+    if name == "clamp":
+        bounds = _clamp(node)
+        return None if bounds is None else {"name": "clamp", "low": bounds[0], "high": bounds[1]}
+    if name == "gelu" and ops.arguments(node).get("approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    return {"name": name, "low": 0.0, "high": 0.0}
+
+
+def _in_place(node: Node) -> bool:
+    schema = ops.schema_of(node)
+    return schema is not None and schema.name.endswith("_")

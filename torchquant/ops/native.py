@@ -1,0 +1,224 @@
+"""The C++ kernels of `ops/x86`: built once, by the compiler that Inductor uses, and loaded as a torch library."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+
+from torchquant.errors import LoweringError
+from torchquant.files import write_whole
+
+__all__ = ["PREFIX", "instruction_sets", "library_file", "load", "load_packaged", "profiled", "supported", "use"]
+
+PREFIX = "torchquant-x86-"
+
+_SOURCES = Path(__file__).parent / "x86"
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_SETS = {
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512": _AVX512,
+    "avx_vnni": ("-mavx2", "-mfma", "-mavxvnni"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": ("-DTQ_PORTABLE",),
+}
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_TORCH = Path(torch.__file__).parent
+# the oldest torch whose stable interface the library uses
+_STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def _compiler() -> str:
+    return str(get_cpp_compiler())
+
+
+def _cache() -> Path:
+    base = os.environ.get("TORCHQUANT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "torchquant"
+
+
+def supported() -> bool:
+    """Whether this CPU is one that the kernels are written for."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def _name() -> str:
+    """The file name of a build of the present sources."""
+    sources = sorted(f for f in _SOURCES.iterdir() if f.suffix in (".h", ".cpp"))
+    content = b"".join(f.name.encode() + f.read_bytes() for f in sources) + repr((_SETS, _FLAGS, _STABLE)).encode()
+    return f"{PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def library_file() -> Path:
+    """The shared library, built now if no build of these sources is in the cache.
+
+    It holds every instruction set and chooses among them when it is loaded, so it may be copied to another
+    x86 machine. The cache is `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
+
+    Raises:
+        LoweringError: the CPU is no x86, or there is no working C++ compiler; with the compiler's own words.
+    """
+    if not supported():
+        raise LoweringError(f"torchquant's x86 kernels do not run on {platform.machine()}")
+    found = _cache() / _name()
+    if not found.exists():
+        found.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=found.parent) as folder:
+            os.replace(_build(Path(folder)), found)
+    return found
+
+
+def _build(folder: Path) -> Path:
+    compiler = _compiler()
+    commands = [
+        [
+            compiler,
+            *_FLAGS,
+            *flags,
+            f"-DTQ_ISA={name}",
+            "-w",
+            "-c",
+            str(_SOURCES / "kernels.cpp"),
+            "-o",
+            f"{folder / name}.o",
+        ]
+        for name, flags in _SETS.items()
+    ]
+    include = [f"-I{_TORCH / 'include'}"]
+    runtime = [
+        compiler,
+        *_FLAGS,
+        _STABLE,
+        *include,
+        "-c",
+        str(_SOURCES / "runtime.cpp"),
+        "-o",
+        f"{folder / 'runtime'}.o",
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(_run, [*commands, runtime]))
+    objects = [f"{folder / name}.o" for name in (*_SETS, "runtime")]
+    library = folder / "kernels.so"
+    _run(
+        [
+            compiler,
+            "-shared",
+            "-s",
+            *objects,
+            "-o",
+            str(library),
+            f"-L{_TORCH / 'lib'}",
+            "-ltorch_cpu",
+            "-ltorch",
+            "-lc10",
+        ]
+    )
+    return library
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LoweringError(f"torchquant's kernels need a C++ compiler; {command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise LoweringError(f"torchquant's kernels do not compile with {command[0]}:\n{done.stderr[-3000:]}")
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def load() -> ctypes.CDLL:
+    """Build if needed and load: `torch.ops.torchquant.x86_region` exists from now on.
+
+    Raises:
+        LoweringError: as `library_file`, or the library cannot be loaded.
+    """
+    if not _loaded:
+        _load_file(library_file())
+    return _loaded[0]
+
+
+def load_packaged(name: str, content: bytes) -> None:
+    """Load the library that came with a program, unless this process has one: our own sources' where they differ.
+
+    Raises:
+        LoweringError: it cannot be loaded here.
+    """
+    if _loaded:
+        return
+    if name != _name():
+        try:
+            load()
+            return
+        except LoweringError:  # no compiler here: what came with the program serves
+            pass
+    path = _cache() / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda part: part.write_bytes(content))
+    _load_file(path)
+
+
+def _load_file(path: Path) -> None:
+    try:
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LoweringError(f"torchquant's kernels cannot be loaded: {error}") from error
+    library.torchquant_x86_sets.restype = ctypes.c_char_p
+    library.torchquant_x86_profiled.restype = ctypes.c_int64
+    library.torchquant_x86_profiled.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    _loaded.append(library)
+    torch.library.register_fake("torchquant::x86_region", _shapes)
+
+
+def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
+    """Outputs of a region: `shapes` holds for each output its rank and sizes; -1 - i stands for size i of input 0."""
+    found, at = [], 0
+    while at < len(shapes):
+        sizes = shapes[at + 1 : at + 1 + shapes[at]]
+        found.append(inputs[0].new_empty([inputs[0].shape[-1 - s] if s < 0 else s for s in sizes]))
+        at += 1 + shapes[at]
+    return found
+
+
+def instruction_sets() -> list[str]:
+    """Those that this CPU runs, best first: of `avx512_vnni avx512 avx_vnni avx2 portable`."""
+    return str(load().torchquant_x86_sets().decode()).split()
+
+
+@contextmanager
+def use(instruction_set: str) -> Iterator[None]:
+    """Run regions with one of `instruction_sets()` inside the block, in all threads.
+
+    Raises:
+        LoweringError: this CPU does not run it.
+    """
+    if not load().torchquant_x86_use(instruction_set.encode()):
+        raise LoweringError(f"this CPU does not run {instruction_set}; it runs {instruction_sets()}")
+    try:
+        yield
+    finally:
+        load().torchquant_x86_use(b"")
+
+
+def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequence[int]) -> list[list[float]]:
+    """Microseconds that each of the `ops[i]` ops of `plans[i]` took while `run` ran, on one thread."""
+    load().torchquant_x86_profile(1)
+    try:
+        run()
+        found = load().torchquant_x86_profiled
+        return [[found(p.data_ptr(), i) / 1e3 for i in range(n)] for p, n in zip(plans, ops, strict=True)]
+    finally:
+        load().torchquant_x86_profile(0)

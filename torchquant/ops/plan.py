@@ -1,0 +1,247 @@
+"""Plans for the x86 kernels: values, ops and packed weights as one block of bytes, which `ops/x86/plan.h` describes."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["ACTIVATIONS", "KINDS", "Plan", "Quantization", "Step", "Value", "pack_convolution", "pack_depthwise"]
+
+_MAGIC, _VERSION, _UNIT = 0x51543836, 1, 64
+KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm", "attention"]
+ACTIVATIONS = ["none", "clamp", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"]
+_BINARY = ("", "add", "mul")
+_FIELDS = [  # of Op in plan.h, in its order; f: float
+    *("kind", "input", "out_byte", "out_float", "other", "binary", "other_broadcast"),
+    *("kh", "kw", "sh", "sw", "pt", "pl", "dh", "dw", "depth", "channels"),
+    *("weights", "compensation", "scale", "bias"),
+    *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
+    *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high", "direct"),
+    *("key", "value_in", "mask", "heads", "causal", "f:factor"),
+]
+_OP_BYTES = 192
+_POINT = {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "pt": 0, "pl": 0, "dh": 1, "dw": 1}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A grid of bytes: q = clamp(round(x / scale) + zero_point, low, high), all counted as unsigned bytes."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of a plan, `(samples, h, w, c)`: bytes on a grid, or floats if `grid` is None.
+
+    `external`: None in the arena, ("input", i) or ("output", i) for the caller's.
+    """
+
+    h: int
+    w: int
+    c: int
+    grid: Quantization | None = None
+    external: tuple[str, int] | None = None
+    border: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
+    narrow: bool = False  # four bytes a pixel: images
+    offset: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Elements from one pixel to the next."""
+        if self.external:
+            return self.c
+        return 4 if self.narrow else -(-self.c // 16) * 16
+
+    @property
+    def units(self) -> int:
+        """Arena of one sample."""
+        top, left, bottom, right = self.border
+        pixels = (self.h + top + bottom) * (self.w + left + right)
+        return -(-pixels * self.stride * (1 if self.grid else 4) // _UNIT)
+
+    def record(self) -> bytes:
+        """As `Value` in plan.h."""
+        place = -1 if self.external is None else self.external[1] + (1000 if self.external[0] == "output" else 0)
+        zero = self.grid.zero_point if self.grid else 0
+        numbers = [int(self.grid is None), self.h, self.w, self.c, self.stride, *self.border, self.offset, place, zero]
+        return struct.pack("<16i", *numbers, 0, 0, 0, 0)
+
+
+@dataclass(eq=False)
+class Step:
+    """One op of a plan; `numbers` are fields of `Op` in plan.h, `label` names the graph node it came from."""
+
+    kind: str
+    input: Value | None
+    out_byte: Value | None = None
+    out_float: Value | None = None
+    other: Value | None = None
+    label: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)  # key, value_in, mask
+
+    def reads(self) -> list[Value]:
+        """Values that must be there when it runs."""
+        return [v for v in (self.input, self.other, *self.values.values()) if v is not None]
+
+    def writes(self) -> list[Value]:
+        """Values that it makes."""
+        return [v for v in (self.out_byte, self.out_float) if v is not None]
+
+
+class Plan:
+    """Collects steps and constants; `build` lays out the arena and writes the block of bytes."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.inputs = self.outputs = 0
+        self._blob: list[bytes] = []
+        self._units = 0
+
+    def constant(self, tensor: torch.Tensor) -> int:
+        """Store a constant; its place in units."""
+        data = tensor.contiguous().numpy().tobytes()
+        data += bytes(-len(data) % _UNIT)
+        place, self._units = self._units, self._units + len(data) // _UNIT
+        self._blob.append(data)
+        return place
+
+    def build(self, chunk: int = 0) -> torch.Tensor:
+        """The plan as uint8; `chunk`: samples that go through it together, 0 to let the runtime choose."""
+        steps = self._with_borders()
+        values = list(dict.fromkeys(v for s in steps for v in (*s.reads(), *s.writes())))
+        arena = _lay_out(steps, values)
+        places = {v: i for i, v in enumerate(values)}
+        records = b"".join(v.record() for v in values)
+        records += b"".join(_record(s, places) for s in steps)
+        records += bytes(-len(records) % _UNIT)
+        blob = 1 + len(records) // _UNIT
+        header = [_MAGIC, _VERSION, len(values), len(steps), self.inputs, self.outputs, arena, chunk, blob]
+        data = struct.pack("<16i", *header, *[0] * 7) + records + b"".join(self._blob)
+        self.labels = [s.label for s in steps]
+        self.kinds = [s.kind for s in steps]
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _with_borders(self) -> list[Step]:
+        """The steps, each output that needs a border preceded by the step that fills it."""
+        for step in self.steps:
+            if step.kind in ("conv", "depthwise"):
+                _widen(step)
+        found = []
+        for step in self.steps:
+            found += [Step("halo", None, out_byte=v, label=step.label) for v in step.writes() if any(v.border)]
+            found.append(step)
+        return found
+
+
+def _widen(step: Step) -> None:
+    """Give the input of a window the border that it reads."""
+    given, made, n = step.input, step.writes()[0], {**_POINT, **step.numbers}
+    assert given is not None
+    bottom = (made.h - 1) * n["sh"] + (n["kh"] - 1) * n["dh"] + 1 - n["pt"] - given.h
+    right = (made.w - 1) * n["sw"] + (n["kw"] - 1) * n["dw"] + 1 - n["pl"] - given.w
+    given.border = [max(a, b) for a, b in zip(given.border, (n["pt"], n["pl"], bottom, right), strict=True)]
+
+
+def _lay_out(steps: list[Step], values: list[Value]) -> int:
+    """Offsets such that values alive at the same time do not overlap, the largest placed first; units in all."""
+    first: dict[Value, int] = {}
+    last: dict[Value, int] = {}
+    for i, step in enumerate(steps):
+        for value in (*step.reads(), *step.writes()):
+            first.setdefault(value, i)
+            last[value] = i
+    placed: list[Value] = []
+    for value in sorted((v for v in values if v.external is None), key=lambda v: -v.units):
+        taken = sorted(
+            (p.offset, p.offset + p.units) for p in placed if first[p] <= last[value] and first[value] <= last[p]
+        )
+        value.offset = 0
+        for start, end in taken:
+            if value.offset + value.units <= start:
+                break
+            value.offset = max(value.offset, end)
+        placed.append(value)
+    return max((v.offset + v.units for v in placed), default=0)
+
+
+def _record(step: Step, places: dict[Value, int]) -> bytes:
+    """As `Op` in plan.h."""
+    n = {**_POINT, **step.numbers}
+    n["kind"] = KINDS.index(step.kind)
+    for name in ("input", "out_byte", "out_float", "other"):
+        value = getattr(step, name)
+        n[name] = -1 if value is None else places[value]
+    for name in ("key", "value_in", "mask"):
+        n[name] = places[step.values[name]] if name in step.values else -1
+    if step.input is not None and step.input.grid:
+        n.setdefault("input_scale", step.input.grid.scale)
+    if step.other is not None and step.other.grid:
+        n |= {"other_scale": step.other.grid.scale, "other_zero_point": step.other.grid.zero_point}
+    if step.out_byte is not None and step.out_byte.grid:
+        grid = step.out_byte.grid
+        n.setdefault("low", grid.low - grid.zero_point)
+        n.setdefault("high", grid.high - grid.zero_point)
+        n |= {"inverse": 1.0 / grid.scale, "zero_point": grid.zero_point}
+    n["binary"] = _BINARY.index(n.get("binary", ""))
+    for name in ("before", "after"):
+        n[name] = ACTIVATIONS.index(n.get(name, "none"))
+    written = step.writes()[0] if step.writes() else step.input
+    assert written is not None
+    n.setdefault("channels", written.c)
+    unknown = set(n) - {f.removeprefix("f:") for f in _FIELDS}
+    assert not unknown, unknown
+    parts = [
+        struct.pack("<f", n.get(f[2:], 0.0)) if f.startswith("f:") else struct.pack("<i", int(n.get(f, 0)))
+        for f in _FIELDS
+    ]
+    data = b"".join(parts)
+    return data + bytes(_OP_BYTES - len(data))
+
+
+def _rounded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def pack_convolution(weight: torch.Tensor) -> torch.Tensor:
+    """int8 `(n, c, kh, kw)` as `(n / 16, kh * kw, c / 4, 16, 4)`, n and c padded with zeros."""
+    n, c, kh, kw = weight.shape
+    padded = torch.zeros(_rounded(n, 16), _rounded(c, 4), kh * kw, dtype=torch.int8)
+    padded[:n, :c] = weight.reshape(n, c, kh * kw)
+    return padded.view(-1, 16, padded.shape[1] // 4, 4, kh * kw).permute(0, 4, 2, 1, 3).contiguous()
+
+
+def pack_depthwise(weight: torch.Tensor) -> torch.Tensor:
+    """int8 `(c, 1, kh, kw)` block by block as `(kh / 4, kw, lanes, 4)`: lanes as `interleave_channels`, four rows."""
+    c, _, kh, kw = weight.shape
+    padded = torch.zeros(_rounded(c, 16), _rounded(kh, 4), kw, dtype=torch.int8)
+    padded[:c, :kh] = weight[:, 0]
+    ordered = interleave_channels(padded).view(-1, padded.shape[1] // 4, 4, kw)
+    parts = [block.permute(1, 3, 0, 2).reshape(-1) for block in ordered.split(_blocks(len(ordered)))]
+    return torch.cat(parts)
+
+
+def _blocks(channels: int) -> list[int]:
+    """How the depthwise kernel cuts a multiple of 16 channels: by 64, then 32 and 16."""
+    rest = channels % 64
+    return [64] * (channels // 64) + [32] * (rest // 32) + [16] * (rest % 32 // 16)
+
+
+def interleave_channels(values: torch.Tensor) -> torch.Tensor:
+    """Rows, a multiple of 16, in the order in which interleaving byte vectors leaves channels.
+
+    In a block of 64, lane 4 i + t of vector j holds channel 16 i + 4 j + t; in one of 32, lane 8 h + 4 i + t of
+    vector v holds 16 i + 4 (2 v + h) + t; one of 16 stays as it is.
+    """
+    parts = []
+    for block in values.split(_blocks(len(values))):
+        lanes = len(block) // 16
+        parts.append(block.view(lanes, 4, 4, *values.shape[1:]).transpose(0, 1).reshape(-1, *values.shape[1:]))
+    return torch.cat(parts)

@@ -1,0 +1,275 @@
+"""Parts of a converted graph that the x86 kernels can run: connected ops on the same samples.
+
+A region holds at least one convolution or linear on quantized inputs, and what their kernels fuse (activations,
+additions, requantization), pools and layer norms. Everything else stays with Inductor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops
+from torchquant.ops import matching
+
+_SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
+
+
+class Finder:
+    """Which nodes the kernels can run, and how they group."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self.layout: dict[Node, str] = {}
+        self.known: set[Node] = set()
+        self.constants: set[Node] = set()
+
+    def regions(self) -> Iterator[list[Node]]:
+        """Sets of nodes in topological order that hold a product, no path between two of them leaving the set."""
+        for node in self.graph.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (node.op == "call_function" and inputs and self.constants.issuperset(inputs)):
+                self.constants.add(node)
+            self._place(node)
+        for node in self.graph.graph.nodes:
+            if self._supported(node):
+                self.known.add(node)
+        self._drop_partial()
+        yield from self._grouped()
+
+    def _place(self, node: Node) -> None:
+        """Whether a node's value is an image (n, c, h, w) or rows (..., c)."""
+        name, shape = ops.op_name(node), matching.shape_of(node)
+        if name in (*_SPATIAL, "pad"):
+            self.layout[node] = matching.IMAGE
+        elif name in ("linear", "layer_norm"):
+            self.layout[node] = matching.ROWS
+        elif matching.overload(node) in matching.RESHAPES or name == "mean":
+            self.layout[node] = matching.IMAGE if len(shape) == 4 else matching.ROWS
+        else:
+            before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
+            if before:
+                self.layout[node] = before[0]
+            elif len(shape) in (3, 4) and self._leads_to_image(node):
+                self.layout[node] = matching.IMAGE
+            else:
+                self.layout[node] = matching.ROWS
+
+    def _leads_to_image(self, node: Node) -> bool:
+        """Whether the first op behind the elementwise ops that follow takes images."""
+        seen, work = {node}, [node]
+        while work:
+            for user in work.pop().users:
+                name = ops.op_name(user)
+                if name in _SPATIAL:
+                    return True
+                if name not in ("linear", "layer_norm") and user not in seen and len(seen) < 64:
+                    seen.add(user)
+                    work.append(user)
+        return False
+
+    def key(self, node: Node) -> tuple[Any, ...]:
+        """The sizes that count samples: two values of a region have the same."""
+        shape = matching.shape_of(node)
+        return tuple(shape[:1]) if self.layout.get(node) == matching.IMAGE else tuple(shape[:-1])
+
+    def _supported(self, node: Node) -> bool:
+        if node.op != "call_function" or node in self.constants:
+            return False
+        shape = matching.shape_of(node)
+        inner = shape[1:] if self.layout.get(node) == matching.IMAGE else shape[-1:]
+        if not shape or len(shape) < 2 or not matching.static(inner) or 0 in inner:
+            return False
+        if ops.is_quantize(node):
+            source = ops.argument(node, 0)
+            return (
+                matching.grid_of(self.graph, node) is not None
+                and source is not None
+                and matching.is_float32(source)
+                and all(ops.is_dequantize(u) for u in node.users)
+            )
+        if ops.is_dequantize(node):
+            source = matching.quantize_behind(node)
+            return source in self.known and matching.grid_of(self.graph, node) == matching.grid_of(self.graph, source)
+        if not matching.is_float32(node):
+            return False
+        name = ops.op_name(node)
+        test = getattr(self, f"_can_{name}", None)
+        if test is not None:
+            return bool(test(node))
+        if name in matching.ACTIVATIONS:
+            return matching.activation_of(node) is not None
+        if matching.overload(node) in matching.ALIASES:
+            return (
+                matching.shape_of(node) == matching.shape_of(node.all_input_nodes[0])
+                and not ops.arguments(node).get("train", False)
+                and "memory_format" not in node.kwargs
+            )
+        if matching.overload(node) in matching.RESHAPES:
+            return self._can_flatten(node)
+        return False
+
+    def _product(self, node: Node) -> matching.Weight | None:
+        given = ops.arguments(node)
+        source, weight = matching.quantize_behind(given["input"]), matching.weight_of(self.graph, given["weight"])
+        if source is None or given["input"] not in self.known or weight is None:
+            return None
+        bias = given.get("bias")
+        if bias is not None and not (isinstance(bias, Node) and ops.is_constant(bias)):
+            return None
+        terms = weight.codes[0].numel()
+        return weight if terms * 255 * 128 < matching.ACCUMULATOR else None
+
+    def _can_conv2d(self, node: Node) -> bool:
+        weight = self._product(node)
+        if weight is None or matching.window_of(node) is None:
+            return False
+        if self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
+            return False
+        groups, (n, c) = ops.arguments(node).get("groups", 1), weight.codes.shape[:2]
+        return bool(groups == 1 or (c == 1 and groups == n))
+
+    _can_conv1d = _can_conv2d
+
+    def _can_linear(self, node: Node) -> bool:
+        return self._product(node) is not None and self.layout.get(node.all_input_nodes[0]) == matching.ROWS
+
+    def _can_add(self, node: Node) -> bool:
+        if ops.arguments(node).get("alpha", 1) != 1 or not all(isinstance(a, Node) for a in node.args[:2]):
+            return False
+        pair: list[Any] = list(node.args[:2])
+        same = all(matching.shape_of(a) == matching.shape_of(node) for a in pair)
+        return same and all(matching.is_float32(a) and a not in self.constants for a in pair)
+
+    def _can_mul(self, node: Node) -> bool:
+        """Of the same shape, or of an image by one number a channel."""
+        if not all(isinstance(a, Node) for a in node.args[:2]):
+            return False
+        pair: list[Any] = list(node.args[:2])
+        if not all(matching.is_float32(a) and a not in self.constants for a in pair):
+            return False
+        shapes = [matching.shape_of(a) for a in pair]
+        if shapes[0] == shapes[1] == matching.shape_of(node):
+            return True
+        gate = [s for s in shapes if s != matching.shape_of(node)]
+        return (
+            self.layout[node] == matching.IMAGE and len(gate) == 1 and gate[0] == (*matching.shape_of(node)[:2], 1, 1)
+        )
+
+    def _can_adaptive_avg_pool2d(self, node: Node) -> bool:
+        return (
+            len(matching.shape_of(node)) == 4
+            and tuple(matching.shape_of(node)[2:]) == (1, 1)
+            and matching.static(matching.shape_of(node.args[0])[1:])
+        )
+
+    def _can_mean(self, node: Node) -> bool:
+        given = ops.arguments(node)
+        source, dims = given["self"], given.get("dim")
+        if (
+            given.get("dtype") is not None
+            or len(matching.shape_of(source)) != 4
+            or self.layout.get(source) != matching.IMAGE
+        ):
+            return False
+        return (
+            isinstance(dims, (list, tuple))
+            and sorted(d % 4 for d in dims) == [2, 3]
+            and matching.static(matching.shape_of(source)[1:])
+        )
+
+    def _can_max_pool2d(self, node: Node) -> bool:
+        return (
+            matching.overload(node) == "max_pool2d.default"
+            and len(matching.shape_of(node)) == 4
+            and matching.window_of(node) is not None
+        )
+
+    def _can_pad(self, node: Node) -> bool:
+        """In front of convolutions alone, which read the zeros as their own padding."""
+        if matching.padding_of(node) is None or len(matching.shape_of(node)) != 4:
+            return False
+        for user in node.users:
+            if not ops.is_quantize(user):
+                return False
+            for read in user.users:
+                if not all(ops.op_name(u) in matching.CONVOLUTIONS for u in read.users):
+                    return False
+        return True
+
+    def _can_layer_norm(self, node: Node) -> bool:
+        given = ops.arguments(node)
+        if matching.overload(node) != "layer_norm.default" or list(given["normalized_shape"]) != [
+            matching.shape_of(node)[-1]
+        ]:
+            return False
+        return all(given.get(k) is None or ops.is_constant(given[k]) for k in ("weight", "bias"))
+
+    def _can_flatten(self, node: Node) -> bool:
+        """(n, c, 1, 1) as (n, c), the other way, or no change of shape."""
+        source = ops.argument(node, 0)
+        if source is None:
+            return False
+        before, after = matching.shape_of(source), matching.shape_of(node)
+        if before == after:
+            return self.layout[source] == self.layout[node]
+        long, short = sorted((before, after), key=len, reverse=True)
+        images = all(self.layout[n] == matching.IMAGE for n in (source, node) if len(matching.shape_of(n)) == 4)
+        return images and len(long) == 4 and len(short) == 2 and tuple(long[2:]) == (1, 1) and long[:2] == short
+
+    def _drop_partial(self) -> None:
+        """Pads whose convolutions the kernels do not run leave with what they feed."""
+        changed = True
+        while changed:
+            changed = False
+            for node in list(self.known):
+                name = ops.op_name(node)
+                lost = name == "pad" and not all(u in self.known for u in self._readers(node))
+                lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
+                if name in matching.PRODUCTS:
+                    lost = lost or node.all_input_nodes[0] not in self.known
+                if ops.is_quantize(node) and ops.op_name(node.all_input_nodes[0]) == "pad":
+                    lost = lost or node.args[0] not in self.known
+                if lost:
+                    self.known.discard(node)
+                    changed = True
+
+    @staticmethod
+    def _readers(pad: Node) -> Iterator[Node]:
+        for quantize in pad.users:
+            for dequantize in quantize.users:
+                yield from dequantize.users
+
+    def _grouped(self) -> Iterator[list[Node]]:
+        """By level, the number of times a path has left what is known, and connected: so no path leaves and returns."""
+        level: dict[Node, int] = {}
+        group: dict[Node, Node] = {}
+
+        def root(node: Node) -> Node:
+            while group[node] is not node:
+                node = group[node]
+            return node
+
+        for node in self.graph.graph.nodes:
+            known = node in self.known
+            least = 0
+            for before in node.all_input_nodes:
+                if before not in self.constants:
+                    left = known and (before not in self.known or self.key(before) != self.key(node))
+                    least = max(least, level[before] + left)
+            level[node] = least
+            if not known:
+                continue
+            group[node] = node
+            for before in node.all_input_nodes:
+                if before in group and level[before] == least and self.key(before) == self.key(node):
+                    group[root(before)] = root(node)
+        members: dict[Node, list[Node]] = defaultdict(list)
+        for node in group:
+            members[root(node)].append(node)
+        for nodes in members.values():
+            if any(ops.op_name(n) in matching.PRODUCTS for n in nodes):
+                yield nodes

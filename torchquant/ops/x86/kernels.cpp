@@ -1,0 +1,727 @@
+// The kernels of one instruction set: compiled once for each, with TQ_ISA naming it and the flags that allow it.
+#include <algorithm>
+#include <vector>
+
+#include "plan.h"
+#include "simd.h"
+
+namespace TQ_ISA {
+using tq::Bound;
+using tq::Op;
+using tq::Value;
+
+namespace {
+
+// ---- from the float result of an op to what it stores ------------------------------------------------------------
+
+TQ_INLINE F activate(int32_t kind, F x, F low, F high) {
+  switch (kind) {
+    case tq::kClamp: return clamp(x, low, high);
+    case tq::kGelu: {
+      F half = mul(x, set(0.5f));
+      return fma(half, erf(mul(x, set(0.70710678118654752f))), half);
+    }
+    case tq::kGeluTanh: {
+      F half = mul(x, set(0.5f));
+      F inner = mul(set(0.79788456080286536f), fma(mul(mul(x, x), x), set(0.044715f), x));
+      return fma(half, tanh(inner), half);
+    }
+    case tq::kSilu: return mul(x, sigmoid(x));
+    case tq::kSigmoid: return sigmoid(x);
+    case tq::kTanh: return tanh(x);
+    case tq::kHardswish: return mul(x, mul(clamp(add(x, set(3.0f)), set(0.0f), set(6.0f)), set(1.0f / 6.0f)));
+    case tq::kHardsigmoid: return mul(clamp(add(x, set(3.0f)), set(0.0f), set(6.0f)), set(1.0f / 6.0f));
+    default: return x;
+  }
+}
+
+// Where the results of one pixel go, and where its second operand is.
+struct Place {
+  uint8_t* byte;
+  float* number;
+  const uint8_t* other;
+};
+
+// `n` channels from channel `at` on: activation, second operand, activation, stores. `whole`: 16 may be written.
+template <int32_t before, int32_t after>
+TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, int64_t n, bool other_float, bool tail) {
+  F bl = set(op.before_low), bh = set(op.before_high), al = set(op.after_low), ah = set(op.after_high);
+  F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
+  I zero = set_int(op.zero_point);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    F y = activate(before < 0 ? op.before : before, load(x + i), bl, bh);
+    if (op.binary) {
+      F o;
+      if (other_float) {
+        const float* q = reinterpret_cast<const float*>(p.other) + at + i;
+        if (op.other_broadcast == 2) q = reinterpret_cast<const float*>(p.other);
+        o = op.other_broadcast == 2 ? set(*q) : load(q);
+      } else {
+        o = mul(sub(from_bytes(p.other + at + i), set(static_cast<float>(op.other_zero_point))), set(op.other_scale));
+      }
+      y = op.binary == tq::kAdd ? add(y, o) : mul(y, o);
+    }
+    y = activate(after < 0 ? op.after : after, y, al, ah);
+    if (p.number) {
+      if (tail && n - i < kLanes) {
+        float t[kLanes];
+        store(t, y);
+        std::memcpy(p.number + at + i, t, (n - i) * 4);
+      } else {
+        store(p.number + at + i, y);
+      }
+    }
+    if (p.byte) store_bytes(p.byte + at + i, clamp(mul(y, inverse), low, high), zero);
+  }
+}
+
+void finish_any(const Op& op, const float* x, int64_t stride, const Place* p, int rows, int64_t at, int64_t n,
+                bool other_float, bool tail) {
+  bool simple = (op.before == tq::kNone || op.before == tq::kClamp) && (op.after == tq::kNone || op.after == tq::kClamp);
+  if (simple && op.before == tq::kNone && op.after == tq::kNone) {
+    for (int r = 0; r < rows; ++r) finish<tq::kNone, tq::kNone>(op, x + r * stride, p[r], at, n, other_float, tail);
+  } else if (op.before == tq::kNone && op.after == tq::kClamp) {
+    for (int r = 0; r < rows; ++r) finish<tq::kNone, tq::kClamp>(op, x + r * stride, p[r], at, n, other_float, tail);
+  } else if (op.before == tq::kNone && op.after == tq::kGelu) {
+    for (int r = 0; r < rows; ++r) finish<tq::kNone, tq::kGelu>(op, x + r * stride, p[r], at, n, other_float, tail);
+  } else {
+    for (int r = 0; r < rows; ++r) finish<-1, -1>(op, x + r * stride, p[r], at, n, other_float, tail);
+  }
+}
+
+struct Outputs {
+  bool other_float, tail;
+  int64_t byte_step = 0, number_step = 0, other_step = 0;
+  const Bound& b;
+  const Op& op;
+  Outputs(const Op& o, const Bound& bound) : b(bound), op(o) {
+    other_float = op.other >= 0 && b.values[op.other].is_float;
+    tail = op.out_float >= 0 && b.values[op.out_float].external >= 0;
+    if (op.out_byte >= 0) byte_step = b.values[op.out_byte].stride;
+    if (op.out_float >= 0) number_step = b.values[op.out_float].stride;
+    if (op.other >= 0 && op.other_broadcast != 1) other_step = b.values[op.other].stride * element_size(b.values[op.other]);
+  }
+  Place at(int64_t sample, int64_t y, int64_t x) const {
+    Place p{nullptr, nullptr, nullptr};
+    if (op.out_byte >= 0) p.byte = pixel(b, op.out_byte, sample, y, x);
+    if (op.out_float >= 0) p.number = reinterpret_cast<float*>(pixel(b, op.out_float, sample, y, x));
+    if (op.other >= 0) {
+      bool fixed = op.other_broadcast == 1;
+      p.other = pixel(b, op.other, sample, fixed ? 0 : y, fixed ? 0 : x);
+    }
+    return p;
+  }
+  // From the place of a pixel to that of its right neighbour.
+  TQ_INLINE void next(Place& p) const {
+    if (p.byte) p.byte += byte_step;
+    if (p.number) p.number += number_step;
+    if (p.other) p.other += other_step;
+  }
+};
+
+int64_t out_value(const Op& op) { return op.out_byte >= 0 ? op.out_byte : op.out_float; }
+
+// Walks over the pixels of an op's output.
+struct Walk {
+  int64_t sample, y, x, h, w;
+  Walk(const Value& v, int64_t at) : h(v.h), w(v.w) {
+    sample = at / (h * w);
+    int64_t rest = at - sample * h * w;
+    y = rest / w;
+    x = rest - y * w;
+  }
+  TQ_INLINE void next() {
+    if (++x == w) {
+      x = 0;
+      if (++y == h) { y = 0; ++sample; }
+    }
+  }
+};
+
+// ---- convolutions and linears: an integer matrix product over the window's pixels ---------------------------------
+
+struct Tile {
+  const uint8_t* rows[12];
+  Place places[12];
+  const int32_t* taps;      // byte offset of each tap
+  int64_t n_taps, depth;    // bytes of a tap
+  const int8_t* weights;    // blocks of 16 channels
+  int64_t block;            // bytes of such a block
+  const int32_t* compensation;
+  const float *scale, *bias;
+  int64_t at, n;            // first channel, channels
+  bool other_float, tail;
+};
+
+template <int MR, int NV>
+void tile(const Op& op, const Tile& t) {
+  I acc[MR][NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    I c = load_int(t.compensation + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) acc[r][v] = c;
+  }
+  const int8_t* w = t.weights;
+  for (int64_t k = 0; k < t.n_taps; ++k) {
+    const uint8_t* a[MR];
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) a[r] = t.rows[r] + t.taps[k];
+    for (int64_t d = 0; d < t.depth; d += 4) {
+      I b[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) b[v] = load_int(w + v * t.block);
+      w += 64;
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        I x = broadcast4(a[r] + d);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = dot(acc[r][v], x, b[v]);
+      }
+    }
+  }
+  if (op.direct) {
+    F low = set(op.low), high = set(op.high);
+    I zero = set_int(op.zero_point);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      F s = load(t.scale + v * kLanes), b = load(t.bias + v * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r)
+        store_bytes(t.places[r].byte + t.at + v * kLanes, clamp(fma(to_float(acc[r][v]), s, b), low, high), zero);
+    }
+    return;
+  }
+  alignas(64) float y[MR][NV * kLanes];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    F s = load(t.scale + v * kLanes), b = load(t.bias + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) store(&y[r][v * kLanes], fma(to_float(acc[r][v]), s, b));
+  }
+  finish_any(op, &y[0][0], NV * kLanes, t.places, MR, t.at, t.n, t.other_float, t.tail);
+}
+
+using TileFunction = void (*)(const Op&, const Tile&);
+template <int NV, int... M>
+TileFunction tile_of(int mr, std::integer_sequence<int, M...>) {
+  static const TileFunction table[] = {tile<M + 1, NV>...};
+  return table[mr - 1];
+}
+TileFunction tile_of(int mr, int nv) {
+  switch (nv) {
+    case 1: return tile_of<1>(mr, std::make_integer_sequence<int, kMaxMr[1]>());
+#if defined(TQ_WIDE) || (defined(__AVX2__) && !defined(TQ_PORTABLE))
+    case 2: return tile_of<2>(mr, std::make_integer_sequence<int, kMaxMr[2]>());
+#endif
+#if defined(TQ_WIDE)
+    case 3: return tile_of<3>(mr, std::make_integer_sequence<int, kMaxMr[3]>());
+    case 4: return tile_of<4>(mr, std::make_integer_sequence<int, kMaxMr[4]>());
+#endif
+  }
+  return nullptr;
+}
+
+thread_local std::vector<uint8_t> scratch_bytes;
+uint8_t* scratch(size_t bytes) {
+  if (scratch_bytes.size() < bytes + 64) scratch_bytes.resize(bytes + 64);
+  auto p = reinterpret_cast<uintptr_t>(scratch_bytes.data());
+  return reinterpret_cast<uint8_t*>((p + 63) / 64 * 64);
+}
+
+constexpr int64_t kBlockOfA = 192 * 1024;  // bytes of the left operand that stay in the second-level cache
+
+void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+  const Value& in = b.values[op.input];
+  const Value& out = b.values[out_value(op)];
+  int64_t n_taps = int64_t(op.kh) * op.kw, blocks = (op.channels + kLanes - 1) / kLanes;
+  int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  std::vector<int32_t> taps(n_taps);
+  for (int64_t k = 0; k < n_taps; ++k)
+    taps[k] = int32_t(((k / op.kw) * op.dh * row_pixels(in) + (k % op.kw) * op.dw) * in.stride);
+  Tile t;
+  Outputs outputs(op, b);
+  t.taps = taps.data();
+  t.n_taps = n_taps;
+  t.depth = op.depth;
+  t.block = n_taps * op.depth * kLanes;
+  t.other_float = outputs.other_float;
+  t.tail = outputs.tail;
+  const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
+  const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
+  const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
+  const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
+  int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(n_taps == 1 ? op.depth : op.depth * 2, 1), 24);
+  int64_t source_step = int64_t(op.sw) * in.stride;
+  int64_t panels = (last - first + kMaxNv - 1) / kMaxNv;
+  for (int64_t m0 = begin; m0 < end; m0 += rows) {
+    int64_t m1 = std::min(end, m0 + rows);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      int64_t from = first + (last - first) * panel / panels, to = first + (last - first) * (panel + 1) / panels;
+      int nv = int(to - from), most = kMaxMr[nv];
+      t.weights = weights + from * t.block;
+      t.compensation = compensation + from * kLanes;
+      t.scale = scale + from * kLanes;
+      t.bias = bias + from * kLanes;
+      t.at = from * kLanes;
+      t.n = std::min<int64_t>(op.channels, to * kLanes) - t.at;
+      int64_t tiles = (m1 - m0 + most - 1) / most;
+      Walk walk(out, m0);
+      const uint8_t* source = pixel(b, op.input, walk.sample, walk.y * op.sh - op.pt, walk.x * op.sw - op.pl);
+      Place place = outputs.at(walk.sample, walk.y, walk.x);
+      int64_t size = (m1 - m0) / tiles, larger = (m1 - m0) % tiles;
+      TileFunction small = tile_of(int(size ? size : 1), nv), large = tile_of(int(std::min<int64_t>(size + 1, most)), nv);
+      for (int64_t i = 0; i < tiles; ++i) {
+        int mr = int(size + (i < larger));
+        for (int r = 0; r < mr; ++r) {
+          t.rows[r] = source;
+          t.places[r] = place;
+          walk.next();
+          if (walk.x) {
+            source += source_step;
+            outputs.next(place);
+          } else if (walk.sample < b.samples) {
+            source = pixel(b, op.input, walk.sample, walk.y * op.sh - op.pt, -op.pl);
+            place = outputs.at(walk.sample, walk.y, 0);
+          }
+        }
+        (i < larger ? large : small)(op, t);
+      }
+    }
+  }
+}
+
+// ---- depthwise: the window's rows interleaved by fours, so that one dot product takes four taps -------------------
+//
+// Channels go in blocks of 64, then one of 32 and one of 16 as needed. Interleaving four byte vectors leaves channels in
+// the order of `interleave_channels` in plan.py, in which weights and constants are packed: J vectors of 16 lanes.
+
+template <int J>
+struct Block {
+  static TQ_INLINE int channel(int vector, int lane);
+};
+// 64: vector j, lane 4 i + t -> 16 i + 4 j + t. 32: lane 8 h + 4 i + t of vector v -> 16 i + 4 (2 v + h) + t. 16: as is.
+template <> TQ_INLINE int Block<4>::channel(int j, int lane) { return 16 * (lane / 4) + 4 * j + lane % 4; }
+template <> TQ_INLINE int Block<2>::channel(int v, int lane) { return 16 * (lane / 4 % 2) + 4 * (2 * v + lane / 8) + lane % 4; }
+template <> TQ_INLINE int Block<1>::channel(int, int lane) { return lane; }
+
+template <int J>
+TQ_INLINE void interleave(const uint8_t* const* rows, uint8_t* to) {
+#if defined(TQ_WIDE)
+  if (J == 4) {
+    __m512i a = _mm512_loadu_si512(rows[0]), b = _mm512_loadu_si512(rows[1]);
+    __m512i c = _mm512_loadu_si512(rows[2]), d = _mm512_loadu_si512(rows[3]);
+    __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b);
+    __m512i cd = _mm512_unpacklo_epi8(c, d), CD = _mm512_unpackhi_epi8(c, d);
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(ab, cd));
+    _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(ab, cd));
+    _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(AB, CD));
+    _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(AB, CD));
+    return;
+  }
+#endif
+#if defined(__AVX2__) && !defined(TQ_PORTABLE)
+  if (J == 2) {
+    auto get = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+    auto put = [&](int i, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to) + i, x); };
+    __m256i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
+    __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
+    __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
+    put(0, _mm256_unpacklo_epi16(ab, cd));
+    put(1, _mm256_unpackhi_epi16(ab, cd));
+    put(2, _mm256_unpacklo_epi16(AB, CD));
+    put(3, _mm256_unpackhi_epi16(AB, CD));
+    return;
+  }
+  if (J == 1) {
+    auto get = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    auto put = [&](int i, __m128i x) { _mm_store_si128(reinterpret_cast<__m128i*>(to) + i, x); };
+    __m128i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
+    __m128i ab = _mm_unpacklo_epi8(a, b), AB = _mm_unpackhi_epi8(a, b);
+    __m128i cd = _mm_unpacklo_epi8(c, d), CD = _mm_unpackhi_epi8(c, d);
+    put(0, _mm_unpacklo_epi16(ab, cd));
+    put(1, _mm_unpackhi_epi16(ab, cd));
+    put(2, _mm_unpacklo_epi16(AB, CD));
+    put(3, _mm_unpackhi_epi16(AB, CD));
+    return;
+  }
+#endif
+  for (int j = 0; j < J; ++j)
+    for (int lane = 0; lane < 16; ++lane)
+      for (int k = 0; k < 4; ++k) to[j * 64 + lane * 4 + k] = rows[k][Block<J>::channel(j, lane)];
+}
+
+// Rounds, adds the zero point and writes 16 J bytes in the order of the channels.
+template <int J>
+TQ_INLINE void store_block(uint8_t* p, const F* y, I zero) {
+#if defined(TQ_WIDE)
+  __m512i q[J];
+  for (int j = 0; j < J; ++j) q[j] = _mm512_add_epi32(_mm512_cvtps_epi32(y[j].v), zero.v);
+  if (J == 4) {
+    __m512i low = _mm512_packus_epi32(q[0], q[J > 1 ? 1 : 0]), high = _mm512_packus_epi32(q[J > 2 ? 2 : 0], q[J > 3 ? 3 : 0]);
+    _mm512_storeu_si512(p, _mm512_packus_epi16(low, high));
+    return;
+  }
+  if (J == 2) {
+    auto half = [&](int j, int h) { return h ? _mm512_extracti64x4_epi64(q[j], 1) : _mm512_castsi512_si256(q[j]); };
+    int last = J > 1 ? 1 : 0;
+    __m256i low = _mm256_packus_epi32(half(0, 0), half(0, 1)), high = _mm256_packus_epi32(half(last, 0), half(last, 1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packus_epi16(low, high));
+    return;
+  }
+#endif
+  uint8_t bytes[J][16];
+  for (int j = 0; j < J; ++j) store_bytes(bytes[j], y[j], zero);
+  if (J == 1) {
+    std::memcpy(p, bytes[0], 16);
+    return;
+  }
+  for (int j = 0; j < J; ++j)
+    for (int lane = 0; lane < 16; ++lane) p[Block<J>::channel(j, lane)] = bytes[j][lane];
+}
+
+#if defined(TQ_WIDE)
+constexpr int kMaxX[5] = {0, 8, 8, 0, 5};
+#else
+constexpr int kMaxX[5] = {0, 2, 1, 0, 1};
+#endif
+
+// One block of channels of one output row.
+struct Line {
+  const uint8_t* bytes;  // interleaved
+  int64_t step;          // from an output pixel to the next
+  const int32_t* taps;
+  int64_t n_taps;
+  const int8_t* weights;
+  const int32_t* compensation;
+  const float *scale, *bias;
+  int64_t at, n;
+};
+
+template <int J, int XB>
+void depthwise_tile(const Op& op, const Line& l, const uint8_t* from, const Outputs& outputs, Place place) {
+  I acc[XB][J];
+#pragma GCC unroll 4
+  for (int j = 0; j < J; ++j) {
+    I c = load_int(l.compensation + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < XB; ++i) acc[i][j] = c;
+  }
+  for (int64_t k = 0; k < l.n_taps; ++k) {
+    const uint8_t* p = from + l.taps[k];
+    I w[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) w[j] = load_int(l.weights + (k * J + j) * 64);
+#pragma GCC unroll 8
+    for (int i = 0; i < XB; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) acc[i][j] = dot(acc[i][j], load_int(p + i * l.step + j * 64), w[j]);
+  }
+  F low = set(op.low), high = set(op.high);
+  I zero = set_int(op.zero_point);
+#pragma GCC unroll 8
+  for (int i = 0; i < XB; ++i) {
+    F z[J];
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) z[j] = fma(to_float(acc[i][j]), load(l.scale + j * kLanes), load(l.bias + j * kLanes));
+    if (op.direct) {
+      for (int j = 0; j < J; ++j) z[j] = clamp(z[j], low, high);
+      store_block<J>(place.byte + l.at, z, zero);
+    } else {
+      alignas(64) float lanes[J][16], natural[J * 16];
+      for (int j = 0; j < J; ++j) store(lanes[j], z[j]);
+      for (int j = 0; j < J; ++j)
+        for (int lane = 0; lane < 16; ++lane) natural[Block<J>::channel(j, lane)] = lanes[j][lane];
+      finish_any(op, natural, 0, &place, 1, l.at, l.n, outputs.other_float, outputs.tail);
+    }
+    outputs.next(place);
+  }
+}
+
+using LineFunction = void (*)(const Op&, const Line&, const uint8_t*, const Outputs&, Place);
+template <int J, int... X>
+LineFunction line_of(int64_t xb, std::integer_sequence<int, X...>) {
+  static const LineFunction table[] = {depthwise_tile<J, X + 1>...};
+  return table[xb - 1];
+}
+
+template <int J>
+void depthwise_block(const Op& op, const Bound& b, Line& l, uint8_t* line, int64_t sample, int64_t y, const Outputs& outputs) {
+  const Value& in = b.values[op.input];
+  const Value& out = b.values[out_value(op)];
+  int64_t groups = (op.kh + 3) / 4, width = (out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1, pixel_bytes = groups * J * 64;
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* rows[4];
+    for (int64_t k = 0; k < 4; ++k) {
+      int64_t tap = std::min<int64_t>(4 * g + k, op.kh - 1);
+      rows[k] = pixel(b, op.input, sample, y * op.sh - op.pt + tap * op.dh, -op.pl) + l.at;
+    }
+    uint8_t* to = line + g * J * 64;
+    for (int64_t x = 0; x < width; ++x, to += pixel_bytes) {
+      interleave<J>(rows, to);
+      for (auto& r : rows) r += in.stride;
+    }
+  }
+  int32_t taps[256];
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t k = 0; k < op.kw; ++k) taps[g * op.kw + k] = int32_t(k * op.dw * pixel_bytes + g * J * 64);
+  l.bytes = line;
+  l.taps = taps;
+  l.step = op.sw * pixel_bytes;
+  Place place = outputs.at(sample, y, 0);
+  int64_t tiles = (out.w + kMaxX[J] - 1) / kMaxX[J], size = out.w / tiles, larger = out.w % tiles;
+  const uint8_t* from = line;
+  for (int64_t i = 0; i < tiles; ++i) {
+    int64_t xb = size + (i < larger);
+    line_of<J>(xb, std::make_integer_sequence<int, kMaxX[J]>())(op, l, from, outputs, place);
+    from += xb * l.step;
+    for (int64_t x = 0; x < xb; ++x) outputs.next(place);
+  }
+}
+
+void depthwise(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& out = b.values[out_value(op)];
+  Outputs outputs(op, b);
+  int64_t groups = (op.kh + 3) / 4, padded = (op.channels + 15) / 16 * 16;
+  uint8_t* line = scratch(size_t(((out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1) * groups * 256));
+  Line l;
+  l.n_taps = groups * op.kw;
+  const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
+  const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
+  const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
+  const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t sample = row / out.h, y = row % out.h;
+    for (int64_t at = 0; at < padded;) {
+      int64_t left = padded - at, width = left >= 64 ? 64 : left >= 32 ? 32 : 16;
+      l.at = at;
+      l.n = std::min<int64_t>(op.channels - at, width);
+      l.weights = weights + at * l.n_taps * 4;
+      l.compensation = compensation + at;
+      l.scale = scale + at;
+      l.bias = bias + at;
+      if (width == 64) depthwise_block<4>(op, b, l, line, sample, y, outputs);
+      else if (width == 32) depthwise_block<2>(op, b, l, line, sample, y, outputs);
+      else depthwise_block<1>(op, b, l, line, sample, y, outputs);
+      at += width;
+    }
+  }
+}
+
+// ---- the rest ------------------------------------------------------------------------------------------------------
+
+// One pixel's channels as floats, dequantized.
+const float* numbers(const Op& op, const Bound& b, int64_t sample, int64_t y, int64_t x, float* room) {
+  const Value& in = b.values[op.input];
+  const uint8_t* p = pixel(b, op.input, sample, y, x);
+  if (in.is_float && (in.external < 0 || in.c % kLanes == 0)) return reinterpret_cast<const float*>(p);
+  if (in.is_float) {  // a caller's tensor ends where it ends
+    std::memcpy(room, p, size_t(in.c) * 4);
+    return room;
+  }
+  F zero = set(static_cast<float>(in.zero_point)), scale = set(op.input_scale);
+  for (int64_t c = 0; c < in.c; c += kLanes) store(room + c, mul(sub(from_bytes(p + c), zero), scale));
+  return room;
+}
+
+void elementwise(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& out = b.values[out_value(op)];
+  Outputs outputs(op, b);
+  auto* room = reinterpret_cast<float*>(scratch(size_t(op.channels + kLanes) * 4));
+  Walk walk(out, begin);
+  for (int64_t i = begin; i < end; ++i, walk.next()) {
+    Place place = outputs.at(walk.sample, walk.y, walk.x);
+    finish_any(op, numbers(op, b, walk.sample, walk.y, walk.x, room), 0, &place, 1, 0, op.channels, outputs.other_float, outputs.tail);
+  }
+}
+
+// A caller's (samples, c, h, w) floats into channels last; units are image rows.
+void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& in = b.values[op.input];
+  const Value& out = b.values[out_value(op)];
+  Outputs outputs(op, b);
+  const auto* source = reinterpret_cast<const float*>(b.base[op.input]);
+  F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t sample = row / out.h, y = row % out.h;
+    Place place = outputs.at(sample, y, 0);
+    const float* from = source + (sample * in.c * in.h + y) * in.w;
+    if (place.byte && out.stride == 4) {  // images: the bytes of a pixel side by side, in one store
+      for (int64_t x = 0; x < out.w; x += kLanes) {
+        int64_t n = std::min<int64_t>(kLanes, out.w - x);
+        I all = set_int(0);
+        uint8_t bytes[64];
+        for (int64_t c = 0; c < in.c; ++c) {
+          alignas(64) float t[kLanes] = {};
+          const float* p = from + c * in.h * in.w + x;
+          if (n < kLanes) { std::memcpy(t, p, size_t(n) * 4); p = t; }
+          uint8_t q[kLanes];
+          store_bytes(q, clamp(mul(load(p), inverse), low, high), set_int(op.zero_point));
+          for (int i = 0; i < kLanes; ++i) bytes[4 * i + c] = q[i];
+        }
+        for (int64_t c = in.c; c < 4; ++c) for (int i = 0; i < kLanes; ++i) bytes[4 * i + c] = 0;
+        (void)all;
+        std::memcpy(place.byte + x * 4, bytes, size_t(n) * 4);
+      }
+      continue;
+    }
+    for (int64_t x = 0; x < out.w; ++x) {
+      alignas(64) float t[kLanes];
+      for (int64_t c = 0; c < in.c; c += kLanes) {
+        int64_t n = std::min<int64_t>(kLanes, in.c - c);
+        for (int64_t i = 0; i < n; ++i) t[i] = from[(c + i) * in.h * in.w + x];
+        for (int64_t i = n; i < kLanes; ++i) t[i] = 0;
+        if (place.byte) store_bytes(place.byte + x * out.stride + c, clamp(mul(load(t), inverse), low, high), set_int(op.zero_point));
+        if (place.number) store(place.number + x * out.stride + c, load(t));
+      }
+    }
+  }
+}
+
+// The other way; units are image rows.
+void export_(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& in = b.values[op.input];
+  auto* to = reinterpret_cast<float*>(b.base[op.out_float]);
+  auto* room = reinterpret_cast<float*>(scratch(size_t(in.c + kLanes) * 4));
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t sample = row / in.h, y = row % in.h;
+    for (int64_t x = 0; x < in.w; ++x) {
+      const float* p = numbers(op, b, sample, y, x, room);
+      for (int64_t c = 0; c < in.c; ++c) to[((sample * in.c + c) * in.h + y) * in.w + x] = p[c];
+    }
+  }
+}
+
+// Mean over the pixels of a sample; units are samples.
+void mean(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& in = b.values[op.input];
+  Outputs outputs(op, b);
+  int64_t padded = (op.channels + kLanes - 1) / kLanes * kLanes;
+  auto* total = reinterpret_cast<float*>(scratch(size_t(2 * padded + kLanes) * 4));
+  float* room = total + padded;
+  F share = set(1.0f / static_cast<float>(in.h * in.w));
+  for (int64_t sample = begin; sample < end; ++sample) {
+    std::memset(total, 0, size_t(padded) * 4);
+    for (int64_t y = 0; y < in.h; ++y)
+      for (int64_t x = 0; x < in.w; ++x) {
+        const float* p = numbers(op, b, sample, y, x, room);
+        for (int64_t c = 0; c < padded; c += kLanes) store(total + c, add(load(total + c), load(p + c)));
+      }
+    for (int64_t c = 0; c < padded; c += kLanes) store(total + c, mul(load(total + c), share));
+    Place place = outputs.at(sample, 0, 0);
+    finish_any(op, total, 0, &place, 1, 0, op.channels, outputs.other_float, outputs.tail);
+  }
+}
+
+// Largest byte or float of a window, which the border does not join; units are output pixels.
+void max_pool(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& in = b.values[op.input];
+  const Value& out = b.values[out_value(op)];
+  Outputs outputs(op, b);
+  Walk walk(out, begin);
+  for (int64_t i = begin; i < end; ++i, walk.next()) {
+    Place place = outputs.at(walk.sample, walk.y, walk.x);
+    int64_t y0 = walk.y * op.sh - op.pt, x0 = walk.x * op.sw - op.pl;
+    bool started = false;
+    for (int64_t ky = 0; ky < op.kh; ++ky)
+      for (int64_t kx = 0; kx < op.kw; ++kx) {
+        int64_t y = y0 + ky * op.dh, x = x0 + kx * op.dw;
+        if (y < 0 || y >= in.h || x < 0 || x >= in.w) continue;
+        const uint8_t* p = pixel(b, op.input, walk.sample, y, x);
+        if (in.is_float) {
+          const auto* q = reinterpret_cast<const float*>(p);
+          for (int64_t c = 0; c < op.channels; c += kLanes)
+            store(place.number + c, started ? max(load(place.number + c), load(q + c)) : load(q + c));
+        } else if (!started) {
+          std::memcpy(place.byte, p, size_t(op.channels));
+        } else {
+          for (int64_t c = 0; c < op.channels; ++c) place.byte[c] = place.byte[c] > p[c] ? place.byte[c] : p[c];
+        }
+        started = true;
+      }
+  }
+}
+
+// The border of a value; units are samples.
+void halo(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& v = b.values[op.out_byte >= 0 ? op.out_byte : op.out_float];
+  int32_t index = op.out_byte >= 0 ? op.out_byte : op.out_float;
+  int fill = v.is_float ? 0 : v.zero_point;
+  size_t size = size_t(v.stride * element_size(v));
+  for (int64_t sample = begin; sample < end; ++sample) {
+    size_t row = size_t(row_pixels(v)) * size;
+    if (v.top) std::memset(pixel(b, index, sample, -v.top, -v.left), fill, row * v.top);
+    for (int64_t y = 0; y < v.h; ++y) {
+      if (v.left) std::memset(pixel(b, index, sample, y, -v.left), fill, size * v.left);
+      if (v.right) std::memset(pixel(b, index, sample, y, v.w), fill, size * v.right);
+    }
+    if (v.bottom) std::memset(pixel(b, index, sample, v.h, -v.left), fill, row * v.bottom);
+  }
+}
+
+// Layer norm over the channels of a pixel; units are pixels.
+void layer_norm(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  const Value& out = b.values[out_value(op)];
+  Outputs outputs(op, b);
+  int64_t n = op.channels, padded = (n + kLanes - 1) / kLanes * kLanes;
+  auto* line = reinterpret_cast<float*>(scratch(size_t(2 * padded + kLanes) * 4));
+  float* room = line + padded;
+  const auto* weight = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
+  const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
+  Walk walk(out, begin);
+  for (int64_t i = begin; i < end; ++i, walk.next()) {
+    const float* p = numbers(op, b, walk.sample, walk.y, walk.x, room);
+    F total = set(0), square = set(0);
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) total = add(total, load(p + c));
+    float mu = sum(total);
+    for (int64_t k = c; k < n; ++k) mu += p[k];
+    mu /= static_cast<float>(n);
+    for (int64_t k = 0; k + kLanes <= n; k += kLanes) {
+      F d = sub(load(p + k), set(mu));
+      square = fma(d, d, square);
+    }
+    float variance = sum(square);
+    for (int64_t k = c; k < n; ++k) variance += (p[k] - mu) * (p[k] - mu);
+    float share = 1.0f / std::sqrt(variance / static_cast<float>(n) + op.factor);
+    for (int64_t k = 0; k < padded; k += kLanes) {
+      F d = mul(sub(load(p + k), set(mu)), set(share));
+      store(line + k, fma(d, load(weight + k), load(bias + k)));
+    }
+    Place place = outputs.at(walk.sample, walk.y, walk.x);
+    finish_any(op, line, 0, &place, 1, 0, n, outputs.other_float, outputs.tail);
+  }
+}
+
+int64_t units(const Op& op, const Bound& b) {
+  if (op.kind == tq::kExport) return b.samples * b.values[op.input].h;
+  const Value& out = b.values[out_value(op)];
+  switch (op.kind) {
+    case tq::kDepthwise: case tq::kImport: return b.samples * out.h;
+    case tq::kMean: case tq::kHalo: return b.samples;
+    default: return b.samples * out.h * out.w;
+  }
+}
+
+void run(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+  switch (op.kind) {
+    case tq::kConv: return conv(op, b, begin, end, part, parts);
+    case tq::kDepthwise: return depthwise(op, b, begin, end, part, parts);
+    case tq::kElementwise: return elementwise(op, b, begin, end, part, parts);
+    case tq::kImport: return import(op, b, begin, end, part, parts);
+    case tq::kExport: return export_(op, b, begin, end, part, parts);
+    case tq::kMean: return mean(op, b, begin, end, part, parts);
+    case tq::kMaxPool: return max_pool(op, b, begin, end, part, parts);
+    case tq::kHalo: return halo(op, b, begin, end, part, parts);
+    case tq::kLayerNorm: return layer_norm(op, b, begin, end, part, parts);
+  }
+}
+
+}  // namespace
+
+extern const tq::Kernels kernels;
+#define TQ_TEXT2(x) #x
+#define TQ_TEXT(x) TQ_TEXT2(x)
+const tq::Kernels kernels = {TQ_TEXT(TQ_ISA), units, run};
+
+}  // namespace TQ_ISA

@@ -1,0 +1,317 @@
+// Runs a plan: picks the instruction set, walks the ops in order, shares each between the caller's threads.
+//
+// Several calls may run at once, each in a workspace of its own. Threads come from torch's pool.
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "plan.h"
+
+#define TQ_SETS(X) X(avx512_vnni) X(avx512) X(avx_vnni) X(avx2) X(portable)
+#define TQ_DECLARE(name) namespace name { extern const tq::Kernels kernels; }
+TQ_SETS(TQ_DECLARE)
+
+namespace {
+using torch::stable::Tensor;
+
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (name == "avx512_vnni") return avx512 && __builtin_cpu_supports("avx512vnni");
+  if (name == "avx512") return avx512;
+  if (name == "avx_vnni") return avx2 && __builtin_cpu_supports("avxvnni");
+  if (name == "avx2") return avx2;
+#endif
+  return name == "portable";
+}
+
+const tq::Kernels* const kAll[] = {
+#define TQ_ADDRESS(name) &name::kernels,
+    TQ_SETS(TQ_ADDRESS)
+};
+
+const tq::Kernels* best() {
+  for (const auto* k : kAll)
+    if (runs_here(k->name)) return k;
+  return nullptr;
+}
+
+std::atomic<const tq::Kernels*> chosen{nullptr};
+const tq::Kernels* kernels() {
+  const auto* k = chosen.load();
+  if (!k) chosen.store(k = best());
+  return k;
+}
+
+// Nanoseconds of each op, collected where a caller asked for it.
+std::atomic<bool> profiling{false};
+std::mutex profile_lock;
+std::map<const void*, std::vector<int64_t>> profile_ns;  // by plan
+
+struct Workspace {
+  uint8_t* memory = nullptr;
+  size_t bytes = 0;
+  explicit Workspace(size_t size) : bytes(size) {
+    constexpr size_t kPage = size_t(2) << 20;
+    size_t whole = (size + kPage - 1) / kPage * kPage;
+    void* p = nullptr;
+    STD_TORCH_CHECK(posix_memalign(&p, kPage, whole) == 0, "torchquant: no memory for a workspace of ", whole, " bytes");
+    madvise(p, whole, MADV_HUGEPAGE);
+    memory = static_cast<uint8_t*>(p);
+    bytes = whole;
+  }
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { std::free(memory); }
+};
+
+std::mutex pool_lock;
+std::vector<std::unique_ptr<Workspace>> pool;
+
+std::unique_ptr<Workspace> borrow(size_t bytes) {
+  {
+    std::lock_guard<std::mutex> guard(pool_lock);
+    for (auto& w : pool)
+      if (w->bytes >= bytes) {
+        std::swap(w, pool.back());
+        auto found = std::move(pool.back());
+        pool.pop_back();
+        return found;
+      }
+  }
+  return std::make_unique<Workspace>(bytes);
+}
+void give_back(std::unique_ptr<Workspace> w) {
+  std::lock_guard<std::mutex> guard(pool_lock);
+  if (pool.size() >= 16) pool.erase(pool.begin());  // the smaller ones of the past
+  pool.push_back(std::move(w));
+}
+
+struct Plan {
+  const tq::Header* header;
+  const tq::Value* values;
+  const tq::Op* ops;
+  const uint8_t* blob;
+  explicit Plan(const uint8_t* bytes, int64_t size) {
+    header = reinterpret_cast<const tq::Header*>(bytes);
+    STD_TORCH_CHECK(size >= int64_t(sizeof(tq::Header)) && header->magic == tq::kMagic, "torchquant: not a plan");
+    STD_TORCH_CHECK(header->version == tq::kVersion, "torchquant: the plan has version ", header->version,
+                    " and these kernels run version ", tq::kVersion, ": lower the model again");
+    values = reinterpret_cast<const tq::Value*>(bytes + sizeof(tq::Header));
+    ops = reinterpret_cast<const tq::Op*>(values + header->values);
+    blob = bytes + int64_t(header->blob) * tq::kUnit;
+  }
+};
+
+// Addresses of all values for the samples from `first` on.
+struct Addresses {
+  std::vector<uint8_t*> base;
+  Addresses(const Plan& plan, uint8_t* arena, int64_t chunk, int64_t first, uint8_t* const* inputs, uint8_t* const* outputs)
+      : base(plan.header->values) {
+    for (int i = 0; i < plan.header->values; ++i) {
+      const tq::Value& v = plan.values[i];
+      if (v.external < 0) base[i] = arena + int64_t(v.offset) * tq::kUnit * chunk;
+      else base[i] = (v.external < 1000 ? inputs[v.external] : outputs[v.external - 1000]) + first * tq::sample_bytes(v);
+    }
+  }
+};
+
+// How an op is cut into items: ranges of units, or for a few units, of output channels.
+struct Cut {
+  int64_t units, items, parts;
+  Cut(const tq::Op& op, int64_t n, int threads) : units(n), items(1), parts(1) {
+    if (threads == 1) return;
+    int64_t blocks = (op.channels + 15) / 16;
+    if (op.kind == tq::kConv && units < threads * 16 && blocks > 1) {
+      parts = std::min<int64_t>(blocks, threads);
+      return;
+    }
+    int64_t least = op.kind == tq::kConv ? 8 : op.kind == tq::kDepthwise ? 1 : op.kind == tq::kElementwise || op.kind == tq::kLayerNorm || op.kind == tq::kMaxPool ? 16 : 1;
+    items = std::max<int64_t>(1, std::min<int64_t>(threads * 3, units / least));
+  }
+  int64_t total() const { return items * parts; }
+  void run(const tq::Kernels* k, const tq::Op& op, const tq::Bound& b, int64_t item) const {
+    int64_t i = item / parts, part = item % parts;
+    k->run(op, b, units * i / items, units * (i + 1) / items, part, parts);
+  }
+};
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+struct Progress {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+struct Run {
+  const Plan& plan;
+  const tq::Kernels* k = kernels();
+  uint8_t* const* inputs;
+  uint8_t* const* outputs;
+  int64_t samples, chunk;
+  int threads;
+
+  tq::Bound bound(const Addresses& a, int64_t n) const { return {plan.values, a.base.data(), plan.blob, n}; }
+
+  void alone(uint8_t* arena, int64_t first, int64_t n) const {
+    Addresses a(plan, arena, chunk, first, inputs, outputs);
+    tq::Bound b = bound(a, n);
+    bool timed = profiling.load(std::memory_order_relaxed);
+    for (int i = 0; i < plan.header->ops; ++i) {
+      const tq::Op& op = plan.ops[i];
+      if (!timed) {
+        k->run(op, b, 0, k->units(op, b), 0, 1);
+        continue;
+      }
+      auto start = std::chrono::steady_clock::now();
+      k->run(op, b, 0, k->units(op, b), 0, 1);
+      int64_t ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+      std::lock_guard<std::mutex> guard(profile_lock);
+      auto& all = profile_ns[plan.header];
+      all.resize(plan.header->ops);
+      all[i] += ns;
+    }
+  }
+
+  // Any number of threads may enter: each claims items until there are none, then waits for those under way.
+  void together(uint8_t* arena, int64_t first, int64_t n) const {
+    Addresses a(plan, arena, chunk, first, inputs, outputs);
+    tq::Bound b = bound(a, n);
+    int count = plan.header->ops;
+    std::vector<Progress> progress(count);
+    std::vector<Cut> cuts;
+    cuts.reserve(count);
+    for (int i = 0; i < count; ++i) cuts.emplace_back(plan.ops[i], k->units(plan.ops[i], b), threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int i = 0; i < count; ++i) {
+        int64_t total = cuts[i].total();
+        for (;;) {
+          int64_t item = progress[i].next.fetch_add(1, std::memory_order_relaxed);
+          if (item >= total) break;
+          cuts[i].run(k, plan.ops[i], b, item);
+          progress[i].done.fetch_add(1, std::memory_order_release);
+        }
+        for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < total;) {
+          if (++spins < 4000) relax();
+          else sched_yield();
+        }
+      }
+    });
+  }
+
+  void all() const {
+    int64_t chunks = (samples + chunk - 1) / chunk;
+    auto bytes = size_t(plan.header->arena) * tq::kUnit * size_t(chunk) + 4096;
+    int64_t apart = threads > 1 ? chunks / threads * threads : chunks;
+    if (threads > 1 && apart) {
+      std::atomic<int64_t> next{0};
+      torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        auto w = borrow(bytes);
+        for (int64_t i; (i = next.fetch_add(1)) < apart;)
+          alone(w->memory, i * chunk, std::min(chunk, samples - i * chunk));
+        give_back(std::move(w));
+      });
+    }
+    auto w = borrow(bytes);
+    for (int64_t i = threads > 1 ? apart : 0; i < chunks; ++i) {
+      int64_t first = i * chunk, n = std::min(chunk, samples - first);
+      if (threads > 1) together(w->memory, first, n);
+      else alone(w->memory, first, n);
+    }
+    give_back(std::move(w));
+  }
+};
+
+constexpr int64_t kWorkingSet = int64_t(3) << 19;  // of the samples that go through the network together
+
+std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::vector<int64_t> shapes) {
+  Plan plan(static_cast<const uint8_t*>(plan_bytes.const_data_ptr()), plan_bytes.numel());
+  const tq::Header& h = *plan.header;
+  STD_TORCH_CHECK(int64_t(inputs.size()) == h.inputs, "torchquant: the region takes ", h.inputs, " tensors");
+  std::vector<uint8_t*> in(h.inputs), out;
+  int64_t samples = 0;
+  for (int i = 0; i < h.inputs; ++i) {
+    if (!inputs[i].is_contiguous()) inputs[i] = torch::stable::contiguous(inputs[i]);
+    in[i] = static_cast<uint8_t*>(const_cast<void*>(inputs[i].const_data_ptr()));
+    for (int v = 0; v < h.values; ++v) {
+      const tq::Value& value = plan.values[v];
+      if (value.external != i) continue;
+      int64_t size = int64_t(value.h) * value.w * value.c, n = inputs[i].numel() / size;
+      STD_TORCH_CHECK(inputs[i].element_size() == 4 && n * size == inputs[i].numel() && (i == 0 || n == samples),
+                      "torchquant: input ", i, " of the region has ", inputs[i].numel(), " elements, and ", size, " make a sample");
+      samples = n;
+    }
+  }
+  std::vector<Tensor> found;
+  for (size_t at = 0; at < shapes.size();) {
+    int64_t dims = shapes[at++];
+    std::vector<int64_t> size;
+    for (int64_t d = 0; d < dims; ++d, ++at) size.push_back(shapes[at] < 0 ? inputs[0].size(-1 - shapes[at]) : shapes[at]);
+    found.push_back(torch::stable::new_empty(inputs[0], size));
+    out.push_back(static_cast<uint8_t*>(found.back().mutable_data_ptr()));
+  }
+  STD_TORCH_CHECK(int64_t(found.size()) == h.outputs, "torchquant: the region returns ", h.outputs, " tensors");
+  if (samples == 0) return found;
+  int threads = std::max(1, int(torch::stable::get_num_threads()));
+  int64_t sample = std::max<int64_t>(1, int64_t(h.arena) * tq::kUnit);
+  int64_t chunk = h.chunk ? h.chunk : std::max<int64_t>(1, kWorkingSet / sample);
+  chunk = std::min(chunk, samples < threads ? samples : (samples + threads - 1) / threads);
+  Run{plan, kernels(), in.data(), out.data(), samples, chunk, threads}.all();
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchquant, m) {
+  m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("x86_region", TORCH_BOX(&region)); }
+
+#define TQ_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+// The instruction sets that run here, best first, separated by spaces.
+TQ_EXPORT const char* torchquant_x86_sets() {
+  static const std::string names = [] {
+    std::string s;
+    for (const auto* k : kAll)
+      if (runs_here(k->name)) s += (s.empty() ? "" : " ") + std::string(k->name);
+    return s;
+  }();
+  return names.c_str();
+}
+// Uses one of them from now on; 0 if it does not run here. An empty name: the best.
+TQ_EXPORT int torchquant_x86_use(const char* name) {
+  if (!*name) { chosen.store(best()); return 1; }
+  for (const auto* k : kAll)
+    if (std::string(name) == k->name && runs_here(name)) { chosen.store(k); return 1; }
+  return 0;
+}
+TQ_EXPORT void torchquant_x86_profile(int on) {
+  std::lock_guard<std::mutex> guard(profile_lock);
+  profile_ns.clear();
+  profiling.store(on != 0);
+}
+// Nanoseconds of op `index` of a plan since profiling began, on one thread; -1 where it did not run.
+TQ_EXPORT int64_t torchquant_x86_profiled(const void* plan, int64_t index) {
+  std::lock_guard<std::mutex> guard(profile_lock);
+  auto found = profile_ns.find(plan);
+  return found == profile_ns.end() || index >= int64_t(found->second.size()) ? -1 : found->second[index];
+}
+}
