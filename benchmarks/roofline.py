@@ -20,8 +20,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILE = ("g++", "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 KINDS = ("int8", "fp32", "bf16")  # as the source numbers them
 L2_ARRAY_BYTES, MIN_MEMORY_ARRAY_BYTES = 256 << 10, 256 << 20
-READ_BYTES = 1 << 29  # of a timing
-REPEATS = 20
+READ_BYTES = 1 << 26  # of a timing, at least
+REPEATS = 200
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(threads: int = 1) -> Roofline:
-    """Measure this machine, in about a second. It should do nothing else meanwhile.
+    """Measure this machine, in some seconds. It should do nothing else meanwhile: a busy core can halve the result.
 
     Raises:
         RuntimeError: no memory for the array that must not fit the caches.
