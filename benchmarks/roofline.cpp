@@ -1,5 +1,6 @@
 // What one machine can do at best: multiply-accumulates with operands in registers, and bytes read from each level.
 #include <immintrin.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -84,27 +85,42 @@ constexpr int BF16_MACS = 0;
 void bf16(long) {}
 #endif
 
+double least_share = 1;  // of a core that the threads of a kept timing had
+
+double cpu_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
 // Wall seconds of work(thread), started together, the shortest of `repeats`.
 template <class Work>
 double seconds(int threads, int repeats, Work work) {
   using Clock = std::chrono::steady_clock;
-  double best = 1e30;
+  double best = 1e30, share = 0;
   for (int repeat = 0; repeat < repeats; ++repeat) {
     std::atomic<int> waiting{threads};
     std::vector<Clock::time_point> starts(threads), ends(threads);
+    std::vector<double> cpu(threads);
     std::vector<std::thread> pool;
     for (int t = 0; t < threads; ++t)
       pool.emplace_back([&, t] {
         --waiting;
         while (waiting) {}
+        cpu[t] = -cpu_seconds();
         starts[t] = Clock::now();
         work(t);
         ends[t] = Clock::now();
+        cpu[t] += cpu_seconds();
       });
     for (auto& thread : pool) thread.join();
     const auto all = *std::max_element(ends.begin(), ends.end()) - *std::min_element(starts.begin(), starts.end());
-    best = std::min(best, std::chrono::duration<double>(all).count());
+    const double wall = std::chrono::duration<double>(all).count();
+    if (wall >= best) continue;
+    best = wall;
+    share = *std::min_element(cpu.begin(), cpu.end()) / wall;
   }
+  least_share = std::min(least_share, share);
   return best;
 }
 
@@ -134,6 +150,13 @@ double macs_per_second(int kind, int threads, int repeats) {
   const int macs[] = {INT8_MACS, FP32_MACS, BF16_MACS};
   if (!macs[kind]) return 0;
   return double(rounds) * CHAINS * macs[kind] * threads / seconds(threads, repeats, [&](int) { kernels[kind](rounds); });
+}
+
+// The least share of a core that a thread had in any timing kept since the last call; below 1 another process ran too.
+double core_share() {
+  const double found = least_share;
+  least_share = 1;
+  return found;
 }
 
 const char* instruction(int kind) {

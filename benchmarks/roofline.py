@@ -10,6 +10,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ KINDS = ("int8", "fp32", "bf16")  # as the source numbers them
 L2_ARRAY_BYTES, MIN_MEMORY_ARRAY_BYTES = 256 << 10, 256 << 20
 READ_BYTES = 1 << 26  # of a timing, at least
 REPEATS = 200
+MIN_CORE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def main() -> None:
 
 
 def measure(threads: int = 1) -> Roofline:
-    """Measure this machine, in some seconds. It should do nothing else meanwhile: a busy core can halve the result.
+    """Measure this machine, in some seconds. It should do nothing else meanwhile: a busy core can halve the result,
+    of which a warning then tells.
 
     Raises:
         RuntimeError: no memory for the array that must not fit the caches.
@@ -78,13 +81,17 @@ def measure(threads: int = 1) -> Roofline:
         "l3": caches["l3"] // 4 // threads,
         "memory": max(MIN_MEMORY_ARRAY_BYTES, 4 * caches["l3"]) // threads,
     }
-    return Roofline(
+    found = Roofline(
         threads,
         gmacs={k: rate for k, rate in rates.items() if rate},
         instructions={k: library.instruction(i).decode() for i, k in enumerate(KINDS) if rates[k]},
         read_gbps={level: _read_gbps(size, threads) for level, size in arrays.items()},
         cache_bytes=caches,
     )
+    share = library.core_share()
+    if share < MIN_CORE_SHARE:
+        warnings.warn(f"other processes ran: a thread had {share:.0%} of a core, so rates are too low", stacklevel=2)
+    return found
 
 
 def _read_gbps(array_bytes: int, threads: int) -> float:
@@ -104,7 +111,8 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     library.macs_per_second.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
     library.bytes_per_second.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_int, ctypes.c_int)
-    library.macs_per_second.restype = library.bytes_per_second.restype = ctypes.c_double
+    for function in (library.macs_per_second, library.bytes_per_second, library.core_share):
+        function.restype = ctypes.c_double
     library.instruction.argtypes, library.instruction.restype = (ctypes.c_int,), ctypes.c_char_p
     return library
 
