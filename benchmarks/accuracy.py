@@ -17,7 +17,7 @@ from typing import Any
 import records
 import torch
 from candidates import ALGORITHMS, QUANTIZERS, Candidate, lower, quantize
-from networks import NETWORKS, Batch, Network, load_network
+from networks import NETWORKS, TRAINED, Batch, Network, load_network
 
 import torchquant as tq
 from torchquant.program import Program
@@ -31,7 +31,7 @@ def main() -> None:
     options = _options()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    for name in options.network or NETWORKS:
+    for name in options.network or TRAINED:
         network = load_network(name, options.calibration, options.samples)
         reference = _outputs(network.model, network)
         print(
@@ -48,7 +48,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS, help="repeatable; all if left out")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help="repeatable; the trained if left out")
     parser.add_argument(
         "--quantizer", action="append", choices=QUANTIZERS, help="repeatable; the 8-bit ones if left out"
     )

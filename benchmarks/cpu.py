@@ -25,7 +25,14 @@ from runtimes import RUNTIMES, Case, Run, set_threads
 import torchquant as tq
 
 KEY = ("network", "batch", "threads", "runtime")
-BATCHES = {"lite0": (1, 16), "resnet20": (1, 16), "minilm": (1, 8)}
+BATCHES = {
+    "lite0": (1, 16),
+    "resnet20": (1, 16),
+    "minilm": (1, 8, 16),
+    "mobilenetv2": (1, 16),
+    "resnet18": (1, 16),
+    "resnet50": (1, 16),
+}
 CALLS, WARM_CALLS, MIN_ROUNDS, PAUSE_S = 3, 1, 8, 0.005
 
 
@@ -34,9 +41,9 @@ def main() -> None:
     options = _options()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    for name in options.network or NETWORKS:
+    for name in options.network or BATCHES:
         network = load_network(name)
-        for size in options.batch or BATCHES[name]:
+        for size in options.batch or BATCHES.get(name, (1,)):
             with tempfile.TemporaryDirectory() as folder:
                 case = Case(network.batched(size), Path(folder))
                 for threads in options.threads or (1, 2):
@@ -47,9 +54,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS, help="repeatable; all if left out")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help="repeatable; those of BATCHES if left out")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="repeatable; all if left out")
-    parser.add_argument("--batch", action="append", type=int, help="repeatable; 1 and a larger one if left out")
+    parser.add_argument("--batch", action="append", type=int, help="repeatable; those of BATCHES if left out")
     parser.add_argument("--threads", action="append", type=int, help="repeatable; 1 and 2 if left out")
     parser.add_argument("--seconds", type=float, default=30, help="how long to measure one setting")
     return parser.parse_args()

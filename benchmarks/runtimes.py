@@ -27,6 +27,7 @@ __all__ = ["RUNTIMES", "Case", "Runtime", "set_threads"]
 
 Run = Callable[[Batch], torch.Tensor]
 FLOAT = "float"
+BF16 = "bf16"
 
 
 @dataclass
@@ -86,6 +87,24 @@ def set_threads(threads: int) -> None:
 def inductor_float(case: Case) -> tuple[Run, str]:
     """fp32 compiled with frozen weights."""
     return _compiled(case.network.model, case), FLOAT
+
+
+def inductor_bf16(case: Case) -> tuple[Run, str]:
+    """bf16 autocast compiled with frozen weights."""
+    return _compiled(_Autocast(case.network.model).eval(), case), BF16
+
+
+class _Autocast(torch.nn.Module):
+    """The model in bf16 where autocast has it so, its output in fp32."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: torch.Tensor = self.model(*inputs).float()
+        return output
 
 
 def inductor_torchao(case: Case, key: str = "torchao_x86") -> tuple[Run, str]:
@@ -169,11 +188,16 @@ def onnxruntime_float(case: Case) -> tuple[Run, str]:
 
 
 def onnxruntime_static(case: Case) -> tuple[Run, str]:
-    """ONNX Runtime's static quantization: QDQ, uint8 activations, int8 weights per channel, min-max."""
+    """ONNX Runtime's static quantization: QDQ, uint8 activations, int8 weights per channel, min-max.
+
+    Of a transformer the products alone: with every op, the range of the attention mask ruins the rest.
+    """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     def build(path: Path) -> None:
-        options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "weight_type": QuantType.QInt8}
+        options: dict[str, Any] = {"quant_format": QuantFormat.QDQ, "per_channel": True, "weight_type": QuantType.QInt8}
+        if case.network.transformer:
+            options["op_types_to_quantize"] = ["MatMul", "Gemm"]
         quantize_static(_onnx_prepared(case), path, _OnnxReader(case), activation_type=QuantType.QUInt8, **options)
 
     path = case.file("static.onnx", build)
@@ -262,6 +286,13 @@ def openvino_float(case: Case) -> tuple[Run, str]:
     return _openvino(openvino.convert_model(_onnx_file(case)), case, "f32"), FLOAT
 
 
+def openvino_bf16(case: Case) -> tuple[Run, str]:
+    """OpenVINO on the float model in bf16."""
+    import openvino
+
+    return _openvino(openvino.convert_model(_onnx_file(case)), case, "bf16"), BF16
+
+
 def openvino_int8(case: Case) -> tuple[Run, str]:
     """OpenVINO after `nncf.quantize`; what is not int8 runs in OpenVINO's default precision, bf16 where the CPU can."""
     import nncf
@@ -316,6 +347,7 @@ def _quiet() -> Iterator[None]:
 
 RUNTIMES: dict[str, Runtime] = {
     "inductor_fp32": Runtime("Inductor fp32, frozen", inductor_float),
+    "inductor_bf16": Runtime("Inductor bf16", inductor_bf16),
     "inductor_torchao": Runtime("Inductor int8, torchao X86InductorQuantizer", inductor_torchao),
     "inductor_torchao_dynamic": Runtime(
         "Inductor int8 dynamic, torchao X86InductorQuantizer",
@@ -336,8 +368,9 @@ RUNTIMES: dict[str, Runtime] = {
         "torchquant executorch_xnnpack static", lambda case: ours_xnnpack(case, "xnnpack_static"), cnn=False
     ),
     "ort_fp32": Runtime("ONNX Runtime fp32", onnxruntime_float),
-    "ort_static": Runtime("ONNX Runtime int8 static", onnxruntime_static, transformer=False),
+    "ort_static": Runtime("ONNX Runtime int8 static", onnxruntime_static),
     "ort_dynamic": Runtime("ONNX Runtime int8 dynamic", onnxruntime_dynamic, cnn=False),
     "openvino_fp32": Runtime("OpenVINO fp32", openvino_float),
+    "openvino_bf16": Runtime("OpenVINO bf16", openvino_bf16),
     "openvino_int8": Runtime("OpenVINO int8, NNCF", openvino_int8),
 }
