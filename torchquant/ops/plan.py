@@ -19,7 +19,8 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("kh", "kw", "sh", "sw", "pt", "pl", "dh", "dw", "depth", "channels"),
     *("weights", "compensation", "scale", "bias"),
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
-    *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high", "direct"),
+    *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
+    *("direct", "low_byte", "high_byte"),
     *("key", "value_in", "mask", "heads", "causal", "f:factor"),
 ]
 _OP_BYTES = 192
@@ -218,14 +219,30 @@ def pack_convolution(weight: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, 16, padded.shape[1] // 4, 4, kh * kw).permute(0, 4, 2, 1, 3).contiguous()
 
 
-def pack_depthwise(weight: torch.Tensor) -> torch.Tensor:
-    """int8 `(c, 1, kh, kw)` block by block as `(kh / 4, kw, lanes, 4)`: lanes as `interleave_channels`, four rows."""
+def pack_depthwise(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
+    """int8 `(c, 1, kh, kw)` as the depthwise kernel reads it, for the strides and dilations of rows.
+
+    Block by block of channels `(taps, lanes, 4)`, the lanes as `interleave_channels`: a tap is four rows of a
+    column, and where one row would be left over, four columns of it. Windows of three rows that move by one have
+    a second set, one row lower, for the next output row.
+    """
     c, _, kh, kw = weight.shape
-    padded = torch.zeros(_rounded(c, 16), _rounded(kh, 4), kw, dtype=torch.int8)
-    padded[:c, :kh] = weight[:, 0]
-    ordered = interleave_channels(padded).view(-1, padded.shape[1] // 4, 4, kw)
-    parts = [block.permute(1, 3, 0, 2).reshape(-1) for block in ordered.split(_blocks(len(ordered)))]
-    return torch.cat(parts)
+    padded = torch.zeros(_rounded(c, 16), _rounded(kh, 4), _rounded(kw, 4), dtype=torch.int8)
+    padded[:c, :kh, :kw] = weight[:, 0]
+    if kh % 4 == 1 and kh > 1:
+        down, along = padded[:, : kh - 1], padded[:, kh - 1]
+    else:
+        down, along = padded, padded[:, 0, :0]
+    sets = [_taps(down[:, :, :kw], along)]
+    if (kh, stride, dilation) == (3, 1, 1):
+        sets.append(_taps(down.roll(1, 1)[:, :, :kw], along))
+    return torch.cat([block.permute(1, 0, 2).reshape(-1) for s in sets for block in s.split(_blocks(len(s)))])
+
+
+def _taps(down: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+    """`(c, taps, 4)` from `(c, rows, kw)` and `(c, columns)`, rows and columns multiples of 4; channels interleaved."""
+    columns = down.view(len(down), -1, 4, down.shape[2]).transpose(2, 3).reshape(len(down), -1, 4)
+    return interleave_channels(torch.cat([columns, along.reshape(len(along), -1, 4)], 1))
 
 
 def _blocks(channels: int) -> list[int]:

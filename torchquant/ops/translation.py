@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -421,14 +422,24 @@ class _Translator:
         codes, channels = weight.codes, weight.codes.shape[0]
         scale = weight.scale * step.input.grid.scale
         simple = "binary" not in n and n.get("before", "none") == "none" and n.get("after", "none") in ("none", "clamp")
-        if step.out_float is None and step.out_byte is not None and simple:
+        largest = 255 * codes.reshape(channels, -1).double().abs().sum(1) * scale + bias.abs()
+        if step.out_float is None and step.out_byte is not None and simple and self._fits(largest, step.out_byte):
             grid = step.out_byte.grid
             assert grid is not None
             scale, bias = scale / grid.scale, bias / grid.scale
-            low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
+            low, high = float(grid.low), float(grid.high)
             if n.get("after") == "clamp":
-                low, high = max(low, n["after_low"] / grid.scale), min(high, n["after_high"] / grid.scale)
-            n |= {"direct": 1, "low": float(low), "high": float(max(low, high))}
+                low = (
+                    max(low, round(n["after_low"] / grid.scale) + grid.zero_point)
+                    if n["after_low"] > -math.inf
+                    else low
+                )
+                high = (
+                    min(high, round(n["after_high"] / grid.scale) + grid.zero_point)
+                    if n["after_high"] < math.inf
+                    else high
+                )
+            n |= {"direct": 1, "low_byte": int(low), "high_byte": int(max(low, high))}
         sums = codes.reshape(channels, -1).to(torch.int64).sum(1)
         compensation = (-step.input.grid.zero_point * sums).to(torch.int32)
         deep = step.kind == "depthwise"
@@ -437,7 +448,14 @@ class _Translator:
             padded = torch.zeros(size, dtype=values.dtype)
             padded[:channels] = values
             n[name] = self.plan.constant(plans.interleave_channels(padded) if deep else padded)
-        n["weights"] = self.plan.constant(plans.pack_depthwise(codes) if deep else plans.pack_convolution(codes))
+        n["weights"] = self.plan.constant(
+            plans.pack_depthwise(codes, n["sh"], n["dh"]) if deep else plans.pack_convolution(codes)
+        )
+
+    @staticmethod
+    def _fits(largest: torch.Tensor, out: Value) -> bool:
+        """Whether results of this size stay within what the kernels round as integers without looking."""
+        return out.grid is not None and float(largest.max()) / out.grid.scale < 2**30
 
     def _step_adaptive_avg_pool2d(self, node: Node) -> Step:
         return Step("mean", self._any(node.args[0]), label=node.name)

@@ -155,50 +155,51 @@ struct Tile {
 
 template <int MR, int NV>
 void tile(const Op& op, const Tile& t) {
-  I acc[MR][NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    I c = load_int(t.compensation + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) acc[r][v] = c;
-  }
+  constexpr int NR = NV * kPerVector, kBytes = 64 / kPerVector;
+  R acc[MR][NR];
+  TQ_EACH_OF(NR, v)
+    R c = load_register(reinterpret_cast<const char*>(t.compensation) + v * kBytes);
+    TQ_EACH_OF(MR, r) acc[r][v] = c; });
+  });
   const int8_t* w = t.weights;
+  int64_t block = t.block, depth = t.depth;
   for (int64_t k = 0; k < t.n_taps; ++k) {
     const uint8_t* a[MR];
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) a[r] = t.rows[r] + t.taps[k];
-    for (int64_t d = 0; d < t.depth; d += 4) {
-      I b[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) b[v] = load_int(w + v * t.block);
+    int64_t tap = t.taps[k];
+    TQ_EACH_OF(MR, r) a[r] = t.rows[r] + tap; });
+    for (int64_t d = 0; d < depth; d += 4) {
+      R b[NR];
+      TQ_EACH_OF(NR, v) b[v] = load_register(w + v / kPerVector * block + v % kPerVector * kBytes); });
       w += 64;
-#pragma GCC unroll 12
-      for (int r = 0; r < MR; ++r) {
-        I x = broadcast4(a[r] + d);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = dot(acc[r][v], x, b[v]);
-      }
+      TQ_EACH_OF(MR, r)
+        R x = broadcast_register(a[r] + d);
+        TQ_EACH_OF(NR, v) acc[r][v] = dot_register(acc[r][v], x, b[v]); });
+      });
     }
   }
   if (op.direct) {
-    F low = set(op.low), high = set(op.high);
-    I zero = set_int(op.zero_point);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      F s = load(t.scale + v * kLanes), b = load(t.bias + v * kLanes);
-#pragma GCC unroll 12
-      for (int r = 0; r < MR; ++r)
-        store_bytes(t.places[r].byte + t.at + v * kLanes, clamp(fma(to_float(acc[r][v]), s, b), low, high), zero);
-    }
+    F s[NV], b[NV];
+    TQ_EACH_OF(NV, v)
+      s[v] = load(t.scale + v * kLanes);
+      b[v] = load(t.bias + v * kLanes);
+    });
+    int zero = op.zero_point, low = op.low_byte, high = op.high_byte;
+    TQ_EACH_OF(MR, r)
+      F y[NV];
+      TQ_EACH_OF(NV, v)
+        y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
+      });
+      store_quantized<NV>(t.places[r].byte + t.at, y, zero, low, high);
+    });
     return;
   }
   alignas(64) float y[MR][NV * kLanes];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
+  TQ_EACH_OF(NV, v)
     F s = load(t.scale + v * kLanes), b = load(t.bias + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) store(&y[r][v * kLanes], fma(to_float(acc[r][v]), s, b));
-  }
+    TQ_EACH_OF(MR, r)
+      store(&y[r][v * kLanes], fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s, b));
+    });
+  });
   finish_any(op, &y[0][0], NV * kLanes, t.places, MR, t.at, t.n, t.other_float, t.tail);
 }
 
@@ -211,10 +212,8 @@ TileFunction tile_of(int mr, std::integer_sequence<int, M...>) {
 TileFunction tile_of(int mr, int nv) {
   switch (nv) {
     case 1: return tile_of<1>(mr, std::make_integer_sequence<int, kMaxMr[1]>());
-#if defined(TQ_WIDE) || (defined(__AVX2__) && !defined(TQ_PORTABLE))
-    case 2: return tile_of<2>(mr, std::make_integer_sequence<int, kMaxMr[2]>());
-#endif
 #if defined(TQ_WIDE)
+    case 2: return tile_of<2>(mr, std::make_integer_sequence<int, kMaxMr[2]>());
     case 3: return tile_of<3>(mr, std::make_integer_sequence<int, kMaxMr[3]>());
     case 4: return tile_of<4>(mr, std::make_integer_sequence<int, kMaxMr[4]>());
 #endif
@@ -351,31 +350,37 @@ TQ_INLINE void interleave(const uint8_t* const* rows, uint8_t* to) {
       for (int k = 0; k < 4; ++k) to[j * 64 + lane * 4 + k] = rows[k][Block<J>::channel(j, lane)];
 }
 
-// Rounds, adds the zero point and writes 16 J bytes in the order of the channels.
+// As store_quantized, of 16 J channels in the order that interleaving gave them.
 template <int J>
-TQ_INLINE void store_block(uint8_t* p, const F* y, I zero) {
+TQ_INLINE void store_block(uint8_t* p, const F* y, int zero, int low, int high) {
 #if defined(TQ_WIDE)
   __m512i q[J];
-  for (int j = 0; j < J; ++j) q[j] = _mm512_add_epi32(_mm512_cvtps_epi32(y[j].v), zero.v);
+  for (int j = 0; j < J; ++j) q[j] = _mm512_cvtps_epi32(y[j]);
   if (J == 4) {
-    __m512i low = _mm512_packus_epi32(q[0], q[J > 1 ? 1 : 0]), high = _mm512_packus_epi32(q[J > 2 ? 2 : 0], q[J > 3 ? 3 : 0]);
-    _mm512_storeu_si512(p, _mm512_packus_epi16(low, high));
+    __m512i z = _mm512_set1_epi16(short(zero));
+    __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[J > 1 ? 1 : 0]), z);
+    __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(q[J > 2 ? 2 : 0], q[J > 3 ? 3 : 0]), z);
+    __m512i c = _mm512_max_epu8(_mm512_packus_epi16(a, b), _mm512_set1_epi8(char(low)));
+    _mm512_storeu_si512(p, _mm512_min_epu8(c, _mm512_set1_epi8(char(high))));
     return;
   }
   if (J == 2) {
     auto half = [&](int j, int h) { return h ? _mm512_extracti64x4_epi64(q[j], 1) : _mm512_castsi512_si256(q[j]); };
     int last = J > 1 ? 1 : 0;
-    __m256i low = _mm256_packus_epi32(half(0, 0), half(0, 1)), high = _mm256_packus_epi32(half(last, 0), half(last, 1));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packus_epi16(low, high));
+    __m256i z = _mm256_set1_epi16(short(zero));
+    __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(half(0, 0), half(0, 1)), z);
+    __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(half(last, 0), half(last, 1)), z);
+    __m256i c = _mm256_max_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(char(low)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_min_epu8(c, _mm256_set1_epi8(char(high))));
     return;
   }
 #endif
-  uint8_t bytes[J][16];
-  for (int j = 0; j < J; ++j) store_bytes(bytes[j], y[j], zero);
   if (J == 1) {
-    std::memcpy(p, bytes[0], 16);
+    store_quantized<1>(p, y, zero, low, high);
     return;
   }
+  uint8_t bytes[J][16];
+  for (int j = 0; j < J; ++j) store_quantized<1>(bytes[j], y + j, zero, low, high);
   for (int j = 0; j < J; ++j)
     for (int lane = 0; lane < 16; ++lane) p[Block<J>::channel(j, lane)] = bytes[j][lane];
 }
@@ -388,7 +393,6 @@ constexpr int kMaxX[5] = {0, 2, 1, 0, 1};
 
 // One block of channels of one output row.
 struct Line {
-  const uint8_t* bytes;  // interleaved
   int64_t step;          // from an output pixel to the next
   const int32_t* taps;
   int64_t n_taps;
@@ -400,42 +404,39 @@ struct Line {
 
 template <int J, int XB>
 void depthwise_tile(const Op& op, const Line& l, const uint8_t* from, const Outputs& outputs, Place place) {
-  I acc[XB][J];
-#pragma GCC unroll 4
-  for (int j = 0; j < J; ++j) {
-    I c = load_int(l.compensation + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < XB; ++i) acc[i][j] = c;
-  }
-  for (int64_t k = 0; k < l.n_taps; ++k) {
+  constexpr int JR = J * kPerVector, kBytes = 64 / kPerVector;
+  R acc[XB][JR];
+  TQ_EACH_OF(JR, j)
+    R c = load_register(reinterpret_cast<const char*>(l.compensation) + j * kBytes);
+    TQ_EACH_OF(XB, i) acc[i][j] = c; });
+  });
+  int64_t step = l.step;
+  const int8_t* weights = l.weights;
+  for (int64_t k = 0; k < l.n_taps; ++k, weights += J * 64) {
     const uint8_t* p = from + l.taps[k];
-    I w[J];
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) w[j] = load_int(l.weights + (k * J + j) * 64);
-#pragma GCC unroll 8
-    for (int i = 0; i < XB; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) acc[i][j] = dot(acc[i][j], load_int(p + i * l.step + j * 64), w[j]);
+    R w[JR];
+    TQ_EACH_OF(JR, j) w[j] = load_register(weights + j * kBytes); });
+    TQ_EACH_OF(XB, i)
+      TQ_EACH_OF(JR, j) acc[i][j] = dot_register(acc[i][j], load_register(p + i * step + j * kBytes), w[j]); });
+    });
   }
-  F low = set(op.low), high = set(op.high);
-  I zero = set_int(op.zero_point);
-#pragma GCC unroll 8
-  for (int i = 0; i < XB; ++i) {
+  TQ_EACH_OF(XB, i)
     F z[J];
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) z[j] = fma(to_float(acc[i][j]), load(l.scale + j * kLanes), load(l.bias + j * kLanes));
+    TQ_EACH_OF(J, j)
+      I sum = vector_of(acc[i][j * kPerVector], acc[i][j * kPerVector + kPerVector - 1]);
+      z[j] = fma(to_float(sum), load(l.scale + j * kLanes), load(l.bias + j * kLanes));
+    });
     if (op.direct) {
-      for (int j = 0; j < J; ++j) z[j] = clamp(z[j], low, high);
-      store_block<J>(place.byte + l.at, z, zero);
+      store_block<J>(place.byte + l.at, z, op.zero_point, op.low_byte, op.high_byte);
     } else {
       alignas(64) float lanes[J][16], natural[J * 16];
-      for (int j = 0; j < J; ++j) store(lanes[j], z[j]);
+      TQ_EACH_OF(J, j) store(lanes[j], z[j]); });
       for (int j = 0; j < J; ++j)
         for (int lane = 0; lane < 16; ++lane) natural[Block<J>::channel(j, lane)] = lanes[j][lane];
       finish_any(op, natural, 0, &place, 1, l.at, l.n, outputs.other_float, outputs.tail);
     }
     outputs.next(place);
-  }
+  });
 }
 
 using LineFunction = void (*)(const Op&, const Line&, const uint8_t*, const Outputs&, Place);
@@ -445,66 +446,107 @@ LineFunction line_of(int64_t xb, std::integer_sequence<int, X...>) {
   return table[xb - 1];
 }
 
+// How a window's taps are grouped by four: down the rows, and along the last row where it would be alone in its group.
+struct Groups {
+  int64_t down, along, n_taps;
+  explicit Groups(const Op& op) {
+    bool alone = op.kh % 4 == 1 && op.kh > 1;
+    down = alone ? op.kh / 4 : (op.kh + 3) / 4;
+    along = alone ? (op.kw + 3) / 4 : 0;
+    n_taps = down * op.kw + along;
+  }
+  int64_t each() const { return down + (along > 0); }  // vectors of a pixel in a line
+};
+
 template <int J>
-void depthwise_block(const Op& op, const Bound& b, Line& l, uint8_t* line, int64_t sample, int64_t y, const Outputs& outputs) {
+void interleave_rows(const uint8_t* const* from, int64_t stride, int64_t from_x, int64_t to_x, uint8_t* to, int64_t pixel_bytes) {
+  const uint8_t* rows[4] = {from[0], from[1], from[2], from[3]};
+  for (int64_t x = from_x; x < to_x; ++x, to += pixel_bytes) {
+    interleave<J>(rows, to);
+    for (int k = 0; k < 4; ++k) rows[k] += stride;
+  }
+}
+
+// One block of channels of the output rows y and, where `rows` is 2, y + 1, whose windows share what is interleaved.
+template <int J>
+void depthwise_block(const Op& op, const Bound& b, Line& l, uint8_t* line, int64_t sample, int64_t y, int rows,
+                     int64_t set_bytes, const Outputs& outputs) {
   const Value& in = b.values[op.input];
   const Value& out = b.values[out_value(op)];
-  int64_t groups = (op.kh + 3) / 4, width = (out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1, pixel_bytes = groups * J * 64;
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* rows[4];
-    for (int64_t k = 0; k < 4; ++k) {
-      int64_t tap = std::min<int64_t>(4 * g + k, op.kh - 1);
-      rows[k] = pixel(b, op.input, sample, y * op.sh - op.pt + tap * op.dh, -op.pl) + l.at;
-    }
-    uint8_t* to = line + g * J * 64;
-    for (int64_t x = 0; x < width; ++x, to += pixel_bytes) {
-      interleave<J>(rows, to);
-      for (auto& r : rows) r += in.stride;
+  Groups groups(op);
+  int64_t width = (out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1, pixel_bytes = groups.each() * J * 64;
+  int64_t last = op.kh - 1 + (rows - 1);
+  auto row_at = [&](int64_t tap) {
+    return pixel(b, op.input, sample, y * op.sh - op.pt + std::min(tap, last) * op.dh, -op.pl) + l.at;
+  };
+  for (int64_t g = 0; g < groups.down; ++g) {
+    const uint8_t* from[4] = {row_at(4 * g), row_at(4 * g + 1), row_at(4 * g + 2), row_at(4 * g + 3)};
+    interleave_rows<J>(from, in.stride, 0, width, line + g * J * 64, pixel_bytes);
+  }
+  if (groups.along) {
+    const uint8_t* row = row_at(op.kh - 1);
+    int64_t whole = std::max<int64_t>(width - 3 * op.dw, 0), step = op.dw * in.stride;
+    const uint8_t* from[4] = {row, row + step, row + 2 * step, row + 3 * step};
+    uint8_t* to = line + groups.down * J * 64;
+    interleave_rows<J>(from, in.stride, 0, whole, to, pixel_bytes);
+    for (int64_t x = whole; x < width; ++x) {  // the window ends: what lies beyond has weights of zero
+      for (int64_t k = 0; k < 4; ++k) from[k] = row + std::min(x + k * op.dw, width - 1) * in.stride;
+      interleave<J>(from, to + x * pixel_bytes);
     }
   }
-  int32_t taps[256];
-  for (int64_t g = 0; g < groups; ++g)
+  int32_t taps[512];
+  for (int64_t g = 0; g < groups.down; ++g)
     for (int64_t k = 0; k < op.kw; ++k) taps[g * op.kw + k] = int32_t(k * op.dw * pixel_bytes + g * J * 64);
-  l.bytes = line;
+  for (int64_t k = 0; k < groups.along; ++k)
+    taps[groups.down * op.kw + k] = int32_t(4 * k * op.dw * pixel_bytes + groups.down * J * 64);
   l.taps = taps;
   l.step = op.sw * pixel_bytes;
-  Place place = outputs.at(sample, y, 0);
   int64_t tiles = (out.w + kMaxX[J] - 1) / kMaxX[J], size = out.w / tiles, larger = out.w % tiles;
-  const uint8_t* from = line;
-  for (int64_t i = 0; i < tiles; ++i) {
-    int64_t xb = size + (i < larger);
-    line_of<J>(xb, std::make_integer_sequence<int, kMaxX[J]>())(op, l, from, outputs, place);
-    from += xb * l.step;
-    for (int64_t x = 0; x < xb; ++x) outputs.next(place);
+  LineFunction small = line_of<J>(size, std::make_integer_sequence<int, kMaxX[J]>());
+  LineFunction large = larger ? line_of<J>(size + 1, std::make_integer_sequence<int, kMaxX[J]>()) : small;
+  for (int row = 0; row < rows; ++row) {
+    Place place = outputs.at(sample, y + row, 0);
+    const uint8_t* from = line;
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t xb = size + (i < larger);
+      (i < larger ? large : small)(op, l, from, outputs, place);
+      from += xb * l.step;
+      for (int64_t x = 0; x < xb; ++x) outputs.next(place);
+    }
+    l.weights += set_bytes;
   }
 }
 
 void depthwise(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
   const Value& out = b.values[out_value(op)];
   Outputs outputs(op, b);
-  int64_t groups = (op.kh + 3) / 4, padded = (op.channels + 15) / 16 * 16;
-  uint8_t* line = scratch(size_t(((out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1) * groups * 256));
+  Groups groups(op);
+  int64_t padded = (op.channels + 15) / 16 * 16, set_bytes = padded * groups.n_taps * 4;
+  uint8_t* line = scratch(size_t(((out.w - 1) * op.sw + (op.kw - 1) * op.dw + 1) * groups.each() * 256));
   Line l;
-  l.n_taps = groups * op.kw;
+  l.n_taps = groups.n_taps;
   const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
   const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
   const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
-  for (int64_t row = begin; row < end; ++row) {
+  bool pairs = op.kh == 3 && op.sh == 1 && op.dh == 1;  // and a second set of weights, one row lower
+  for (int64_t row = begin; row < end;) {
     int64_t sample = row / out.h, y = row % out.h;
+    int rows = pairs && row + 1 < end && y + 1 < out.h ? 2 : 1;
     for (int64_t at = 0; at < padded;) {
       int64_t left = padded - at, width = left >= 64 ? 64 : left >= 32 ? 32 : 16;
       l.at = at;
       l.n = std::min<int64_t>(op.channels - at, width);
-      l.weights = weights + at * l.n_taps * 4;
+      l.weights = weights + at * groups.n_taps * 4;
       l.compensation = compensation + at;
       l.scale = scale + at;
       l.bias = bias + at;
-      if (width == 64) depthwise_block<4>(op, b, l, line, sample, y, outputs);
-      else if (width == 32) depthwise_block<2>(op, b, l, line, sample, y, outputs);
-      else depthwise_block<1>(op, b, l, line, sample, y, outputs);
+      if (width == 64) depthwise_block<4>(op, b, l, line, sample, y, rows, set_bytes, outputs);
+      else if (width == 32) depthwise_block<2>(op, b, l, line, sample, y, rows, set_bytes, outputs);
+      else depthwise_block<1>(op, b, l, line, sample, y, rows, set_bytes, outputs);
       at += width;
     }
+    row += rows;
   }
 }
 
@@ -547,21 +589,27 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
     Place place = outputs.at(sample, y, 0);
     const float* from = source + (sample * in.c * in.h + y) * in.w;
     if (place.byte && out.stride == 4) {  // images: the bytes of a pixel side by side, in one store
+      I zero = set_int(op.zero_point - 0x4b400000);  // the bits of kRound
       for (int64_t x = 0; x < out.w; x += kLanes) {
         int64_t n = std::min<int64_t>(kLanes, out.w - x);
-        I all = set_int(0);
-        uint8_t bytes[64];
-        for (int64_t c = 0; c < in.c; ++c) {
-          alignas(64) float t[kLanes] = {};
+        auto channel = [&](int64_t c) {
+          if (c >= in.c) return set_int(0);
           const float* p = from + c * in.h * in.w + x;
-          if (n < kLanes) { std::memcpy(t, p, size_t(n) * 4); p = t; }
-          uint8_t q[kLanes];
-          store_bytes(q, clamp(mul(load(p), inverse), low, high), set_int(op.zero_point));
-          for (int i = 0; i < kLanes; ++i) bytes[4 * i + c] = q[i];
+          alignas(64) float t[kLanes] = {};
+          if (n < kLanes) {
+            std::memcpy(t, p, size_t(n) * 4);
+            p = t;
+          }
+          return add(bits(add(clamp(mul(load(p), inverse), low, high), set(kRound))), zero);
+        };
+        I pixels = add(add(channel(0), shift_left<8>(channel(1))), add(shift_left<16>(channel(2)), shift_left<24>(channel(3))));
+        if (n == kLanes) {
+          store_int(place.byte + x * 4, pixels);
+        } else {
+          uint8_t bytes[64];
+          store_int(bytes, pixels);
+          std::memcpy(place.byte + x * 4, bytes, size_t(n) * 4);
         }
-        for (int64_t c = in.c; c < 4; ++c) for (int i = 0; i < kLanes; ++i) bytes[4 * i + c] = 0;
-        (void)all;
-        std::memcpy(place.byte + x * 4, bytes, size_t(n) * 4);
       }
       continue;
     }

@@ -51,10 +51,10 @@ struct Op {
   float inverse;                             // 1 / scale of the bytes written
   int32_t zero_point;
   float low, high;                           // range of the bytes written, zero point subtracted
-  int32_t direct;                            // scale and bias already hold `inverse`, nothing but a clamp follows
+  int32_t direct, low_byte, high_byte;       // scale and bias hold `inverse`, and nothing but a clamp to these follows
   int32_t key, value_in, mask, heads, causal; // attention
   float factor;                              // attention: of the scores; layer norm: epsilon
-  int32_t pad[7];
+  int32_t pad[5];
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192, "as in plan.py");

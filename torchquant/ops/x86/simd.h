@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -11,6 +12,18 @@
 
 namespace TQ_ISA {
 
+// Calls f(0), f(1) ... f(N - 1) with constants: arrays indexed by them live in registers, which loops unrolled by a pragma
+// do not bring about.
+template <class Body, int... K>
+TQ_INLINE void each_of(Body&& body, std::integer_sequence<int, K...>) {
+  (body(std::integral_constant<int, K>()), ...);
+}
+template <int N, class Body>
+TQ_INLINE void each(Body&& body) {
+  each_of(body, std::make_integer_sequence<int, N>());
+}
+#define TQ_EACH_OF(n, i) each<n>([&](auto i) __attribute__((always_inline)) {
+
 constexpr int kLanes = 16;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits, ties to even
 
@@ -18,50 +31,77 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an int
 #define TQ_WIDE 1
 constexpr int kMaxNv = 4;
 constexpr int kMaxMr[5] = {0, 12, 12, 8, 6};
-struct I { __m512i v; };
-struct F { __m512 v; };
-TQ_INLINE I load_int(const void* p) { return {_mm512_loadu_si512(p)}; }
-TQ_INLINE void store_int(void* p, I a) { _mm512_storeu_si512(p, a.v); }
-TQ_INLINE I broadcast4(const uint8_t* p) { int32_t x; std::memcpy(&x, p, 4); return {_mm512_set1_epi32(x)}; }
-TQ_INLINE I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-TQ_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+using I = __m512i;
+using F = __m512;
+using R = __m512i;  // a register of accumulators: arrays of plain vectors stay in registers, of structs they do not
+constexpr int kPerVector = 1;
+TQ_INLINE I load_int(const void* p) { return _mm512_loadu_si512(p); }
+TQ_INLINE void store_int(void* p, I a) { _mm512_storeu_si512(p, a); }
+TQ_INLINE I broadcast4(const uint8_t* p) { int32_t x; std::memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+TQ_INLINE I set_int(int32_t x) { return _mm512_set1_epi32(x); }
+TQ_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 TQ_INLINE I dot(I c, I a, I b) {
 #if defined(__AVX512VNNI__)
-  return {_mm512_dpbusd_epi32(c.v, a.v, b.v)};
+  return _mm512_dpbusd_epi32(c, a, b);
 #else  // exact: vpmaddubsw would saturate, so bytes are widened first
   __m512i m = _mm512_set1_epi32(0x00ff00ff);
-  __m512i lo = _mm512_madd_epi16(_mm512_and_si512(a.v, m), _mm512_srai_epi16(_mm512_slli_epi16(b.v, 8), 8));
-  __m512i hi = _mm512_madd_epi16(_mm512_and_si512(_mm512_srli_epi16(a.v, 8), m), _mm512_srai_epi16(b.v, 8));
-  return {_mm512_add_epi32(c.v, _mm512_add_epi32(lo, hi))};
+  __m512i lo = _mm512_madd_epi16(_mm512_and_si512(a, m), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+  __m512i hi = _mm512_madd_epi16(_mm512_and_si512(_mm512_srli_epi16(a, 8), m), _mm512_srai_epi16(b, 8));
+  return _mm512_add_epi32(c, _mm512_add_epi32(lo, hi));
 #endif
 }
-TQ_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
-TQ_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
-TQ_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
-TQ_INLINE F set(float x) { return {_mm512_set1_ps(x)}; }
-TQ_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
-TQ_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
-TQ_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
-TQ_INLINE F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
-TQ_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-TQ_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
-TQ_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
-TQ_INLINE float sum(F a) { return _mm512_reduce_add_ps(a.v); }
-TQ_INLINE float largest(F a) { return _mm512_reduce_max_ps(a.v); }
-TQ_INLINE F bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
-TQ_INLINE I bits(F a) { return {_mm512_castps_si512(a.v)}; }
-TQ_INLINE I shift_left23(I a) { return {_mm512_slli_epi32(a.v, 23)}; }
+TQ_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+TQ_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+TQ_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+TQ_INLINE F set(float x) { return _mm512_set1_ps(x); }
+TQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+TQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+TQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+TQ_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+TQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+TQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+TQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+TQ_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+TQ_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
+TQ_INLINE F bits(I a) { return _mm512_castsi512_ps(a); }
+TQ_INLINE I bits(F a) { return _mm512_castps_si512(a); }
+template <int n> TQ_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, n); }
+// NV vectors of 16 channels: rounded, zero point added, clamped as bytes; |y| < 2^30.
+template <int NV>
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+  __m512i q[4];
+  for (int v = 0; v < 4; ++v) q[v] = v < NV ? _mm512_cvtps_epi32(y[v < NV ? v : 0]) : _mm512_setzero_si512();
+  __m512i z = _mm512_set1_epi16(short(zero));
+  __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), z);
+  __m512i b = NV > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), z) : a;
+  __m512i c = _mm512_packus_epi16(a, b);  // of each vector four lanes at a time
+  c = _mm512_min_epu8(_mm512_max_epu8(c, _mm512_set1_epi8(char(low))), _mm512_set1_epi8(char(high)));
+  c = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), c);
+  if (NV == 4) _mm512_storeu_si512(p, c);
+  if (NV == 3) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(c));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32), _mm512_extracti32x4_epi32(c, 2));
+  }
+  if (NV == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(c));
+  if (NV == 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(c));
+}
 TQ_INLINE F from_bytes(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 TQ_INLINE void store_low_bytes(uint8_t* p, I a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
+TQ_INLINE R load_register(const void* p) { return load_int(p); }
+TQ_INLINE R broadcast_register(const uint8_t* p) { return broadcast4(p); }
+TQ_INLINE R dot_register(R c, R a, R b) { return dot(c, a, b); }
+TQ_INLINE I vector_of(R first, R) { return first; }
 #elif defined(__AVX2__) && !defined(TQ_PORTABLE)
-constexpr int kMaxNv = 2;
-constexpr int kMaxMr[5] = {0, 6, 3, 0, 0};
+constexpr int kMaxNv = 1;
+constexpr int kMaxMr[5] = {0, 6, 0, 0, 0};
 struct I { __m256i v, w; };
 struct F { __m256 v, w; };
+using R = __m256i;
+constexpr int kPerVector = 2;
 TQ_INLINE __m256i load8(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 TQ_INLINE I load_int(const void* p) { return {load8(p), load8(static_cast<const char*>(p) + 32)}; }
 TQ_INLINE void store_int(void* p, I a) {
@@ -109,7 +149,18 @@ TQ_INLINE float largest(F a) {
 }
 TQ_INLINE F bits(I a) { return {_mm256_castsi256_ps(a.v), _mm256_castsi256_ps(a.w)}; }
 TQ_INLINE I bits(F a) { return {_mm256_castps_si256(a.v), _mm256_castps_si256(a.w)}; }
-TQ_INLINE I shift_left23(I a) { return {_mm256_slli_epi32(a.v, 23), _mm256_slli_epi32(a.w, 23)}; }
+template <int n> TQ_INLINE I shift_left(I a) { return {_mm256_slli_epi32(a.v, n), _mm256_slli_epi32(a.w, n)}; }
+TQ_INLINE __m128i quantized(F y, int zero, int low, int high) {
+  __m256i q = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(y.v), _mm256_cvtps_epi32(y.w)), 0xd8);
+  q = _mm256_adds_epi16(q, _mm256_set1_epi16(short(zero)));
+  __m128i c = _mm_packus_epi16(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  return _mm_min_epu8(_mm_max_epu8(c, _mm_set1_epi8(char(low))), _mm_set1_epi8(char(high)));
+}
+template <int NV>
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+  for (int v = 0; v < NV; ++v)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + v, quantized(y[v], zero, low, high));
+}
 TQ_INLINE F from_bytes(const uint8_t* p) {
   __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
@@ -121,6 +172,10 @@ TQ_INLINE void store_low_bytes(uint8_t* p, I a) {
   __m128i y = _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), y);
 }
+TQ_INLINE R load_register(const void* p) { return load8(p); }
+TQ_INLINE R broadcast_register(const uint8_t* p) { int32_t x; std::memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
+TQ_INLINE R dot_register(R c, R a, R b) { return dot8(c, a, b); }
+TQ_INLINE I vector_of(R first, R second) { return {first, second}; }
 #else
 constexpr int kMaxNv = 1;
 constexpr int kMaxMr[5] = {0, 2, 0, 0, 0};
@@ -153,9 +208,23 @@ TQ_INLINE float sum(F a) { float s = 0; TQ_EACH s += a.v[i]; return s; }
 TQ_INLINE float largest(F a) { float m = a.v[0]; TQ_EACH m = a.v[i] > m ? a.v[i] : m; return m; }
 TQ_INLINE F bits(I a) { F r; std::memcpy(r.v, a.v, 64); return r; }
 TQ_INLINE I bits(F a) { I r; std::memcpy(r.v, a.v, 64); return r; }
-TQ_INLINE I shift_left23(I a) { TQ_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << 23); return a; }
+template <int n> TQ_INLINE I shift_left(I a) { TQ_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); return a; }
+template <int NV>
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+  for (int v = 0; v < NV; ++v)
+    TQ_EACH {
+      int q = int(std::lrintf(y[v].v[i])) + zero;
+      p[16 * v + i] = static_cast<uint8_t>(q < low ? low : q > high ? high : q);
+    }
+}
 TQ_INLINE F from_bytes(const uint8_t* p) { F r; TQ_EACH r.v[i] = p[i]; return r; }
 TQ_INLINE void store_low_bytes(uint8_t* p, I a) { TQ_EACH p[i] = static_cast<uint8_t>(a.v[i]); }
+using R = I;
+constexpr int kPerVector = 1;
+TQ_INLINE R load_register(const void* p) { return load_int(p); }
+TQ_INLINE R broadcast_register(const uint8_t* p) { return broadcast4(p); }
+TQ_INLINE R dot_register(R c, R a, R b) { return dot(c, a, b); }
+TQ_INLINE I vector_of(R first, R) { return first; }
 #endif
 
 // Rounds to the nearest integer, ties to even, adds the zero point and writes the low byte; |a| < 2^22.
@@ -175,21 +244,24 @@ TQ_INLINE F exp(F x) {  // relative error below 2e-7 in [-87, 88]
   p = fma(p, r, set(1.6666665459e-1f));
   p = fma(p, r, set(5.0000001201e-1f));
   p = fma(mul(r, r), p, add(r, set(1.0f)));
-  return bits(add(bits(p), shift_left23(bits(t))));  // 2^n: n sits in the low bits of t
+  return bits(add(bits(p), shift_left<23>(bits(t))));  // 2^n: n sits in the low bits of t
 }
-TQ_INLINE F absolute(F x) { return max(x, sub(set(0.0f), x)); }
-TQ_INLINE F erf(F x) {  // Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7
-  F a = absolute(x);
-  F t = div(set(1.0f), fma(a, set(0.3275911f), set(1.0f)));
-  F p = set(1.061405429f);
-  p = fma(p, t, set(-1.453152027f));
-  p = fma(p, t, set(1.421413741f));
-  p = fma(p, t, set(-0.284496736f));
-  p = fma(p, t, set(0.254829592f));
-  F y = sub(set(1.0f), mul(mul(p, t), exp(sub(set(0.0f), mul(a, a)))));
-  // the sign of x
-  F positive = min(max(mul(x, set(1e38f)), set(-1.0f)), set(1.0f));
-  return mul(y, positive);
+TQ_INLINE F erf(F x) {  // x P(x^2) / Q(x^2) on [-4, 4], beyond which erf is 1 to float accuracy; absolute error below 4e-7
+  x = clamp(x, set(-4.0f), set(4.0f));
+  F s = mul(x, x);
+  F p = set(-2.72614225801306e-10f);
+  p = fma(p, s, set(2.77068142495902e-08f));
+  p = fma(p, s, set(-2.10102402082508e-06f));
+  p = fma(p, s, set(-5.69250639462346e-05f));
+  p = fma(p, s, set(-7.34990630326855e-04f));
+  p = fma(p, s, set(-2.95459980854025e-03f));
+  p = fma(p, s, set(-1.60960333262415e-02f));
+  F q = set(-1.45660718464996e-05f);
+  q = fma(q, s, set(-2.13374055278905e-04f));
+  q = fma(q, s, set(-1.68282697438203e-03f));
+  q = fma(q, s, set(-7.37332916720468e-03f));
+  q = fma(q, s, set(-1.42647390514189e-02f));
+  return div(mul(x, p), q);
 }
 TQ_INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(set(0.0f), x)))); }
 TQ_INLINE F tanh(F x) { return sub(set(1.0f), div(set(2.0f), add(set(1.0f), exp(add(x, x))))); }
