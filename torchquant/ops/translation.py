@@ -191,7 +191,7 @@ class _Translator:
             return
         makers = [s for s in self.plan.steps if s.out_float is source]
         read = any(source in s.reads() for s in self.plan.steps)
-        if makers and source.external is None and (c % 16 == 0 or not read) and makers[0].kind != "max_pool":
+        if makers and source.external is None and (c % 16 == 0 or not read):
             source.external = ("output", index)
             return
         self.plan.steps.append(Step("elementwise", source, out_float=outer, label=node.name))
@@ -250,8 +250,6 @@ class _Translator:
         """Fuse what follows the step and give it its outputs."""
         end, n, chain = node, step.numbers, [node]
         stage = 2 if "binary" in n else 0
-        if step.kind == "max_pool":
-            stage = 3
         while True:
             user = self._only_user(end)
             if user is None:
@@ -285,7 +283,7 @@ class _Translator:
         pooled = self._pooled(end) if not quantizes else None
         if pooled is not None:
             grids, others = [pooled], False
-        if grids and (not others or step.kind != "max_pool"):
+        if grids:
             step.out_byte = made.bytes[grids[0]] = Value(h, w, c, grids[0])
         if others or len(grids) > 1 or not grids:
             step.out_float = made.number = Value(h, w, c)

@@ -150,12 +150,21 @@ struct Tile {
   const int32_t* compensation;
   const float *scale, *bias;
   int64_t at, n;            // first channel, channels
-  bool other_float, tail;
+  bool other_float, tail, plain;
 };
 
 template <int MR, int NV>
 void tile(const Op& op, const Tile& t) {
   constexpr int NR = NV * kPerVector, kBytes = 64 / kPerVector;
+  if (!op.direct) {  // what the products will meet when they are done
+    for (int r = 0; r < MR; ++r) {
+      const Place& p = t.places[r];
+      for (int v = 0; v < NV; ++v) {
+        if (p.other) __builtin_prefetch(p.other + (t.at + v * kLanes) * (t.other_float ? 4 : 1), 0);
+        if (p.number) __builtin_prefetch(p.number + t.at + v * kLanes, 1);
+      }
+    }
+  }
   R acc[MR][NR];
   TQ_EACH_OF(NR, v)
     R c = load_register(reinterpret_cast<const char*>(t.compensation) + v * kBytes);
@@ -190,6 +199,39 @@ void tile(const Op& op, const Tile& t) {
         y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
       });
       store_quantized<NV>(t.places[r].byte + t.at, y, zero, low, high);
+    });
+    return;
+  }
+  if (t.plain) {  // an addend and a clamp at most: all in registers
+    F s[NV], b[NV];
+    TQ_EACH_OF(NV, v)
+      s[v] = load(t.scale + v * kLanes);
+      b[v] = load(t.bias + v * kLanes);
+    });
+    bool clamped = op.after == tq::kClamp;
+    F least = set(clamped ? op.after_low : -INFINITY), most = set(clamped ? op.after_high : INFINITY);
+    F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
+    F scale = set(op.other_scale), zero = set(static_cast<float>(op.other_zero_point));
+    TQ_EACH_OF(MR, r)
+      const Place& p = t.places[r];
+      F y[NV];
+      TQ_EACH_OF(NV, v)
+        y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
+      });
+      if (p.other && t.other_float) {
+        const float* o = reinterpret_cast<const float*>(p.other) + t.at;
+        TQ_EACH_OF(NV, v) y[v] = add(y[v], load(o + v * kLanes)); });
+      } else if (p.other) {
+        TQ_EACH_OF(NV, v) y[v] = fma(sub(from_bytes(p.other + t.at + v * kLanes), zero), scale, y[v]); });
+      }
+      TQ_EACH_OF(NV, v) y[v] = clamp(y[v], least, most); });
+      if (p.number) {
+        TQ_EACH_OF(NV, v) store(p.number + t.at + v * kLanes, y[v]); });
+      }
+      if (p.byte) {
+        TQ_EACH_OF(NV, v) y[v] = clamp(mul(y[v], inverse), low, high); });
+        store_quantized<NV>(p.byte + t.at, y, op.zero_point, 0, 255);
+      }
     });
     return;
   }
@@ -233,24 +275,29 @@ constexpr int64_t kBlockOfA = 192 * 1024;  // bytes of the left operand that sta
 void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part, int64_t parts) {
   const Value& in = b.values[op.input];
   const Value& out = b.values[out_value(op)];
-  int64_t n_taps = int64_t(op.kh) * op.kw, blocks = (op.channels + kLanes - 1) / kLanes;
+  // taps side by side in memory are one longer tap
+  bool joined = op.dw == 1 && in.stride == op.depth;
+  int64_t columns = joined ? 1 : op.kw, depth = joined ? op.depth * op.kw : op.depth;
+  int64_t n_taps = op.kh * columns, blocks = (op.channels + kLanes - 1) / kLanes;
   int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
   std::vector<int32_t> taps(n_taps);
   for (int64_t k = 0; k < n_taps; ++k)
-    taps[k] = int32_t(((k / op.kw) * op.dh * row_pixels(in) + (k % op.kw) * op.dw) * in.stride);
+    taps[k] = int32_t(((k / columns) * op.dh * row_pixels(in) + (k % columns) * op.dw) * in.stride);
   Tile t;
   Outputs outputs(op, b);
   t.taps = taps.data();
   t.n_taps = n_taps;
-  t.depth = op.depth;
-  t.block = n_taps * op.depth * kLanes;
+  t.depth = depth;
+  t.block = n_taps * depth * kLanes;
   t.other_float = outputs.other_float;
   t.tail = outputs.tail;
+  t.plain = op.before == tq::kNone && (op.after == tq::kNone || op.after == tq::kClamp) && op.binary != tq::kMul &&
+            op.other_broadcast == 0 && !(t.tail && op.channels % kLanes);
   const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
   const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
   const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
-  int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(n_taps == 1 ? op.depth : op.depth * 2, 1), 24);
+  int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(op.kh * op.kw == 1 ? op.depth : op.depth * 2, 1), 24);
   int64_t source_step = int64_t(op.sw) * in.stride;
   int64_t panels = (last - first + kMaxNv - 1) / kMaxNv;
   for (int64_t m0 = begin; m0 < end; m0 += rows) {
@@ -666,27 +713,34 @@ void max_pool(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t,
   const Value& in = b.values[op.input];
   const Value& out = b.values[out_value(op)];
   Outputs outputs(op, b);
+  std::vector<const uint8_t*> window(size_t(op.kh) * op.kw);
+  auto* line = reinterpret_cast<float*>(scratch(size_t(op.channels + kLanes) * 4));
   Walk walk(out, begin);
   for (int64_t i = begin; i < end; ++i, walk.next()) {
     Place place = outputs.at(walk.sample, walk.y, walk.x);
     int64_t y0 = walk.y * op.sh - op.pt, x0 = walk.x * op.sw - op.pl;
-    bool started = false;
-    for (int64_t ky = 0; ky < op.kh; ++ky)
-      for (int64_t kx = 0; kx < op.kw; ++kx) {
-        int64_t y = y0 + ky * op.dh, x = x0 + kx * op.dw;
-        if (y < 0 || y >= in.h || x < 0 || x >= in.w) continue;
-        const uint8_t* p = pixel(b, op.input, walk.sample, y, x);
-        if (in.is_float) {
-          const auto* q = reinterpret_cast<const float*>(p);
-          for (int64_t c = 0; c < op.channels; c += kLanes)
-            store(place.number + c, started ? max(load(place.number + c), load(q + c)) : load(q + c));
-        } else if (!started) {
-          std::memcpy(place.byte, p, size_t(op.channels));
-        } else {
-          for (int64_t c = 0; c < op.channels; ++c) place.byte[c] = place.byte[c] > p[c] ? place.byte[c] : p[c];
-        }
-        started = true;
+    size_t n = 0, step = size_t(in.stride * element_size(in));
+    for (int64_t ky = 0; ky < op.kh; ++ky) {
+      int64_t y = y0 + ky * op.dh;
+      if (y < 0 || y >= in.h) continue;
+      const uint8_t* row = pixel(b, op.input, walk.sample, y, 0);
+      for (int64_t x = x0; x < x0 + op.kw * op.dw; x += op.dw)
+        if (x >= 0 && x < in.w) window[n++] = row + size_t(x) * step;
+    }
+    if (in.is_float) {
+      for (int64_t c = 0; c < op.channels; c += kLanes) {
+        F most = load(reinterpret_cast<const float*>(window[0]) + c);
+        for (size_t k = 1; k < n; ++k) most = max(most, load(reinterpret_cast<const float*>(window[k]) + c));
+        store(line + c, most);
       }
+      finish_any(op, line, 0, &place, 1, 0, op.channels, outputs.other_float, outputs.tail);
+    } else {
+      for (int64_t c = 0; c < op.channels; c += kLanes) {
+        Bytes most = load_bytes(window[0] + c);
+        for (size_t k = 1; k < n; ++k) most = max(most, load_bytes(window[k] + c));
+        std::memcpy(place.byte + c, &most, kLanes);
+      }
+    }
   }
 }
 

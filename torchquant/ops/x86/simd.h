@@ -227,6 +227,10 @@ TQ_INLINE R dot_register(R c, R a, R b) { return dot(c, a, b); }
 TQ_INLINE I vector_of(R first, R) { return first; }
 #endif
 
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+TQ_INLINE Bytes load_bytes(const uint8_t* p) { Bytes b; std::memcpy(&b, p, 16); return b; }
+TQ_INLINE Bytes max(Bytes a, Bytes b) { return a > b ? a : b; }
+
 // Rounds to the nearest integer, ties to even, adds the zero point and writes the low byte; |a| < 2^22.
 TQ_INLINE void store_bytes(uint8_t* p, F a, I zero_point) { store_low_bytes(p, add(bits(add(a, set(kRound))), zero_point)); }
 
