@@ -181,6 +181,7 @@ def _load_file(path: Path) -> None:
     library.torchquant_x86_profiled.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     _loaded.append(library)
     torch.library.register_fake("torchquant::x86_region", _shapes)
+    torch.library.register_fake("torchquant::x86_attention", _attended)
 
 
 def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
@@ -191,6 +192,12 @@ def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -
         found.append(inputs[0].new_empty([inputs[0].shape[-1 - s] if s < 0 else s for s in sizes]))
         at += 1 + shapes[at]
     return found
+
+
+def _attended(query: torch.Tensor, *_: object) -> torch.Tensor:
+    """`(b, rows, heads, width)` from a query `(b, heads, rows, width)`."""
+    b, heads, rows, width = query.shape
+    return query.new_empty([b, rows, heads, width])
 
 
 def instruction_sets() -> list[str]:

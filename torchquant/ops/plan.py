@@ -11,7 +11,7 @@ import torch
 __all__ = ["ACTIVATIONS", "KINDS", "Plan", "Quantization", "Step", "Value", "pack_convolution", "pack_depthwise"]
 
 _MAGIC, _VERSION, _UNIT = 0x51543836, 1, 64
-KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm", "attention"]
+KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm"]
 ACTIVATIONS = ["none", "clamp", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"]
 _BINARY = ("", "add", "mul")
 _FIELDS = [  # of Op in plan.h, in its order; f: float
@@ -21,7 +21,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
     *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
     *("direct", "low_byte", "high_byte"),
-    *("key", "value_in", "mask", "heads", "causal", "f:factor"),
+    "f:factor",
 ]
 _OP_BYTES = 192
 _POINT = {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "pt": 0, "pl": 0, "dh": 1, "dw": 1}
@@ -86,11 +86,10 @@ class Step:
     other: Value | None = None
     label: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, Value] = field(default_factory=dict)  # key, value_in, mask
 
     def reads(self) -> list[Value]:
         """Values that must be there when it runs."""
-        return [v for v in (self.input, self.other, *self.values.values()) if v is not None]
+        return [v for v in (self.input, self.other) if v is not None]
 
     def writes(self) -> list[Value]:
         """Values that it makes."""
@@ -180,8 +179,6 @@ def _record(step: Step, places: dict[Value, int]) -> bytes:
     for name in ("input", "out_byte", "out_float", "other"):
         value = getattr(step, name)
         n[name] = -1 if value is None else places[value]
-    for name in ("key", "value_in", "mask"):
-        n[name] = places[step.values[name]] if name in step.values else -1
     if step.input is not None and step.input.grid:
         n.setdefault("input_scale", step.input.grid.scale)
     if step.other is not None and step.other.grid:

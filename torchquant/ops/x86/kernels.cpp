@@ -795,6 +795,164 @@ void layer_norm(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_
   }
 }
 
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// to (columns, 16) from 16 rows of `from`, a stride apart; `rows` of them exist.
+TQ_INLINE void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+#if defined(TQ_WIDE)
+  if (rows == 16 && columns % 16 == 0) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      __m512 a[16], t[16];
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride + c);
+      for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        a[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        a[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        a[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+      }
+      for (int i = 0; i < 4; ++i) {  // a[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of rows 4 g .. 4 g + 3
+        __m512 p = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), q = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+        __m512 r = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88), u = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+        _mm512_storeu_ps(to + (c + i) * to_stride, _mm512_shuffle_f32x4(p, r, 0x88));
+        _mm512_storeu_ps(to + (c + 4 + i) * to_stride, _mm512_shuffle_f32x4(q, u, 0x88));
+        _mm512_storeu_ps(to + (c + 8 + i) * to_stride, _mm512_shuffle_f32x4(p, r, 0xdd));
+        _mm512_storeu_ps(to + (c + 12 + i) * to_stride, _mm512_shuffle_f32x4(q, u, 0xdd));
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < 16; ++r) to[c * to_stride + r] = r < rows ? from[r * stride + c] : 0.0f;
+}
+
+#if defined(TQ_WIDE)
+constexpr int kRowsOfScores = 12, kVectorsOfScores = 2;
+#elif defined(__AVX2__) && !defined(TQ_PORTABLE)
+constexpr int kRowsOfScores = 6, kVectorsOfScores = 1;
+#else
+constexpr int kRowsOfScores = 2, kVectorsOfScores = 1;
+#endif
+
+// to (MR, NV * 16) = a (MR, depth) b (depth, NV * 16); strides in floats.
+template <int MR, int NV>
+void float_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* to, int64_t to_stride) {
+  F acc[MR][NV];
+  TQ_EACH_OF(MR, r)
+    TQ_EACH_OF(NV, v) acc[r][v] = set(0.0f); });
+  });
+  for (int64_t d = 0; d < depth; ++d) {
+    F w[NV];
+    TQ_EACH_OF(NV, v) w[v] = load(b + d * b_stride + v * kLanes); });
+    TQ_EACH_OF(MR, r)
+      F x = set(a[r * a_stride + d]);
+      TQ_EACH_OF(NV, v) acc[r][v] = fma(x, w[v], acc[r][v]); });
+    });
+  }
+  TQ_EACH_OF(MR, r)
+    TQ_EACH_OF(NV, v) store(to + r * to_stride + v * kLanes, acc[r][v]); });
+  });
+}
+using FloatTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+template <int NV, int... M>
+FloatTile float_tile_of(int64_t mr, std::integer_sequence<int, M...>) {
+  static const FloatTile table[] = {float_tile<M + 1, NV>...};
+  return table[mr - 1];
+}
+void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t depth,
+             int64_t columns, float* to, int64_t to_stride) {
+  using Rows = std::make_integer_sequence<int, kRowsOfScores>;
+  int64_t c = 0;
+  for (; c + kVectorsOfScores * kLanes <= columns; c += kVectorsOfScores * kLanes)
+    float_tile_of<kVectorsOfScores>(rows, Rows())(a, a_stride, b + c, b_stride, depth, to + c, to_stride);
+  for (; c < columns; c += kLanes) float_tile_of<1>(rows, Rows())(a, a_stride, b + c, b_stride, depth, to + c, to_stride);
+}
+
+void attention(const tq::Attention& t, int64_t begin, int64_t end) {
+  int64_t keys = (t.keys + kLanes - 1) / kLanes * kLanes, width = (t.width + kLanes - 1) / kLanes * kLanes;
+  int64_t most = kRowsOfScores;
+  auto* turned = reinterpret_cast<float*>(scratch(size_t(t.width * keys + keys * width + most * (keys + 2 * width)) * 4));
+  float* values = turned + t.width * keys;
+  float* scores = values + keys * width;
+  float* queries = scores + most * keys;
+  float* found = queries + most * width;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t sample = unit / t.heads, head = unit % t.heads, group = head / (t.heads / t.groups);
+    const float* key = t.key + sample * t.key_stride[0] + group * t.key_stride[1];
+    const float* value = t.value + sample * t.value_stride[0] + group * t.value_stride[1];
+    int64_t value_stride = t.value_stride[2];
+    for (int64_t k = 0; k < keys; k += kLanes)
+      transpose(key + k * t.key_stride[2], t.key_stride[2], std::min<int64_t>(t.keys - k, kLanes), t.width, turned + k, keys);
+    if (t.width % kLanes) {
+      for (int64_t k = 0; k < t.keys; ++k) {
+        std::memcpy(values + k * width, value + k * value_stride, size_t(t.width) * 4);
+        std::memset(values + k * width + t.width, 0, size_t(width - t.width) * 4);
+      }
+      value = values;
+      value_stride = width;
+    }
+    int64_t tiles = (t.rows + most - 1) / most;
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t row = t.rows * i / tiles, rows = t.rows * (i + 1) / tiles - row;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* q = t.query + sample * t.query_stride[0] + head * t.query_stride[1] + (row + r) * t.query_stride[2];
+        for (int64_t d = 0; d < t.width; ++d) queries[r * width + d] = q[d] * t.scale;
+      }
+      int64_t seen = t.causal ? std::min(t.keys, row + rows) : t.keys;
+      product(queries, width, turned, keys, rows, t.width, (seen + kLanes - 1) / kLanes * kLanes, scores, keys);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* line = scores + r * keys;
+        int64_t n = t.causal ? std::min(t.keys, row + r + 1) : t.keys;
+        if (t.mask) {
+          int64_t at = sample * t.mask_stride[0] + head * t.mask_stride[1] + (row + r) * t.mask_stride[2];
+          if (t.mask_is_byte) {
+            const auto* m = static_cast<const uint8_t*>(t.mask) + at;
+            for (int64_t k = 0; k < n; ++k)
+              if (!m[k * t.mask_stride[3]]) line[k] = -INFINITY;
+          } else {
+            const auto* m = static_cast<const float*>(t.mask) + at;
+            if (t.mask_stride[3] == 1) {
+              int64_t k = 0;
+              for (; k + kLanes <= n; k += kLanes) store(line + k, add(load(line + k), load(m + k)));
+              for (; k < n; ++k) line[k] += m[k];
+            } else {
+              for (int64_t k = 0; k < n; ++k) line[k] += m[k * t.mask_stride[3]];
+            }
+          }
+        }
+        int64_t padded = (seen + kLanes - 1) / kLanes * kLanes;
+        for (int64_t k = n; k < padded; ++k) line[k] = -INFINITY;
+        F high = set(-INFINITY);
+        for (int64_t k = 0; k < padded; k += kLanes) high = max(high, load(line + k));
+        float top = largest(high);
+        if (top == -INFINITY) top = 0;  // no key is seen: all weights become zero
+        F total = set(0.0f);
+        for (int64_t k = 0; k < padded; k += kLanes) {
+          F x = sub(load(line + k), set(top));
+          F w = exp(x);
+          store(line + k, w);
+          total = add(total, w);
+        }
+        float whole = sum(total);
+        for (int64_t k = n; k < padded; ++k) whole -= line[k], line[k] = 0;
+        queries[r * width] = whole > 1e-30f ? 1.0f / whole : 0.0f;  // its own query is used up
+      }
+      product(scores, keys, value, value_stride, rows, seen, width, found, width);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* to = t.out + ((sample * t.rows + row + r) * t.heads + head) * t.width;
+        F share = set(queries[r * width]);
+        int64_t d = 0;
+        for (; d + kLanes <= t.width; d += kLanes) store(to + d, mul(load(found + r * width + d), share));
+        for (; d < t.width; ++d) to[d] = found[r * width + d] * queries[r * width];
+      }
+    }
+  }
+}
+
 int64_t units(const Op& op, const Bound& b) {
   if (op.kind == tq::kExport) return b.samples * b.values[op.input].h;
   const Value& out = b.values[out_value(op)];
@@ -824,6 +982,6 @@ void run(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part,
 extern const tq::Kernels kernels;
 #define TQ_TEXT2(x) #x
 #define TQ_TEXT(x) TQ_TEXT2(x)
-const tq::Kernels kernels = {TQ_TEXT(TQ_ISA), units, run};
+const tq::Kernels kernels = {TQ_TEXT(TQ_ISA), units, run, attention};
 
 }  // namespace TQ_ISA

@@ -12,7 +12,7 @@ constexpr int32_t kMagic = 0x51543836;
 constexpr int32_t kVersion = 1;
 constexpr int kUnit = 64;
 
-enum Kind : int32_t { kConv = 0, kDepthwise, kElementwise, kImport, kExport, kMean, kMaxPool, kHalo, kLayerNorm, kAttention };
+enum Kind : int32_t { kConv = 0, kDepthwise, kElementwise, kImport, kExport, kMean, kMaxPool, kHalo, kLayerNorm };
 enum Activation : int32_t {
   kNone = 0, kClamp, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh, kHardswish, kHardsigmoid
 };
@@ -52,9 +52,8 @@ struct Op {
   int32_t zero_point;
   float low, high;                           // range of the bytes written, zero point subtracted
   int32_t direct, low_byte, high_byte;       // scale and bias hold `inverse`, and nothing but a clamp to these follows
-  int32_t key, value_in, mask, heads, causal; // attention
-  float factor;                              // attention: of the scores; layer norm: epsilon
-  int32_t pad[5];
+  float factor;                              // layer norm: epsilon
+  int32_t pad[10];
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192, "as in plan.py");
@@ -81,11 +80,24 @@ inline uint8_t* pixel(const Bound& b, int32_t value, int64_t sample, int64_t y, 
   return b.base[value] + sample * sample_bytes(v) + index * element_size(v);
 }
 
+// Scaled dot product attention in float: query (b, heads, rows, width), key and value (b, groups, keys, width), the last
+// dimension contiguous; the result (b, rows, heads, width). Strides count elements; those of the mask may be zero.
+struct Attention {
+  const float *query, *key, *value;
+  const void* mask;  // floats added to the scores, or bytes of which zero hides a key; or null
+  float* out;
+  int64_t heads, groups, rows, keys, width;
+  int64_t query_stride[3], key_stride[3], value_stride[3], mask_stride[4];
+  float scale;
+  bool causal, mask_is_byte;
+};
+
 // One instruction set's kernels: work on the rows (or samples, or heads) from `begin` to `end` of an op's `units`.
 struct Kernels {
   const char* name;
   int64_t (*units)(const Op&, const Bound&);
   void (*run)(const Op&, const Bound&, int64_t begin, int64_t end, int64_t part, int64_t parts);
+  void (*attention)(const Attention&, int64_t begin, int64_t end);  // units are heads of samples
 };
 
 }  // namespace tq

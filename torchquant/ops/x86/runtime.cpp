@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -276,12 +277,53 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
   return found;
 }
 
+// As torch's scaled_dot_product_attention without dropout; the result is (b, rows, heads, width), transposed by the caller.
+Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale, bool causal) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "torchquant: attention takes four dimensions");
+  for (Tensor* t : {&query, &key, &value}) {
+    STD_TORCH_CHECK(t->element_size() == 4, "torchquant: attention takes float32");
+    if (t->stride(3) != 1) *t = torch::stable::contiguous(*t);
+  }
+  tq::Attention a{};
+  a.query = static_cast<const float*>(query.const_data_ptr());
+  a.key = static_cast<const float*>(key.const_data_ptr());
+  a.value = static_cast<const float*>(value.const_data_ptr());
+  a.heads = query.size(1), a.groups = key.size(1), a.rows = query.size(2), a.keys = key.size(2), a.width = query.size(3);
+  STD_TORCH_CHECK(value.size(3) == a.width && a.groups > 0 && a.heads % a.groups == 0, "torchquant: attention: sizes do not fit");
+  for (int i = 0; i < 3; ++i) {
+    a.query_stride[i] = query.stride(i);
+    a.key_stride[i] = key.stride(i);
+    a.value_stride[i] = value.stride(i);
+  }
+  if (mask) {
+    int64_t dims = mask->dim();
+    for (int i = 0; i < 4; ++i) {
+      int64_t d = i - 4 + dims;
+      a.mask_stride[i] = d < 0 || mask->size(d) == 1 ? 0 : mask->stride(d);
+    }
+    a.mask = mask->const_data_ptr();
+    a.mask_is_byte = mask->element_size() == 1;
+  }
+  a.scale = static_cast<float>(scale);
+  a.causal = causal;
+  std::vector<int64_t> size = {query.size(0), a.rows, a.heads, a.width};
+  Tensor out = torch::stable::new_empty(query, size);
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+  const auto* k = kernels();
+  torch::stable::parallel_for(0, query.size(0) * a.heads, 1, [&](int64_t begin, int64_t end) { k->attention(a, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
+  m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("x86_region", TORCH_BOX(&region)); }
+STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { 
+  m.impl("x86_region", TORCH_BOX(&region));
+  m.impl("x86_attention", TORCH_BOX(&attention));
+}
 
 #define TQ_EXPORT __attribute__((visibility("default")))
 
