@@ -21,7 +21,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
     *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
     *("direct", "low_byte", "high_byte"),
-    "f:factor",
+    *("f:factor", "panel"),
 ]
 _OP_BYTES = 192
 _POINT = {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "pt": 0, "pl": 0, "dh": 1, "dw": 1}

@@ -270,6 +270,16 @@ uint8_t* scratch(size_t bytes) {
   return reinterpret_cast<uint8_t*>((p + 63) / 64 * 64);
 }
 
+// Bytes from any pixel of a value to the next, samples included; -1 where they are not evenly spaced.
+int64_t even_step(const Bound& b, int32_t index) {
+  if (index < 0) return 0;
+  const Value& v = b.values[index];
+  if (v.top || v.left || v.bottom || v.right) return -1;
+  if (v.h * v.w == 1) return sample_bytes(v);
+  int64_t step = v.stride * element_size(v);
+  return b.samples == 1 || sample_bytes(v) == int64_t(v.h) * v.w * step ? step : -1;
+}
+
 constexpr int64_t kBlockOfA = 192 * 1024;  // bytes of the left operand that stay in the second-level cache
 
 void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part, int64_t parts) {
@@ -299,7 +309,11 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
   int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(op.kh * op.kw == 1 ? op.depth : op.depth * 2, 1), 24);
   int64_t source_step = int64_t(op.sw) * in.stride;
-  int64_t panels = (last - first + kMaxNv - 1) / kMaxNv;
+  int64_t widest = op.panel ? std::min(op.panel, kMaxNv) : kMaxNv, panels = (last - first + widest - 1) / widest;
+  int64_t uniform = even_step(b, op.input), byte_step = even_step(b, op.out_byte), number_step = even_step(b, op.out_float);
+  int64_t other_step = op.other_broadcast ? -1 : even_step(b, op.other);
+  bool even = op.kh * op.kw == 1 && op.sh == 1 && op.sw == 1 && op.pt == 0 && op.pl == 0;
+  even = even && uniform >= 0 && byte_step >= 0 && number_step >= 0 && other_step >= 0;
   for (int64_t m0 = begin; m0 < end; m0 += rows) {
     int64_t m1 = std::min(end, m0 + rows);
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -319,6 +333,18 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
       TileFunction small = tile_of(int(size ? size : 1), nv), large = tile_of(int(std::min<int64_t>(size + 1, most)), nv);
       for (int64_t i = 0; i < tiles; ++i) {
         int mr = int(size + (i < larger));
+        if (even) {
+          for (int r = 0; r < mr; ++r) {
+            t.rows[r] = source;
+            t.places[r] = place;
+            source += uniform;
+            if (place.byte) place.byte += byte_step;
+            if (place.number) place.number += number_step / 4;
+            if (place.other) place.other += other_step;
+          }
+          (i < larger ? large : small)(op, t);
+          continue;
+        }
         for (int r = 0; r < mr; ++r) {
           t.rows[r] = source;
           t.places[r] = place;

@@ -53,7 +53,8 @@ struct Op {
   float low, high;                           // range of the bytes written, zero point subtracted
   int32_t direct, low_byte, high_byte;       // scale and bias hold `inverse`, and nothing but a clamp to these follows
   float factor;                              // layer norm: epsilon
-  int32_t pad[10];
+  int32_t panel;                             // blocks of 16 output channels that go together, 0: the default
+  int32_t pad[9];
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192, "as in plan.py");
