@@ -31,7 +31,7 @@ from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
-from torchquant.ops import native
+from torchquant.ops import native, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again
@@ -92,6 +92,7 @@ _INTEGER = {
     ("linear",): re.compile(r"qlinear|torchquant_linear"),
 }
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
+_OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune"}  # of the Dynamo backend
 _RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
@@ -139,6 +140,7 @@ def lower(
     allow_float: Sequence[str] = (),
     min_sqnr_db: float = MIN_SQNR_DB,
     own_kernels: bool = True,
+    tune: bool = True,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
@@ -150,6 +152,8 @@ def lower(
         allow_float: patterns of annotated ops that may run in float.
         min_sqnr_db: how close the package must be to the converted graph on `example_inputs`.
         own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
+        tune: measure on this machine how our kernels should cut each product (some runs of the model; remembered
+            by CPU and sizes in the cache folder); False chooses by the sizes alone.
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
@@ -165,7 +169,7 @@ def lower(
     folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)
     reference = passes.copy_graph(quantized)
     passes.make_float(reference, allowed)
-    raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels)
+    raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels, tune)
     kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
     fused = _prove_integer(wanted, kernels)
@@ -271,7 +275,9 @@ def _problem(site: Site) -> str:
     return ""
 
 
-def _compile(quantized: GraphModule, batch: Any, package: Path, own_kernels: bool) -> tuple[Path, list[Built]]:
+def _compile(
+    quantized: GraphModule, batch: Any, package: Path, own_kernels: bool, tune: bool = False
+) -> tuple[Path, list[Built]]:
     regions: list[Built] = []
     try:
         graph = passes.copy_graph(quantized)
@@ -282,6 +288,8 @@ def _compile(quantized: GraphModule, batch: Any, package: Path, own_kernels: boo
         if own_kernels and native.supported():
             graph = exported.module()
             regions = replace_regions(graph)
+            if regions and tune:
+                _tune(graph, given, regions)
             exported = export_again(graph, given) if regions else exported
         with (
             torch.no_grad(),
@@ -295,6 +303,13 @@ def _compile(quantized: GraphModule, batch: Any, package: Path, own_kernels: boo
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
     return package, regions
+
+
+def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
+    args, kwargs = data.split(batch)
+    sizes = "x".join(str(s) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) for s in t.shape)
+    with torch.no_grad():
+        tuning.tune(lambda: graph(*args, **kwargs), regions, sizes)
 
 
 def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
@@ -380,15 +395,15 @@ def dynamo_backend(
     Lowers at the first call, and again for each new set of input sizes.
 
     Args:
-        options: `allow_float` and `min_sqnr_db`, as for `lower`.
+        options: `allow_float`, `min_sqnr_db`, `own_kernels` and `tune`, as for `lower`.
 
     Raises:
         LoweringError: as `lower`; or an unknown option.
     """
     chosen = dict(options or {})
-    unknown = set(chosen) - {"allow_float", "min_sqnr_db"}
+    unknown = set(chosen) - _OPTIONS
     if unknown:
-        raise LoweringError(f"the torchquant backend has no options {sorted(unknown)}; it has allow_float, min_sqnr_db")
+        raise LoweringError(f"the torchquant backend has no options {sorted(unknown)}; it has {sorted(_OPTIONS)}")
     programs: dict[tuple[Any, ...], X86Program] = {}
     lifted = [_is_lifted(node) for node in data.placeholders(graph)]
 

@@ -42,7 +42,8 @@ def _compiler() -> str:
     return str(get_cpp_compiler())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder."""
     base = os.environ.get("TORCHQUANT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "torchquant"
 
@@ -52,7 +53,7 @@ def supported() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 
-def _name() -> str:
+def build_name() -> str:
     """The file name of a build of the present sources."""
     sources = sorted(f for f in _SOURCES.iterdir() if f.suffix in (".h", ".cpp"))
     content = b"".join(f.name.encode() + f.read_bytes() for f in sources) + repr((_SETS, _FLAGS, _STABLE)).encode()
@@ -63,14 +64,14 @@ def library_file() -> Path:
     """The shared library, built now if no build of these sources is in the cache.
 
     It holds every instruction set and chooses among them when it is loaded, so it may be copied to another
-    x86 machine. The cache is `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
+    x86 machine.
 
     Raises:
         LoweringError: the CPU is no x86, or there is no working C++ compiler; with the compiler's own words.
     """
     if not supported():
         raise LoweringError(f"torchquant's x86 kernels do not run on {platform.machine()}")
-    found = _cache() / _name()
+    found = cache_folder() / build_name()
     if not found.exists():
         found.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
@@ -157,13 +158,13 @@ def load_packaged(name: str, content: bytes) -> None:
     """
     if _loaded:
         return
-    if name != _name():
+    if name != build_name():
         try:
             load()
             return
         except LoweringError:  # no compiler here: what came with the program serves
             pass
-    path = _cache() / name
+    path = cache_folder() / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda part: part.write_bytes(content))
@@ -222,6 +223,8 @@ def use(instruction_set: str) -> Iterator[None]:
 
 def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequence[int]) -> list[list[float]]:
     """Microseconds that each of the `ops[i]` ops of `plans[i]` took while `run` ran, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     load().torchquant_x86_profile(1)
     try:
         run()
@@ -229,3 +232,4 @@ def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequ
         return [[found(p.data_ptr(), i) / 1e3 for i in range(n)] for p, n in zip(plans, ops, strict=True)]
     finally:
         load().torchquant_x86_profile(0)
+        torch.set_num_threads(threads)

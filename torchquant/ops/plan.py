@@ -101,6 +101,7 @@ class Plan:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.laid_out: list[Step] = []  # the steps of what was built, borders among them
         self.inputs = self.outputs = 0
         self._blob: list[bytes] = []
         self._units = 0
@@ -125,9 +126,14 @@ class Plan:
         blob = 1 + len(records) // _UNIT
         header = [_MAGIC, _VERSION, len(values), len(steps), self.inputs, self.outputs, arena, chunk, blob]
         data = struct.pack("<16i", *header, *[0] * 7) + records + b"".join(self._blob)
-        self.labels = [s.label for s in steps]
-        self.kinds = [s.kind for s in steps]
+        self.laid_out = steps
+        self._first_op = 1 + len(values)  # in units, as are records of values
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def set(self, memory: torch.Tensor, index: int, name: str, value: int) -> None:
+        """Change an integer field of op `index` of `laid_out` in the bytes that `build` returned."""
+        place = self._first_op * _UNIT + index * _OP_BYTES + 4 * _FIELDS.index(name)
+        memory[place : place + 4] = torch.tensor([value], dtype=torch.int32).view(torch.uint8)
 
     def _with_borders(self) -> list[Step]:
         """The steps, each output that needs a border preceded by the step that fills it."""

@@ -309,7 +309,8 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
   int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(op.kh * op.kw == 1 ? op.depth : op.depth * 2, 1), 24);
   int64_t source_step = int64_t(op.sw) * in.stride;
-  int64_t widest = op.panel ? std::min(op.panel, kMaxNv) : kMaxNv, panels = (last - first + widest - 1) / widest;
+  int64_t usual = kMaxNv == 4 && blocks % 3 == 0 && (end - begin) % kMaxMr[3] == 0 ? 3 : kMaxNv;
+  int64_t widest = op.panel ? std::min(op.panel, kMaxNv) : usual, panels = (last - first + widest - 1) / widest;
   int64_t uniform = even_step(b, op.input), byte_step = even_step(b, op.out_byte), number_step = even_step(b, op.out_float);
   int64_t other_step = op.other_broadcast ? -1 : even_step(b, op.other);
   bool even = op.kh * op.kw == 1 && op.sh == 1 && op.sw == 1 && op.pt == 0 && op.pl == 0;
