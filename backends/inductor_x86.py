@@ -281,16 +281,17 @@ def _compile(
     regions: list[Built] = []
     try:
         graph = passes.copy_graph(quantized)
-        passes.flatten_quantized_linears(graph)
-        passes.unshare_weights(graph)
         given = data.below_bounds(graph, batch)
-        exported = export_again(graph, given)
         if own_kernels and native.supported():
-            graph = exported.module()
+            graph = export_again(graph, given).module()
             regions = replace_regions(graph)
             if regions and tune:
                 _tune(graph, given, regions)
-            exported = export_again(graph, given) if regions else exported
+        passes.flatten_quantized_linears(graph)  # what is left to Inductor
+        passes.unshare_weights(graph)
+        passes.remove_dead_weights(graph)  # those that our plans hold
+        passes.rename_folded_weights(graph)
+        exported = export_again(graph, given)
         with (
             torch.no_grad(),
             warnings.catch_warnings(),

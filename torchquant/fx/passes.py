@@ -119,6 +119,25 @@ def fresh_name(model: GraphModule, name: str) -> str:
     return name
 
 
+def rename_folded_weights(model: GraphModule) -> None:
+    """Give the codes that `convert_pt2e` folded names of their own.
+
+    Inductor's freezing calls its packed weights `_frozen_param0` too, and AOTInductor then stores whichever comes first
+    under the name: the kernel is handed the wrong tensor, and crashes.
+    """
+    renamed: dict[str, str] = {}
+    for node in model.graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_frozen_param"):
+            target = str(node.target)
+            if target not in renamed:
+                renamed[target] = fresh_name(model, f"codes{target.removeprefix('_frozen_param')}")
+                model.register_buffer(renamed[target], getattr(model, target))
+            node.target = renamed[target]
+    for target in renamed:
+        delattr(model, target)
+    model.recompile()
+
+
 def remove_dead_weights(model: GraphModule) -> int:
     """Delete parameters and buffers that no node reads any more; returns their bytes.
 

@@ -51,12 +51,18 @@ class Finder:
             self.layout[node] = matching.IMAGE if len(shape) == 4 else matching.ROWS
         else:
             before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
-            if before:
+            if before and self._keeps_layout(node):
                 self.layout[node] = before[0]
             elif len(shape) in (3, 4) and self._leads_to_image(node):
                 self.layout[node] = matching.IMAGE
             else:
                 self.layout[node] = matching.ROWS
+
+    @staticmethod
+    def _keeps_layout(node: Node) -> bool:
+        """Whether an op computes element by element; what others make is told by what reads it."""
+        elementwise = ops.op_name(node) in (*matching.ACTIVATIONS, "add", "mul")
+        return elementwise or bool(ops.qdq_name(node)) or matching.overload(node) in matching.ALIASES
 
     def _leads_to_image(self, node: Node) -> bool:
         """Whether the first op behind the elementwise ops that follow takes images."""
