@@ -94,7 +94,7 @@ class Finder:
         if ops.is_dequantize(node):
             source = matching.quantize_behind(node)
             return source in self.known and matching.grid_of(self.graph, node) == matching.grid_of(self.graph, source)
-        if not matching.is_float32(node):
+        if not matching.is_float32(node) or not self._agrees(node):
             return False
         name = ops.op_name(node)
         test = getattr(self, f"_can_{name}", None)
@@ -111,6 +111,13 @@ class Finder:
         if matching.overload(node) in matching.RESHAPES:
             return self._can_flatten(node)
         return False
+
+    def _agrees(self, node: Node) -> bool:
+        """Whether the inputs are laid out as the node is; `mean` and reshapes look for themselves."""
+        if ops.op_name(node) == "mean" or matching.overload(node) in matching.RESHAPES:
+            return True
+        given = [n for n in node.all_input_nodes if n not in self.constants]
+        return all(self.layout.get(n) == self.layout[node] for n in given)
 
     def _product(self, node: Node) -> matching.Weight | None:
         given = ops.arguments(node)
