@@ -236,6 +236,7 @@ class Finder:
                 name = ops.op_name(node)
                 lost = name == "pad" and not all(u in self.known for u in self._readers(node))
                 lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
+                lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
                 if ops.is_quantize(node) and ops.op_name(node.all_input_nodes[0]) == "pad":
