@@ -102,6 +102,13 @@ def _attends(node: Node, given: dict[str, Any]) -> bool:
     return mask is None or (isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bool))
 
 
+def _code(bound: float, grid: Quantization, otherwise: int) -> int:
+    """A bound of a clamp on a grid, or what holds without one."""
+    if math.isinf(bound):
+        return otherwise
+    return min(max(round(bound / grid.scale) + grid.zero_point, grid.low), grid.high)
+
+
 @dataclass
 class _Made:
     """What the steps so far have made of a node's value."""
@@ -466,19 +473,10 @@ class _Translator:
             grid = step.out_byte.grid
             assert grid is not None
             scale, bias = scale / grid.scale, bias / grid.scale
-            low, high = float(grid.low), float(grid.high)
+            low, high = grid.low, grid.high
             if n.get("after") == "clamp":
-                low = (
-                    max(low, round(n["after_low"] / grid.scale) + grid.zero_point)
-                    if n["after_low"] > -math.inf
-                    else low
-                )
-                high = (
-                    min(high, round(n["after_high"] / grid.scale) + grid.zero_point)
-                    if n["after_high"] < math.inf
-                    else high
-                )
-            n |= {"direct": 1, "low_byte": int(low), "high_byte": int(max(low, high))}
+                low, high = _code(n["after_low"], grid, low), _code(n["after_high"], grid, high)
+            n |= {"direct": 1, "low_byte": min(low, high), "high_byte": high}
         sums = codes.reshape(channels, -1).to(torch.int64).sum(1)
         compensation = (-step.input.grid.zero_point * sums).to(torch.int32)
         deep = step.kind == "depthwise"
