@@ -94,6 +94,8 @@ def _attends(node: Node, given: dict[str, Any]) -> bool:
         return False
     if given.get("dropout_p", 0.0) or len({s[3] for s in shapes}) != 1 or not isinstance(shapes[0][3], int):
         return False
+    if shapes[1][:3] != shapes[2][:3] or shapes[0][0] != shapes[1][0]:
+        return False
     keys, heads = shapes[1][2], (shapes[0][1], shapes[1][1])
     if not isinstance(keys, int) or keys > _MOST_KEYS or (heads[0] != heads[1] and not given.get("enable_gqa")):
         return False
