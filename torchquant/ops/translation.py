@@ -299,7 +299,7 @@ class _Translator:
     def _finish(self, node: Node, step: Step) -> None:
         """Fuse what follows the step and give it its outputs."""
         end, n, chain = node, step.numbers, [node]
-        stage = 2 if "binary" in n else 0
+        stage = 2 if "binary" in n else 1 if "before" in n else 0
         while True:
             user = self._only_user(end)
             if user is None:
