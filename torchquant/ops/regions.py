@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.ops import matching
 
+_MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
 
 
@@ -137,7 +138,9 @@ class Finder:
         if self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
             return False
         groups, (n, c) = ops.arguments(node).get("groups", 1), weight.codes.shape[:2]
-        return bool(groups == 1 or (c == 1 and groups == n))
+        height, width = (1, *weight.codes.shape[2:])[-2:]
+        taps = (-(-height // 4) + 1) * width
+        return bool(groups == 1 or (c == 1 and groups == n and taps <= _MOST_TAPS))
 
     _can_conv1d = _can_conv2d
 
