@@ -135,7 +135,8 @@ class Finder:
         weight = self._product(node)
         if weight is None or matching.window_of(node) is None:
             return False
-        if self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
+        unbatched = len(matching.shape_of(node)) != weight.codes.dim()
+        if unbatched or self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
             return False
         groups, (n, c) = ops.arguments(node).get("groups", 1), weight.codes.shape[:2]
         height, width = (1, *weight.codes.shape[2:])[-2:]
