@@ -243,8 +243,6 @@ class Finder:
                 lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
-                if ops.is_quantize(node) and ops.op_name(node.all_input_nodes[0]) == "pad":
-                    lost = lost or node.args[0] not in self.known
                 if lost:
                     self.known.discard(node)
                     changed = True

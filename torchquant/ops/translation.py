@@ -433,7 +433,7 @@ class _Translator:
         quantize = matching.quantize_behind(given["input"])
         assert quantize is not None
         source = quantize.all_input_nodes[0]
-        if ops.op_name(source) == "pad":
+        if ops.op_name(source) == "pad" and source in self.inside:
             top, left, _, _ = matching.padding_of(source) or [0] * 4
             window["pt"], window["pl"] = window["pt"] + top, window["pl"] + left
         n, c = weight.codes.shape[:2]
