@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.ops import matching
 
+_MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
 
 
@@ -100,7 +101,7 @@ class Finder:
         if ops.is_dequantize(node):
             source = matching.quantize_behind(node)
             return source in self.known and matching.grid_of(self.graph, node) == matching.grid_of(self.graph, source)
-        if not matching.is_float32(node):
+        if not matching.is_float32(node) or not self._agrees(node):
             return False
         name = ops.op_name(node)
         test = getattr(self, f"_can_{name}", None)
@@ -118,6 +119,13 @@ class Finder:
             return self._can_flatten(node)
         return False
 
+    def _agrees(self, node: Node) -> bool:
+        """Whether the inputs are laid out as the node is; `mean` and reshapes look for themselves."""
+        if ops.op_name(node) == "mean" or matching.overload(node) in matching.RESHAPES:
+            return True
+        given = [n for n in node.all_input_nodes if n not in self.constants]
+        return all(self.layout.get(n) == self.layout[node] for n in given)
+
     def _product(self, node: Node) -> matching.Weight | None:
         given = ops.arguments(node)
         source, weight = matching.quantize_behind(given["input"]), matching.weight_of(self.graph, given["weight"])
@@ -133,10 +141,13 @@ class Finder:
         weight = self._product(node)
         if weight is None or matching.window_of(node) is None:
             return False
-        if self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
+        unbatched = len(matching.shape_of(node)) != weight.codes.dim()
+        if unbatched or self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
             return False
         groups, (n, c) = ops.arguments(node).get("groups", 1), weight.codes.shape[:2]
-        return bool(groups == 1 or (c == 1 and groups == n))
+        height, width = (1, *weight.codes.shape[2:])[-2:]
+        taps = (-(-height // 4) + 1) * width
+        return bool(groups == 1 or (c == 1 and groups == n and taps <= _MOST_TAPS))
 
     _can_conv1d = _can_conv2d
 
@@ -235,10 +246,9 @@ class Finder:
                 name = ops.op_name(node)
                 lost = name == "pad" and not all(u in self.known for u in self._readers(node))
                 lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
+                lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
-                if ops.is_quantize(node) and ops.op_name(node.all_input_nodes[0]) == "pad":
-                    lost = lost or node.args[0] not in self.known
                 if lost:
                     self.known.discard(node)
                     changed = True

@@ -94,12 +94,21 @@ def _attends(node: Node, given: dict[str, Any]) -> bool:
         return False
     if given.get("dropout_p", 0.0) or len({s[3] for s in shapes}) != 1 or not isinstance(shapes[0][3], int):
         return False
+    if shapes[1][:3] != shapes[2][:3] or shapes[0][0] != shapes[1][0]:
+        return False
     keys, heads = shapes[1][2], (shapes[0][1], shapes[1][1])
     if not isinstance(keys, int) or keys > _MOST_KEYS or (heads[0] != heads[1] and not given.get("enable_gqa")):
         return False
     mask = given.get("attn_mask")
     value = mask.meta.get("val") if isinstance(mask, Node) else None
     return mask is None or (isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bool))
+
+
+def _code(bound: float, grid: Quantization, otherwise: int) -> int:
+    """A bound of a clamp on a grid, or what holds without one."""
+    if math.isinf(bound):
+        return otherwise
+    return min(max(round(bound / grid.scale) + grid.zero_point, grid.low), grid.high)
 
 
 @dataclass
@@ -290,7 +299,7 @@ class _Translator:
     def _finish(self, node: Node, step: Step) -> None:
         """Fuse what follows the step and give it its outputs."""
         end, n, chain = node, step.numbers, [node]
-        stage = 2 if "binary" in n else 0
+        stage = 2 if "binary" in n else 1 if "before" in n else 0
         while True:
             user = self._only_user(end)
             if user is None:
@@ -424,7 +433,7 @@ class _Translator:
         quantize = matching.quantize_behind(given["input"])
         assert quantize is not None
         source = quantize.all_input_nodes[0]
-        if ops.op_name(source) == "pad":
+        if ops.op_name(source) == "pad" and source in self.inside:
             top, left, _, _ = matching.padding_of(source) or [0] * 4
             window["pt"], window["pl"] = window["pt"] + top, window["pl"] + left
         n, c = weight.codes.shape[:2]
@@ -466,19 +475,10 @@ class _Translator:
             grid = step.out_byte.grid
             assert grid is not None
             scale, bias = scale / grid.scale, bias / grid.scale
-            low, high = float(grid.low), float(grid.high)
+            low, high = grid.low, grid.high
             if n.get("after") == "clamp":
-                low = (
-                    max(low, round(n["after_low"] / grid.scale) + grid.zero_point)
-                    if n["after_low"] > -math.inf
-                    else low
-                )
-                high = (
-                    min(high, round(n["after_high"] / grid.scale) + grid.zero_point)
-                    if n["after_high"] < math.inf
-                    else high
-                )
-            n |= {"direct": 1, "low_byte": int(low), "high_byte": int(max(low, high))}
+                low, high = _code(n["after_low"], grid, low), _code(n["after_high"], grid, high)
+            n |= {"direct": 1, "low_byte": min(low, high), "high_byte": high}
         sums = codes.reshape(channels, -1).to(torch.int64).sum(1)
         compensation = (-step.input.grid.zero_point * sums).to(torch.int32)
         deep = step.kind == "depthwise"

@@ -1,0 +1,219 @@
+"""Quantized modules on grids of one's choice, and what they compute in exact arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Interpreter
+
+from torchquant.fx import ops
+from torchquant.ops import native
+from torchquant.ops.matching import PRODUCTS
+from torchquant.ops.translation import replace_regions
+
+Q = torch.ops.quantized_decomposed
+REGION = torch.ops.torchquant
+SAFE = 1e-4  # of a step: how far from a tie a value inside a network is, so that float32 rounds it the same way
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantize and a dequantize op: `grid(x)` is x on the grid."""
+
+    scale: float
+    zero_point: int
+    low: int = 0
+    high: int = 255
+    dtype: torch.dtype = torch.uint8
+
+    def __call__(self, x):
+        given = (self.scale, self.zero_point, self.low, self.high, self.dtype)
+        return Q.dequantize_per_tensor(Q.quantize_per_tensor(x, *given), *given)
+
+    def sample(self, *shape):
+        """Random values that are on the grid."""
+        codes = torch.randint(self.low, self.high + 1, shape)
+        return (codes - self.zero_point).float() * self.scale
+
+
+def signed(scale, zero_point):
+    return Grid(scale, zero_point, -128, 127, torch.int8)
+
+
+INPUT, OUTPUT = Grid(0.02, 117), Grid(0.031, 101)
+
+
+class Layer(nn.Module):
+    """A convolution or linear: its input on `grid`, symmetric int8 weights, results of about one."""
+
+    def __init__(self, function, grid, shape, bias=True, per_channel=True, codes=None, **options):
+        super().__init__()
+        self.function, self.grid, self.options, self.per_channel = function, grid, options, per_channel
+        codes = torch.randint(-127, 128, shape) if codes is None else codes.expand(shape)
+        terms = codes[0].numel()
+        size = 1 / (73 * 74 * terms**0.5 * (grid.scale if grid else 0.02))
+        scales = (torch.rand(shape[0]) + 0.5) * size
+        self.scale = size  # of the whole tensor
+        self.register_buffer("codes", codes.to(torch.int8).contiguous())
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", torch.zeros(shape[0], dtype=torch.int64))
+        self.bias = nn.Parameter(torch.randn(shape[0]) / 4) if bias else None
+
+    def forward(self, x):
+        if self.per_channel:
+            weight = Q.dequantize_per_channel(self.codes, self.scales, self.zeros, 0, -128, 127, torch.int8)
+        else:
+            weight = Q.dequantize_per_tensor(self.codes, self.scale, 0, -128, 127, torch.int8)
+        return self.function(self.grid(x) if self.grid else x, weight, self.bias, **self.options)
+
+
+def conv(c, n, kernel=3, grid=INPUT, **options):
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    return Layer(F.conv2d, grid, (n, c // options.get("groups", 1), *kernel), **options)
+
+
+def depthwise(c, kernel=3, grid=INPUT, **options):
+    return conv(c, c, kernel, grid, groups=c, **options)
+
+
+def linear(c, n, grid=INPUT, **options):
+    return Layer(F.linear, grid, (n, c), **options)
+
+
+class Exact(Interpreter):
+    """Runs a converted graph: products as sums of integers, all else in float64.
+
+    `before` holds for each dequantize node what its value was in steps before it was rounded.
+    """
+
+    def __init__(self, graph):
+        super().__init__(graph)
+        self.codes, self.before = {}, {}
+
+    def run_node(self, node):
+        given = {k: self._value(v) for k, v in ops.arguments(node).items()}
+        if node.op == "get_attr":
+            return _double(super().run_node(node))
+        if node.op == "placeholder":
+            return _double(super().run_node(node))
+        if ops.is_quantize(node):
+            steps = given["input"] / given["scale"]
+            self.before[node] = steps
+            codes = (steps.round() + given["zero_point"]).clamp(given["quant_min"], given["quant_max"])
+            return codes
+        if ops.is_dequantize(node):
+            source = node.args[0]
+            if source in self.before:
+                self.before[node] = self.before[source]
+            zero, scale = given.get("zero_point", 0), given.get("scale", given.get("scales"))
+            codes = given["input"].double() - (zero if isinstance(zero, int) else 0)  # weights are symmetric
+            self.codes[node] = codes, scale
+            return codes * (scale.view(-1, *[1] * (codes.dim() - 1)) if isinstance(scale, torch.Tensor) else scale)
+        if ops.op_name(node) in PRODUCTS and {node.args[0], node.args[1]} <= set(self.codes):
+            return self._product(node)
+        return super().run_node(node)
+
+    def _value(self, argument):
+        return self.env.get(argument, argument) if isinstance(argument, torch.fx.Node) else argument
+
+    def _product(self, node):
+        (x, x_scale), (w, w_scale) = self.codes[node.args[0]], self.codes[node.args[1]]
+        bias = self._value(node.args[2]) if len(node.args) > 2 else None
+        rest = [self._value(a) for a in node.args[3:]]
+        found = node.target(x, w, None, *rest, **node.kwargs)
+        assert float(found.abs().max() if found.numel() else 0) < 2**52  # so each sum was exact
+        axis = {"linear": -1, "conv1d": -2, "conv2d": -3}[ops.op_name(node)]
+        shape = [1] * found.dim()
+        shape[axis] = -1
+        scale = x_scale * (w_scale.view(shape) if isinstance(w_scale, torch.Tensor) else w_scale)
+        return found * scale + (0 if bias is None else bias.view(shape))
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def from_tie(steps):
+    """How far values counted in steps are from where rounding changes."""
+    return (steps - steps.floor() - 0.5).abs()
+
+
+def exported(module, inputs, dynamic_shapes=None):
+    return torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes).module()
+
+
+def targets(graph):
+    return [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def products_left(graph):
+    """Convolutions and linears that the kernels do not run."""
+    return [n.name for n in graph.graph.nodes if ops.op_name(n) in PRODUCTS]
+
+
+def regions_in(graph):
+    return [n for n in graph.graph.nodes if n.target is REGION.x86_region.default]
+
+
+class Case:
+    """A module with its regions replaced, and its exact results for inputs of which no value inside is near a tie."""
+
+    def __init__(self, module, sample, dynamic_shapes=None, regions=1, tries=60):
+        torch.manual_seed(1)
+        inputs = sample()
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        graph = exported(module, inputs, dynamic_shapes)
+        self.inputs, self.expected, self.steps, self.grids = self._clear_of_ties(graph, sample, tries)
+        self.found = replace_regions(graph)
+        self.graph = graph
+        assert regions is None or len(regions_in(graph)) == regions
+        assert not products_left(graph)
+
+    @staticmethod
+    def _clear_of_ties(graph, sample, tries):
+        [output] = [n for n in graph.graph.nodes if n.op == "output"]
+        outputs = torch.utils._pytree.tree_leaves(output.args)
+        inner = [n for n in graph.graph.nodes if ops.is_quantize(n) and not set(n.users) <= set(outputs)]
+        grids = [ops.arguments(n) if ops.is_dequantize(n) else None for n in outputs]
+        for seed in range(tries):
+            torch.manual_seed(seed)
+            inputs = sample()
+            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+            exact = Exact(graph)
+            exact.garbage_collect_values = False
+            with torch.no_grad():
+                found = torch.utils._pytree.tree_leaves(exact.run(*inputs))
+            distances = [from_tie(exact.before[n]).min() for n in inner if exact.before[n].numel()]
+            if all(d > SAFE for d in distances):
+                return inputs, found, [exact.before.get(n) for n in outputs], grids
+        raise AssertionError("no inputs keep clear of ties: make the case smaller")
+
+    def check(self, sets=None):
+        for name in sets or native.instruction_sets():
+            with native.use(name), torch.no_grad():
+                found = torch.utils._pytree.tree_leaves(self.graph(*self.inputs))
+            for value, expected, steps, grid in zip(found, self.expected, self.steps, self.grids, strict=True):
+                assert value.shape == expected.shape, name
+                assert value.is_contiguous()
+                if not value.numel():
+                    continue
+                if grid is None:
+                    away = float((value.double() - expected).abs().max())
+                    assert away <= 1e-5 * float(expected.abs().max()), name
+                else:
+                    self._check_bytes(name, value, expected, steps, grid)
+
+    @staticmethod
+    def _check_bytes(name, value, expected, steps, grid):
+        codes = value.double() / grid["scale"]
+        assert float((codes - codes.round()).abs().max()) < 1e-3, name
+        away = (codes.round() - (expected / grid["scale"]).round()).abs()
+        assert float(away.max()) <= 1, name
+        assert not bool((away * (from_tie(steps) > 1e-3)).any()), name
+
+
+def check(module, sample, **options):
+    case = Case(module, sample, **options)
+    case.check()
+    return case

@@ -1,0 +1,622 @@
+"""The int8 kernels on every instruction set against sums of integers and float64: products, epilogues, attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import INPUT, OUTPUT, REGION, Case, Grid, Layer, check, conv, depthwise, exported, linear, signed, targets
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from nets import Call
+from torch import nn
+
+from torchquant.ops import native
+from torchquant.ops.translation import replace_regions
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+WIDE, FINE = Grid(0.05, 30), signed(0.013, 11)
+
+
+def one(layer, output=OUTPUT):
+    """A layer whose result is put on a grid, or stays float."""
+    return Call(lambda m, x: output(m.a(x)) if output else m.a(x), a=layer)
+
+
+def test_every_instruction_set_of_this_cpu_is_among_the_five():
+    order = ["avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"]
+    assert native.instruction_sets() == [name for name in order if name in native.instruction_sets()]
+    assert native.instruction_sets()[-1] == "portable"
+
+
+# products ------------------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {  # in, out, kernel, options, size of the image
+    "1x1 of one channel": (1, 1, 1, {}, (1, 4, 5)),
+    "1x1": (16, 17, 1, {}, (2, 5, 3)),
+    "1x1, stride 2": (17, 40, 1, {"stride": 2}, (2, 5, 7)),
+    "1x1, stride 3 beyond the kernel": (5, 16, 1, {"stride": (3, 2)}, (1, 8, 7)),
+    "1x1 with a border": (5, 16, 1, {"padding": 1}, (1, 3, 4)),
+    "2x2": (3, 5, 2, {"stride": 2}, (2, 6, 6)),
+    "3x3 of an image": (3, 16, 3, {"stride": 2, "padding": 1}, (2, 9, 8)),
+    "3x3": (40, 63, 3, {"padding": 1}, (1, 5, 5)),
+    "3x3, one scale": (17, 100, 3, {"padding": 1, "per_channel": False}, (1, 4, 5)),
+    "3x3 without bias": (16, 64, 3, {"bias": False}, (2, 5, 5)),
+    "3x3, dilated": (5, 17, 3, {"padding": 2, "dilation": 2}, (2, 7, 6)),
+    "3x3, dilated unevenly": (16, 5, 3, {"padding": (1, 3), "dilation": (1, 3)}, (1, 5, 8)),
+    "4x4 patches": (3, 40, 4, {"stride": 4}, (2, 8, 8)),
+    "5x5": (17, 16, 5, {"padding": 2}, (1, 6, 5)),
+    "6x6": (4, 3, 6, {"stride": 2, "padding": 2}, (1, 8, 9)),
+    "7x7 of an image": (3, 64, 7, {"stride": 2, "padding": 3}, (1, 12, 13)),
+    "1x7": (17, 16, (1, 7), {"padding": (0, 3)}, (1, 4, 9)),
+    "7x1": (16, 17, (7, 1), {"padding": (3, 0)}, (1, 9, 4)),
+    "2x5, stride 2x3": (5, 130, (2, 5), {"stride": (2, 3), "padding": (1, 2)}, (1, 6, 9)),
+    "padding same": (5, 16, 3, {"padding": "same"}, (1, 5, 6)),
+    "padding same of even kernels": (5, 17, (2, 4), {"padding": "same", "dilation": (1, 3)}, (1, 7, 9)),
+    "padding valid": (5, 16, (3, 1), {"padding": "valid"}, (1, 5, 6)),
+    "the border is all there is": (3, 5, 3, {"padding": 2}, (1, 1, 1)),
+    "64 to 130": (64, 130, 1, {}, (1, 5, 5)),
+    "130 to 96": (130, 96, 1, {}, (3, 3, 3)),
+    "100 to 3": (100, 3, 3, {"padding": 1}, (1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_exact(name):
+    c, n, kernel, options, (batch, h, w) = CONVOLUTIONS[name]
+    for output in (OUTPUT, None):
+        check(one(conv(c, n, kernel, **options), output), lambda: INPUT.sample(batch, c, h, w))
+
+
+DEPTHWISE = {  # channels, kernel, options, size of the image
+    "3x3, even height": (16, 3, {"padding": 1}, (2, 6, 7)),
+    "3x3, odd height": (17, 3, {"padding": 1}, (2, 5, 9)),
+    "3x3, one row": (40, 3, {"padding": 1}, (3, 1, 5)),
+    "3x3 without a border": (64, 3, {}, (1, 7, 12)),
+    "3x3, one channel over 64": (65, 3, {"padding": 1}, (1, 4, 6)),
+    "3x3, blocks of 64, 32 and 16": (100, 3, {"padding": 1}, (1, 5, 5)),
+    "3x3, two blocks of 64": (130, 3, {"padding": 1}, (1, 3, 4)),
+    "3x3, stride 2": (96, 3, {"padding": 1, "stride": 2}, (2, 7, 8)),
+    "3x3, stride 1x2": (63, 3, {"padding": 1, "stride": (1, 2)}, (1, 6, 8)),
+    "3x3, stride 2x1": (16, 3, {"padding": 1, "stride": (2, 1)}, (1, 7, 8)),
+    "3x3, stride 3": (17, 3, {"stride": 3}, (1, 9, 10)),
+    "3x3, dilated": (40, 3, {"padding": 2, "dilation": 2}, (1, 6, 7)),
+    "3x3, dilated along the row": (40, 3, {"padding": (1, 2), "dilation": (1, 2)}, (1, 6, 7)),
+    "3x3 without bias, one scale": (5, 3, {"padding": 1, "bias": False, "per_channel": False}, (1, 6, 7)),
+    "3x3, a wide row": (16, 3, {"padding": 1}, (1, 2, 37)),
+    "5x5": (64, 5, {"padding": 2}, (1, 6, 7)),
+    "5x5, stride 2": (96, 5, {"padding": 2, "stride": 2}, (1, 7, 9)),
+    "5x5, dilated": (17, 5, {"padding": 4, "dilation": 2}, (1, 6, 7)),
+    "7x7": (96, 7, {"padding": 3}, (1, 7, 8)),
+    "9x9": (17, 9, {"padding": 4}, (1, 6, 6)),
+    "4x4": (17, 4, {"padding": 2}, (1, 6, 6)),
+    "2x2, stride 2": (63, 2, {"stride": 2}, (1, 6, 6)),
+    "1x1": (40, 1, {}, (2, 3, 3)),
+    "1x5": (40, (1, 5), {"padding": (0, 2)}, (1, 3, 8)),
+    "1x9": (17, (1, 9), {"padding": (0, 4)}, (1, 3, 8)),
+    "5x1": (40, (5, 1), {"padding": (2, 0)}, (1, 8, 3)),
+    "3x5": (64, (3, 5), {"padding": (1, 2)}, (1, 5, 6)),
+    "padding same of even kernels": (17, (4, 2), {"padding": "same"}, (1, 6, 5)),
+    "stride beyond the kernel": (16, 2, {"stride": 5}, (1, 8, 9)),
+    "31x31": (3, 31, {"padding": 15}, (1, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_a_depthwise_convolution_is_exact(name):
+    c, kernel, options, (batch, h, w) = DEPTHWISE[name]
+    for output in (OUTPUT, None):
+        check(one(depthwise(c, kernel, **options), output), lambda: INPUT.sample(batch, c, h, w))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 16), (13, 100), (2, 3, 17), (3, 1, 130), (2, 3, 4, 40)])
+@pytest.mark.parametrize("features", [1, 17, 64, 130])
+def test_a_linear_is_exact_in_any_number_of_dimensions(shape, features):
+    for output in (OUTPUT, None):
+        check(one(linear(shape[-1], features), output), lambda: INPUT.sample(*shape))
+
+
+@pytest.mark.parametrize("c", [16, 64])
+def test_more_rows_than_one_block_of_the_cache_are_exact(c):
+    check(one(linear(130, c)), lambda: INPUT.sample(1700, 130), tries=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": 4, "dilation": 2}, {"padding": "same"}]
+)
+def test_a_one_dimensional_convolution_is_exact(options):
+    for groups, width in ((1, 5), (5, 1)):
+        layer = Layer(F.conv1d, INPUT, (5, width, 5), groups=groups, **options)
+        check(one(layer), lambda: INPUT.sample(2, 5, 13))
+
+
+GRIDS = {
+    "zero point 0": Grid(0.05, 0),
+    "zero point 255": Grid(0.05, 255),
+    "int8": signed(0.02, -17),
+    "int8, zero point -128": signed(0.02, -128),
+    "int8, symmetric": signed(0.02, 0),
+    "reduced range": Grid(0.04, 60, 3, 127),
+    "reduced int8": Grid(0.04, 5, -63, 64, torch.int8),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_activations_are_exact_on_any_grid(name):
+    grid = GRIDS[name]
+    for layer, shape in (
+        (conv(5, 17, padding=1, grid=grid), (2, 5, 4, 5)),
+        (depthwise(20, padding=1, grid=grid), (1, 20, 5, 4)),
+        (linear(9, 33, grid), (4, 9)),
+    ):
+        check(one(layer, grid), lambda shape=shape: grid.sample(*shape))
+
+
+@pytest.mark.parametrize("zero_point", [0, 3, 255])
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_the_largest_codes_do_not_saturate(weight, zero_point):
+    grid, codes = Grid(0.05, zero_point), torch.tensor(weight)
+    for layer, shape in (
+        (conv(20, 17, grid=grid, codes=codes), (1, 20, 4, 5)),
+        (depthwise(40, 5, grid=grid, codes=codes), (1, 40, 6, 7)),
+        (depthwise(64, 3, grid=grid, codes=codes), (1, 64, 5, 7)),
+        (linear(130, 33, grid, codes=codes), (3, 130)),
+    ):
+        largest = torch.full(shape, (255 - zero_point) * grid.scale)
+        alternating = torch.where(torch.arange(shape[-1]) % 2 == 0, largest, -zero_point * grid.scale)
+        for x in (largest, alternating):
+            check(one(layer, None), lambda x=x: x)
+            check(one(layer, Grid(0.5, 101)), lambda x=x: x)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_products_of_random_shapes_are_exact(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    kind = data.draw(st.sampled_from(["conv", "depthwise", "linear"]))
+    zero = draw(0, 255)
+    grid = data.draw(st.sampled_from([Grid(0.02, zero), signed(0.03, zero - 128)]))
+    output = data.draw(st.sampled_from([OUTPUT, None, Grid(0.03, draw(0, 255))]))
+    c, n, batch = draw(1, 70), draw(1, 70), draw(1, 3)
+    if kind == "linear":
+        rows = draw(1, 15)
+        check(one(linear(c, n, grid), output), lambda: grid.sample(batch, rows, c))
+        return
+    kernel, stride, dilation = ((draw(1, 5), draw(1, 5)), (draw(1, 3), draw(1, 3)), (draw(1, 2), draw(1, 2)))
+    padding, size = (draw(0, 3), draw(0, 3)), (draw(1, 9), draw(1, 9))
+    assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "bias": data.draw(st.booleans())}
+    layer = conv(c, n, kernel, grid, **options) if kind == "conv" else depthwise(c, kernel, grid, **options)
+    check(one(layer, output), lambda: grid.sample(batch, c, *size))
+
+
+# what is fused behind them -------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu_": lambda x: F.relu_(x),
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.7, 0.9),
+    "clamp": lambda x: x.clamp(-0.3, 1.2),
+    "clamp from below": lambda x: x.clamp(min=-0.3),
+    "clamp from above": lambda x: x.clamp(max=0.4),
+    "clamp above the grid": lambda x: x.clamp(min=6.0),
+    "clamp below the grid": lambda x: x.clamp(max=-6.0),
+    "crossed clamp": lambda x: x.clamp(1.0, -1.0),
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "two in a row": lambda x: x.sigmoid().tanh(),
+    "three in a row": lambda x: F.relu(x).sigmoid().tanh(),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_exact(name):
+    f = ACTIVATIONS[name]
+    for layer, shape in ((conv(5, 17), (2, 5, 4, 5)), (depthwise(40), (1, 40, 4, 5)), (linear(9, 33), (4, 9))):
+        check(Call(lambda m, x: OUTPUT(f(m.a(x))), a=layer), lambda shape=shape: INPUT.sample(*shape))
+        check(Call(lambda m, x: f(m.a(x)), a=layer), lambda shape=shape: INPUT.sample(*shape))
+    check(Call(lambda m, x: m.a(f(INPUT(x))), a=conv(5, 4, grid=WIDE)), lambda: INPUT.sample(1, 5, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "sigmoid", "tanh", "hardswish"])
+def test_an_activation_of_very_large_values_is_exact(name):
+    f = ACTIVATIONS[name]
+    check(Call(lambda m, x: f(m.a(x)), a=linear(4, 16, Grid(30.0, 128))), lambda: torch.randn(64, 4) * 3000)
+
+
+RESIDUALS = {
+    "added": lambda y, o: y + o,
+    "added to": lambda y, o: o + y,
+    "then relu": lambda y, o: (y + o).relu(),
+    "after relu": lambda y, o: y.relu() + o,
+    "after silu, then relu6": lambda y, o: F.relu6(F.silu(y) + o),
+    "after two activations": lambda y, o: y.sigmoid().tanh() + o,
+    "then two activations": lambda y, o: (y + o).relu().sigmoid(),
+    "in place": lambda y, o: y.add_(o).relu_(),
+    "multiplied": lambda y, o: y * o,
+    "multiplied, then gelu": lambda y, o: F.gelu(y * o),
+    "added twice": lambda y, o: (y + o) + o,
+    "added and multiplied": lambda y, o: (y + o) * o,
+    "with itself": lambda y, o: y + y + o,
+    "with its own activation": lambda y, o: y * y.sigmoid() + o,
+    "with its own two activations": lambda y, o: y.sigmoid().tanh() + y + o,
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_second_operand_is_exact(name, quantized):
+    f = RESIDUALS[name]
+    for a, b, shape, second in (
+        (conv(5, 17, padding=1), conv(5, 17, 1), (2, 5, 4, 5), (2, 17, 4, 5)),
+        (depthwise(40, padding=1), depthwise(40, 1), (1, 40, 4, 5), (1, 40, 4, 5)),
+        (linear(9, 33), linear(9, 33), (2, 3, 9), (2, 3, 33)),
+    ):
+        other = (lambda o: OUTPUT(o)) if quantized else (lambda o: o)
+        inner = Call(lambda m, x, f=f, other=other: OUTPUT(f(m.a(x), other(m.b(x)))), a=a, b=b)
+        check(inner, lambda shape=shape: INPUT.sample(*shape), tries=300)
+        outer = Call(lambda m, x, o, f=f, other=other: OUTPUT(f(m.a(x), other(o))), a=a)
+        sample = OUTPUT.sample if quantized else torch.randn
+        check(outer, lambda shape=shape, second=second, sample=sample: (INPUT.sample(*shape), sample(*second)))
+
+
+@pytest.mark.parametrize("c", [16, 17])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gate_of_one_number_a_channel_is_exact(c, first):
+    def squeeze_excite(m, x):
+        y = F.silu(m.a(x))
+        gate = m.c(m.b(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return OUTPUT(gate * y if first else y * gate)
+
+    for a in (conv(c, c), depthwise(c)):
+        check(Call(squeeze_excite, a=a, b=conv(c, 4, 1), c=conv(4, c, 1)), lambda: INPUT.sample(2, c, 5, 4), tries=300)
+        outer = Call(lambda m, x, g: m.a(x) * g.sigmoid() if first else g.sigmoid() * m.a(x), a=a)
+        check(outer, lambda: (INPUT.sample(2, c, 5, 4), torch.randn(2, c, 1, 1)))
+
+
+# pools, norms, borders -----------------------------------------------------------------------------------------------
+
+POOLS = [
+    (2, {}),
+    (3, {"stride": 2, "padding": 1}),
+    (3, {"stride": 2, "padding": 1, "ceil_mode": True}),
+    (2, {"stride": 2, "ceil_mode": True}),
+    ((2, 3), {"stride": (1, 2), "padding": (1, 0)}),
+    (3, {"stride": 1, "padding": 1, "dilation": 2}),
+    (5, {"stride": 1, "padding": 2}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "options"), POOLS)
+def test_a_max_pool_is_exact(kernel, options):
+    def pool(x):
+        return F.max_pool2d(x, kernel, **options)
+
+    size = (2, 5, 7, 8)
+    for f in (
+        lambda m, x: OUTPUT(pool(m.a(x).relu())),
+        lambda m, x: pool(m.a(x)),
+        lambda m, x: OUTPUT(pool(OUTPUT(m.a(x).relu()))),
+        lambda m, x: pool(OUTPUT(m.a(x))),
+        lambda m, x: (lambda y: (pool(y), y.relu()))(m.a(x)),
+        lambda m, x: OUTPUT(pool(m.a(x))).relu(),
+        lambda m, x: m.a(pool(x)),
+        lambda m, x: m.a(pool(INPUT(x))),
+    ):
+        check(Call(f, a=conv(5, 17, padding=1)), lambda: INPUT.sample(*size), tries=300)
+
+
+def test_all_values_of_a_pool_may_be_below_zero():
+    f = Call(lambda m, x: F.max_pool2d(F.hardtanh(m.a(x), -9.0, -1.0), 3, 2, 1), a=conv(5, 17))
+    check(f, lambda: INPUT.sample(2, 5, 7, 7))
+
+
+@pytest.mark.parametrize("c", [16, 17])
+def test_means_over_a_whole_image_are_exact(c):
+    for pooled in (
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: x.mean((2, 3), keepdim=True),
+        lambda x: x.mean((-1, -2)),
+        lambda x: F.adaptive_avg_pool2d(x, (1, 1)).flatten(1),
+    ):
+        for f in (
+            lambda m, x, pooled=pooled: OUTPUT(pooled(m.a(x).relu())),
+            lambda m, x, pooled=pooled: pooled(OUTPUT(m.a(x))),
+            lambda m, x, pooled=pooled: F.silu(pooled(m.a(x))),
+        ):
+            check(Call(f, a=conv(5, c)), lambda: INPUT.sample(2, 5, 6, 5), tries=300)
+
+
+def test_a_flattened_mean_is_read_by_a_linear():
+    for flat in (
+        lambda x: x.flatten(1),
+        lambda x: x.view(2, 17),
+        lambda x: x.reshape(2, -1),
+        lambda x: x.squeeze((2, 3)),
+        lambda x: F.dropout(x.flatten(1), 0.5, training=False),
+    ):
+        f = Call(
+            lambda m, x, flat=flat: m.b(flat(F.adaptive_avg_pool2d(m.a(x).relu(), 1))), a=conv(5, 17), b=linear(17, 10)
+        )
+        check(f, lambda: INPUT.sample(2, 5, 5, 4))
+
+
+def test_rows_seen_as_images_of_one_pixel_and_back():
+    f = Call(lambda m, x: m.b(m.a(x).view(2, 17, 1, 1)).flatten(1), a=linear(5, 17), b=conv(17, 9, 1))
+    check(f, lambda: INPUT.sample(2, 5))
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 17, 40, 100])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_norm_of_any_width_is_exact(width, affine):
+    norm = nn.LayerNorm(width, elementwise_affine=affine, eps=1e-5)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    f = Call(lambda m, x: m.b(m.norm(m.a(x))), norm=norm, a=linear(5, width), b=linear(width, 9))
+    check(f, lambda: INPUT.sample(2, 3, 5))
+    f = Call(lambda m, x: m.b(m.norm(x)), norm=norm, b=linear(width, 9))
+    check(f, lambda: torch.randn(2, 3, width) * 3 + 1)
+    f = Call(
+        lambda m, x: (lambda y: (m.b(m.norm(y)) + y, m.norm(OUTPUT(y))))(m.a(x)),
+        norm=norm,
+        a=linear(5, width),
+        b=linear(width, width),
+    )
+    check(f, lambda: INPUT.sample(2, 3, 5))
+
+
+@pytest.mark.parametrize("pad", [(1, 2, 0, 1), (0, 1, 0, 1), (3, 0, 2, 0), (0, 0, 0, 0), (1, 1)])
+def test_zeros_in_front_of_a_convolution_are_its_padding(pad):
+    for layer in (conv(5, 16, stride=2), conv(5, 16, 3, padding=1), depthwise(5, stride=2), depthwise(5, 5, padding=1)):
+        check(Call(lambda m, x: m.a(F.pad(x, pad)), a=layer), lambda: INPUT.sample(1, 5, 6, 7))
+    inner = Call(
+        lambda m, x: (lambda y: (m.b(F.pad(y, pad)), m.c(y), m.d(y), y))(m.a(x).relu()),
+        a=conv(5, 17),
+        b=depthwise(17, stride=2),
+        c=depthwise(17, 5, padding=2),
+        d=conv(17, 4, 1),
+    )
+    check(inner, lambda: INPUT.sample(1, 5, 6, 7))
+
+
+# values with many readers --------------------------------------------------------------------------------------------
+
+
+def test_a_value_is_read_on_several_grids():
+    for a, b, c, shape in (
+        (conv(5, 17), conv(17, 4, 1, WIDE), conv(17, 5, 3, FINE, padding=2), (1, 5, 5, 4)),
+        (depthwise(5), conv(5, 4, 1, WIDE), depthwise(5, 3, FINE, padding=2), (1, 5, 5, 4)),
+        (linear(5, 17), linear(17, 4, WIDE), linear(17, 3, FINE), (3, 5)),
+    ):
+        f = Call(lambda m, x: (lambda y: (m.b(y), m.c(y), OUTPUT(y)))(m.a(x).relu()), a=a, b=b, c=c)
+        check(f, lambda shape=shape: INPUT.sample(*shape), tries=300)
+
+
+def test_an_input_is_read_on_several_grids_and_as_floats():
+    f = Call(
+        lambda m, x: (lambda y: (m.a(x) + y, y + x))(m.b(x)),
+        a=conv(5, 5, padding=1),
+        b=conv(5, 5, 1, WIDE),
+    )
+    check(f, lambda: torch.randn(2, 5, 4, 4), tries=300)
+
+
+@pytest.mark.parametrize("c", [16, 17])
+def test_an_output_may_be_read_inside(c):
+    for a, b, shape in ((conv(5, c), conv(c, 4, 1), (2, 5, 5, 4)), (linear(5, c), linear(c, 4), (3, 5))):
+        for f in (
+            lambda m, x: (lambda y: (y, m.b(y)))(m.a(x).relu()),
+            lambda m, x: (lambda y: (y, y.relu(), m.b(y), OUTPUT(y)))(m.a(x)),
+            lambda m, x: (lambda y: (F.dropout(y, 0.5, False), y, m.b(y) + m.b(y.relu())))(m.a(x)),
+        ):
+            check(Call(f, a=a, b=b), lambda shape=shape: INPUT.sample(*shape), tries=300)
+
+
+def test_a_region_may_have_several_inputs_and_outputs():
+    def function(m, x, y, z):
+        u = m.a(x) + m.b(y)
+        v = F.silu(u) * m.c(z)
+        return m.d(v), u, v.mean((2, 3)), OUTPUT(v)
+
+    f = Call(function, a=conv(5, 17), b=depthwise(17), c=conv(3, 17, 1), d=conv(17, 4, 3, padding=1))
+    check(f, lambda: (INPUT.sample(2, 5, 5, 4), INPUT.sample(2, 17, 5, 4), INPUT.sample(2, 3, 3, 2)), tries=300)
+
+
+def test_a_small_network_is_exact():
+    def function(m, x):
+        x = F.relu6(m.stem(x))
+        y = m.narrow(F.relu6(m.deep(F.relu6(m.widen(x)))))
+        x = F.max_pool2d((x + y).relu(), 3, 2, 1)
+        return m.head(F.adaptive_avg_pool2d(F.hardswish(m.last(x)), 1).flatten(1))
+
+    f = Call(
+        function,
+        stem=conv(3, 8, 3, stride=2, padding=1),
+        widen=conv(8, 24, 1),
+        deep=depthwise(24, padding=1),
+        narrow=conv(24, 8, 1),
+        last=conv(8, 20, 1),
+        head=linear(20, 5),
+    )
+    check(f, lambda: INPUT.sample(1, 3, 7, 6), tries=2000)
+
+
+@pytest.fixture(scope="module")
+def dynamic():
+    torch.manual_seed(0)
+    f = Call(
+        lambda m, x: (m.b(F.adaptive_avg_pool2d(m.a(x).relu(), 1).flatten(1)), OUTPUT(m.a(x)), m.c(x)),
+        a=conv(5, 17, padding=1),
+        b=linear(17, 4),
+        c=depthwise(5),
+    )
+    batch = torch.export.Dim("batch", min=0)
+    return f, Case(f, lambda: INPUT.sample(3, 5, 4, 5), dynamic_shapes={"args": ({0: batch},)}, regions=None)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+def test_the_batch_may_be_of_any_size(dynamic, batch):
+    function, case = dynamic
+    x = INPUT.sample(batch, 5, 4, 5)
+    for name in native.instruction_sets():
+        with native.use(name):
+            found = case.graph(x)
+        for value, expected in zip(found, function(x), strict=True):
+            assert value.shape == expected.shape
+            torch.testing.assert_close(value, expected, rtol=0, atol=0.032 if value is found[1] else 0.02)
+
+
+def test_the_bytes_do_not_depend_on_how_an_input_lies_in_memory():
+    f = one(conv(5, 17, padding=1))
+    case = Case(f, lambda: INPUT.sample(2, 5, 4, 6))
+    [x] = case.inputs
+    expected = case.graph(x)
+    for same in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, x.repeat(1, 1, 1, 2)[..., :6]):
+        assert torch.equal(case.graph(same), expected)
+
+
+def test_all_instruction_sets_give_the_same_bytes():
+    case = Case(one(conv(40, 100, padding=1)), lambda: INPUT.sample(2, 40, 6, 7))
+    found = []
+    for name in native.instruction_sets():
+        with native.use(name):
+            found.append((case.graph(*case.inputs) / OUTPUT.scale).round())
+    assert all(float((f - found[0]).abs().max()) <= 1 for f in found)
+    assert all(float((f != found[0]).double().mean()) < 1e-3 for f in found)
+
+
+# attention -----------------------------------------------------------------------------------------------------------
+
+
+def mask_of(batch, rows, keys):
+    hidden = torch.rand(batch, 1, rows, keys) > 0.7
+    return torch.zeros(batch, 1, rows, keys).masked_fill(hidden, -1e3)
+
+
+ATTENTION = {  # (batch, heads, key heads, rows, keys, width), mask, options
+    "plain": ((2, 3, 3, 7, 9, 20), None, {}),
+    "one query, one key": ((1, 1, 1, 1, 1, 8), None, {}),
+    "width 8": ((1, 2, 2, 33, 31, 8), None, {}),
+    "width 32": ((2, 2, 2, 13, 17, 32), None, {}),
+    "width 64": ((1, 2, 2, 25, 48, 64), None, {}),
+    "width 80": ((1, 3, 3, 17, 35, 80), None, {}),
+    "197 tokens": ((1, 1, 1, 197, 197, 32), None, {}),
+    "no samples": ((0, 2, 2, 5, 7, 20), None, {}),
+    "no queries": ((2, 2, 2, 0, 7, 20), None, {}),
+    "no keys": ((2, 2, 2, 3, 0, 20), None, {}),
+    "causal, fewer queries": ((2, 2, 2, 7, 19, 20), None, {"is_causal": True}),
+    "causal, square": ((2, 2, 2, 29, 29, 20), None, {"is_causal": True}),
+    "causal, more queries": ((1, 2, 2, 35, 9, 20), None, {"is_causal": True}),
+    "two heads a key head": ((2, 4, 2, 7, 9, 20), None, {"enable_gqa": True}),
+    "one key head": ((2, 4, 1, 7, 9, 20), None, {"enable_gqa": True, "is_causal": True}),
+    "scale": ((1, 2, 2, 7, 9, 20), None, {"scale": 0.7}),
+    "large scores": ((1, 2, 2, 7, 9, 20), None, {"scale": 30.0}),
+    "mask of keys": ((2, 3, 3, 7, 9, 20), lambda: mask_of(2, 1, 9), {}),
+    "mask of rows and keys": ((2, 3, 3, 7, 9, 20), lambda: mask_of(1, 7, 9), {}),
+    "mask of everything": ((2, 3, 3, 5, 21, 20), lambda: torch.randn(2, 3, 5, 21), {}),
+    "mask of rows": ((2, 3, 3, 7, 9, 20), lambda: torch.randn(2, 1, 7, 1), {}),
+    "mask of two dimensions": ((2, 3, 3, 7, 9, 20), lambda: torch.randn(7, 9), {}),
+    "mask of three dimensions": ((2, 3, 3, 7, 9, 20), lambda: torch.randn(3, 7, 9), {}),
+    "transposed mask": ((2, 3, 3, 7, 9, 20), lambda: torch.randn(2, 1, 9, 7).mT, {}),
+    "bool mask": ((2, 3, 3, 7, 9, 20), lambda: mask_of(2, 7, 9) == 0, {}),
+    "bool mask of keys": ((2, 3, 3, 7, 9, 20), lambda: torch.arange(9).expand(2, 1, 1, 9) < 4, {}),
+    "mask of the least float": ((1, 2, 2, 7, 9, 20), lambda: (mask_of(1, 7, 9) < 0) * torch.finfo().min, {}),
+    "mask and key heads": ((2, 4, 2, 7, 9, 20), lambda: mask_of(2, 7, 9), {"enable_gqa": True}),
+    "a row that sees nothing, bool": ((1, 2, 2, 7, 19, 20), lambda: torch.arange(7)[:, None].expand(7, 19) != 3, {}),
+    "a row that sees nothing, float": (
+        (1, 2, 2, 7, 19, 20),
+        lambda: torch.zeros(7, 19).index_fill(0, torch.tensor(3), -torch.inf),
+        {},
+    ),
+}
+
+
+def attention_case(inputs, options):
+    module = Call(lambda m, q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, **options))
+    expected = module(*(t.double() if t.is_floating_point() else t for t in inputs))
+    graph = exported(module, inputs)
+    replace_regions(graph)
+    return graph, expected
+
+
+def check_attention(inputs, options):
+    graph, expected = attention_case(inputs, options)
+    assert "torchquant.x86_attention.default" in targets(graph)
+    for name in native.instruction_sets():
+        with native.use(name):
+            found = graph(*inputs)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    return expected
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_equals_torchs(name):
+    (batch, heads, groups, rows, keys, width), mask, options = ATTENTION[name]
+    query, key, value = (torch.randn(batch, h, n, width) for h, n in ((heads, rows), (groups, keys), (groups, keys)))
+    if name == "large scores":
+        query = query.round()  # products exact in float32 too, which the exponential would magnify
+        key = key.round()
+    inputs = (query, key, value) if mask is None else (query, key, value, mask())
+    expected = check_attention(inputs, options)
+    if "sees nothing" in name:
+        assert not expected[:, :, 3].any()
+        assert expected[:, :, 2].any()
+
+
+def test_attention_reads_strided_operands():
+    packed = torch.randn(2, 9, 3, 4, 20)
+    query, key, value = (t.transpose(1, 2) for t in packed.unbind(2))
+    assert not query.is_contiguous()
+    check_attention((query, key, value), {})
+    wide = torch.randn(2, 4, 20, 9)
+    check_attention((wide.mT, wide.mT, wide.mT), {"is_causal": True})
+    check_attention((query, key.flip(2), value[:, :1].expand(2, 4, 9, 20)), {})
+    check_attention((torch.randn(2, 4, 9, 40)[..., ::2], key, value), {})
+
+
+BROADCAST = {
+    "over samples": ((2, 4, 7, 8), (1, 4, 9, 8), (1, 4, 9, 8), {}),
+    "over heads": ((2, 4, 7, 8), (2, 1, 9, 8), (2, 1, 9, 8), {}),
+    "values over heads": ((2, 4, 7, 8), (2, 2, 9, 8), (2, 1, 9, 8), {"enable_gqa": True}),
+    "values of another width": ((2, 4, 7, 8), (2, 4, 9, 8), (2, 4, 9, 12), {}),
+    "three dimensions": ((4, 7, 8), (4, 9, 8), (4, 9, 8), {}),
+    "very many keys": ((1, 1, 2, 8), (1, 1, 4097, 8), (1, 1, 4097, 8), {}),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_other_attention_stays_with_torch(name):
+    *shapes, options = BROADCAST[name]
+    inputs = tuple(torch.randn(*s) for s in shapes)
+    graph, expected = attention_case(inputs, options)
+    assert "torchquant.x86_attention.default" not in targets(graph)
+    torch.testing.assert_close(graph(*inputs).double(), expected, rtol=0, atol=1e-5)
+
+
+# registration --------------------------------------------------------------------------------------------------------
+
+OPCHECKS = ("test_schema", "test_faketensor")
+
+
+def test_the_region_op_has_a_true_schema_and_fake():
+    case = Case(one(conv(5, 17)), lambda: INPUT.sample(2, 5, 4, 5))
+    [region] = [n for n in case.graph.graph.nodes if n.target is REGION.x86_region.default]
+    plan = getattr(case.graph, region.args[0].target)
+    torch.library.opcheck(REGION.x86_region.default, (plan, list(case.inputs), region.args[2]), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("mask", [None, torch.randn(2, 1, 1, 7), torch.ones(5, 7, dtype=torch.bool)])
+def test_the_attention_op_has_a_true_schema_and_fake(mask):
+    native.load()
+    inputs = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8), mask, 0.3, mask is None)
+    torch.library.opcheck(REGION.x86_attention.default, inputs, test_utils=OPCHECKS)
