@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.ops import matching
 
+_TURNS = ("permute.default", "transpose.int", "movedim.int")  # between images and rows, whatever their shapes
 _MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
 
@@ -52,7 +53,7 @@ class Finder:
             self.layout[node] = matching.IMAGE if len(shape) == 4 else matching.ROWS
         else:
             before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
-            if before:
+            if before and matching.overload(node) not in _TURNS:
                 self.layout[node] = before[0]
             elif len(shape) in (3, 4) and self._leads_to_image(node):
                 self.layout[node] = matching.IMAGE
