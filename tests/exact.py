@@ -174,7 +174,8 @@ class Case:
     def _clear_of_ties(graph, sample, tries):
         [output] = [n for n in graph.graph.nodes if n.op == "output"]
         outputs = torch.utils._pytree.tree_leaves(output.args)
-        inner = [n for n in graph.graph.nodes if ops.is_quantize(n) and not set(n.users) <= set(outputs)]
+        last = {n for n in outputs if ops.is_dequantize(n) and len(n.users) == 1}
+        inner = [n for n in graph.graph.nodes if ops.is_quantize(n) and not set(n.users) <= last]
         grids = [ops.arguments(n) if ops.is_dequantize(n) else None for n in outputs]
         for seed in range(tries):
             torch.manual_seed(seed)

@@ -374,6 +374,20 @@ def test_a_layer_norm_of_any_width_is_exact(width, affine):
     check(f, lambda: INPUT.sample(2, 3, 5))
 
 
+@pytest.mark.parametrize("c", [16, 17])
+def test_rows_of_a_turned_image_are_exact(c):
+    """As ConvNeXt has them: pixels as rows, through a layer norm and linears, and back."""
+
+    def block(m, x):
+        y = F.layer_norm(m.a(x).permute(0, 2, 3, 1), (c,))
+        y = m.c(F.gelu(m.b(y))).permute(0, 3, 1, 2)
+        return m.d(y) + m.e(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    layers = {"a": depthwise(c, padding=1), "b": linear(c, 33), "c": linear(33, c), "d": conv(c, c, 1)}
+    case = check(Call(block, **layers, e=linear(c, c)), lambda: INPUT.sample(1, c, 3, 4), regions=None, tries=2000)
+    assert not {"aten.layer_norm.default", "aten.gelu.default"} & set(targets(case.graph))
+
+
 @pytest.mark.parametrize("pad", [(1, 2, 0, 1), (0, 1, 0, 1), (3, 0, 2, 0), (0, 0, 0, 0), (1, 1)])
 def test_zeros_in_front_of_a_convolution_are_its_padding(pad):
     for layer in (conv(5, 16, stride=2), conv(5, 16, 3, padding=1), depthwise(5, stride=2), depthwise(5, 5, padding=1)):

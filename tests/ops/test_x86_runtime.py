@@ -132,6 +132,19 @@ def test_samples_do_not_see_each_other(network_region):
         assert equal([part[i : i + 1] for part in whole], network_region(x[i : i + 1]))
 
 
+def test_a_profile_has_the_time_of_each_op(call):
+    plan, inputs, shapes = call
+    count = struct.unpack("<4i", bytes(plan[:16].tolist()))[3]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        [spent] = native.profiled(lambda: REGION.x86_region(plan, inputs, shapes), [plan], [count])
+    finally:
+        torch.set_num_threads(before)
+    assert len(spent) == count > 2
+    assert all(0 <= t < 1e6 for t in spent)
+
+
 # refusals -----------------------------------------------------------------------------------------------------------
 
 

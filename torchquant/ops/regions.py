@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.ops import matching
 
+_TURNS = ("permute.default", "transpose.int", "movedim.int")  # between images and rows, whatever their shapes
 _MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
 

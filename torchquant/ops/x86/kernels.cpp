@@ -156,15 +156,6 @@ struct Tile {
 template <int MR, int NV>
 void tile(const Op& op, const Tile& t) {
   constexpr int NR = NV * kPerVector, kBytes = 64 / kPerVector;
-  if (!op.direct) {  // what the products will meet when they are done
-    for (int r = 0; r < MR; ++r) {
-      const Place& p = t.places[r];
-      for (int v = 0; v < NV; ++v) {
-        if (p.other) __builtin_prefetch(p.other + (t.at + v * kLanes) * (t.other_float ? 4 : 1), 0);
-        if (p.number) __builtin_prefetch(p.number + t.at + v * kLanes, 1);
-      }
-    }
-  }
   R acc[MR][NR];
   TQ_EACH_OF(NR, v)
     R c = load_register(reinterpret_cast<const char*>(t.compensation) + v * kBytes);
