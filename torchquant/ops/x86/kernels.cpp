@@ -150,8 +150,60 @@ struct Tile {
   const int32_t* compensation;
   const float *scale, *bias;
   int64_t at, n;            // first channel, channels
-  bool other_float, tail, plain;
+  bool other_float, tail;
+  void (*plain)(const Op&, const Tile&, const int32_t*, int);  // null: what follows the sums is not as simple
 };
+
+enum Operand { kAbsent, kFloats, kBytes };
+
+// From sums to what is stored, where an addend and a clamp are all that follows.
+template <int NV, Operand other, bool number, bool byte>
+void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
+  F s[NV], b[NV];
+  TQ_EACH_OF(NV, v)
+    s[v] = load(t.scale + v * kLanes);
+    b[v] = load(t.bias + v * kLanes);
+  });
+  bool clamped = op.after == tq::kClamp;
+  F least = set(clamped ? op.after_low : -INFINITY), most = set(clamped ? op.after_high : INFINITY);
+  F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
+  F scale = set(op.other_scale), zero = set(static_cast<float>(op.other_zero_point));
+  int zero_point = op.zero_point;
+  for (int r = 0; r < rows; ++r, sums += NV * kLanes) {
+    const Place& p = t.places[r];
+    F y[NV];
+    TQ_EACH_OF(NV, v)
+      y[v] = fma(to_float(load_int(sums + v * kLanes)), s[v], b[v]);
+      if (other == kFloats) y[v] = add(y[v], load(reinterpret_cast<const float*>(p.other) + t.at + v * kLanes));
+      if (other == kBytes) y[v] = fma(sub(from_bytes(p.other + t.at + v * kLanes), zero), scale, y[v]);
+      y[v] = clamp(y[v], least, most);
+      if (number) store(p.number + t.at + v * kLanes, y[v]);
+      if (byte) y[v] = clamp(mul(y[v], inverse), low, high);
+    });
+    if (byte) store_quantized<NV>(p.byte + t.at, y, zero_point, 0, 255);
+  }
+}
+using PlainRows = void (*)(const Op&, const Tile&, const int32_t*, int);
+template <int NV, Operand other>
+PlainRows plain_of(bool number, bool byte) {
+  return number ? (byte ? plain_rows<NV, other, true, true> : plain_rows<NV, other, true, false>) : plain_rows<NV, other, false, true>;
+}
+template <int NV>
+PlainRows plain_of(Operand other, bool number, bool byte) {
+  switch (other) {
+    case kFloats: return plain_of<NV, kFloats>(number, byte);
+    case kBytes: return plain_of<NV, kBytes>(number, byte);
+    default: return plain_of<NV, kAbsent>(number, byte);
+  }
+}
+PlainRows plain_of(int nv, Operand other, bool number, bool byte) {
+  switch (nv) {
+    case 2: return plain_of<2>(other, number, byte);
+    case 3: return plain_of<3>(other, number, byte);
+    case 4: return plain_of<4>(other, number, byte);
+    default: return plain_of<1>(other, number, byte);
+  }
+}
 
 template <int MR, int NV>
 void tile(const Op& op, const Tile& t) {
@@ -193,37 +245,14 @@ void tile(const Op& op, const Tile& t) {
     });
     return;
   }
-  if (t.plain) {  // an addend and a clamp at most: all in registers
-    F s[NV], b[NV];
-    TQ_EACH_OF(NV, v)
-      s[v] = load(t.scale + v * kLanes);
-      b[v] = load(t.bias + v * kLanes);
-    });
-    bool clamped = op.after == tq::kClamp;
-    F least = set(clamped ? op.after_low : -INFINITY), most = set(clamped ? op.after_high : INFINITY);
-    F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
-    F scale = set(op.other_scale), zero = set(static_cast<float>(op.other_zero_point));
+  if (t.plain) {
+    alignas(64) int32_t sums[MR][NV * kLanes];
     TQ_EACH_OF(MR, r)
-      const Place& p = t.places[r];
-      F y[NV];
       TQ_EACH_OF(NV, v)
-        y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
+        store_int(&sums[r][v * kLanes], vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1]));
       });
-      if (p.other && t.other_float) {
-        const float* o = reinterpret_cast<const float*>(p.other) + t.at;
-        TQ_EACH_OF(NV, v) y[v] = add(y[v], load(o + v * kLanes)); });
-      } else if (p.other) {
-        TQ_EACH_OF(NV, v) y[v] = fma(sub(from_bytes(p.other + t.at + v * kLanes), zero), scale, y[v]); });
-      }
-      TQ_EACH_OF(NV, v) y[v] = clamp(y[v], least, most); });
-      if (p.number) {
-        TQ_EACH_OF(NV, v) store(p.number + t.at + v * kLanes, y[v]); });
-      }
-      if (p.byte) {
-        TQ_EACH_OF(NV, v) y[v] = clamp(mul(y[v], inverse), low, high); });
-        store_quantized<NV>(p.byte + t.at, y, op.zero_point, 0, 255);
-      }
     });
+    t.plain(op, t, &sums[0][0], MR);
     return;
   }
   alignas(64) float y[MR][NV * kLanes];
@@ -292,7 +321,7 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
   t.block = n_taps * depth * kLanes;
   t.other_float = outputs.other_float;
   t.tail = outputs.tail;
-  t.plain = op.before == tq::kNone && (op.after == tq::kNone || op.after == tq::kClamp) && op.binary != tq::kMul &&
+  bool plain = op.before == tq::kNone && (op.after == tq::kNone || op.after == tq::kClamp) && op.binary != tq::kMul &&
             op.other_broadcast == 0 && !(t.tail && op.channels % kLanes);
   const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
   const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
@@ -312,6 +341,8 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
       int64_t from = first + (last - first) * panel / panels, to = first + (last - first) * (panel + 1) / panels;
       int nv = int(to - from), most = kMaxMr[nv];
       t.weights = weights + from * t.block;
+      Operand other = op.other < 0 ? kAbsent : t.other_float ? kFloats : kBytes;
+      t.plain = plain ? plain_of(nv, other, op.out_float >= 0, op.out_byte >= 0) : nullptr;
       t.compensation = compensation + from * kLanes;
       t.scale = scale + from * kLanes;
       t.bias = bias + from * kLanes;
