@@ -43,7 +43,6 @@ TARGET = "inductor_x86"
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
-    "residual_int8": Scheme("residual_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
     "dynamic_int8": Scheme("dynamic_int8", TensorSpec(UINT8, symmetric=False, dynamic=True), _WEIGHT),
 }
 
@@ -76,14 +75,14 @@ def _pointwise(node: Node, scheme: str) -> str | None:
 
 
 _LONG_KERNEL = "Inductor infers a wrong output length for an int8 conv1d whose kernel is longer than 1"
-_STATIC = ("static_int8", "residual_int8")
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability("conv1d", _STATIC, "weighted", condition=_pointwise, reason="kernel size 1"),
-    Capability("conv2d", _STATIC, "weighted", condition=_batched, reason="with a batch dimension"),
-    Capability("linear", (*_STATIC, "dynamic_int8"), "weighted", condition=_batched, reason="with a batch dimension"),
-    Capability("add", ("residual_int8",), "residual", reason="operands that a convolution or linear reads anyway"),
+    Capability("conv1d", ("static_int8",), "weighted", condition=_pointwise, reason="kernel size 1"),
+    Capability("conv2d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
+    Capability(
+        "linear", ("static_int8", "dynamic_int8"), "weighted", condition=_batched, reason="with a batch dimension"
+    ),
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
-    *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves or k.name == "add")),
+    *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
 )
 
 # what the calls in the generated C++ are called

@@ -355,9 +355,6 @@ RUNTIMES: dict[str, Runtime] = {
         cnn=False,
     ),
     "x86": Runtime("torchquant inductor_x86 static", ours_x86),
-    "x86_residual": Runtime(
-        "torchquant inductor_x86 static, residuals int8", lambda case: ours_x86(case, "x86_residual")
-    ),
     "x86_dynamic": Runtime("torchquant inductor_x86 dynamic", lambda case: ours_x86(case, "x86_dynamic"), cnn=False),
     "xnnpack_fp32": Runtime("ExecuTorch XNNPACK fp32", xnnpack_float),
     "xnnpack_upstream": Runtime("ExecuTorch XNNPACK int8, its XNNPACKQuantizer", xnnpack_upstream, transformer=False),

@@ -125,8 +125,6 @@ class CapabilityQuantizer(Quantizer):
             note(node, "unsupported", reason)
         elif row.role == "shared":
             self._share(node, row, scheme)
-        elif row.role == "residual":
-            self._read_quantized(node, row, scheme)
         else:
             self._observe(node, row, scheme, why, [n for n, s in wanted.items() if s is None])
 
@@ -148,9 +146,6 @@ class CapabilityQuantizer(Quantizer):
             return "an operand does not depend on the model's data (a mask, a position, a constant)"
         if any(n.meta["val"].dtype != torch.float32 for n in inputs if "val" in n.meta):
             return "its input is not float32; export a float32 model"
-        if row.role == "residual":
-            again = any(_is_read_quantized(n, node) for n in inputs)
-            return "" if again else "no operand is read as integers elsewhere, so quantizing one would add rounding"
         if row.role != "weighted" and not all(has_quantized_output(n) for n in inputs):
             return "its input is float here, so running it in int8 would only add rounding"
         if row.role == "weighted":
@@ -189,14 +184,6 @@ class CapabilityQuantizer(Quantizer):
             if ops.op_name(user) != "batch_norm":
                 break
         return tail
-
-    def _read_quantized(self, node: Node, row: Capability, scheme: str) -> None:
-        """Read those operands as integers that another op reads so already: their bytes are there."""
-        activation = self.schemes[scheme].activation
-        assert activation is not None
-        inputs = [n for n in ops.data_inputs(node, ops.BY_NAME[row.op]) if _is_read_quantized(n, node)]
-        _mark(node, dict.fromkeys(inputs, self._spec(activation)), None)
-        note(node, "quantized", f"reads {', '.join(n.name for n in inputs)} as other ops do")
 
     def _share(self, node: Node, row: Capability, scheme: str) -> None:
         """Keep the qparams of the input, if the inputs are quantized already."""
@@ -245,12 +232,6 @@ def _mark(node: Node, inputs: dict[Node, Any], output: Any) -> None:
 def has_quantized_output(node: Node) -> bool:
     """Whether the node's output is annotated to be quantized."""
     return _annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
-
-
-def _is_read_quantized(node: Node, reader: Node) -> bool:
-    """Whether an op other than `reader` is annotated to read the node's value quantized."""
-    others = [u for u in node.users if u is not reader and _annotated(u)]
-    return any(u.meta[Q_ANNOTATION_KEY].input_qspec_map.get(node) is not None for u in others)
 
 
 def _describe_place(producer: Node, user: Node | None) -> str:

@@ -13,7 +13,7 @@ from torchquant.errors import SchemeError
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 Status = Literal["quantized", "excluded", "unsupported", "missed"]
-Role = Literal["weighted", "activations", "shared", "residual", "float"]
+Role = Literal["weighted", "activations", "shared", "float"]
 
 DTYPE_RANGE = {
     torch.int8: (-128, 127),
@@ -97,8 +97,7 @@ class Capability:
         schemes: names of the schemes the target runs this op in; empty: the op stays float.
         role: `weighted` observes the activation and the weight; `activations` observes every data input
             and the output, where the inputs are integers already; `shared` keeps its input's qparams,
-            likewise; `residual` observes those data inputs that another op reads as integers, and leaves the
-            output float; `float` observes nothing.
+            likewise; `float` observes nothing.
         fuses: op kinds that may follow and are computed in the same kernel, so that a quantized output
             lies behind them.
         observe_output: whether the op's (or the fused tail's) output is quantized too.
