@@ -34,7 +34,7 @@ from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, le
 from torchquant.ops import native, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
-from torchquant.serialize import export_again
+from torchquant.serialize import export_again, functional
 from torchquant.types import Capability, Scheme, Site, TensorSpec
 
 __all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
@@ -54,7 +54,7 @@ _FLOAT = {
     "matmul": "Inductor has no int8 kernel for a product of two activations",
     "addmm": "Inductor has no int8 kernel for a product of two activations",
     "einsum": "Inductor has no int8 kernel for a product of two activations",
-    "attention": "attention runs in Inductor's float flash kernel; there is no int8 pattern for it",
+    "attention": "attention runs in a float kernel; there is no int8 one",
     "embedding": "Inductor has no kernel for integer embedding tables",
     "recurrent": "Inductor has no int8 kernel for recurrent layers",
 }
@@ -283,7 +283,7 @@ def _compile(
         graph = passes.copy_graph(quantized)
         given = data.below_bounds(graph, batch)
         if own_kernels and native.supported():
-            graph = export_again(graph, given).module()
+            graph = functional(export_again(graph, given)).module()
             regions = replace_regions(graph)
             if regions and tune:
                 _tune(graph, given, regions)

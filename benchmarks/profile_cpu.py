@@ -1,4 +1,4 @@
-"""Op by op, the work of a network in int8 and the time that this machine needs for it at best.
+"""Op by op, the work of a network in int8, the time that this machine needs for it at best, and the time it takes.
 
 python benchmarks/profile_cpu.py [--network lite0] [--batch 1] [--threads 1]
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,16 +16,23 @@ from typing import Any
 
 import records
 import roofline
+import torch
 from candidates import QUANTIZERS, quantize
-from networks import NETWORKS, load_network
+from networks import NETWORKS, Batch, load_network
 from torch.fx import GraphModule, Node
 
 import torchquant as tq
+from torchquant.backends import inductor_x86
 from torchquant.fx import ops
+from torchquant.ops import native, tuning
+from torchquant.ops.translation import replace_regions
+from torchquant.serialize import export_again
 
 __all__ = ["Work", "work"]
 
 KEY = ("network", "batch", "threads", "node")
+SUMS = ("macs", "weight_bytes", "input_bytes", "output_bytes", "ideal_us")
+ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,11 @@ def main() -> None:
     graph, _ = quantize(QUANTIZERS["x86"], network.model, network.calibration[:1])  # ranges do not change the work
     found = work(graph)
     level = bounds.level_of(resident_bytes(found))
-    rows = times(found, bounds, level, measured_us(graph))
+    batch = network.held_out[0]
+    products, others = measured_us(graph, batch)
+    rows = times(found, bounds, level, products)
+    for kind, us in {**others, "whole program": program_us(graph, batch, options.threads)}.items():
+        rows.append({"node": f"({kind})", "kind": kind, "bound": "", **dict.fromkeys(SUMS, 0), "measured_us": us})
     about = {"network": network.name, "batch": options.batch, "threads": options.threads}
     records.write("profile", [{**about, **row} for row in rows], KEY)
     print(f"\n{network.name}, batch {options.batch}; {bounds}\n{resident_bytes(found):,} bytes, read from {level}")
@@ -154,9 +167,45 @@ def resident_bytes(found: Sequence[Work]) -> int:
     return sum(w.weight_bytes for w in found) + max(w.input_bytes + w.output_bytes for w in found)
 
 
-def measured_us(graph: GraphModule) -> dict[str, float]:
-    """Microseconds of each op by the name of its node; empty, for no runtime tells them yet."""
-    return {}
+def measured_us(graph: GraphModule, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds on one thread: of each op by the name of its node, and of the other steps of our regions by kind.
+
+    What stays with Inductor, and our attention, are in neither: the whole program's time less these is theirs.
+    """
+    exported = export_again(graph, batch).module()
+    names = {new.name: old.name for old, new in zip(_products(graph), _products(exported), strict=True)}
+    regions = replace_regions(exported)
+    with torch.no_grad():
+        run = lambda: exported(*batch)  # noqa: E731
+        tuning.tune(run, regions, "x".join(str(s) for t in batch for s in t.shape))
+        memories, steps = [r.memory for r in regions], [r.plan.laid_out for r in regions]
+        rounds = [native.profiled(run, memories, [len(s) for s in steps]) for _ in range(ROUNDS)]
+    products: dict[str, float] = {}
+    others: dict[str, float] = {}
+    for i, region in enumerate(steps):
+        for k, step in enumerate(region):
+            us = statistics.median(found[i][k] for found in rounds)
+            if step.kind in ("conv", "depthwise"):
+                products[names[step.label]] = us
+            else:
+                others[step.kind] = others.get(step.kind, 0.0) + us
+    return products, others
+
+
+def _products(graph: GraphModule) -> list[Node]:
+    return [node for node in graph.graph.nodes if ops.op_name(node) in KINDS]
+
+
+def program_us(graph: GraphModule, batch: Batch, threads: int) -> float:
+    """Median microseconds of the lowered program."""
+    program = inductor_x86.lower(graph, batch, min_sqnr_db=-math.inf)
+    torch.set_num_threads(threads)
+    times_us = []
+    for _ in range(5 * ROUNDS):
+        start = time.perf_counter_ns()
+        program(*batch)
+        times_us.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(times_us)
 
 
 def times(
@@ -179,9 +228,7 @@ def times(
 
 def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A row, or the sum of several; the measured time and its share of the ideal where every row has one."""
-    total = {
-        f: sum(row[f] for row in rows) for f in ("macs", "weight_bytes", "input_bytes", "output_bytes", "ideal_us")
-    }
+    total = {f: sum(row[f] for row in rows) for f in SUMS}
     about = f"{rows[0]['kind']:11s}{rows[0]['bound']:8s}" if len(rows) == 1 else f"{len(rows):3d} ops{'':12s}"
     text = (
         f"{name:34s}{about}{total['macs'] / 1e6:9.2f} MMAC{total['weight_bytes'] / 1e3:9.1f} kB weights"

@@ -29,7 +29,17 @@ def main() -> None:
     """Write both files; README.md only where it has the markers."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = ROOT / "docs" / "results.md"
-    _write(results, "\n\n".join(["# Results", *_accuracy(records.read("accuracy")), *_latency(records.read("cpu"))]))
+    _write(
+        results,
+        "\n\n".join(
+            [
+                "# Results",
+                *_accuracy(records.read("accuracy")),
+                *_latency(records.read("cpu")),
+                *_profile(records.read("profile")),
+            ]
+        ),
+    )
     page = ROOT / "docs" / "algorithms.md"
     text = _between(page.read_text(encoding="utf-8"), ALGORITHM_MARKERS, algorithms(records.read("accuracy")))
     _write(page, _between(text, MEMORY_MARKERS, memory(records.read("memory"))))
@@ -216,6 +226,47 @@ def _latency_cells(runtime: str, rows: Sequence[Row], settings: Sequence[tuple[i
 
 def _time(row: Row) -> str:
     return f"{row['median_ms']:.2f} / {row['min_ms']:.2f} ({row['iqr_ms']:.2f})"
+
+
+# profile ------------------------------------------------------------------------------------------------------
+
+
+def _profile(found: Row) -> list[str]:
+    """Where the time of a program goes, kind by kind, beside the machine's bound."""
+    parts = ["## Where the time goes on x86", _about(found, "profile_cpu"), _PROFILE_NOTE]
+    for setting in dict.fromkeys((r["network"], r["batch"]) for r in found["rows"]):
+        rows = [r for r in found["rows"] if (r["network"], r["batch"]) == setting]
+        whole = next((r["measured_us"] for r in rows if r["kind"] == "whole program"), None)
+        kinds = [k for k in _distinct(rows, "kind") if k != "whole program"]
+        body = [_profile_cells(kind, [r for r in rows if r["kind"] == kind], whole) for kind in kinds]
+        inside = sum(r.get("measured_us", 0.0) for r in rows if r["kind"] != "whole program")
+        if whole is not None:
+            body.append(["everything else", "", "", "", f"{whole - inside:.0f}", _share(whole - inside, whole), ""])
+            body.append(["**whole program**", "", "", "", f"{whole:.0f}", "", ""])
+        head = ["", "ops", "MMAC", "bound us", "measured us", "of the program", "of the bound"]
+        parts += [f"### {setting[0]}, batch {setting[1]}, one thread", markdown(head, body)]
+    return parts
+
+
+_PROFILE_NOTE = (
+    "The bound of an op is the longer of its multiply-accumulates at the peak rate of the CPU's int8 instruction "
+    "(attention: of its float one) and its bytes at the bandwidth of the cache that holds them, both measured by "
+    "`benchmarks/roofline.py`. Everything else: attention, embeddings, what Inductor compiles, calls and copies."
+)
+
+
+def _profile_cells(kind: str, rows: Sequence[Row], whole: float | None) -> list[str]:
+    macs, bound = (sum(r[f] for r in rows) for f in ("macs", "ideal_us"))
+    measured = sum(r["measured_us"] for r in rows) if all("measured_us" in r for r in rows) else None
+    ops = str(len(rows)) if macs else ""
+    cells = [kind, ops, f"{macs / 1e6:.1f}" if macs else "", f"{bound:.0f}" if macs else ""]
+    if measured is None:
+        return [*cells, "", "", ""]
+    return [*cells, f"{measured:.0f}", _share(measured, whole), _share(bound, measured) if macs else ""]
+
+
+def _share(part: float, whole: float | None) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else ""
 
 
 # both ---------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_the_report_shows_kernels_proof_and_what_stays_float(x86_block):
     text = str(tq.report(x86_block.quantized, x86_block.program))
     assert "annotated compute ops run as integers: 4/4" in text
     assert "qlinear" in text
-    assert "1 attention: attention runs in Inductor's float flash kernel" in text
+    assert "1 attention: attention runs in a float kernel" in text
 
 
 def test_dynamic_int8_runs_all_linears_of_a_transformer(x86_block):

@@ -36,7 +36,8 @@ def replace_regions(graph: GraphModule) -> list[Built]:
     """Put `torch.ops.torchquant.x86_region` in the place of what the kernels can run; in place.
 
     Args:
-        graph: a converted graph whose nodes all know their values' shapes (`meta["val"]`).
+        graph: a converted graph whose nodes all know their values' shapes (`meta["val"]`), and whose ops write into
+            nothing that others read (`serialize.functional`).
 
     Raises:
         LoweringError: the kernels cannot be built or loaded.
