@@ -84,11 +84,15 @@ def main() -> None:
     about = {"network": network.name, "batch": options.batch, "threads": options.threads}
     records.write("profile", [{**about, **row} for row in rows], KEY)
     print(f"\n{network.name}, batch {options.batch}; {bounds}\n{resident_bytes(found):,} bytes, read from {level}")
-    for row in rows:
+    computing = [row for row in rows if row["macs"]]
+    for row in computing:
         print(_line(row["node"], [row]))
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        print(_line(f"all {kind}", [row for row in rows if row["kind"] == kind]))
-    print(_line("all", rows))
+    for kind in dict.fromkeys(row["kind"] for row in computing):
+        print(_line(f"all {kind}", [row for row in computing if row["kind"] == kind]))
+    print(_line("all", computing))
+    for row in rows:
+        if not row["macs"]:
+            print(f"{row['kind']:34s}{row['measured_us']:9.1f} us measured")
 
 
 def work(graph: GraphModule) -> list[Work]:

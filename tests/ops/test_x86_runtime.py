@@ -164,6 +164,21 @@ def test_what_is_no_plan_is_refused(call):
             REGION.x86_region(bad, inputs, shapes)
 
 
+def test_a_truncated_plan_is_refused(call):
+    plan, inputs, shapes = call
+    for size in (64, len(plan) // 2, len(plan) - 64):
+        with pytest.raises(RuntimeError, match="the plan is damaged"):
+            REGION.x86_region(plan[:size].clone(), inputs, shapes)
+
+
+def test_other_dtypes_and_output_sizes_are_refused(call):
+    plan, inputs, shapes = call
+    with pytest.raises(RuntimeError, match="no float32"):
+        REGION.x86_region(plan, [inputs[0].to(torch.int32), inputs[1]], shapes)
+    with pytest.raises(RuntimeError, match=r"output 0 .* elements, not"):
+        REGION.x86_region(plan, inputs, [*shapes[:-1], shapes[-1] + 1])
+
+
 def test_a_plan_of_another_version_is_refused(call):
     plan, inputs, shapes = call
     plan[4:8] = torch.frombuffer(bytearray(struct.pack("<i", 99)), dtype=torch.uint8)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from torchquant.errors import LoweringError
+
 __all__ = ["ACTIVATIONS", "KINDS", "Plan", "Quantization", "Step", "Value", "pack_convolution", "pack_depthwise"]
 
 _MAGIC, _VERSION, _UNIT = 0x51543836, 1, 64
@@ -115,7 +117,11 @@ class Plan:
         return place
 
     def build(self, chunk: int = 0) -> torch.Tensor:
-        """The plan as uint8; `chunk`: samples that go through it together, 0 to let the runtime choose."""
+        """The plan as uint8; `chunk`: samples that go through it together, 0 to let the runtime choose.
+
+        Raises:
+            LoweringError: it would have 2 GiB or more.
+        """
         steps = self._with_borders()
         values = list(dict.fromkeys(v for s in steps for v in (*s.reads(), *s.writes())))
         arena = _lay_out(steps, values)
@@ -125,7 +131,11 @@ class Plan:
         records += bytes(-len(records) % _UNIT)
         blob = 1 + len(records) // _UNIT
         header = [_MAGIC, _VERSION, len(values), len(steps), self.inputs, self.outputs, arena, chunk, blob]
-        data = struct.pack("<16i", *header, *[0] * 7) + records + b"".join(self._blob)
+        constants = b"".join(self._blob)
+        size = _UNIT + len(records) + len(constants)
+        if size >= 2**31:
+            raise LoweringError(f"a region of {size:,} bytes is too large for one plan; pass own_kernels=False")
+        data = struct.pack("<16i", *header, size, *[0] * 6) + records + constants
         self.laid_out = steps
         self._first_op = 1 + len(values)  # in units, as are records of values
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -23,7 +23,8 @@ struct Header {
   int32_t arena;   // units of one sample
   int32_t chunk;   // samples that go through the network together, 0: chosen at run time
   int32_t blob;    // where the constants begin, in units
-  int32_t pad[7];
+  int32_t size;    // bytes of the plan
+  int32_t pad[6];
 };
 
 // A tensor (samples, h, w, c), channels last: in the arena with `stride` elements a pixel and a border of `top`,

@@ -114,6 +114,9 @@ struct Plan {
     values = reinterpret_cast<const tq::Value*>(bytes + sizeof(tq::Header));
     ops = reinterpret_cast<const tq::Op*>(values + header->values);
     blob = bytes + int64_t(header->blob) * tq::kUnit;
+    int64_t records = int64_t(sizeof(tq::Header)) + header->values * int64_t(sizeof(tq::Value)) + header->ops * int64_t(sizeof(tq::Op));
+    STD_TORCH_CHECK(header->size == size && records <= int64_t(header->blob) * tq::kUnit, "torchquant: the plan is damaged: it has ",
+                    size, " bytes");
   }
 };
 
@@ -254,8 +257,8 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
       const tq::Value& value = plan.values[v];
       if (value.external != i) continue;
       int64_t size = int64_t(value.h) * value.w * value.c, n = inputs[i].numel() / size;
-      STD_TORCH_CHECK(inputs[i].element_size() == 4 && n * size == inputs[i].numel() && (i == 0 || n == samples),
-                      "torchquant: input ", i, " of the region has ", inputs[i].numel(), " elements, and ", size, " make a sample");
+      STD_TORCH_CHECK(inputs[i].scalar_type() == torch::headeronly::ScalarType::Float && n * size == inputs[i].numel() && (i == 0 || n == samples),
+                      "torchquant: input ", i, " of the region is no float32 or has ", inputs[i].numel(), " elements, and ", size, " make a sample");
       samples = n;
     }
   }
@@ -268,6 +271,12 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
     out.push_back(static_cast<uint8_t*>(found.back().mutable_data_ptr()));
   }
   STD_TORCH_CHECK(int64_t(found.size()) == h.outputs, "torchquant: the region returns ", h.outputs, " tensors");
+  for (int v = 0; v < h.values; ++v) {
+    const tq::Value& value = plan.values[v];
+    if (value.external < 1000) continue;
+    int64_t size = int64_t(value.h) * value.w * value.c * samples, given = found.at(value.external - 1000).numel();
+    STD_TORCH_CHECK(given == size, "torchquant: output ", value.external - 1000, " of the region has ", size, " elements, not ", given);
+  }
   if (samples == 0) return found;
   int threads = std::max(1, int(torch::stable::get_num_threads()));
   int64_t sample = std::max<int64_t>(1, int64_t(h.arena) * tq::kUnit);
