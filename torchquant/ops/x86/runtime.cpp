@@ -257,8 +257,10 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
       const tq::Value& value = plan.values[v];
       if (value.external != i) continue;
       int64_t size = int64_t(value.h) * value.w * value.c, n = inputs[i].numel() / size;
-      STD_TORCH_CHECK(inputs[i].scalar_type() == torch::headeronly::ScalarType::Float && n * size == inputs[i].numel() && (i == 0 || n == samples),
-                      "torchquant: input ", i, " of the region is no float32 or has ", inputs[i].numel(), " elements, and ", size, " make a sample");
+      STD_TORCH_CHECK(inputs[i].scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: input ", i,
+                      " of the region is no float32");
+      STD_TORCH_CHECK(n * size == inputs[i].numel() && (i == 0 || n == samples), "torchquant: input ", i,
+                      " of the region has ", inputs[i].numel(), " elements, and ", size, " make a sample");
       samples = n;
     }
   }
