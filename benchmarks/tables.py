@@ -251,8 +251,8 @@ def _profile(found: Row) -> list[str]:
 _PROFILE_NOTE = (
     "The bound of an op is the longer of its multiply-accumulates at the peak rate of the CPU's int8 instruction "
     "(attention: of its float one) and its bytes at the bandwidth of the cache that holds them, both measured by "
-    "`benchmarks/roofline.py`. Everything else: attention, embeddings, what Inductor compiles, calls and copies. The parts "
-    "and the whole program are medians of separate runs, so their difference may fall below zero."
+    "`benchmarks/roofline.py`. Everything else: attention, embeddings, what Inductor compiles, calls and copies. "
+    "Parts and whole are medians of separate runs, so that their difference may fall below zero."
 )
 
 
