@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,9 +44,22 @@ def _compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder."""
-    base = os.environ.get("TORCHQUANT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "torchquant"
+    """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
+
+    Where that cannot be written, a folder of this process, deleted at its end.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("TORCHQUANT_CACHE") or Path(base) / "torchquant")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(_own_folder().name)
+    return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
+
+
+@cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="torchquant-", ignore_cleanup_errors=True)
 
 
 def supported() -> bool:
@@ -73,7 +87,6 @@ def library_file() -> Path:
         raise LoweringError(f"torchquant's x86 kernels do not run on {platform.machine()}")
     found = cache_folder() / build_name()
     if not found.exists():
-        found.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
             os.replace(_build(Path(folder)), found)
     return found
@@ -166,7 +179,6 @@ def load_packaged(name: str, content: bytes) -> None:
             pass
     path = cache_folder() / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda part: part.write_bytes(content))
     _load_file(path)
 
