@@ -123,17 +123,23 @@ _BY_OVERLOAD = {overload: kind for kind in KINDS for overload in kind.overloads}
 _CONVOLUTIONS = {(dim, bool(t)): f"conv{'_transpose' if t else ''}{dim}d" for dim in (1, 2, 3) for t in (0, 1)}
 
 
+def overload_of(node: Node) -> str:
+    """The aten overload that a node calls, e.g. `conv2d.default`; empty for everything else."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return f"{target._schema.name.removeprefix('aten::')}.{target._overloadname}"
+
+
 def kind_of(node: Node) -> OpKind | None:
     """The op kind of a node, or None if the table has no entry for it (`aten.convolution` by rank)."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return None
-    if target.namespace != "aten":
+    name, target = overload_of(node), node.target
+    if not name:
         return None
     if target is torch.ops.aten.convolution.default:
         dims = len(node.args[3])  # type: ignore[arg-type]
         return BY_NAME.get(_CONVOLUTIONS.get((dims, bool(node.args[6])), ""))
-    return _BY_OVERLOAD.get(target._schema.name.removeprefix("aten::") + "." + target._overloadname)
+    return _BY_OVERLOAD.get(name)
 
 
 def is_op(node: Node) -> bool:

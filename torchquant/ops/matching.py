@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
+from torchquant.fx.sites import qparams_of
 from torchquant.ops.plan import Quantization
 
 ACCUMULATOR = 2**31 - 1
@@ -31,13 +32,6 @@ ACTIVATIONS = {
 IMAGE, ROWS = "image", "rows"
 CONVOLUTIONS = ("conv1d", "conv2d")
 PRODUCTS = (*CONVOLUTIONS, "linear")
-
-
-def overload(node: Node) -> str:
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return ""
-    return target._schema.name.removeprefix("aten::") + "." + target._overloadname
 
 
 def shape_of(node: Any) -> tuple[int | str, ...]:
@@ -98,24 +92,15 @@ def weight_of(graph: GraphModule, node: Any) -> Weight | None:
     """The codes and scales behind a dequantized constant: symmetric int8 on axis 0 or for the whole tensor."""
     if not isinstance(node, Node) or ops.qdq_name(node) not in ("dequantize_per_channel", "dequantize_per_tensor"):
         return None
-    given = ops.arguments(node)
-    source = given.get("input")
-    if not isinstance(source, Node) or not ops.is_constant(source):
+    source, found = ops.argument(node, 0), qparams_of(graph, node)
+    if source is None or not ops.is_constant(source) or found is None or found.scale is None:
         return None
     codes = ops.constant_value(graph, source)
-    if codes.dtype != torch.int8:
+    if codes.dtype != torch.int8 or found.axis not in (None, 0) or found.scale.numel() not in (1, codes.shape[0]):
         return None
-    values = []
-    for name in ("scale", "scales", "zero_point", "zero_points"):
-        value = given.get(name)
-        if value is not None:
-            values.append(ops.constant_value(graph, value) if isinstance(value, Node) else torch.tensor(value))
-    if len(values) == 1:
-        values.append(torch.zeros(1))
-    scale, zero = values
-    if bool(zero.any()) or given.get("axis", 0) != 0 or scale.numel() not in (1, codes.shape[0]):
+    if found.zero_point is not None and bool(found.zero_point.any()):
         return None
-    return Weight(codes, scale.double().flatten().expand(codes.shape[0]))
+    return Weight(codes, found.scale.double().flatten().expand(codes.shape[0]))
 
 
 def quantize_behind(node: Any) -> Node | None:
@@ -170,7 +155,7 @@ def padding_of(node: Node) -> list[int] | None:
 
 
 def _clamp(node: Node) -> tuple[float, float] | None:
-    name, given = overload(node).rstrip("_"), ops.arguments(node)
+    name, given = ops.overload_of(node).rstrip("_"), ops.arguments(node)
     if "relu6" in name:
         return 0.0, 6.0
     if ops.op_name(node) == "relu":
@@ -185,7 +170,8 @@ def _clamp(node: Node) -> tuple[float, float] | None:
 def activation_of(node: Node) -> dict[str, Any] | None:
     """name, low, high of an activation, or None."""
     name = ACTIVATIONS.get(ops.op_name(node))
-    if name is None or (_in_place(node) and len(node.all_input_nodes[0].users) > 1):
+    schema = ops.schema_of(node)
+    if name is None or schema is None or (schema.is_mutable and len(node.all_input_nodes[0].users) > 1):
         return None
     if name == "clamp":
         bounds = _clamp(node)
@@ -193,8 +179,3 @@ def activation_of(node: Node) -> dict[str, Any] | None:
     if name == "gelu" and ops.arguments(node).get("approximate", "none") == "tanh":
         name = "gelu_tanh"
     return {"name": name, "low": 0.0, "high": 0.0}
-
-
-def _in_place(node: Node) -> bool:
-    schema = ops.schema_of(node)
-    return schema is not None and schema.name.endswith("_")

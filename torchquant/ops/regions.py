@@ -49,7 +49,7 @@ class Finder:
             self.layout[node] = matching.IMAGE
         elif name in ("linear", "layer_norm"):
             self.layout[node] = matching.ROWS
-        elif matching.overload(node) in matching.RESHAPES or name == "mean":
+        elif ops.overload_of(node) in matching.RESHAPES or name == "mean":
             self.layout[node] = matching.IMAGE if len(shape) == 4 else matching.ROWS
         else:
             before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
@@ -64,7 +64,7 @@ class Finder:
     def _keeps_layout(node: Node) -> bool:
         """Whether an op computes element by element; what others make is told by what reads it."""
         elementwise = ops.op_name(node) in (*matching.ACTIVATIONS, "add", "mul")
-        return elementwise or bool(ops.qdq_name(node)) or matching.overload(node) in matching.ALIASES
+        return elementwise or bool(ops.qdq_name(node)) or ops.overload_of(node) in matching.ALIASES
 
     def _leads_to_image(self, node: Node) -> bool:
         """Whether the first op behind the elementwise ops that follow takes images."""
@@ -110,19 +110,19 @@ class Finder:
             return bool(test(node))
         if name in matching.ACTIVATIONS:
             return matching.activation_of(node) is not None
-        if matching.overload(node) in matching.ALIASES:
+        if ops.overload_of(node) in matching.ALIASES:
             return (
                 matching.shape_of(node) == matching.shape_of(node.all_input_nodes[0])
                 and not ops.arguments(node).get("train", False)
                 and "memory_format" not in node.kwargs
             )
-        if matching.overload(node) in matching.RESHAPES:
+        if ops.overload_of(node) in matching.RESHAPES:
             return self._can_flatten(node)
         return False
 
     def _agrees(self, node: Node) -> bool:
         """Whether the inputs are laid out as the node is; `mean` and reshapes look for themselves."""
-        if ops.op_name(node) == "mean" or matching.overload(node) in matching.RESHAPES:
+        if ops.op_name(node) == "mean" or ops.overload_of(node) in matching.RESHAPES:
             return True
         given = [n for n in node.all_input_nodes if n not in self.constants]
         return all(self.layout.get(n) == self.layout[node] for n in given)
@@ -201,7 +201,7 @@ class Finder:
 
     def _can_max_pool2d(self, node: Node) -> bool:
         return (
-            matching.overload(node) == "max_pool2d.default"
+            ops.overload_of(node) == "max_pool2d.default"
             and len(matching.shape_of(node)) == 4
             and matching.window_of(node) is not None
         )
@@ -220,7 +220,7 @@ class Finder:
 
     def _can_layer_norm(self, node: Node) -> bool:
         given = ops.arguments(node)
-        if matching.overload(node) != "layer_norm.default" or list(given["normalized_shape"]) != [
+        if ops.overload_of(node) != "layer_norm.default" or list(given["normalized_shape"]) != [
             matching.shape_of(node)[-1]
         ]:
             return False

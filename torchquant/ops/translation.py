@@ -277,7 +277,7 @@ class _Translator:
 
     @staticmethod
     def _is_alias(node: Node) -> bool:
-        return matching.overload(node) in (*matching.ALIASES, *matching.RESHAPES)
+        return ops.overload_of(node) in (*matching.ALIASES, *matching.RESHAPES)
 
     # steps
 

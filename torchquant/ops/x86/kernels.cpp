@@ -42,7 +42,7 @@ struct Place {
   const uint8_t* other;
 };
 
-// `n` channels from channel `at` on: activation, second operand, activation, stores. `whole`: 16 may be written.
+// `n` channels from channel `at` on: activation, second operand, activation, stores.
 template <int32_t before, int32_t after>
 TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, int64_t n, bool other_float, bool tail) {
   F bl = set(op.before_low), bh = set(op.before_high), al = set(op.after_low), ah = set(op.after_high);
@@ -53,9 +53,7 @@ TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, 
     if (op.binary) {
       F o;
       if (other_float) {
-        const float* q = reinterpret_cast<const float*>(p.other) + at + i;
-        if (op.other_broadcast == 2) q = reinterpret_cast<const float*>(p.other);
-        o = op.other_broadcast == 2 ? set(*q) : load(q);
+        o = load(reinterpret_cast<const float*>(p.other) + at + i);
       } else {
         o = mul(sub(from_bytes(p.other + at + i), set(static_cast<float>(op.other_zero_point))), set(op.other_scale));
       }
@@ -77,8 +75,7 @@ TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, 
 
 void finish_any(const Op& op, const float* x, int64_t stride, const Place* p, int rows, int64_t at, int64_t n,
                 bool other_float, bool tail) {
-  bool simple = (op.before == tq::kNone || op.before == tq::kClamp) && (op.after == tq::kNone || op.after == tq::kClamp);
-  if (simple && op.before == tq::kNone && op.after == tq::kNone) {
+  if (op.before == tq::kNone && op.after == tq::kNone) {
     for (int r = 0; r < rows; ++r) finish<tq::kNone, tq::kNone>(op, x + r * stride, p[r], at, n, other_float, tail);
   } else if (op.before == tq::kNone && op.after == tq::kClamp) {
     for (int r = 0; r < rows; ++r) finish<tq::kNone, tq::kClamp>(op, x + r * stride, p[r], at, n, other_float, tail);
@@ -99,14 +96,14 @@ struct Outputs {
     tail = op.out_float >= 0 && b.values[op.out_float].external >= 0;
     if (op.out_byte >= 0) byte_step = b.values[op.out_byte].stride;
     if (op.out_float >= 0) number_step = b.values[op.out_float].stride;
-    if (op.other >= 0 && op.other_broadcast != 1) other_step = b.values[op.other].stride * element_size(b.values[op.other]);
+    if (op.other >= 0 && !op.other_broadcast) other_step = b.values[op.other].stride * element_size(b.values[op.other]);
   }
   Place at(int64_t sample, int64_t y, int64_t x) const {
     Place p{nullptr, nullptr, nullptr};
     if (op.out_byte >= 0) p.byte = pixel(b, op.out_byte, sample, y, x);
     if (op.out_float >= 0) p.number = reinterpret_cast<float*>(pixel(b, op.out_float, sample, y, x));
     if (op.other >= 0) {
-      bool fixed = op.other_broadcast == 1;
+      bool fixed = op.other_broadcast;
       p.other = pixel(b, op.other, sample, fixed ? 0 : y, fixed ? 0 : x);
     }
     return p;
