@@ -172,7 +172,15 @@ def lower(
     raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels, tune)
     kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
-    fused = _prove_integer(wanted, kernels)
+    try:
+        fused = _prove_integer(wanted, kernels)
+    except LoweringError:
+        if not regions:
+            raise
+        # between our regions Inductor may lose a pattern that it finds in the whole graph
+        raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels=False)
+        kernels = _kernels(raw, regions)
+        fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
     _repack(raw, package)
     raw.unlink()

@@ -282,3 +282,17 @@ def test_torch_compile_reaches_the_same_lowering():
     wrong = torch.compile(quantized, backend="torchquant", options={"speed": math.inf})
     with pytest.raises(Exception, match=r"no options \['speed'\]"):
         wrong(x)
+
+
+def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel():
+    model = Call(
+        lambda m, x: (lambda y: m.last(torch.cat([y, m.grouped(y)], 1)))(m.first(x)),
+        first=nn.Conv2d(3, 12, 3),
+        grouped=nn.Conv2d(12, 12, 3, padding=1, groups=3),
+        last=nn.Conv2d(24, 4, 1),
+    )
+    x = torch.randn(2, 3, 9, 11)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    program = inductor_x86.lower(quantized, x)
+    assert program.proof.annotated == program.proof.fused == 3
+    assert tq.sqnr_db(quantized(x), program(x)) > 60
