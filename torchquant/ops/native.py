@@ -33,7 +33,7 @@ _SETS = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": ("-DTQ_PORTABLE",),
 }
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-ivopts")
 _TORCH = Path(torch.__file__).parent
 # the oldest torch whose stable interface the library uses
 _STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"

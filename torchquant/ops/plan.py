@@ -26,6 +26,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("f:factor", "panel"),
 ]
 _OP_BYTES = 192
+_CACHED = 2**23  # bytes of weights that stay in a third-level cache between samples
 _POINT = {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "pt": 0, "pl": 0, "dh": 1, "dw": 1}
 
 
@@ -54,6 +55,7 @@ class Value:
     border: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
     narrow: bool = False  # four bytes a pixel: images
     offset: int = 0
+    wide: bool = False  # in the arena of the steps behind the split
 
     @property
     def stride(self) -> int:
@@ -74,7 +76,7 @@ class Value:
         place = -1 if self.external is None else self.external[1] + (1000 if self.external[0] == "output" else 0)
         zero = self.grid.zero_point if self.grid else 0
         numbers = [int(self.grid is None), self.h, self.w, self.c, self.stride, *self.border, self.offset, place, zero]
-        return struct.pack("<16i", *numbers, 0, 0, 0, 0)
+        return struct.pack("<16i", *numbers, int(self.wide), 0, 0, 0)
 
 
 @dataclass(eq=False)
@@ -88,6 +90,12 @@ class Step:
     other: Value | None = None
     label: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its codes, as packed."""
+        n = self.numbers
+        return int(n["channels"] * n["depth"] * n.get("kh", 1) * n.get("kw", 1)) if self.kind == "conv" else 0
 
     def reads(self) -> list[Value]:
         """Values that must be there when it runs."""
@@ -124,7 +132,10 @@ class Plan:
         """
         steps = self._with_borders()
         values = list(dict.fromkeys(v for s in steps for v in (*s.reads(), *s.writes())))
-        arena = _lay_out(steps, values)
+        split = _split(steps)
+        for value in values:
+            value.wide = any(value in (*s.reads(), *s.writes()) for s in steps[split:]) if split else False
+        arena, wide = _lay_out(steps, values)
         places = {v: i for i, v in enumerate(values)}
         records = b"".join(v.record() for v in values)
         records += b"".join(_record(s, places) for s in steps)
@@ -135,7 +146,7 @@ class Plan:
         size = _UNIT + len(records) + len(constants)
         if size >= 2**31:
             raise LoweringError(f"a region of {size:,} bytes is too large for one plan; pass own_kernels=False")
-        data = struct.pack("<16i", *header, size, *[0] * 6) + records + constants
+        data = struct.pack("<16i", *header, size, split, wide, *[0] * 4) + records + constants
         self.laid_out = steps
         self._first_op = 1 + len(values)  # in units, as are records of values
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -166,18 +177,50 @@ def _widen(step: Step) -> None:
     given.border = [max(a, b) for a, b in zip(given.border, (n["pt"], n["pl"], bottom, right), strict=True)]
 
 
-def _lay_out(steps: list[Step], values: list[Value]) -> int:
-    """Offsets such that values alive at the same time do not overlap, the largest placed first; units in all."""
+def _split(steps: list[Step]) -> int:
+    """From which step on a sample's weights outweigh its activations, so that more samples should share a pass.
+
+    Activations count an eighth: they come from the second or third level of the cache, large weights from memory.
+    0 where that holds for all steps or for none, or where the weights are few enough to stay in the cache.
+    """
+    if sum(step.weight_bytes for step in steps) < _CACHED:
+        return 0
+    best, total, split = 0.0, 0.0, 0
+    for i in range(len(steps) - 1, 0, -1):
+        step = steps[i]
+        values = [v for v in (*step.reads(), *step.writes()) if step.kind != "halo"]
+        total += step.weight_bytes - sum(v.units for v in values) * _UNIT / 8
+        if total > best:
+            best, split = total, i
+    first = next((i for i, step in enumerate(steps) if step.weight_bytes), 0)
+    return split if split > first else 0
+
+
+def _lay_out(steps: list[Step], values: list[Value]) -> tuple[int, int]:
+    """Offsets such that values alive at the same time do not overlap, the largest placed first.
+
+    Returns units of a sample in front of the split and behind it, each an arena of its own.
+
+    A sum of floats takes the place of its addend where that is used no more: one buffer for a residual stream.
+    """
     first: dict[Value, int] = {}
     last: dict[Value, int] = {}
     for i, step in enumerate(steps):
         for value in (*step.reads(), *step.writes()):
             first.setdefault(value, i)
             last[value] = i
+    place: dict[Value, Value] = {v: v for v in values}  # whose place a value takes
+    for i, step in enumerate(steps):
+        if step.other is not None and step.out_float is not None and last[step.other] == i and _replaces(step):
+            place[step.out_float] = owner = place[step.other]
+            last[owner] = last[step.out_float]
+    owners = [v for v in values if v.external is None and place[v] is v]
     placed: list[Value] = []
-    for value in sorted((v for v in values if v.external is None), key=lambda v: -v.units):
+    for value in sorted(owners, key=lambda v: -v.units):
         taken = sorted(
-            (p.offset, p.offset + p.units) for p in placed if first[p] <= last[value] and first[value] <= last[p]
+            (p.offset, p.offset + p.units)
+            for p in placed
+            if p.wide == value.wide and first[p] <= last[value] and first[value] <= last[p]
         )
         value.offset = 0
         for start, end in taken:
@@ -185,7 +228,20 @@ def _lay_out(steps: list[Step], values: list[Value]) -> int:
                 break
             value.offset = max(value.offset, end)
         placed.append(value)
-    return max((v.offset + v.units for v in placed), default=0)
+    for value in values:
+        value.offset = place[value].offset
+    narrow, wide = (max((v.offset + v.units for v in placed if v.wide is w), default=0) for w in (False, True))
+    return narrow, wide
+
+
+def _replaces(step: Step) -> bool:
+    """Whether a step's float result may lie where its second operand, unused afterwards, lies."""
+    old, new = step.other, step.out_float
+    if old is None or new is None or old is step.input or step.numbers.get("other_broadcast"):
+        return False
+    if any(v.grid is not None or v.external is not None for v in (old, new)):
+        return False
+    return (old.h, old.w, old.c, old.border, old.wide) == (new.h, new.w, new.c, new.border, new.wide)
 
 
 def _record(step: Step, places: dict[Value, int]) -> bytes:

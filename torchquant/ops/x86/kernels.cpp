@@ -138,8 +138,9 @@ struct Walk {
 // ---- convolutions and linears: an integer matrix product over the window's pixels ---------------------------------
 
 struct Tile {
-  const uint8_t* rows[12];
-  Place places[12];
+  const uint8_t* const* rows;
+  const Place* places;
+  int64_t skipped;          // bytes of a pixel in front of a group's channels
   const int32_t* taps;      // byte offset of each tap
   int64_t n_taps, depth;    // bytes of a tap
   const int8_t* weights;    // blocks of 16 channels
@@ -177,7 +178,7 @@ void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
       if (number) store(p.number + t.at + v * kLanes, y[v]);
       if (byte) y[v] = clamp(mul(y[v], inverse), low, high);
     });
-    if (byte) store_quantized<NV>(p.byte + t.at, y, zero_point, 0, 255);
+    if (byte) store_quantized<NV>(p.byte + t.at, y, zero_point);
   }
 }
 using PlainRows = void (*)(const Op&, const Tile&, const int32_t*, int);
@@ -202,7 +203,19 @@ PlainRows plain_of(int nv, Operand other, bool number, bool byte) {
   }
 }
 
-template <int MR, int NV>
+// What follows the sums most often, for which there are tiles that go on in registers: floats are stored; nothing but an
+// addition of floats and a lower bound may come before that, and bytes, bounded above alone, after.
+enum Ending { kOther = 0, kNumbers, kNumbersAndBytes, kSumNumbers, kSumNumbersAndBytes, kEndings };
+
+Ending ending_of(const Op& op, Operand other, bool plain) {
+  bool bounded = op.after == tq::kClamp && op.after_high != INFINITY;
+  if (!plain || op.direct || op.out_float < 0 || other == kBytes || bounded) return kOther;
+  if (op.out_byte >= 0 && op.low + static_cast<float>(op.zero_point) != 0) return kOther;
+  int bytes = op.out_byte >= 0;
+  return Ending((other == kAbsent ? kNumbers : kSumNumbers) + bytes);
+}
+
+template <int MR, int NV, Ending ending>
 void tile(const Op& op, const Tile& t) {
   constexpr int NR = NV * kPerVector, kBytes = 64 / kPerVector;
   R acc[MR][NR];
@@ -214,7 +227,7 @@ void tile(const Op& op, const Tile& t) {
   int64_t block = t.block, depth = t.depth;
   for (int64_t k = 0; k < t.n_taps; ++k) {
     const uint8_t* a[MR];
-    int64_t tap = t.taps[k];
+    int64_t tap = t.taps[k] + t.skipped;
     TQ_EACH_OF(MR, r) a[r] = t.rows[r] + tap; });
     for (int64_t d = 0; d < depth; d += 4) {
       R b[NR];
@@ -225,6 +238,33 @@ void tile(const Op& op, const Tile& t) {
         TQ_EACH_OF(NR, v) acc[r][v] = dot_register(acc[r][v], x, b[v]); });
       });
     }
+  }
+  if (ending != kOther) {
+    constexpr bool sum = ending == kSumNumbers || ending == kSumNumbersAndBytes;
+    constexpr bool bytes = ending == kNumbersAndBytes || ending == kSumNumbersAndBytes;
+    F s[NV], b[NV];
+    TQ_EACH_OF(NV, v)
+      s[v] = load(t.scale + v * kLanes);
+      b[v] = load(t.bias + v * kLanes);
+    });
+    F least = set(op.after == tq::kClamp ? op.after_low : -INFINITY), inverse = set(op.inverse), high = set(op.high);
+    int zero = op.zero_point;
+    TQ_EACH_OF(MR, r)
+      Place p = t.places[r];
+      float* number = p.number + t.at;
+      const float* addend = reinterpret_cast<const float*>(p.other) + t.at;
+      uint8_t* byte = p.byte + t.at;
+      F y[NV];
+      TQ_EACH_OF(NV, v)
+        y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
+        if (sum) y[v] = add(y[v], load(addend + v * kLanes));
+        y[v] = max(y[v], least);
+        store(number + v * kLanes, y[v]);
+        if (bytes) y[v] = min(mul(y[v], inverse), high);
+      });
+      if (bytes) store_quantized<NV>(byte, y, zero);
+    });
+    return;
   }
   if (op.direct) {
     F s[NV], b[NV];
@@ -263,18 +303,32 @@ void tile(const Op& op, const Tile& t) {
 }
 
 using TileFunction = void (*)(const Op&, const Tile&);
-template <int NV, int... M>
+template <int NV, Ending ending, int... M>
 TileFunction tile_of(int mr, std::integer_sequence<int, M...>) {
-  static const TileFunction table[] = {tile<M + 1, NV>...};
-  return table[mr - 1];
+  static const TileFunction table[] = {tile<kMaxMr[NV] - M, NV, ending>...};
+  return table[kMaxMr[NV] - mr];
 }
-TileFunction tile_of(int mr, int nv) {
+template <int NV>
+TileFunction tile_of(int mr, Ending ending) {
+  if (mr + 1 >= kMaxMr[NV]) {
+    using Two = std::make_integer_sequence<int, 2>;
+    switch (ending) {
+      case kNumbers: return tile_of<NV, kNumbers>(mr, Two());
+      case kNumbersAndBytes: return tile_of<NV, kNumbersAndBytes>(mr, Two());
+      case kSumNumbers: return tile_of<NV, kSumNumbers>(mr, Two());
+      case kSumNumbersAndBytes: return tile_of<NV, kSumNumbersAndBytes>(mr, Two());
+      default: break;
+    }
+  }
+  return tile_of<NV, kOther>(mr, std::make_integer_sequence<int, kMaxMr[NV]>());
+}
+TileFunction tile_of(int mr, int nv, Ending ending) {
   switch (nv) {
-    case 1: return tile_of<1>(mr, std::make_integer_sequence<int, kMaxMr[1]>());
+    case 1: return tile_of<1>(mr, ending);
 #if defined(TQ_WIDE)
-    case 2: return tile_of<2>(mr, std::make_integer_sequence<int, kMaxMr[2]>());
-    case 3: return tile_of<3>(mr, std::make_integer_sequence<int, kMaxMr[3]>());
-    case 4: return tile_of<4>(mr, std::make_integer_sequence<int, kMaxMr[4]>());
+    case 2: return tile_of<2>(mr, ending);
+    case 3: return tile_of<3>(mr, ending);
+    case 4: return tile_of<4>(mr, ending);
 #endif
   }
   return nullptr;
@@ -287,26 +341,47 @@ uint8_t* scratch(size_t bytes) {
   return reinterpret_cast<uint8_t*>((p + 63) / 64 * 64);
 }
 
-// Bytes from any pixel of a value to the next, samples included; -1 where they are not evenly spaced.
-int64_t even_step(const Bound& b, int32_t index) {
-  if (index < 0) return 0;
-  const Value& v = b.values[index];
-  if (v.top || v.left || v.bottom || v.right) return -1;
-  if (v.h * v.w == 1) return sample_bytes(v);
-  int64_t step = v.stride * element_size(v);
-  return b.samples == 1 || sample_bytes(v) == int64_t(v.h) * v.w * step ? step : -1;
-}
-
 constexpr int64_t kBlockOfA = 192 * 1024;  // bytes of the left operand that stay in the second-level cache
+constexpr int64_t kMostRows = 2048;
+
+// Where the windows of some output pixels begin, and where their results go.
+struct Rows {
+  std::vector<const uint8_t*> from;
+  std::vector<Place> to;
+  void find(const Op& op, const Bound& b, const Outputs& outputs, int64_t begin, int64_t end) {
+    if (int64_t(from.size()) < end - begin) {
+      from.resize(end - begin);
+      to.resize(end - begin);
+    }
+    const Value& out = b.values[out_value(op)];
+    int64_t step = int64_t(op.sw) * b.values[op.input].stride;
+    Walk walk(out, begin);
+    for (int64_t i = 0; i < end - begin;) {  // line by line
+      const uint8_t* source = pixel(b, op.input, walk.sample, walk.y * op.sh - op.pt, walk.x * op.sw - op.pl);
+      Place place = outputs.at(walk.sample, walk.y, walk.x);
+      int64_t n = std::min(out.w - walk.x, end - begin - i);
+      for (int64_t k = i; k < i + n; ++k) {
+        from[k] = source;
+        to[k] = place;
+        source += step;
+        outputs.next(place);
+      }
+      i += n;
+      walk.x += n - 1;
+      walk.next();
+    }
+  }
+};
+thread_local Rows rows_of_block;
 
 void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part, int64_t parts) {
   const Value& in = b.values[op.input];
-  const Value& out = b.values[out_value(op)];
   // taps side by side in memory are one longer tap
   bool joined = op.dw == 1 && in.stride == op.depth;
   int64_t columns = joined ? 1 : op.kw, depth = joined ? op.depth * op.kw : op.depth;
   int64_t n_taps = op.kh * columns, blocks = (op.channels + kLanes - 1) / kLanes;
-  int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  int64_t unit = op.group_out ? op.group_panel : 1, units = (blocks + unit - 1) / unit;
+  int64_t first = units * part / parts * unit, last = std::min(blocks, units * (part + 1) / parts * unit);
   std::vector<int32_t> taps(n_taps);
   for (int64_t k = 0; k < n_taps; ++k)
     taps[k] = int32_t(((k / columns) * op.dh * row_pixels(in) + (k % columns) * op.dw) * in.stride);
@@ -316,68 +391,51 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
   t.n_taps = n_taps;
   t.depth = depth;
   t.block = n_taps * depth * kLanes;
+  t.skipped = 0;
   t.other_float = outputs.other_float;
   t.tail = outputs.tail;
   bool plain = op.before == tq::kNone && (op.after == tq::kNone || op.after == tq::kClamp) && op.binary != tq::kMul &&
             op.other_broadcast == 0 && !(t.tail && op.channels % kLanes);
+  Operand other = op.other < 0 ? kAbsent : t.other_float ? kFloats : kBytes;
+  Ending ending = ending_of(op, other, plain);
   const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
   const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
   const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
   int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(op.kh * op.kw == 1 ? op.depth : op.depth * 2, 1), 24);
-  int64_t source_step = int64_t(op.sw) * in.stride;
+  rows = std::min(rows, kMostRows);
   int64_t usual = kMaxNv == 4 && blocks % 3 == 0 && (end - begin) % kMaxMr[3] == 0 ? 3 : kMaxNv;
-  int64_t widest = op.panel ? std::min(op.panel, kMaxNv) : usual, panels = (last - first + widest - 1) / widest;
-  int64_t uniform = even_step(b, op.input), byte_step = even_step(b, op.out_byte), number_step = even_step(b, op.out_float);
-  int64_t other_step = op.other_broadcast ? -1 : even_step(b, op.other);
-  bool even = op.kh * op.kw == 1 && op.sh == 1 && op.sw == 1 && op.pt == 0 && op.pl == 0;
-  even = even && uniform >= 0 && byte_step >= 0 && number_step >= 0 && other_step >= 0;
+  int64_t chosen = op.group_out ? op.group_panel : op.panel, widest = chosen ? std::min<int64_t>(chosen, kMaxNv) : usual;
+  int64_t panels = (last - first + widest - 1) / widest;
+  Rows& block = rows_of_block;
   for (int64_t m0 = begin; m0 < end; m0 += rows) {
     int64_t m1 = std::min(end, m0 + rows);
+    block.find(op, b, outputs, m0, m1);
     for (int64_t panel = 0; panel < panels; ++panel) {
       int64_t from = first + (last - first) * panel / panels, to = first + (last - first) * (panel + 1) / panels;
+      if (op.group_out) {
+        from = first + panel * widest;
+        to = std::min(last, from + widest);
+        int64_t group = from / op.group_panel * op.group_panel * kLanes / op.group_out;
+        t.skipped = std::min<int64_t>(group * op.group_in, in.stride - op.depth);
+      }
       int nv = int(to - from), most = kMaxMr[nv];
       t.weights = weights + from * t.block;
-      Operand other = op.other < 0 ? kAbsent : t.other_float ? kFloats : kBytes;
-      t.plain = plain ? plain_of(nv, other, op.out_float >= 0, op.out_byte >= 0) : nullptr;
+      t.plain = plain && ending == kOther ? plain_of(nv, other, op.out_float >= 0, op.out_byte >= 0) : nullptr;
       t.compensation = compensation + from * kLanes;
       t.scale = scale + from * kLanes;
       t.bias = bias + from * kLanes;
       t.at = from * kLanes;
       t.n = std::min<int64_t>(op.channels, to * kLanes) - t.at;
-      int64_t tiles = (m1 - m0 + most - 1) / most;
-      Walk walk(out, m0);
-      const uint8_t* source = pixel(b, op.input, walk.sample, walk.y * op.sh - op.pt, walk.x * op.sw - op.pl);
-      Place place = outputs.at(walk.sample, walk.y, walk.x);
-      int64_t size = (m1 - m0) / tiles, larger = (m1 - m0) % tiles;
-      TileFunction small = tile_of(int(size ? size : 1), nv), large = tile_of(int(std::min<int64_t>(size + 1, most)), nv);
+      int64_t tiles = (m1 - m0 + most - 1) / most, size = (m1 - m0) / tiles, larger = (m1 - m0) % tiles;
+      TileFunction large = tile_of(int(larger ? size + 1 : size), nv, ending), small = tile_of(int(size), nv, ending);
+      t.rows = block.from.data();
+      t.places = block.to.data();
       for (int64_t i = 0; i < tiles; ++i) {
-        int mr = int(size + (i < larger));
-        if (even) {
-          for (int r = 0; r < mr; ++r) {
-            t.rows[r] = source;
-            t.places[r] = place;
-            source += uniform;
-            if (place.byte) place.byte += byte_step;
-            if (place.number) place.number += number_step / 4;
-            if (place.other) place.other += other_step;
-          }
-          (i < larger ? large : small)(op, t);
-          continue;
-        }
-        for (int r = 0; r < mr; ++r) {
-          t.rows[r] = source;
-          t.places[r] = place;
-          walk.next();
-          if (walk.x) {
-            source += source_step;
-            outputs.next(place);
-          } else if (walk.sample < b.samples) {
-            source = pixel(b, op.input, walk.sample, walk.y * op.sh - op.pt, -op.pl);
-            place = outputs.at(walk.sample, walk.y, 0);
-          }
-        }
+        int64_t mr = size + (i < larger);
         (i < larger ? large : small)(op, t);
+        t.rows += mr;
+        t.places += mr;
       }
     }
   }

@@ -24,7 +24,9 @@ struct Header {
   int32_t chunk;   // samples that go through the network together, 0: chosen at run time
   int32_t blob;    // where the constants begin, in units
   int32_t size;    // bytes of the plan
-  int32_t pad[6];
+  int32_t split;   // ops in front of it run on `chunk` samples, those from it on for several chunks at once; 0: none
+  int32_t wide;    // units of one sample of the values that ops behind the split read or write
+  int32_t pad[4];
 };
 
 // A tensor (samples, h, w, c), channels last: in the arena with `stride` elements a pixel and a border of `top`,
@@ -33,7 +35,8 @@ struct Value {
   int32_t is_float, h, w, c, stride, top, left, bottom, right, offset;
   int32_t external;  // -1: arena; i: input i; 1000 + i: output i
   int32_t zero_point;
-  int32_t pad[4];
+  int32_t is_wide;   // in the second arena, that of ops behind the split
+  int32_t pad[3];
 };
 
 struct Op {
@@ -55,7 +58,8 @@ struct Op {
   int32_t direct, low_byte, high_byte;       // scale and bias hold `inverse`, and nothing but a clamp to these follows
   float factor;                              // layer norm: epsilon
   int32_t panel;                             // blocks of 16 output channels that go together, 0: the default
-  int32_t pad[9];
+  int32_t group_in, group_out, group_panel;  // of a grouped convolution: channels of a group, blocks of 16 outputs that share inputs
+  int32_t pad[6];
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192, "as in plan.py");

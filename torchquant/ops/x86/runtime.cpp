@@ -120,17 +120,18 @@ struct Plan {
   }
 };
 
-// Addresses of all values for the samples from `first` on.
-struct Addresses {
+// How many samples go through the ops in front of the split together, and through those behind it.
+struct Sizes {
+  int64_t chunk, group;
+  size_t narrow(const tq::Header& h) const { return size_t(h.arena) * tq::kUnit * size_t(chunk); }
+  size_t bytes(const tq::Header& h) const { return narrow(h) + size_t(h.wide) * tq::kUnit * size_t(group) + 4096; }
+};
+
+// Ops from `begin` to `end` on `n` samples, and the addresses of all values there.
+struct Segment {
+  int begin, end;
+  int64_t n;
   std::vector<uint8_t*> base;
-  Addresses(const Plan& plan, uint8_t* arena, int64_t chunk, int64_t first, uint8_t* const* inputs, uint8_t* const* outputs)
-      : base(plan.header->values) {
-    for (int i = 0; i < plan.header->values; ++i) {
-      const tq::Value& v = plan.values[i];
-      if (v.external < 0) base[i] = arena + int64_t(v.offset) * tq::kUnit * chunk;
-      else base[i] = (v.external < 1000 ? inputs[v.external] : outputs[v.external - 1000]) + first * tq::sample_bytes(v);
-    }
-  }
 };
 
 // How an op is cut into items: ranges of units, or for a few units, of output channels.
@@ -168,47 +169,76 @@ struct Run {
   const tq::Kernels* k = kernels();
   uint8_t* const* inputs;
   uint8_t* const* outputs;
-  int64_t samples, chunk;
+  int64_t samples;
+  Sizes sizes;
   int threads;
 
-  tq::Bound bound(const Addresses& a, int64_t n) const { return {plan.values, a.base.data(), plan.blob, n}; }
+  Segment segment(uint8_t* arena, int64_t first, int64_t at, int64_t n, int begin, int end) const {
+    Segment s{begin, end, n, std::vector<uint8_t*>(plan.header->values)};
+    for (int i = 0; i < plan.header->values; ++i) {
+      const tq::Value& v = plan.values[i];
+      int64_t place = int64_t(v.offset) * tq::kUnit;
+      if (v.external >= 0) s.base[i] = (v.external < 1000 ? inputs[v.external] : outputs[v.external - 1000]) + (first + at) * tq::sample_bytes(v);
+      else if (v.is_wide) s.base[i] = arena + sizes.narrow(*plan.header) + place * sizes.group + at * tq::sample_bytes(v);
+      else s.base[i] = arena + place * sizes.chunk;
+    }
+    return s;
+  }
+
+  // What is to be done, in this order, for `n` samples from `first` on.
+  std::vector<Segment> segments(uint8_t* arena, int64_t first, int64_t n) const {
+    std::vector<Segment> found;
+    int split = plan.header->split, ops = plan.header->ops;
+    int64_t chunk = split ? sizes.chunk : n;
+    for (int64_t at = 0; at < n; at += chunk)
+      found.push_back(segment(arena, first, at, std::min(chunk, n - at), 0, split ? split : ops));
+    if (split) found.push_back(segment(arena, first, 0, n, split, ops));
+    return found;
+  }
 
   void alone(uint8_t* arena, int64_t first, int64_t n) const {
-    Addresses a(plan, arena, chunk, first, inputs, outputs);
-    tq::Bound b = bound(a, n);
     bool timed = profiling.load(std::memory_order_relaxed);
-    for (int i = 0; i < plan.header->ops; ++i) {
-      const tq::Op& op = plan.ops[i];
-      if (!timed) {
+    for (const Segment& s : segments(arena, first, n)) {
+      tq::Bound b{plan.values, s.base.data(), plan.blob, s.n};
+      for (int i = s.begin; i < s.end; ++i) {
+        const tq::Op& op = plan.ops[i];
+        if (!timed) {
+          k->run(op, b, 0, k->units(op, b), 0, 1);
+          continue;
+        }
+        auto start = std::chrono::steady_clock::now();
         k->run(op, b, 0, k->units(op, b), 0, 1);
-        continue;
+        int64_t ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+        std::lock_guard<std::mutex> guard(profile_lock);
+        auto& all = profile_ns[plan.header];
+        all.resize(plan.header->ops);
+        all[i] += ns;
       }
-      auto start = std::chrono::steady_clock::now();
-      k->run(op, b, 0, k->units(op, b), 0, 1);
-      int64_t ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
-      std::lock_guard<std::mutex> guard(profile_lock);
-      auto& all = profile_ns[plan.header];
-      all.resize(plan.header->ops);
-      all[i] += ns;
     }
   }
 
   // Any number of threads may enter: each claims items until there are none, then waits for those under way.
   void together(uint8_t* arena, int64_t first, int64_t n) const {
-    Addresses a(plan, arena, chunk, first, inputs, outputs);
-    tq::Bound b = bound(a, n);
-    int count = plan.header->ops;
-    std::vector<Progress> progress(count);
-    std::vector<Cut> cuts;
-    cuts.reserve(count);
-    for (int i = 0; i < count; ++i) cuts.emplace_back(plan.ops[i], k->units(plan.ops[i], b), threads);
+    struct Task {
+      const tq::Op& op;
+      tq::Bound bound;
+      Cut cut;
+    };
+    std::vector<Segment> all = segments(arena, first, n);
+    std::vector<Task> tasks;
+    for (const Segment& s : all) {
+      tq::Bound b{plan.values, s.base.data(), plan.blob, s.n};
+      for (int i = s.begin; i < s.end; ++i) tasks.push_back({plan.ops[i], b, Cut(plan.ops[i], k->units(plan.ops[i], b), threads)});
+    }
+    std::vector<Progress> progress(tasks.size());
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      for (int i = 0; i < count; ++i) {
-        int64_t total = cuts[i].total();
+      for (size_t i = 0; i < tasks.size(); ++i) {
+        const Task& t = tasks[i];
+        int64_t total = t.cut.total();
         for (;;) {
           int64_t item = progress[i].next.fetch_add(1, std::memory_order_relaxed);
           if (item >= total) break;
-          cuts[i].run(k, plan.ops[i], b, item);
+          t.cut.run(k, t.op, t.bound, item);
           progress[i].done.fetch_add(1, std::memory_order_release);
         }
         for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < total;) {
@@ -220,21 +250,21 @@ struct Run {
   }
 
   void all() const {
-    int64_t chunks = (samples + chunk - 1) / chunk;
-    auto bytes = size_t(plan.header->arena) * tq::kUnit * size_t(chunk) + 4096;
-    int64_t apart = threads > 1 ? chunks / threads * threads : chunks;
+    int64_t group = sizes.group, groups = (samples + group - 1) / group;
+    size_t bytes = sizes.bytes(*plan.header);
+    int64_t apart = threads > 1 ? groups / threads * threads : groups;
     if (threads > 1 && apart) {
       std::atomic<int64_t> next{0};
       torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         auto w = borrow(bytes);
         for (int64_t i; (i = next.fetch_add(1)) < apart;)
-          alone(w->memory, i * chunk, std::min(chunk, samples - i * chunk));
+          alone(w->memory, i * group, std::min(group, samples - i * group));
         give_back(std::move(w));
       });
     }
     auto w = borrow(bytes);
-    for (int64_t i = threads > 1 ? apart : 0; i < chunks; ++i) {
-      int64_t first = i * chunk, n = std::min(chunk, samples - first);
+    for (int64_t i = threads > 1 ? apart : 0; i < groups; ++i) {
+      int64_t first = i * group, n = std::min(group, samples - first);
       if (threads > 1) together(w->memory, first, n);
       else alone(w->memory, first, n);
     }
@@ -243,6 +273,18 @@ struct Run {
 };
 
 constexpr int64_t kWorkingSet = int64_t(3) << 19;  // of the samples that go through the network together
+constexpr int64_t kWideSet = int64_t(8) << 20;     // and behind the split, where weights are what there is to be read
+
+Sizes sizes_of(const tq::Header& h, int64_t samples, int threads) {
+  auto fitting = [](int64_t set, int32_t units) { return std::max<int64_t>(1, set / std::max<int64_t>(1, int64_t(units) * tq::kUnit)); };
+  int64_t most = samples < threads ? samples : (samples + threads - 1) / threads;
+  int64_t chunk = std::min(h.chunk ? h.chunk : fitting(kWorkingSet, h.arena), most);
+  if (!h.split) return {chunk, chunk};
+  int64_t groups = (samples + std::min(most, fitting(kWideSet, h.wide)) - 1) / std::min(most, fitting(kWideSet, h.wide));
+  if (samples >= threads) groups = (groups + threads - 1) / threads * threads;  // so that each thread has as many
+  int64_t group = (samples + groups - 1) / groups;
+  return {std::min(chunk, group), group};
+}
 
 std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::vector<int64_t> shapes) {
   Plan plan(static_cast<const uint8_t*>(plan_bytes.const_data_ptr()), plan_bytes.numel());
@@ -281,10 +323,7 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
   }
   if (samples == 0) return found;
   int threads = std::max(1, int(torch::stable::get_num_threads()));
-  int64_t sample = std::max<int64_t>(1, int64_t(h.arena) * tq::kUnit);
-  int64_t chunk = h.chunk ? h.chunk : std::max<int64_t>(1, kWorkingSet / sample);
-  chunk = std::min(chunk, samples < threads ? samples : (samples + threads - 1) / threads);
-  Run{plan, kernels(), in.data(), out.data(), samples, chunk, threads}.all();
+  Run{plan, kernels(), in.data(), out.data(), samples, sizes_of(h, samples, threads), threads}.all();
   return found;
 }
 

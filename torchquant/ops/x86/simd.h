@@ -68,14 +68,15 @@ TQ_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 template <int n> TQ_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, n); }
 // NV vectors of 16 channels: rounded, zero point added, clamped as bytes; |y| < 2^30.
 template <int NV>
-TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   __m512i q[4];
   for (int v = 0; v < 4; ++v) q[v] = v < NV ? _mm512_cvtps_epi32(y[v < NV ? v : 0]) : _mm512_setzero_si512();
   __m512i z = _mm512_set1_epi16(short(zero));
   __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), z);
   __m512i b = NV > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), z) : a;
   __m512i c = _mm512_packus_epi16(a, b);  // of each vector four lanes at a time
-  c = _mm512_min_epu8(_mm512_max_epu8(c, _mm512_set1_epi8(char(low))), _mm512_set1_epi8(char(high)));
+  if (!(__builtin_constant_p(low) && low == 0)) c = _mm512_max_epu8(c, _mm512_set1_epi8(char(low)));
+  if (!(__builtin_constant_p(high) && high == 255)) c = _mm512_min_epu8(c, _mm512_set1_epi8(char(high)));
   c = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), c);
   if (NV == 4) _mm512_storeu_si512(p, c);
   if (NV == 3) {
@@ -157,7 +158,7 @@ TQ_INLINE __m128i quantized(F y, int zero, int low, int high) {
   return _mm_min_epu8(_mm_max_epu8(c, _mm_set1_epi8(char(low))), _mm_set1_epi8(char(high)));
 }
 template <int NV>
-TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   for (int v = 0; v < NV; ++v)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + v, quantized(y[v], zero, low, high));
 }
@@ -210,7 +211,7 @@ TQ_INLINE F bits(I a) { F r; std::memcpy(r.v, a.v, 64); return r; }
 TQ_INLINE I bits(F a) { I r; std::memcpy(r.v, a.v, 64); return r; }
 template <int n> TQ_INLINE I shift_left(I a) { TQ_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); return a; }
 template <int NV>
-TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low, int high) {
+TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   for (int v = 0; v < NV; ++v)
     TQ_EACH {
       int q = int(std::lrintf(y[v].v[i])) + zero;
