@@ -402,7 +402,7 @@ def quantized(model, x, kinds, *specs):
 
 U8 = per_tensor(torch.uint8, 0, 255)
 SPECS = {
-    "dynamic activations": (dynamic(), per_channel()),
+    "dynamic activations, affine weights": (dynamic(), per_channel(symmetric=False)),
     "affine weights": (U8, per_channel(torch.uint8, 0, 255, symmetric=False)),
     "affine int8 weights": (U8, per_channel(symmetric=False)),
     "weights by input channel": (U8, per_channel(axis=1)),
