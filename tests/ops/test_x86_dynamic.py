@@ -399,7 +399,7 @@ def quantized(model, x, quantizer, **options):
     return tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False, **options)
 
 
-@pytest.mark.filterwarnings("ignore:the Quantizer left")  # attention
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # attention is float
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_all_linears_of_an_encoder_are_in_regions(name):
     torch.manual_seed(0)
@@ -413,7 +413,7 @@ def test_all_linears_of_an_encoder_are_in_regions(name):
     assert tq.sqnr_db(expected, graph(x)) > 60
 
 
-@pytest.mark.filterwarnings("ignore:the Quantizer left")  # attention
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # attention is float
 @pytest.mark.parametrize("name", ["X86Quantizer", "torchao"])
 def test_a_lowered_encoder_proves_that_all_linears_are_ours(name, tmp_path):
     torch.manual_seed(0)
