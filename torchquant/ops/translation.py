@@ -476,16 +476,15 @@ class _Translator:
         n = step.numbers
         weight, bias = self.products[step]
         assert step.input is not None
-        grid = step.input.grid
-        assert grid is not None
         codes, channels = weight.codes, weight.codes.shape[0]
-        fixed = isinstance(grid, Quantization)  # otherwise the runtime multiplies scales and sums in each call
-        input_scale, zero_point = (grid.scale, grid.zero_point) if isinstance(grid, Quantization) else (1.0, 1)
+        fixed = step.input.grid if isinstance(step.input.grid, Quantization) else None
+        # those of a dynamic grid the runtime multiplies in at each call
+        input_scale, zero_point = (fixed.scale, fixed.zero_point) if fixed else (1.0, 1)
         scale = weight.scale * input_scale
         simple = "binary" not in n and n.get("before", "none") == "none" and n.get("after", "none") in ("none", "clamp")
         largest = 255 * codes.reshape(channels, -1).double().abs().sum(1) * scale + bias.abs()
         out = step.out_byte.grid if step.out_byte is not None and step.out_float is None else None
-        if fixed and simple and isinstance(out, Quantization) and self._fits(largest, out):
+        if fixed is not None and simple and isinstance(out, Quantization) and self._fits(largest, out):
             scale, bias = scale / out.scale, bias / out.scale
             low, high = out.low, out.high
             if n.get("after") == "clamp":
