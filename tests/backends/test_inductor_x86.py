@@ -173,12 +173,12 @@ def test_a_program_is_not_saved_where_there_is_no_folder(x86_pixels, tmp_path):
 def test_the_report_shows_kernels_proof_and_what_stays_float(x86_block):
     text = str(tq.report(x86_block.quantized, x86_block.program))
     assert "annotated compute ops run as integers: 4/4" in text
-    assert "qlinear" in text
+    assert "torchquant_linear" in text
     assert "1 attention: attention runs in a float kernel" in text
 
 
 def test_dynamic_int8_runs_all_linears_of_a_transformer(x86_block):
-    assert kernels(x86_block.program, "qlinear") == 4
+    assert kernels(x86_block.program, "torchquant_linear") == 4
     assert x86_block.program.proof.comparison.sqnr_db > 40
     x = x86_block.batch[0]
     assert tq.sqnr_db(x86_block.exported(x), x86_block.program(x)) > 25

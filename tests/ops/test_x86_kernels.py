@@ -58,6 +58,16 @@ CONVOLUTIONS = {  # in, out, kernel, options, size of the image
     "64 to 130": (64, 130, 1, {}, (1, 5, 5)),
     "130 to 96": (130, 96, 1, {}, (3, 3, 3)),
     "100 to 3": (100, 3, 3, {"padding": 1}, (1, 4, 4)),
+    "2 groups": (8, 16, 3, {"groups": 2}, (2, 6, 6)),
+    "2 groups of 64": (32, 128, 3, {"groups": 2, "padding": 1}, (1, 4, 5)),
+    "3 groups of 80": (48, 240, 1, {"groups": 3}, (2, 3, 3)),
+    "32 groups of 4": (128, 128, 3, {"groups": 32, "padding": 1}, (1, 5, 4)),
+    "5 groups of 3 to 7": (15, 35, 3, {"groups": 5, "stride": 2, "padding": 1}, (2, 5, 6)),
+    "4 groups of 24": (96, 96, 3, {"groups": 4, "padding": 2, "dilation": 2}, (1, 6, 5)),
+    "1x1 in 7 groups": (35, 49, 1, {"groups": 7}, (2, 4, 4)),
+    "one input a group": (8, 16, 3, {"groups": 8}, (2, 6, 6)),
+    "one input and 40 outputs a group": (5, 200, (3, 1), {"groups": 5}, (1, 6, 6)),
+    "depthwise of very many taps": (3, 3, 47, {"groups": 3, "padding": 23}, (1, 6, 7)),
 }
 
 
@@ -169,13 +179,13 @@ def test_the_largest_codes_do_not_saturate(weight, zero_point):
             check(one(layer, Grid(0.5, 101)), lambda x=x: x)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_products_of_random_shapes_are_exact(data):
     def draw(low, high):
         return data.draw(st.integers(low, high))
 
-    kind = data.draw(st.sampled_from(["conv", "depthwise", "linear"]))
+    kind = data.draw(st.sampled_from(["conv", "grouped", "depthwise", "linear"]))
     zero = draw(0, 255)
     grid = data.draw(st.sampled_from([Grid(0.02, zero), signed(0.03, zero - 128)]))
     output = data.draw(st.sampled_from([OUTPUT, None, Grid(0.03, draw(0, 255))]))
@@ -188,7 +198,13 @@ def test_products_of_random_shapes_are_exact(data):
     padding, size = (draw(0, 3), draw(0, 3)), (draw(1, 9), draw(1, 9))
     assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
     options = {"stride": stride, "dilation": dilation, "padding": padding, "bias": data.draw(st.booleans())}
-    layer = conv(c, n, kernel, grid, **options) if kind == "conv" else depthwise(c, kernel, grid, **options)
+    groups = draw(1, 9) if kind == "grouped" else 1
+    c, n = -(-c // groups) * groups, -(-n // groups) * groups
+    layer = (
+        depthwise(c, kernel, grid, **options)
+        if kind == "depthwise"
+        else conv(c, n, kernel, grid, groups=groups, **options)
+    )
     check(one(layer, output), lambda: grid.sample(batch, c, *size))
 
 

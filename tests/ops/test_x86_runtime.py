@@ -343,7 +343,8 @@ def random_steps(draw):
 def test_values_that_live_at_once_never_overlap(drawn):
     steps, _ = drawn
     values = list(dict.fromkeys(v for s in steps for v in (*s.reads(), *s.writes())))
-    size = plans._lay_out(steps, values)
+    size = plans._lay_out(steps, values)[0]
+    replaced = {(s.other, s.out_float) for s in steps}
     inner = [v for v in values if v.external is None]
     lives = {v: [i for i, s in enumerate(steps) if v in (*s.reads(), *s.writes())] for v in inner}
     for v in inner:
@@ -351,14 +352,17 @@ def test_values_that_live_at_once_never_overlap(drawn):
         assert v.offset + v.units <= size
         assert v.units * 64 >= (v.h + sum(v.border[::2])) * (v.w + sum(v.border[1::2])) * v.stride
         for w in inner:
-            together = v is not w and lives[v][0] <= lives[w][-1] and lives[w][0] <= lives[v][-1]
-            assert not together or v.offset + v.units <= w.offset or w.offset + w.units <= v.offset
+            first, second = sorted((v, w), key=lambda u: lives[u][0])
+            meet = v is not w and lives[second][0] <= lives[first][-1]
+            if meet and lives[second][0] == lives[first][-1] and (first, second) in replaced:
+                continue  # a sum may take the place of its addend
+            assert not meet or v.offset + v.units <= w.offset or w.offset + w.units <= v.offset
 
 
 def test_values_that_never_meet_share_the_arena():
     first, second, third = (Value(4, 4, 16) for _ in range(3))
     steps = [Step("elementwise", first, out_float=second), Step("elementwise", second, out_float=third)]
-    assert plans._lay_out(steps, [first, second, third]) == 2 * first.units
+    assert plans._lay_out(steps, [first, second, third])[0] == 2 * first.units
     assert first.offset == third.offset != second.offset
 
 
@@ -376,9 +380,6 @@ def unharmed(graph, *inputs):
 
 
 OTHER = {
-    "grouped convolution": (conv(8, 16, 3, groups=2), (2, 8, 6, 6)),
-    "depthwise with a multiplier": (conv(8, 16, 3, groups=8), (2, 8, 6, 6)),
-    "depthwise of more taps than fit": (depthwise(3, 47, padding=23), (1, 3, 6, 7)),
     "one image without a batch": (conv(5, 17), (5, 7, 6)),
     "one signal without a batch": (Layer(F.conv1d, INPUT, (17, 5, 3)), (5, 7)),
     "one row": (linear(5, 17), (5,)),
@@ -402,7 +403,7 @@ def quantized(model, x, kinds, *specs):
 
 U8 = per_tensor(torch.uint8, 0, 255)
 SPECS = {
-    "dynamic activations": (dynamic(), per_channel()),
+    "dynamic activations, affine weights": (dynamic(), per_channel(symmetric=False)),
     "affine weights": (U8, per_channel(torch.uint8, 0, 255, symmetric=False)),
     "affine int8 weights": (U8, per_channel(symmetric=False)),
     "weights by input channel": (U8, per_channel(axis=1)),
@@ -447,7 +448,7 @@ REST = {  # function, layers, regions
     "padding of one without and one grouped": (
         lambda m, x: (lambda y: (m.b(y), m.c(y)))(F.pad(m.a(x), (1, 1, 1, 1))),
         {"b": conv(16, 4), "c": conv(16, 4, groups=2)},
-        None,
+        1,
     ),
     "pool to 2x2": (lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 2)), {"b": conv(16, 4, 1)}, 2),
     "average pool": (lambda m, x: m.b(F.avg_pool2d(m.a(x), 2)), {"b": conv(16, 4, 1)}, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.sites import qparams_of
-from torchquant.ops.plan import Quantization
+from torchquant.ops.plan import Dynamic, Quantization
 
 ACCUMULATOR = 2**31 - 1
 ALIASES = ("dropout.default", "clone.default", "contiguous.default", "alias.default", "detach.default")
@@ -31,7 +32,9 @@ ACTIVATIONS = {
 
 IMAGE, ROWS = "image", "rows"
 CONVOLUTIONS = ("conv1d", "conv2d")
+_CHOOSING = ("choose_qparams", "choose_qparams_symmetric")
 PRODUCTS = (*CONVOLUTIONS, "linear")
+_MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 
 
 def shape_of(node: Any) -> tuple[int | str, ...]:
@@ -57,20 +60,57 @@ def pair(value: Any, flat: bool = False) -> tuple[int, int] | None:
     return None
 
 
-def grid_of(graph: GraphModule, node: Node) -> Quantization | None:
-    """The grid of a static per-tensor quantize or dequantize op, counted as unsigned bytes."""
+def grid_of(graph: GraphModule, node: Node) -> Quantization | Dynamic | None:
+    """The grid of a per-tensor quantize or dequantize op, counted as unsigned bytes."""
     if ops.qdq_name(node) not in ("quantize_per_tensor", "dequantize_per_tensor"):
         return None
     given = ops.arguments(node)
-    scale, zero = (_number(graph, given.get(k)) for k in ("scale", "zero_point"))
     low, high, dtype = given.get("quant_min"), given.get("quant_max"), given.get("dtype")
-    if scale is None or zero is None or dtype not in (torch.uint8, torch.int8) or scale <= 0:
+    if dtype not in (torch.uint8, torch.int8) or given.get("out_dtype") not in (None, torch.float32):
         return None
-    if not isinstance(low, int) or not isinstance(high, int) or given.get("out_dtype") not in (None, torch.float32):
+    if not isinstance(low, int) or not isinstance(high, int):
         return None
     shift = 128 if dtype == torch.int8 else 0
+    chosen = chosen_for(node)
+    if chosen is not None:
+        return _dynamic_grid(node, chosen, shift)
+    scale, zero = (_number(graph, given.get(k)) for k in ("scale", "zero_point"))
+    if scale is None or zero is None or scale <= 0:
+        return None
     found = Quantization(scale, int(zero) + shift, low + shift, high + shift)
     return found if 0 <= found.low <= found.zero_point <= found.high <= 255 else None
+
+
+def chosen_for(node: Node) -> Node | None:
+    """The `choose_qparams` op whose scale and zero point a quantize or dequantize op takes."""
+    given = ops.arguments(node)
+    found = []
+    for index, name in enumerate(("scale", "zero_point")):
+        part = given.get(name)
+        if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
+            return None
+        found.append(part.all_input_nodes[0])
+    return found[0] if found[0] is found[1] and ops.qdq_name(found[0]) in _CHOOSING else None
+
+
+def qparams_nodes(node: Node) -> list[Node]:
+    """What makes the scale and zero point of a dynamic quantize op: `choose_qparams` and what takes it apart."""
+    chosen = chosen_for(node)
+    return [] if chosen is None else [chosen, *chosen.users]
+
+
+def _dynamic_grid(node: Node, chosen: Node, shift: int) -> Dynamic | None:
+    """The grid of an op whose scale is chosen from the range of the very tensor that is quantized."""
+    given, choice = ops.arguments(node), ops.arguments(chosen)
+    quantize = quantize_behind(node) if ops.is_dequantize(node) else node
+    if quantize is None or ops.argument(quantize, 0) is not choice.get("input"):
+        return None
+    if any(given[k] != choice.get(k) for k in ("quant_min", "quant_max", "dtype")):
+        return None
+    symmetric = ops.qdq_name(chosen) == "choose_qparams_symmetric"
+    found = Dynamic(given["quant_min"] + shift, given["quant_max"] + shift, float(choice["eps"]), symmetric)
+    middle = 128 if symmetric else found.low
+    return found if 0 <= found.low <= middle <= found.high <= 255 and found.low < found.high else None
 
 
 def _number(graph: GraphModule, value: Any) -> float | None:
@@ -179,3 +219,9 @@ def activation_of(node: Node) -> dict[str, Any] | None:
     if name == "gelu" and ops.arguments(node).get("approximate", "none") == "tanh":
         name = "gelu_tanh"
     return {"name": name, "low": 0.0, "high": 0.0}
+
+
+def is_depthwise(codes: torch.Tensor, groups: int) -> bool:
+    """Whether the depthwise kernel runs a convolution with these weights; else it is a product of groups."""
+    height, width = (1, *codes.shape[2:])[-2:]
+    return codes.shape[1] == 1 and groups == codes.shape[0] > 1 and (-(-height // 4) + 1) * width <= _MOST_TAPS

@@ -10,9 +10,19 @@ import torch
 
 from torchquant.errors import LoweringError
 
-__all__ = ["ACTIVATIONS", "KINDS", "Plan", "Quantization", "Step", "Value", "pack_convolution", "pack_depthwise"]
+__all__ = [
+    "ACTIVATIONS",
+    "KINDS",
+    "Dynamic",
+    "Plan",
+    "Quantization",
+    "Step",
+    "Value",
+    "pack_convolution",
+    "pack_depthwise",
+]
 
-_MAGIC, _VERSION, _UNIT = 0x51543836, 1, 64
+_MAGIC, _VERSION, _UNIT = 0x51543836, 2, 64
 KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm"]
 ACTIVATIONS = ["none", "clamp", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"]
 _BINARY = ("", "add", "mul")
@@ -23,7 +33,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
     *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
     *("direct", "low_byte", "high_byte"),
-    *("f:factor", "panel"),
+    *("f:factor", "panel", "dynamic", "group_in", "group_out", "group_panel"),
 ]
 _OP_BYTES = 192
 _CACHED = 2**23  # bytes of weights that stay in a third-level cache between samples
@@ -40,6 +50,20 @@ class Quantization:
     high: int
 
 
+@dataclass(frozen=True)
+class Dynamic:
+    """A grid of bytes that each call makes from the range of one whole input, as `choose_qparams` of torch does.
+
+    `low`, `high` as of `Quantization`; `eps`: the least scale; `symmetric`: the zero point is 128.
+    """
+
+    low: int
+    high: int
+    eps: float
+    symmetric: bool
+    input: int = -1
+
+
 @dataclass(eq=False)
 class Value:
     """A tensor of a plan, `(samples, h, w, c)`: bytes on a grid, or floats if `grid` is None.
@@ -50,7 +74,7 @@ class Value:
     h: int
     w: int
     c: int
-    grid: Quantization | None = None
+    grid: Quantization | Dynamic | None = None
     external: tuple[str, int] | None = None
     border: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, left, bottom, right
     narrow: bool = False  # four bytes a pixel: images
@@ -74,7 +98,7 @@ class Value:
     def record(self) -> bytes:
         """As `Value` in plan.h."""
         place = -1 if self.external is None else self.external[1] + (1000 if self.external[0] == "output" else 0)
-        zero = self.grid.zero_point if self.grid else 0
+        zero = self.grid.zero_point if isinstance(self.grid, Quantization) else 0
         numbers = [int(self.grid is None), self.h, self.w, self.c, self.stride, *self.border, self.offset, place, zero]
         return struct.pack("<16i", *numbers, int(self.wide), 0, 0, 0)
 
@@ -138,7 +162,9 @@ class Plan:
         arena, wide = _lay_out(steps, values)
         places = {v: i for i, v in enumerate(values)}
         records = b"".join(v.record() for v in values)
-        records += b"".join(_record(s, places) for s in steps)
+        ranges = list(dict.fromkeys(v.grid for v in values if isinstance(v.grid, Dynamic)))
+        records += b"".join(_record(s, places, ranges) for s in steps)
+        records += b"".join(_range_record(r) for r in ranges)
         records += bytes(-len(records) % _UNIT)
         blob = 1 + len(records) // _UNIT
         header = [_MAGIC, _VERSION, len(values), len(steps), self.inputs, self.outputs, arena, chunk, blob]
@@ -146,7 +172,7 @@ class Plan:
         size = _UNIT + len(records) + len(constants)
         if size >= 2**31:
             raise LoweringError(f"a region of {size:,} bytes is too large for one plan; pass own_kernels=False")
-        data = struct.pack("<16i", *header, size, split, wide, *[0] * 4) + records + constants
+        data = struct.pack("<16i", *header, size, split, wide, len(ranges), *[0] * 3) + records + constants
         self.laid_out = steps
         self._first_op = 1 + len(values)  # in units, as are records of values
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -211,9 +237,10 @@ def _lay_out(steps: list[Step], values: list[Value]) -> tuple[int, int]:
             last[value] = i
     place: dict[Value, Value] = {v: v for v in values}  # whose place a value takes
     for i, step in enumerate(steps):
-        if step.other is not None and step.out_float is not None and last[step.other] == i and _replaces(step):
-            place[step.out_float] = owner = place[step.other]
-            last[owner] = last[step.out_float]
+        old, new = step.other, step.out_float
+        if old and new and old is not new and last[old] == first[new] == i and _replaces(step):
+            place[new] = place[old]
+            last[place[new]] = last[new]
     owners = [v for v in values if v.external is None and place[v] is v]
     placed: list[Value] = []
     for value in sorted(owners, key=lambda v: -v.units):
@@ -244,19 +271,28 @@ def _replaces(step: Step) -> bool:
     return (old.h, old.w, old.c, old.border, old.wide) == (new.h, new.w, new.c, new.border, new.wide)
 
 
-def _record(step: Step, places: dict[Value, int]) -> bytes:
+def _range_record(grid: Dynamic) -> bytes:
+    """As `Range` in plan.h."""
+    return struct.pack("<4if3i", grid.input, grid.low, grid.high, int(grid.symmetric), grid.eps, 0, 0, 0)
+
+
+def _record(step: Step, places: dict[Value, int], ranges: list[Dynamic]) -> bytes:
     """As `Op` in plan.h."""
     n = {**_POINT, **step.numbers}
     n["kind"] = KINDS.index(step.kind)
     for name in ("input", "out_byte", "out_float", "other"):
         value = getattr(step, name)
         n[name] = -1 if value is None else places[value]
-    if step.input is not None and step.input.grid:
-        n.setdefault("input_scale", step.input.grid.scale)
-    if step.other is not None and step.other.grid:
-        n |= {"other_scale": step.other.grid.scale, "other_zero_point": step.other.grid.zero_point}
-    if step.out_byte is not None and step.out_byte.grid:
-        grid = step.out_byte.grid
+    given, other, grid = (v.grid if v is not None else None for v in (step.input, step.other, step.out_byte))
+    dynamic = [g for g in (given, other, grid) if isinstance(g, Dynamic)]
+    if dynamic:  # one, which a product reads or an elementwise op writes: the runtime fills in what it decides
+        assert (step.kind, dynamic) in (("conv", [given]), ("elementwise", [grid])), step
+        n["dynamic"] = 1 + ranges.index(dynamic[0])
+    if isinstance(given, Quantization):
+        n.setdefault("input_scale", given.scale)
+    if isinstance(other, Quantization):
+        n |= {"other_scale": other.scale, "other_zero_point": other.zero_point}
+    if isinstance(grid, Quantization):
         n.setdefault("low", grid.low - grid.zero_point)
         n.setdefault("high", grid.high - grid.zero_point)
         n |= {"inverse": 1.0 / grid.scale, "zero_point": grid.zero_point}
@@ -278,6 +314,45 @@ def _record(step: Step, places: dict[Value, int]) -> bytes:
 
 def _rounded(size: int, to: int) -> int:
     return -(-size // to) * to
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How blocks of 16 output channels of a grouped convolution read the inputs of their groups.
+
+    Args:
+        inputs, outputs: channels of a group.
+        panel: blocks that go together.
+        depth: input channels that a panel reads, a multiple of 4, from the first of its first group on, or from
+            `stride - depth` on if that comes before: what belongs to other groups has weights of zero.
+    """
+
+    inputs: int
+    outputs: int
+    panel: int
+    depth: int
+
+    @classmethod
+    def of(cls, groups: int, inputs: int, outputs: int) -> Groups:
+        """For `groups` groups of `inputs` and `outputs` channels: the panels that read least, then the widest."""
+        found = []
+        for panel in (4, 3, 2, 1):
+            starts = range(0, groups * outputs, 16 * panel)
+            ends = [min(start + 16 * panel, groups * outputs) - 1 for start in starts]
+            most = max(end // outputs - start // outputs + 1 for start, end in zip(starts, ends, strict=True))
+            found.append(cls(inputs, outputs, panel, _rounded(most * inputs, 4)))
+        return min(found, key=lambda g: g.depth)
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """int8 `(n, inputs, kh, kw)` as the dense `(n, depth, kh, kw)` that each output channel reads."""
+        n, c, kh, kw = weight.shape
+        stride = _rounded(n // self.outputs * c, 16)
+        channels = torch.arange(n)
+        start = channels // (16 * self.panel) * 16 * self.panel // self.outputs * c
+        place = channels // self.outputs * c - start.clamp(max=stride - self.depth)
+        dense = torch.zeros(n, self.depth, kh, kw, dtype=torch.int8)
+        dense[channels[:, None], place[:, None] + torch.arange(c)] = weight
+        return dense
 
 
 def pack_convolution(weight: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Parts of a converted graph that the x86 kernels can run: connected ops on the same samples.
 
 A region holds at least one convolution or linear on quantized inputs, and what their kernels fuse (activations,
-additions, requantization), pools and layer norms. Everything else stays with Inductor.
+additions, requantization), pools and layer norms. Everything else stays with Inductor. Dynamic quantization needs
+the range of a whole tensor, while a region runs sample by sample: its source always lies outside the region.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.ops import matching
+from torchquant.ops.plan import Dynamic
 
 _TURNS = ("permute.default", "transpose.int", "movedim.int")  # between images and rows, whatever their shapes
-_MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
 
 
@@ -100,8 +101,10 @@ class Finder:
                 and all(ops.is_dequantize(u) for u in node.users)
             )
         if ops.is_dequantize(node):
-            source = matching.quantize_behind(node)
-            return source in self.known and matching.grid_of(self.graph, node) == matching.grid_of(self.graph, source)
+            source, grid = matching.quantize_behind(node), matching.grid_of(self.graph, node)
+            if isinstance(grid, Dynamic) and not all(ops.op_name(u) == "linear" for u in node.users):
+                return False
+            return source in self.known and grid == matching.grid_of(self.graph, source)
         if not matching.is_float32(node) or not self._agrees(node):
             return False
         name = ops.op_name(node)
@@ -143,12 +146,7 @@ class Finder:
         if weight is None or matching.window_of(node) is None:
             return False
         unbatched = len(matching.shape_of(node)) != weight.codes.dim()
-        if unbatched or self.layout.get(node.all_input_nodes[0]) != matching.IMAGE:
-            return False
-        groups, (n, c) = ops.arguments(node).get("groups", 1), weight.codes.shape[:2]
-        height, width = (1, *weight.codes.shape[2:])[-2:]
-        taps = (-(-height // 4) + 1) * width
-        return bool(groups == 1 or (c == 1 and groups == n and taps <= _MOST_TAPS))
+        return not unbatched and self.layout.get(node.all_input_nodes[0]) == matching.IMAGE
 
     _can_conv1d = _can_conv2d
 
@@ -248,11 +246,22 @@ class Finder:
                 lost = name == "pad" and not all(u in self.known for u in self._readers(node))
                 lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
                 lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
+                lost = lost or (self._is_dynamic(node) and not self.known.issuperset(self._qparams_readers(node)))
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
                 if lost:
                     self.known.discard(node)
                     changed = True
+
+    def _is_dynamic(self, node: Node) -> bool:
+        """Whether a quantize op or the dequantize op behind it has the range of a whole tensor."""
+        return isinstance(matching.grid_of(self.graph, node), Dynamic)
+
+    @staticmethod
+    def _qparams_readers(node: Node) -> Iterator[Node]:
+        """What must be known too: the readers of the scale and zero point, and of what is on that grid."""
+        for made in (node, *matching.qparams_nodes(node)[1:]):
+            yield from made.users
 
     @staticmethod
     def _readers(pad: Node) -> Iterator[Node]:
@@ -264,6 +273,7 @@ class Finder:
         """By level, the number of times a path has left what is known, and connected: so no path leaves and returns."""
         level: dict[Node, int] = {}
         group: dict[Node, Node] = {}
+        dynamic: dict[Node, Node] = {}  # for each source the first quantize op: all share one quantization
 
         def root(node: Node) -> Node:
             while group[node] is not node:
@@ -272,10 +282,11 @@ class Finder:
 
         for node in self.graph.graph.nodes:
             known = node in self.known
+            whole = known and ops.is_quantize(node) and self._is_dynamic(node)
             least = 0
             for before in node.all_input_nodes:
                 if before not in self.constants:
-                    left = known and (before not in self.known or self.key(before) != self.key(node))
+                    left = known and (whole or before not in self.known or self.key(before) != self.key(node))
                     least = max(least, level[before] + left)
             level[node] = least
             if not known:
@@ -284,9 +295,11 @@ class Finder:
             for before in node.all_input_nodes:
                 if before in group and level[before] == least and self.key(before) == self.key(node):
                     group[root(before)] = root(node)
+            if whole:
+                group[root(dynamic.setdefault(node.all_input_nodes[0], node))] = root(node)
         members: dict[Node, list[Node]] = defaultdict(list)
         for node in group:
-            members[root(node)].append(node)
+            members[root(node)] += [node, *(matching.qparams_nodes(node) if ops.is_quantize(node) else ())]
         for nodes in members.values():
             if any(ops.op_name(n) in matching.PRODUCTS for n in nodes):
-                yield nodes
+                yield list(dict.fromkeys(nodes))

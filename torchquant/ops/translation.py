@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchquant.fx import ops
 from torchquant.fx.passes import fresh_name
 from torchquant.ops import matching, native
 from torchquant.ops import plan as plans
-from torchquant.ops.plan import Plan, Quantization, Step, Value
+from torchquant.ops.plan import Dynamic, Plan, Quantization, Step, Value
 from torchquant.ops.regions import Finder
 
 __all__ = ["Built", "replace_regions"]
@@ -117,7 +117,7 @@ class _Made:
     """What the steps so far have made of a node's value."""
 
     number: Value | None = None
-    bytes: dict[Quantization, Value] = field(default_factory=dict)
+    bytes: dict[Quantization | Dynamic, Value] = field(default_factory=dict)
 
 
 class _Translator:
@@ -216,11 +216,10 @@ class _Translator:
             made.number = outer
             return
         quantizes, others = self._readers_of(node)
-        grids = {matching.grid_of(self.graph, q) for q in quantizes}
+        grids = {self._grid(q) for q in quantizes}
         kind = "import" if h * w > 1 else "elementwise"
         if len(grids) == 1 and not others and kind == "import":
             grid = next(iter(grids))
-            assert grid is not None
             value = Value(h, w, c, grid, narrow=c <= 4 and all(self._feeds_convolutions(q) for q in quantizes))
             self.plan.steps.append(Step("import", outer, out_byte=value, label=node.name))
             made.bytes[grid] = value
@@ -259,8 +258,7 @@ class _Translator:
 
     def _bytes(self, quantize: Node) -> Value:
         """What a quantize op makes."""
-        grid = matching.grid_of(self.graph, quantize)
-        assert grid is not None
+        grid = self._grid(quantize)
         node = self._origin(quantize.args[0])
         made = self.made[node]
         if grid not in made.bytes:
@@ -269,11 +267,24 @@ class _Translator:
             self.plan.steps.append(Step("elementwise", source, out_byte=made.bytes[grid], label=quantize.name))
         return made.bytes[grid]
 
+    def _grid(self, quantize: Node) -> Quantization | Dynamic:
+        """The grid of a quantize op; of a dynamic one with the place of its source among the region's inputs."""
+        grid = matching.grid_of(self.graph, quantize)
+        assert grid is not None
+        if isinstance(grid, Dynamic):
+            return replace(grid, input=self.inputs.index(quantize.all_input_nodes[0]))
+        return grid
+
     def _origin(self, node: Any) -> Node:
         """The node that made a value, behind ops that change nothing about it here."""
         while node in self.inside and (self._is_alias(node) or ops.op_name(node) == "pad"):
             node = node.args[0]
         return node
+
+    @staticmethod
+    def _is_choice(node: Node) -> bool:
+        """Whether a node makes the scale and zero point of dynamic quantization, which the runtime does itself."""
+        return ops.qdq_name(node).startswith("choose_qparams") or node.target is operator.getitem
 
     @staticmethod
     def _is_alias(node: Node) -> bool:
@@ -282,14 +293,12 @@ class _Translator:
     # steps
 
     def _emit(self, node: Node) -> None:
-        if self._is_alias(node) or ops.op_name(node) == "pad" or ops.is_quantize(node):
+        if self._is_alias(node) or ops.op_name(node) == "pad" or ops.is_quantize(node) or self._is_choice(node):
             return
         if ops.is_dequantize(node):
             source = matching.quantize_behind(node)
             assert source is not None
-            grid = matching.grid_of(self.graph, source)
-            assert grid is not None
-            self.made[node] = _Made(bytes={grid: self._bytes(source)})
+            self.made[node] = _Made(bytes={self._grid(source): self._bytes(source)})
             return
         name = ops.op_name(node)
         if name == "max_pool2d" and self._max_pool_of_bytes(node):
@@ -330,7 +339,7 @@ class _Translator:
         self.made |= dict.fromkeys(chain, made)
         quantizes, others = self._readers_of(end)
         h, w, c = self._size(node)
-        grids = list(dict.fromkeys(g for q in quantizes if (g := matching.grid_of(self.graph, q)) is not None))
+        grids = list(dict.fromkeys(self._grid(q) for q in quantizes))
         pooled = self._pooled(end) if not quantizes else None
         if pooled is not None:
             grids, others = [pooled], False
@@ -389,17 +398,17 @@ class _Translator:
                 work += user.users
             elif ops.is_quantize(user):
                 quantizes.append(user)
-            else:
+            elif not self._is_choice(user):
                 others = True
         return quantizes, others
 
-    def _pooled(self, node: Node) -> Quantization | None:
+    def _pooled(self, node: Node) -> Quantization | Dynamic | None:
         """The one grid on which a max pool behind the node is quantized: it may be quantized before the pool too."""
         user = self._only_user(node)
         if user is None or ops.op_name(user) != "max_pool2d" or user not in self.inside:
             return None
         quantizes, others = self._readers_of(user)
-        grids = {matching.grid_of(self.graph, q) for q in quantizes}
+        grids = {self._grid(q) for q in quantizes}
         return next(iter(grids)) if len(grids) == 1 and not others else None
 
     def _max_pool_of_bytes(self, node: Node) -> bool:
@@ -407,11 +416,11 @@ class _Translator:
         source = self._origin(node.args[0])
         made = self.made[source]
         quantizes, others = self._readers_of(node)
-        grids = {matching.grid_of(self.graph, q) for q in quantizes}
+        grids = {self._grid(q) for q in quantizes}
         if others or len(grids) != 1:
             return False
         grid = next(iter(grids))
-        if grid not in made.bytes or grid is None:
+        if grid not in made.bytes:
             return False
         step = self._step_max_pool2d(node, made.bytes[grid])
         h, w, c = self._size(node)
@@ -438,10 +447,15 @@ class _Translator:
             top, left, _, _ = matching.padding_of(source) or [0] * 4
             window["pt"], window["pl"] = window["pt"] + top, window["pl"] + left
         n, c = weight.codes.shape[:2]
-        deep = given.get("groups", 1) > 1
+        groups = given.get("groups", 1)
+        deep = matching.is_depthwise(weight.codes, groups)
         numbers = {**window, "channels": n, "depth": 0 if deep else -(-c // 4) * 4}
-        step = Step("depthwise" if deep else "conv", self._bytes(quantize), label=node.name, numbers=numbers)
         codes = weight.codes.unsqueeze(2) if weight.codes.dim() == 3 else weight.codes
+        if groups > 1 and not deep:
+            cut = plans.Groups.of(groups, c, n // groups)
+            numbers |= {"depth": cut.depth, "group_in": c, "group_out": n // groups, "group_panel": cut.panel}
+            codes = cut.pack(codes)
+        step = Step("depthwise" if deep else "conv", self._bytes(quantize), label=node.name, numbers=numbers)
         self.products[step] = matching.Weight(codes, weight.scale), self._bias(given, n)
         return step
 
@@ -467,21 +481,22 @@ class _Translator:
         n = step.numbers
         weight, bias = self.products[step]
         assert step.input is not None
-        assert step.input.grid is not None
         codes, channels = weight.codes, weight.codes.shape[0]
-        scale = weight.scale * step.input.grid.scale
+        fixed = step.input.grid if isinstance(step.input.grid, Quantization) else None
+        # those of a dynamic grid the runtime multiplies in at each call
+        input_scale, zero_point = (fixed.scale, fixed.zero_point) if fixed else (1.0, 1)
+        scale = weight.scale * input_scale
         simple = "binary" not in n and n.get("before", "none") == "none" and n.get("after", "none") in ("none", "clamp")
         largest = 255 * codes.reshape(channels, -1).double().abs().sum(1) * scale + bias.abs()
-        if step.out_float is None and step.out_byte is not None and simple and self._fits(largest, step.out_byte):
-            grid = step.out_byte.grid
-            assert grid is not None
-            scale, bias = scale / grid.scale, bias / grid.scale
-            low, high = grid.low, grid.high
+        out = step.out_byte.grid if step.out_byte is not None and step.out_float is None else None
+        if fixed is not None and simple and isinstance(out, Quantization) and self._fits(largest, out):
+            scale, bias = scale / out.scale, bias / out.scale
+            low, high = out.low, out.high
             if n.get("after") == "clamp":
-                low, high = _code(n["after_low"], grid, low), _code(n["after_high"], grid, high)
+                low, high = _code(n["after_low"], out, low), _code(n["after_high"], out, high)
             n |= {"direct": 1, "low_byte": min(low, high), "high_byte": high}
         sums = codes.reshape(channels, -1).to(torch.int64).sum(1)
-        compensation = (-step.input.grid.zero_point * sums).to(torch.int32)
+        compensation = (-zero_point * sums).to(torch.int32)
         deep = step.kind == "depthwise"
         size = -(-channels // 16) * 16
         for name, values in (("compensation", compensation), ("scale", scale.float()), ("bias", bias.float())):
@@ -493,9 +508,9 @@ class _Translator:
         )
 
     @staticmethod
-    def _fits(largest: torch.Tensor, out: Value) -> bool:
+    def _fits(largest: torch.Tensor, out: Quantization) -> bool:
         """Whether results of this size stay within what the kernels round as integers without looking."""
-        return out.grid is not None and float(largest.max()) / out.grid.scale < 2**30
+        return float(largest.max()) / out.scale < 2**30
 
     def _step_adaptive_avg_pool2d(self, node: Node) -> Step:
         return Step("mean", self._any(node.args[0]), label=node.name)

@@ -67,7 +67,7 @@ def _times(run: Callable[[], object], regions: Sequence[Built], panel: int) -> l
 
 def _key(step: Step, sizes: str) -> str:
     """What decides a product's time: the machine, the sizes, and what follows it; empty for other ops."""
-    if step.kind != "conv":
+    if step.kind != "conv" or "group_out" in step.numbers:  # a group's panels are as its weights are packed
         return ""
     n, made = step.numbers, step.writes()[0]
     window = [n.get(k, 1) for k in ("kh", "kw", "sh", "sw", "dh", "dw")]

@@ -399,8 +399,8 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
   Operand other = op.other < 0 ? kAbsent : t.other_float ? kFloats : kBytes;
   Ending ending = ending_of(op, other, plain);
   const auto* weights = reinterpret_cast<const int8_t*>(b.blob + int64_t(op.weights) * tq::kUnit);
-  const auto* compensation = reinterpret_cast<const int32_t*>(b.blob + int64_t(op.compensation) * tq::kUnit);
-  const auto* scale = reinterpret_cast<const float*>(b.blob + int64_t(op.scale) * tq::kUnit);
+  const auto* compensation = reinterpret_cast<const int32_t*>(factors(op, b) + int64_t(op.compensation) * tq::kUnit);
+  const auto* scale = reinterpret_cast<const float*>(factors(op, b) + int64_t(op.scale) * tq::kUnit);
   const auto* bias = reinterpret_cast<const float*>(b.blob + int64_t(op.bias) * tq::kUnit);
   int64_t rows = std::max<int64_t>(kBlockOfA / std::max<int64_t>(op.kh * op.kw == 1 ? op.depth : op.depth * 2, 1), 24);
   rows = std::min(rows, kMostRows);
@@ -1057,6 +1057,35 @@ void attention(const tq::Attention& t, int64_t begin, int64_t end) {
   }
 }
 
+// ---- dynamic quantization -------------------------------------------------------------------------------------------
+
+void range(const float* p, int64_t n, float* least, float* most) {
+  constexpr int N = 4;
+  F low[N], high[N], check[N];
+  TQ_EACH_OF(N, v)
+    low[v] = set(INFINITY);
+    high[v] = set(-INFINITY);
+    check[v] = set(0.0f);
+  });
+  auto take = [&](int v, F x) __attribute__((always_inline)) {
+    low[v] = min(x, low[v]);
+    high[v] = max(x, high[v]);
+    check[v] = fma(x, set(0.0f), check[v]);  // NaN from an infinity or NaN on, which the others may pass over
+  };
+  int64_t i = 0;
+  for (; i + N * kLanes <= n; i += N * kLanes) {
+    TQ_EACH_OF(N, v) take(v, load(p + i + v * kLanes)); });
+  }
+  for (; i < n; i += kLanes) {
+    alignas(64) float t[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) t[k] = p[std::min(i + k, n - 1)];
+    take(0, load(t));
+  }
+  float bad = sum(add(add(check[0], check[1]), add(check[2], check[3])));
+  *least = -largest(sub(set(0.0f), min(min(low[0], low[1]), min(low[2], low[3])))) + bad;
+  *most = largest(max(max(high[0], high[1]), max(high[2], high[3]))) + bad;
+}
+
 int64_t units(const Op& op, const Bound& b) {
   if (op.kind == tq::kExport) return b.samples * b.values[op.input].h;
   const Value& out = b.values[out_value(op)];
@@ -1086,6 +1115,6 @@ void run(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part,
 extern const tq::Kernels kernels;
 #define TQ_TEXT2(x) #x
 #define TQ_TEXT(x) TQ_TEXT2(x)
-const tq::Kernels kernels = {TQ_TEXT(TQ_ISA), units, run, attention};
+const tq::Kernels kernels = {TQ_TEXT(TQ_ISA), units, run, attention, range};
 
 }  // namespace TQ_ISA

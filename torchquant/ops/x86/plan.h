@@ -1,7 +1,7 @@
 // What a plan holds: one block of bytes, written by `torchquant/ops/plan.py` and read in place.
 //
-// Header, `values` records of Value, `ops` records of Op, then weights and per-channel constants. Offsets into the
-// last part, and into the arena, count units of 64 bytes. Every field is 4 bytes wide.
+// Header, `values` records of Value, `ops` records of Op, `ranges` records of Range, then weights and per-channel
+// constants. Offsets into the last part, and into the arena, count units of 64 bytes. Every field is 4 bytes wide.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace tq {
 
 constexpr int32_t kMagic = 0x51543836;
-constexpr int32_t kVersion = 1;
+constexpr int32_t kVersion = 2;
 constexpr int kUnit = 64;
 
 enum Kind : int32_t { kConv = 0, kDepthwise, kElementwise, kImport, kExport, kMean, kMaxPool, kHalo, kLayerNorm };
@@ -26,7 +26,8 @@ struct Header {
   int32_t size;    // bytes of the plan
   int32_t split;   // ops in front of it run on `chunk` samples, those from it on for several chunks at once; 0: none
   int32_t wide;    // units of one sample of the values that ops behind the split read or write
-  int32_t pad[4];
+  int32_t ranges;
+  int32_t pad[3];
 };
 
 // A tensor (samples, h, w, c), channels last: in the arena with `stride` elements a pixel and a border of `top`,
@@ -58,11 +59,19 @@ struct Op {
   int32_t direct, low_byte, high_byte;       // scale and bias hold `inverse`, and nothing but a clamp to these follows
   float factor;                              // layer norm: epsilon
   int32_t panel;                             // blocks of 16 output channels that go together, 0: the default
+  int32_t dynamic;                           // 1 + the range of the bytes that a product reads or another op writes
   int32_t group_in, group_out, group_panel;  // of a grouped convolution: channels of a group, blocks of 16 outputs that share inputs
-  int32_t pad[6];
+  int32_t pad[5];
 };
 
-static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192, "as in plan.py");
+// A grid of bytes that each call makes from the range of one whole input.
+struct Range {
+  int32_t input, low, high, symmetric;
+  float eps;                                 // the least scale
+  int32_t pad[3];
+};
+
+static_assert(sizeof(Header) == 64 && sizeof(Value) == 64 && sizeof(Op) == 192 && sizeof(Range) == 32, "as in plan.py");
 
 // What an item of work needs besides its Op.
 struct Bound {
@@ -70,7 +79,11 @@ struct Bound {
   uint8_t* const* base;   // of each value: the first byte of the chunk
   const uint8_t* blob;
   int64_t samples;        // in this chunk
+  const uint8_t* call;    // constants that this call has made: of products that read a range
 };
+
+// Where an op's `compensation` and `scale` are.
+inline const uint8_t* factors(const Op& op, const Bound& b) { return op.dynamic ? b.call : b.blob; }
 
 inline int64_t row_pixels(const Value& v) { return v.w + v.left + v.right; }
 inline int64_t sample_elements(const Value& v) { return (v.h + v.top + v.bottom) * row_pixels(v) * v.stride; }
@@ -104,6 +117,7 @@ struct Kernels {
   int64_t (*units)(const Op&, const Bound&);
   void (*run)(const Op&, const Bound&, int64_t begin, int64_t end, int64_t part, int64_t parts);
   void (*attention)(const Attention&, int64_t begin, int64_t end);  // units are heads of samples
+  void (*range)(const float*, int64_t n, float* least, float* most);  // both NaN where a number is not finite
 };
 
 }  // namespace tq

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -105,7 +106,9 @@ struct Plan {
   const tq::Header* header;
   const tq::Value* values;
   const tq::Op* ops;
+  const tq::Range* ranges;
   const uint8_t* blob;
+  const uint8_t* call = nullptr;
   explicit Plan(const uint8_t* bytes, int64_t size) {
     header = reinterpret_cast<const tq::Header*>(bytes);
     STD_TORCH_CHECK(size >= int64_t(sizeof(tq::Header)) && header->magic == tq::kMagic, "torchquant: not a plan");
@@ -113,10 +116,94 @@ struct Plan {
                     " and these kernels run version ", tq::kVersion, ": lower the model again");
     values = reinterpret_cast<const tq::Value*>(bytes + sizeof(tq::Header));
     ops = reinterpret_cast<const tq::Op*>(values + header->values);
+    ranges = reinterpret_cast<const tq::Range*>(ops + header->ops);
     blob = bytes + int64_t(header->blob) * tq::kUnit;
-    int64_t records = int64_t(sizeof(tq::Header)) + header->values * int64_t(sizeof(tq::Value)) + header->ops * int64_t(sizeof(tq::Op));
+    int64_t records = int64_t(sizeof(tq::Header)) + header->values * int64_t(sizeof(tq::Value)) +
+                      header->ops * int64_t(sizeof(tq::Op)) + header->ranges * int64_t(sizeof(tq::Range));
     STD_TORCH_CHECK(header->size == size && records <= int64_t(header->blob) * tq::kUnit, "torchquant: the plan is damaged: it has ",
                     size, " bytes");
+  }
+};
+
+// Least and largest number of a tensor, both NaN where a number is not finite.
+void range_of(const float* p, int64_t n, float* least, float* most) {
+  const auto* k = kernels();
+  std::mutex lock;
+  *least = INFINITY, *most = -INFINITY;
+  torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
+    float low, high;
+    k->range(p + begin, end - begin, &low, &high);
+    std::lock_guard<std::mutex> guard(lock);
+    if (low < *least || std::isnan(low)) *least = low;
+    if (high > *most || std::isnan(high)) *most = high;
+  });
+}
+
+// What a plan with dynamic inputs has of its own in each call: the ops with the scales and zero points of this call.
+struct Resolved {
+  std::vector<tq::Op> ops;
+  std::vector<uint8_t> made;
+
+  Resolved(Plan& plan, const std::vector<Tensor>& inputs) {
+    const tq::Header& h = *plan.header;
+    if (!h.ranges) return;
+    std::vector<float> scales(h.ranges), least(h.ranges), most(h.ranges);
+    std::vector<int32_t> zeros(h.ranges);
+    for (int i = 0; i < h.ranges; ++i) {
+      const tq::Range& r = plan.ranges[i];
+      int same = 0;
+      while (plan.ranges[same].input != r.input) ++same;
+      if (same == i) range_of(static_cast<const float*>(inputs.at(r.input).const_data_ptr()), inputs.at(r.input).numel(), &least[i], &most[i]);
+      least[i] = least[same], most[i] = most[same];
+      choose(r, least[i], most[i], &scales[i], &zeros[i]);
+    }
+    ops.assign(plan.ops, plan.ops + h.ops);
+    size_t units = 0;
+    for (const auto& op : ops)
+      if (op.dynamic && op.kind == tq::kConv) units += 2 * blocks(op);
+    made.resize((units + 1) * tq::kUnit);
+    auto* to = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(made.data()) + tq::kUnit - 1) / tq::kUnit * tq::kUnit);
+    plan.call = to;
+    int32_t at = 0;
+    for (auto& op : ops) {
+      if (!op.dynamic) continue;
+      float scale = scales[op.dynamic - 1];
+      int32_t zero = zeros[op.dynamic - 1];
+      if (op.kind != tq::kConv) {
+        const tq::Range& r = plan.ranges[op.dynamic - 1];
+        op.inverse = static_cast<float>(1.0 / scale);
+        op.zero_point = zero;
+        op.low = static_cast<float>(r.low - zero);
+        op.high = static_cast<float>(r.high - zero);
+        continue;
+      }
+      int32_t n = blocks(op);
+      const auto* sums = reinterpret_cast<const int32_t*>(plan.blob + int64_t(op.compensation) * tq::kUnit);
+      const auto* factors = reinterpret_cast<const float*>(plan.blob + int64_t(op.scale) * tq::kUnit);
+      op.compensation = at, op.scale = at + n;
+      auto* sums_to = reinterpret_cast<int32_t*>(to + int64_t(op.compensation) * tq::kUnit);
+      auto* factors_to = reinterpret_cast<float*>(to + int64_t(op.scale) * tq::kUnit);
+      for (int c = 0; c < n * 16; ++c) sums_to[c] = sums[c] * zero, factors_to[c] = factors[c] * scale;
+      at += 2 * n;
+    }
+    plan.ops = ops.data();
+  }
+  Resolved(const Resolved&) = delete;
+
+  static int32_t blocks(const tq::Op& op) { return (op.channels + 15) / 16; }
+
+  // In float32 and in the order of torch's `determine_qparams`, so that scale and zero point are its own.
+  static void choose(const tq::Range& r, float least, float most, float* scale, int32_t* zero) {
+    *zero = r.symmetric ? 128 : r.low;
+    *scale = NAN;
+    if (!std::isfinite(least) || !std::isfinite(most)) return;
+    float low = std::min(least, 0.0f), high = std::max(most, 0.0f), steps = static_cast<float>(r.high - r.low);
+    if (r.symmetric) {
+      *scale = std::max(std::max(-low, high) / (steps / 2), r.eps);
+      return;
+    }
+    *scale = std::max((high - low) / steps, r.eps);
+    *zero = std::min(std::max(r.low - static_cast<int32_t>(std::nearbyint(low / *scale)), r.low), r.high);
   }
 };
 
@@ -196,10 +283,12 @@ struct Run {
     return found;
   }
 
+  tq::Bound bound(const Segment& s) const { return {plan.values, s.base.data(), plan.blob, s.n, plan.call}; }
+
   void alone(uint8_t* arena, int64_t first, int64_t n) const {
     bool timed = profiling.load(std::memory_order_relaxed);
     for (const Segment& s : segments(arena, first, n)) {
-      tq::Bound b{plan.values, s.base.data(), plan.blob, s.n};
+      tq::Bound b = bound(s);
       for (int i = s.begin; i < s.end; ++i) {
         const tq::Op& op = plan.ops[i];
         if (!timed) {
@@ -227,7 +316,7 @@ struct Run {
     std::vector<Segment> all = segments(arena, first, n);
     std::vector<Task> tasks;
     for (const Segment& s : all) {
-      tq::Bound b{plan.values, s.base.data(), plan.blob, s.n};
+      tq::Bound b = bound(s);
       for (int i = s.begin; i < s.end; ++i) tasks.push_back({plan.ops[i], b, Cut(plan.ops[i], k->units(plan.ops[i], b), threads)});
     }
     std::vector<Progress> progress(tasks.size());
@@ -322,6 +411,7 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
     STD_TORCH_CHECK(given == size, "torchquant: output ", value.external - 1000, " of the region has ", size, " elements, not ", given);
   }
   if (samples == 0) return found;
+  Resolved resolved(plan, inputs);
   int threads = std::max(1, int(torch::stable::get_num_threads()));
   Run{plan, kernels(), in.data(), out.data(), samples, sizes_of(h, samples, threads), threads}.all();
   return found;
