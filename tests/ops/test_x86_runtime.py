@@ -95,6 +95,28 @@ def test_the_number_of_threads_changes_no_bit(batch, network_region, token_regio
 
 
 @pytest.mark.usefixtures("thread_setting")
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_samples_that_meet_behind_a_split_get_the_same_results(chunk, monkeypatch):
+    """The last layers run on several samples at once, the first ones on `chunk`: not a bit may change."""
+    monkeypatch.setattr(plans, "_CACHED", 0)
+    torch.manual_seed(0)
+    layers = {"a": conv(3, 16, 3, padding=1), "b": conv(16, 256, 3, stride=4), "c": conv(256, 256, 1)}
+    f = lambda m, x: (m.c(y := m.b(F.relu(m.a(x)))) + y, y)  # noqa: E731
+    graph = exported(Call(f, **layers), (torch.randn(3, 3, 33, 30),), {"args": ({0: torch.export.Dim("batch")},)})
+    (built,) = replace_regions(graph)
+    header = struct.unpack("<16i", bytes(built.memory[:64].tolist()))
+    assert 0 < header[10] < header[3]
+    built.memory.copy_(built.plan.build(chunk))
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 33, 30)
+        torch.set_num_threads(1)
+        expected = [torch.cat(parts) for parts in zip(*(graph(x[i : i + 1]) for i in range(batch)), strict=True)]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert equal(graph(x), expected), (batch, threads)
+
+
+@pytest.mark.usefixtures("thread_setting")
 def test_attention_does_not_depend_on_the_number_of_threads():
     inputs = [torch.randn(3, 5, 17, 20) for _ in range(3)]
     torch.set_num_threads(1)
