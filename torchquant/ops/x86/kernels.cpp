@@ -877,21 +877,33 @@ void layer_norm(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_
   Walk walk(out, begin);
   for (int64_t i = begin; i < end; ++i, walk.next()) {
     const float* p = numbers(op, b, walk.sample, walk.y, walk.x, room);
-    F total = set(0), square = set(0);
+    F totals[4], squares[4];  // four at a time: each addition waits for the one before
+    TQ_EACH_OF(4, v) totals[v] = squares[v] = set(0); });
     int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) total = add(total, load(p + c));
-    float mu = sum(total);
+    for (; c + 4 * kLanes <= n; c += 4 * kLanes) {
+      TQ_EACH_OF(4, v) totals[v] = add(totals[v], load(p + c + v * kLanes)); });
+    }
+    for (; c + kLanes <= n; c += kLanes) totals[0] = add(totals[0], load(p + c));
+    float mu = sum(add(add(totals[0], totals[1]), add(totals[2], totals[3])));
     for (int64_t k = c; k < n; ++k) mu += p[k];
     mu /= static_cast<float>(n);
-    for (int64_t k = 0; k + kLanes <= n; k += kLanes) {
-      F d = sub(load(p + k), set(mu));
-      square = fma(d, d, square);
+    F middle = set(mu);
+    for (c = 0; c + 4 * kLanes <= n; c += 4 * kLanes) {
+      TQ_EACH_OF(4, v)
+        F d = sub(load(p + c + v * kLanes), middle);
+        squares[v] = fma(d, d, squares[v]);
+      });
     }
+    for (; c + kLanes <= n; c += kLanes) {
+      F d = sub(load(p + c), middle);
+      squares[0] = fma(d, d, squares[0]);
+    }
+    F square = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
     float variance = sum(square);
     for (int64_t k = c; k < n; ++k) variance += (p[k] - mu) * (p[k] - mu);
     float share = 1.0f / std::sqrt(variance / static_cast<float>(n) + op.factor);
     for (int64_t k = 0; k < padded; k += kLanes) {
-      F d = mul(sub(load(p + k), set(mu)), set(share));
+      F d = mul(sub(load(p + k), middle), set(share));
       store(line + k, fma(d, load(weight + k), load(bias + k)));
     }
     Place place = outputs.at(walk.sample, walk.y, walk.x);
