@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import tempfile
+import time
 import warnings
 import zipfile
 from collections import Counter
@@ -92,7 +94,9 @@ _INTEGER = {
     ("linear",): re.compile(r"qlinear|torchquant_linear"),
 }
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
-_OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune"}  # of the Dynamo backend
+_OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
+_FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
+_ROUNDS = 15  # of calls to compare them by
 _RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
@@ -141,6 +145,7 @@ def lower(
     min_sqnr_db: float = MIN_SQNR_DB,
     own_kernels: bool = True,
     tune: bool = True,
+    compare_float: bool = False,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
@@ -154,6 +159,9 @@ def lower(
         own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
         tune: measure on this machine how our kernels should cut each product (some runs of the model; remembered
             by CPU and sizes in the cache folder); False chooses by the sizes alone.
+        compare_float: also compile the graph in float32 and time both on `example_inputs`, with as many threads as
+            torch has now. Where float is faster, that is what is returned, with a warning that names both times:
+            its proof has `fused` 0 and says why. Takes twice as long.
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
@@ -182,10 +190,21 @@ def lower(
         kernels = _kernels(raw, regions)
         fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
-    _repack(raw, package)
-    raw.unlink()
-    if regions:
-        _add_kernels(package)
+    _pack(raw, package, regions)
+    left = left_float(sites, allowed)
+    if compare_float:
+        floats = passes.copy_graph(quantized)
+        passes.make_float(floats, {s.node for s in sites if s.status == "quantized"})
+        raw, _ = _compile(floats, batch, Path(folder.name) / "raw.pt2", own_kernels=False)
+        float_package = Path(folder.name) / "float.pt2"
+        float_kernels = _kernels(raw, [])
+        _pack(raw, float_package, [])
+        integer, float_ = _race([package, float_package], batch)
+        if float_ < _FASTER * integer:
+            reason = f"float32 takes {float_:.3g} ms on this machine, int8 {integer:.3g} ms"
+            warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
+            reference, package, kernels, fused = floats, float_package, float_kernels, 0
+            left |= {f"{len(wanted)} annotated ops": reason}
     run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
     found = hold_against(
         reference,
@@ -195,9 +214,31 @@ def lower(
         op_error=torch.finfo(torch.float32).eps,
         target=TARGET,
     )
-    proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
+    proof = Proof(kernels, len(wanted), fused, found, left)
     write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
     return X86Program(package, folder)
+
+
+def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
+    """What Inductor wrote, as it is kept, with our kernels if it calls them."""
+    _repack(raw, package)
+    raw.unlink()
+    if regions:
+        _add_kernels(package)
+
+
+def _race(packages: Sequence[Path], batch: Any) -> list[float]:
+    """Median milliseconds of a call of each, called in turns."""
+    args, kwargs = data.split(pytree.tree_map_only(torch.Tensor, torch.clone, batch))  # a package may write into them
+    runs = [torch._inductor.aoti_load_package(str(p)) for p in packages]
+    times: list[list[float]] = [[] for _ in runs]
+    with torch.no_grad():
+        for _ in range(_ROUNDS + 1):
+            for run, found in zip(runs, times, strict=True):
+                start = time.perf_counter()
+                run(*args, **kwargs)
+                found.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(found[1:]) for found in times]
 
 
 def _structure(batch: Any) -> str:
@@ -404,7 +445,7 @@ def dynamo_backend(
     Lowers at the first call, and again for each new set of input sizes.
 
     Args:
-        options: `allow_float`, `min_sqnr_db`, `own_kernels` and `tune`, as for `lower`.
+        options: `allow_float`, `min_sqnr_db`, `own_kernels`, `tune` and `compare_float`, as for `lower`.
 
     Raises:
         LoweringError: as `lower`; or an unknown option.

@@ -13,6 +13,8 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
+from torchquant.fx import ops
+from torchquant.ops.regions import Finder
 from torchquant.quantizers.x86 import X86Quantizer
 
 U8 = per_tensor(torch.uint8, 0, 255)
@@ -246,6 +248,36 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
     assert tq.sqnr_db(quantized(x), program(x)) > 60
 
 
+@pytest.mark.parametrize("integer", [1.0, 1.02, 3.0])
+def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
+    """Float must be clearly faster: the times of the race are given, all else is real."""
+    monkeypatch.setattr(inductor_x86, "_race", lambda packages, batch: [integer, 1.0])
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval(), torch.randn(4, 16)
+    exported = tq.export(model, (x,))
+    converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    if integer < 2:
+        program = inductor_x86.lower(converted, (x,), compare_float=True)
+        assert (program.proof.annotated, program.proof.fused) == (2, 2)
+        assert torch.allclose(program(x), converted(x), atol=1e-4)
+        return
+    with pytest.warns(UserWarning, match="float32 takes 1 ms on this machine, int8 3 ms"):
+        program = inductor_x86.lower(converted, (x,), compare_float=True)
+    assert (program.proof.annotated, program.proof.fused) == (2, 0)
+    assert "int8 3 ms" in program.proof.left_float["2 annotated ops"]
+    assert not any("torchquant" in kernel for kernel in program.proof.kernels)
+    assert tq.sqnr_db(model(x), program(x)) > tq.sqnr_db(model(x), converted(x)) + 1  # activations are not rounded
+
+
+def test_the_race_between_packages_is_timed():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval(), torch.randn(4, 64)
+    exported = tq.export(model, (x,))
+    converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    program = inductor_x86.lower(converted, (x,))
+    before = x.clone()
+    assert all(0 < ms < 1000 for ms in inductor_x86._race([program._package] * 2, (x,)))
+    assert torch.equal(x, before)
+
+
 def test_a_transposed_convolution_may_be_allowed_too():
     image = torch.randn(2, 3, 6, 6)
     quantized = foreign(TRANSPOSED, image, {"conv_transpose2d"}, U8, per_channel(axis=1))
@@ -284,7 +316,14 @@ def test_torch_compile_reaches_the_same_lowering():
         wrong(x)
 
 
-def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel():
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel(ours, monkeypatch):
+    """As it did grouped convolutions before our kernels had them: then all is left to Inductor."""
+    if not ours:
+        can = Finder._can_conv2d
+        monkeypatch.setattr(
+            Finder, "_can_conv2d", lambda self, node: can(self, node) and ops.arguments(node).get("groups", 1) == 1
+        )
     model = Call(
         lambda m, x: (lambda y: m.last(torch.cat([y, m.grouped(y)], 1)))(m.first(x)),
         first=nn.Conv2d(3, 12, 3),
@@ -295,4 +334,5 @@ def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kerne
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
     program = inductor_x86.lower(quantized, x)
     assert program.proof.annotated == program.proof.fused == 3
+    assert program.proof.kernels.get("torchquant_conv2d", 0) == (3 if ours else 0)
     assert tq.sqnr_db(quantized(x), program(x)) > 60
