@@ -175,7 +175,7 @@ class Plan:
         data = struct.pack("<16i", *header, size, split, wide, len(ranges), *[0] * 3) + records + constants
         self.laid_out = steps
         self._first_op = 1 + len(values)  # in units, as are records of values
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()  # where torch aligns tensors
 
     def set(self, memory: torch.Tensor, index: int, name: str, value: int) -> None:
         """Change an integer field of op `index` of `laid_out` in the bytes that `build` returned."""
