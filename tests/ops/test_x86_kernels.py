@@ -365,6 +365,15 @@ def test_a_flattened_mean_is_read_by_a_linear():
         check(f, lambda: INPUT.sample(2, 5, 5, 4))
 
 
+def test_a_reshape_to_a_size_known_at_run_time_leaves_the_region_whole():
+    """As `flatten` is, once a graph with a dynamic batch has been exported twice."""
+    f = Call(
+        lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x).relu(), 1).view(x.shape[0], 17)), a=conv(5, 17), b=linear(17, 10)
+    )
+    batch = {"args": ({0: torch.export.Dim("batch")},)}
+    check(f, lambda: INPUT.sample(3, 5, 5, 4), dynamic_shapes=batch)
+
+
 def test_rows_seen_as_images_of_one_pixel_and_back():
     f = Call(lambda m, x: m.b(m.a(x).view(2, 17, 1, 1)).flatten(1), a=linear(5, 17), b=conv(17, 9, 1))
     check(f, lambda: INPUT.sample(2, 5))

@@ -42,6 +42,11 @@ def shape_of(node: Any) -> tuple[int | str, ...]:
     return tuple(s if isinstance(s, int) else str(s) for s in ops.shape_of(node) or ())
 
 
+def tensors_of(node: Node) -> list[Node]:
+    """The nodes whose values an op reads; a reshape also has nodes for sizes among its arguments."""
+    return node.all_input_nodes[:1] if ops.overload_of(node) in RESHAPES else node.all_input_nodes
+
+
 def is_float32(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32

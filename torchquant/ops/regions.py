@@ -33,7 +33,7 @@ class Finder:
     def regions(self) -> Iterator[list[Node]]:
         """Sets of nodes in topological order that hold a product, no path between two of them leaving the set."""
         for node in self.graph.graph.nodes:
-            inputs = node.all_input_nodes
+            inputs = matching.tensors_of(node)
             if node.op == "get_attr" or (node.op == "call_function" and inputs and self.constants.issuperset(inputs)):
                 self.constants.add(node)
             self._place(node)
@@ -284,7 +284,7 @@ class Finder:
             known = node in self.known
             whole = known and ops.is_quantize(node) and self._is_dynamic(node)
             least = 0
-            for before in node.all_input_nodes:
+            for before in matching.tensors_of(node):
                 if before not in self.constants:
                     left = known and (whole or before not in self.known or self.key(before) != self.key(node))
                     least = max(least, level[before] + left)
@@ -292,7 +292,7 @@ class Finder:
             if not known:
                 continue
             group[node] = node
-            for before in node.all_input_nodes:
+            for before in matching.tensors_of(node):
                 if before in group and level[before] == least and self.key(before) == self.key(node):
                     group[root(before)] = root(node)
             if whole:

@@ -141,7 +141,7 @@ class _Translator:
         outside = {
             n: None
             for node in self.nodes
-            for n in node.all_input_nodes
+            for n in matching.tensors_of(node)
             if n not in self.inside and n not in self.constants
         }
         self.inputs = list(outside)
