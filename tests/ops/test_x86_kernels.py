@@ -479,6 +479,17 @@ def test_what_is_reshaped_for_a_linear_is_rows():
     assert not {"aten.layer_norm.default", "aten.add.Tensor"} & set(targets(case.graph))
 
 
+def test_what_comes_before_all_bytes_of_an_image_is_left_to_inductor():
+    """As the batch norm and ReLU in front of each convolution of a DenseNet: one pass instead of two."""
+    case = check(Call(lambda m, x: m.a(F.relu(x.sin() + x)), a=conv(5, 17)), lambda: torch.randn(2, 5, 4, 6))
+    assert [t for t in targets(case.graph) if t.startswith("aten")] == [
+        "aten.sin.default",
+        "aten.add.Tensor",
+        "aten.relu.default",
+    ]
+    assert [s.kind for s in case.found[0].plan.steps] == ["import", "conv", "export"]
+
+
 @pytest.mark.parametrize("pad", [(1, 2, 0, 1), (0, 1, 0, 1), (3, 0, 2, 0), (0, 0, 0, 0), (1, 1)])
 def test_zeros_in_front_of_a_convolution_are_its_padding(pad):
     for layer in (conv(5, 16, stride=2), conv(5, 16, 3, padding=1), depthwise(5, stride=2), depthwise(5, 5, padding=1)):

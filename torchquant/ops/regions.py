@@ -281,7 +281,7 @@ class Finder:
         return images and len(long) == 4 and len(short) == 2 and tuple(long[2:]) == (1, 1) and long[:2] == short
 
     def _drop_partial(self) -> None:
-        """Pads whose convolutions the kernels do not run leave with what they feed."""
+        """Pads whose convolutions the kernels do not run leave with what they feed, and what Inductor does as well."""
         changed = True
         while changed:
             changed = False
@@ -291,12 +291,21 @@ class Finder:
                 lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
                 lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
                 lost = lost or (self._is_dynamic(node) and not self.known.issuperset(self._qparams_readers(node)))
-                lost = lost or (name == "mul" and not self._can_mul(node))
+                lost = lost or (name == "mul" and not self._can_mul(node)) or self._enters(node)
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
                 if lost:
                     self.known.discard(node)
                     changed = True
+
+    def _enters(self, node: Node) -> bool:
+        """Whether an elementwise op on images reads nothing of ours: Inductor fuses it with what makes its inputs.
+
+        The bytes that are read behind it are then made at once, where the image is rearranged.
+        """
+        elementwise = ops.op_name(node) in (*matching.ACTIVATIONS, "add", "mul")
+        whole = self.layout[node] == matching.IMAGE and set(matching.shape_of(node)[2:]) - {1}
+        return elementwise and bool(whole) and self.known.isdisjoint(node.all_input_nodes)
 
     def _is_dynamic(self, node: Node) -> bool:
         """Whether a quantize op or the dequantize op behind it has the range of a whole tensor."""
