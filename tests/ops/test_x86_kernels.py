@@ -479,6 +479,22 @@ def test_what_is_reshaped_for_a_linear_is_rows():
     assert not {"aten.layer_norm.default", "aten.add.Tensor"} & set(targets(case.graph))
 
 
+def test_a_gate_may_be_made_by_linears():
+    """As squeeze-and-excitation is written as often as with 1x1 convolutions."""
+
+    def gated(m, x):
+        y = F.silu(m.a(x))
+        return m.d(y * m.c(m.b(y.mean((2, 3))).relu()).sigmoid()[:, :, None, None])
+
+    layers = {"a": conv(5, 17), "b": linear(17, 4), "c": linear(4, 17), "d": conv(17, 6, 1)}
+    check(Call(gated, **layers), lambda: INPUT.sample(2, 5, 5, 4), tries=2000)
+    check(
+        Call(lambda m, x: m.b(m.a(x).unsqueeze(-1)), a=linear(5, 17), b=linear(1, 9)),
+        lambda: INPUT.sample(2, 5),
+        regions=2,
+    )
+
+
 def test_what_comes_before_all_bytes_of_an_image_is_left_to_inductor():
     """As the batch norm and ReLU in front of each convolution of a DenseNet: one pass instead of two."""
     case = check(Call(lambda m, x: m.a(F.relu(x.sin() + x)), a=conv(5, 17)), lambda: torch.randn(2, 5, 4, 6))

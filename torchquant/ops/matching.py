@@ -17,7 +17,10 @@ from torchquant.ops.plan import Dynamic, Quantization
 
 ACCUMULATOR = 2**31 - 1
 ALIASES = ("dropout.default", "clone.default", "contiguous.default", "alias.default", "detach.default")
-RESHAPES = ("flatten.using_ints", "view.default", "reshape.default", "squeeze.dims", "squeeze.dim")
+RESHAPES = (
+    *("flatten.using_ints", "view.default", "reshape.default"),
+    *("squeeze.dims", "squeeze.dim", "unsqueeze.default"),
+)
 ACTIVATIONS = {
     "relu": "clamp",
     "hardtanh": "clamp",

@@ -53,7 +53,7 @@ class Finder:
             self.layout[node] = matching.PIXELS if before[:1] == [matching.PIXELS] else matching.ROWS
         elif ops.overload_of(node) in matching.RESHAPES or name == "mean":
             image = len(shape) == 4 and (tuple(shape[2:]) == (1, 1) or self._leads_to_image(node))
-            self.layout[node] = matching.IMAGE if image else matching.ROWS
+            self.layout[node] = matching.IMAGE if image or self._half_unsqueezed(node) else matching.ROWS
         else:
             layout = matching.turned(node, before[0]) if before else None
             if layout == matching.IMAGE or (layout is not None and self._turns_back(node)):
@@ -83,6 +83,13 @@ class Finder:
                     seen.add(user)
                     work.append(user)
         return False
+
+    @staticmethod
+    def _half_unsqueezed(node: Node) -> bool:
+        """Whether (n, c, 1) only becomes (n, c, 1, 1), as `x[:, :, None, None]` does in two steps."""
+        after = [matching.shape_of(user) for user in node.users if ops.overload_of(user) in matching.RESHAPES]
+        shape = matching.shape_of(node)
+        return len(shape) == 3 and len(after) == len(node.users) and all(a == (*shape[:2], 1, 1) for a in after)
 
     @staticmethod
     def _turns_back(node: Node) -> bool:
@@ -269,7 +276,7 @@ class Finder:
         return all(given.get(k) is None or ops.is_constant(given[k]) for k in ("weight", "bias"))
 
     def _can_flatten(self, node: Node) -> bool:
-        """(n, c, 1, 1) as (n, c), the other way, or no change of shape."""
+        """(n, c, 1, 1) as (n, c), the other way, either by way of (n, c, 1), or no change of shape."""
         source = ops.argument(node, 0)
         if source is None:
             return False
@@ -277,8 +284,9 @@ class Finder:
         if before == after:
             return self.layout[source] == self.layout[node]
         long, short = sorted((before, after), key=len, reverse=True)
-        images = all(self.layout[n] == matching.IMAGE for n in (source, node) if len(matching.shape_of(n)) == 4)
-        return images and len(long) == 4 and len(short) == 2 and tuple(long[2:]) == (1, 1) and long[:2] == short
+        images = all(self.layout[n] == matching.IMAGE for n in (source, node) if len(matching.shape_of(n)) > 2)
+        ones = {*long[2:], *short[2:]} == {1} and len(long) <= 4
+        return images and ones and len(short) >= 2 and long[:2] == short[:2]
 
     def _drop_partial(self) -> None:
         """Pads whose convolutions the kernels do not run leave with what they feed, and what Inductor does as well."""
