@@ -504,6 +504,9 @@ def test_what_comes_before_all_bytes_of_an_image_is_left_to_inductor():
         "aten.relu.default",
     ]
     assert [s.kind for s in case.found[0].plan.steps] == ["import", "conv", "export"]
+    gated = Call(lambda m, x, g: x.sin() * m.a(g)[:, :, None, None], a=linear(9, 17))
+    case = check(gated, lambda: (torch.randn(2, 17, 4, 6), INPUT.sample(2, 9)))
+    assert not {"import", "export"} & {s.kind for s in case.found[0].plan.steps}
 
 
 @pytest.mark.parametrize("pad", [(1, 2, 0, 1), (0, 1, 0, 1), (3, 0, 2, 0), (0, 0, 0, 0), (1, 1)])

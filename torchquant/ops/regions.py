@@ -307,13 +307,15 @@ class Finder:
                     changed = True
 
     def _enters(self, node: Node) -> bool:
-        """Whether an elementwise op on images reads nothing of ours: Inductor fuses it with what makes its inputs.
+        """Whether an elementwise op on images reads no image of ours: Inductor fuses it with what makes its inputs.
 
         The bytes that are read behind it are then made at once, where the image is rearranged.
         """
         elementwise = ops.op_name(node) in (*matching.ACTIVATIONS, "add", "mul")
-        whole = self.layout[node] == matching.IMAGE and set(matching.shape_of(node)[2:]) - {1}
-        return elementwise and bool(whole) and self.known.isdisjoint(node.all_input_nodes)
+        shape = matching.shape_of(node)
+        if not elementwise or self.layout[node] != matching.IMAGE or set(shape[2:]) == {1}:
+            return False
+        return self.known.isdisjoint(n for n in node.all_input_nodes if matching.shape_of(n) == shape)
 
     def _is_dynamic(self, node: Node) -> bool:
         """Whether a quantize op or the dequantize op behind it has the range of a whole tensor."""
