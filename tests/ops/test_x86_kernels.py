@@ -365,6 +365,15 @@ def test_a_flattened_mean_is_read_by_a_linear():
         check(f, lambda: INPUT.sample(2, 5, 5, 4))
 
 
+def test_a_reshape_to_a_size_known_at_run_time_leaves_the_region_whole():
+    """As `flatten` is, once a graph with a dynamic batch has been exported twice."""
+    f = Call(
+        lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x).relu(), 1).view(x.shape[0], 17)), a=conv(5, 17), b=linear(17, 10)
+    )
+    batch = {"args": ({0: torch.export.Dim("batch")},)}
+    check(f, lambda: INPUT.sample(3, 5, 5, 4), dynamic_shapes=batch)
+
+
 def test_rows_seen_as_images_of_one_pixel_and_back():
     f = Call(lambda m, x: m.b(m.a(x).view(2, 17, 1, 1)).flatten(1), a=linear(5, 17), b=conv(17, 9, 1))
     check(f, lambda: INPUT.sample(2, 5))
@@ -391,17 +400,113 @@ def test_a_layer_norm_of_any_width_is_exact(width, affine):
 
 
 @pytest.mark.parametrize("c", [16, 17])
-def test_rows_of_a_turned_image_are_exact(c):
-    """As ConvNeXt has them: pixels as rows, through a layer norm and linears, and back."""
+def test_the_pixels_of_an_image_stay_in_its_region(c):
+    """As ConvNeXt has them: pixels as rows, through a layer norm and linears, scaled, and back."""
 
     def block(m, x):
         y = F.layer_norm(m.a(x).permute(0, 2, 3, 1), (c,))
-        y = m.c(F.gelu(m.b(y))).permute(0, 3, 1, 2)
-        return m.d(y) + m.e(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = (m.c(F.gelu(m.b(y))) * m.scale).permute(0, 3, 1, 2)
+        return m.d(y) + m.e(x.permute(0, 2, 3, 1)).permute(0, 3, 1, -2)
 
     layers = {"a": depthwise(c, padding=1), "b": linear(c, 33), "c": linear(33, c), "d": conv(c, c, 1)}
-    case = check(Call(block, **layers, e=linear(c, c)), lambda: INPUT.sample(1, c, 3, 4), regions=None, tries=2000)
-    assert not {"aten.layer_norm.default", "aten.gelu.default"} & set(targets(case.graph))
+    model = Call(block, **layers, e=linear(c, c), scale=torch.randn(c))
+    check(model, lambda: INPUT.sample(1, c, 3, 4), tries=2000)
+
+
+TURNS = {
+    "returned": lambda m, x: (lambda y: (turned(y).contiguous(), F.layer_norm(turned(y), (17,))))(m.a(x)),
+    "returned with the image": lambda m, x: (lambda y: (m.d(turned(m.b(turned(y)))), y, turned(y).contiguous()))(
+        m.a(x)
+    ),
+    "the other way": lambda m, x: (lambda y: (m.d(turned(m.b(y))), F.silu(y), turned(F.silu(y))))(turned(m.a(x))),
+    "of an input": lambda m, x: m.d(turned(m.c(turned(x)))),
+    "of an input, back at once": lambda m, x: m.a(turned(F.silu(turned(x)))),
+    "pooled": lambda m, x: (lambda y: (m.d(turned(y)), F.layer_norm(y, (17,)).mean((1, 2))))(m.b(turned(m.a(x)))),
+    "another order": lambda m, x: m.b(m.a(x).permute(0, 3, 2, 1)),
+}
+
+
+def turned(x):
+    """Pixels as an image; an image as pixels."""
+    return x.permute(0, 2, 3, 1) if x.shape[1] in (5, 17) else x.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_an_image_and_its_pixels_are_one_value(name):
+    layers = {"a": conv(5, 17, padding=1), "b": linear(17, 17), "c": linear(5, 17), "d": conv(17, 9, padding=1)}
+    check(Call(TURNS[name], **layers), lambda: INPUT.sample(2, 5, 4, 3), regions=None, tries=2000)
+
+
+SCALED = {
+    "by a number": lambda m, x: OUTPUT(F.relu(m.a(x) * 0.17)),
+    "by a negative number": lambda m, x: OUTPUT(-0.5 * m.a(x)),
+    "by one number a channel": lambda m, x: m.a(x) * m.scale,
+    "twice": lambda m, x: (m.a(x) * 3) * m.scale,
+    "and added": lambda m, x: m.b(x) + m.a(x) * m.scale,
+    "and read twice": lambda m, x: (lambda y: (F.gelu(y), OUTPUT(y)))(m.scale * m.a(x)),
+    "where the result is needed too": lambda m, x: (lambda y: (y * m.scale, y))(m.a(x)),
+    "behind an activation": lambda m, x: F.relu(m.a(x)) * m.scale,
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_results_multiplied_by_constants_are_exact(name):
+    for layers, shape, scale in (
+        ((conv(5, 17), conv(5, 17)), (2, 5, 4, 5), (17, 1, 1)),
+        ((depthwise(40), depthwise(40)), (1, 40, 4, 5), (1, 40, 1, 1)),
+        ((linear(9, 33), linear(9, 33)), (4, 9), (33,)),
+        ((linear(9, 33), linear(9, 33)), (2, 4, 9), (1,)),
+        ((conv(5, 4), conv(5, 4)), (2, 5, 4, 6), (4,)),  # along a line: no factor of a channel
+    ):
+        model = Call(SCALED[name], a=layers[0], b=layers[1], scale=torch.randn(scale))
+        check(model, lambda shape=shape: INPUT.sample(*shape), regions=None, tries=300)
+
+
+def test_constants_behind_a_product_are_in_its_scales():
+    for f in (SCALED["twice"], SCALED["by a negative number"]):
+        case = check(Call(f, a=conv(5, 17), scale=torch.randn(17, 1, 1)), lambda: INPUT.sample(2, 5, 4, 5))
+        assert "aten.mul.Tensor" not in targets(case.graph)
+
+
+def test_what_is_reshaped_for_a_linear_is_rows():
+    """As the windows of Swin, put together again."""
+
+    def block(m, x):
+        y = x.sin().view(2, 2, 3, 2, 2, 16).transpose(2, 3).reshape(2, 4, 6, 16)
+        return m.a(F.layer_norm(y + x.cos().view(2, 4, 6, 16), (16,)))
+
+    case = check(Call(block, a=linear(16, 20)), lambda: torch.randn(2, 24, 16), tries=300)
+    assert not {"aten.layer_norm.default", "aten.add.Tensor"} & set(targets(case.graph))
+
+
+def test_a_gate_may_be_made_by_linears():
+    """As squeeze-and-excitation is written as often as with 1x1 convolutions."""
+
+    def gated(m, x):
+        y = F.silu(m.a(x))
+        return m.d(y * m.c(m.b(y.mean((2, 3))).relu()).sigmoid()[:, :, None, None])
+
+    layers = {"a": conv(5, 17), "b": linear(17, 4), "c": linear(4, 17), "d": conv(17, 6, 1)}
+    check(Call(gated, **layers), lambda: INPUT.sample(2, 5, 5, 4), tries=2000)
+    check(
+        Call(lambda m, x: m.b(m.a(x).unsqueeze(-1)), a=linear(5, 17), b=linear(1, 9)),
+        lambda: INPUT.sample(2, 5),
+        regions=2,
+    )
+
+
+def test_what_comes_before_all_bytes_of_an_image_is_left_to_inductor():
+    """As the batch norm and ReLU in front of each convolution of a DenseNet: one pass instead of two."""
+    case = check(Call(lambda m, x: m.a(F.relu(x.sin() + x)), a=conv(5, 17)), lambda: torch.randn(2, 5, 4, 6))
+    assert [t for t in targets(case.graph) if t.startswith("aten")] == [
+        "aten.sin.default",
+        "aten.add.Tensor",
+        "aten.relu.default",
+    ]
+    assert [s.kind for s in case.found[0].plan.steps] == ["import", "conv", "export"]
+    gated = Call(lambda m, x, g: x.sin() * m.a(g)[:, :, None, None], a=linear(9, 17))
+    case = check(gated, lambda: (torch.randn(2, 17, 4, 6), INPUT.sample(2, 9)))
+    assert not {"import", "export"} & {s.kind for s in case.found[0].plan.steps}
 
 
 @pytest.mark.parametrize("pad", [(1, 2, 0, 1), (0, 1, 0, 1), (3, 0, 2, 0), (0, 0, 0, 0), (1, 1)])

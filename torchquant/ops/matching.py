@@ -17,7 +17,10 @@ from torchquant.ops.plan import Dynamic, Quantization
 
 ACCUMULATOR = 2**31 - 1
 ALIASES = ("dropout.default", "clone.default", "contiguous.default", "alias.default", "detach.default")
-RESHAPES = ("flatten.using_ints", "view.default", "reshape.default", "squeeze.dims", "squeeze.dim")
+RESHAPES = (
+    *("flatten.using_ints", "view.default", "reshape.default"),
+    *("squeeze.dims", "squeeze.dim", "unsqueeze.default"),
+)
 ACTIVATIONS = {
     "relu": "clamp",
     "hardtanh": "clamp",
@@ -30,7 +33,9 @@ ACTIVATIONS = {
 }
 
 
-IMAGE, ROWS = "image", "rows"
+IMAGE, ROWS, PIXELS = "image", "rows", "pixels"  # (n, c, h, w); (..., c); the rows (n, h, w, c) of a turned image
+TURN = "permute.default"
+_TURNED = {IMAGE: ((0, 2, 3, 1), PIXELS), PIXELS: ((0, 3, 1, 2), IMAGE)}
 CONVOLUTIONS = ("conv1d", "conv2d")
 _CHOOSING = ("choose_qparams", "choose_qparams_symmetric")
 PRODUCTS = (*CONVOLUTIONS, "linear")
@@ -40,6 +45,47 @@ _MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels
 def shape_of(node: Any) -> tuple[int | str, ...]:
     """Sizes of a node's value; one that is not known before run time by its expression."""
     return tuple(s if isinstance(s, int) else str(s) for s in ops.shape_of(node) or ())
+
+
+def tensors_of(node: Node) -> list[Node]:
+    """The nodes whose values an op reads; a reshape also has nodes for sizes among its arguments."""
+    return node.all_input_nodes[:1] if ops.overload_of(node) in RESHAPES else node.all_input_nodes
+
+
+def turned(node: Node, layout: str | None) -> str | None:
+    """The layout of a `permute` of an image or its pixels, which moves nothing where channels come last; else None."""
+    if ops.overload_of(node) != TURN or layout not in _TURNED:
+        return None
+    order, found = _TURNED[layout]
+    given = ops.arguments(node)["dims"]
+    return found if len(given) == 4 and tuple(d % 4 for d in given) == order else None
+
+
+def factor_of(graph: GraphModule, node: Node) -> tuple[Node, torch.Tensor] | None:
+    """What a product multiplies by constants, and these: one for all, or one for each channel on some axis."""
+    if ops.op_name(node) != "mul":
+        return None
+    pair: list[Any] = list(node.args[:2])
+    if isinstance(pair[0], Node) and ops.is_constant(pair[0]):
+        pair.reverse()
+    source, factor = pair
+    if not isinstance(source, Node) or ops.is_constant(source) or shape_of(source) != shape_of(node):
+        return None
+    if isinstance(factor, (int, float)):
+        return source, torch.tensor(float(factor))
+    if not isinstance(factor, Node) or not ops.is_constant(factor):
+        return None
+    value = ops.constant_value(graph, factor)
+    return (source, value) if value.is_floating_point() else None
+
+
+def channels_of(factor: torch.Tensor, channels: int, layout: str, dims: int) -> torch.Tensor | None:
+    """A constant factor as one number a channel, float64; None if it differs along another axis."""
+    axis = 1 if layout == IMAGE else dims - 1
+    sizes = [1] * (dims - factor.dim()) + list(factor.shape)
+    if len(sizes) != dims or any(s != 1 for i, s in enumerate(sizes) if i != axis):
+        return None
+    return factor.double().flatten().expand(channels)
 
 
 def is_float32(node: Node) -> bool:

@@ -33,7 +33,7 @@ class Finder:
     def regions(self) -> Iterator[list[Node]]:
         """Sets of nodes in topological order that hold a product, no path between two of them leaving the set."""
         for node in self.graph.graph.nodes:
-            inputs = node.all_input_nodes
+            inputs = matching.tensors_of(node)
             if node.op == "get_attr" or (node.op == "call_function" and inputs and self.constants.issuperset(inputs)):
                 self.constants.add(node)
             self._place(node)
@@ -44,17 +44,21 @@ class Finder:
         yield from self._grouped()
 
     def _place(self, node: Node) -> None:
-        """Whether a node's value is an image (n, c, h, w) or rows (..., c)."""
+        """Whether a node's value is an image (n, c, h, w), its pixels (n, h, w, c), or rows (..., c)."""
         name, shape = ops.op_name(node), matching.shape_of(node)
+        before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
         if name in (*_SPATIAL, "pad"):
             self.layout[node] = matching.IMAGE
         elif name in ("linear", "layer_norm"):
-            self.layout[node] = matching.ROWS
+            self.layout[node] = matching.PIXELS if before[:1] == [matching.PIXELS] else matching.ROWS
         elif ops.overload_of(node) in matching.RESHAPES or name == "mean":
-            self.layout[node] = matching.IMAGE if len(shape) == 4 else matching.ROWS
+            image = len(shape) == 4 and (tuple(shape[2:]) == (1, 1) or self._leads_to_image(node))
+            self.layout[node] = matching.IMAGE if image or self._half_unsqueezed(node) else matching.ROWS
         else:
-            before = [self.layout[n] for n in node.all_input_nodes if n in self.layout and n not in self.constants]
-            if before and self._keeps_layout(node):
+            layout = matching.turned(node, before[0]) if before else None
+            if layout == matching.IMAGE or (layout is not None and self._turns_back(node)):
+                self.layout[node] = layout
+            elif before and self._keeps_layout(node):
                 self.layout[node] = before[0]
             elif len(shape) in (3, 4) and self._leads_to_image(node):
                 self.layout[node] = matching.IMAGE
@@ -80,16 +84,37 @@ class Finder:
                     work.append(user)
         return False
 
+    @staticmethod
+    def _half_unsqueezed(node: Node) -> bool:
+        """Whether (n, c, 1) only becomes (n, c, 1, 1), as `x[:, :, None, None]` does in two steps."""
+        after = [matching.shape_of(user) for user in node.users if ops.overload_of(user) in matching.RESHAPES]
+        shape = matching.shape_of(node)
+        return len(shape) == 3 and len(after) == len(node.users) and all(a == (*shape[:2], 1, 1) for a in after)
+
+    @staticmethod
+    def _turns_back(node: Node) -> bool:
+        """Whether pixels become an image again behind linears, norms and elementwise ops: else they are but rows."""
+        seen, work = {node}, [node]
+        while work:
+            for user in work.pop().users:
+                if matching.turned(user, matching.PIXELS) is not None:
+                    return True
+                inner = ops.op_name(user) in ("linear", "layer_norm") or Finder._keeps_layout(user)
+                if inner and user not in seen and len(seen) < 64:
+                    seen.add(user)
+                    work.append(user)
+        return False
+
     def key(self, node: Node) -> tuple[Any, ...]:
         """The sizes that count samples: two values of a region have the same."""
         shape = matching.shape_of(node)
-        return tuple(shape[:1]) if self.layout.get(node) == matching.IMAGE else tuple(shape[:-1])
+        return tuple(shape[:-1]) if self.layout.get(node) == matching.ROWS else tuple(shape[:1])
 
     def _supported(self, node: Node) -> bool:
         if node.op != "call_function" or node in self.constants:
             return False
         shape = matching.shape_of(node)
-        inner = shape[1:] if self.layout.get(node) == matching.IMAGE else shape[-1:]
+        inner = shape[-1:] if self.layout.get(node) == matching.ROWS else shape[1:]
         if not shape or len(shape) < 2 or not matching.static(inner) or 0 in inner:
             return False
         if ops.is_quantize(node):
@@ -121,14 +146,19 @@ class Finder:
             )
         if ops.overload_of(node) in matching.RESHAPES:
             return self._can_flatten(node)
-        return False
+        return self._turns(node)
 
     def _agrees(self, node: Node) -> bool:
-        """Whether the inputs are laid out as the node is; `mean` and reshapes look for themselves."""
-        if ops.op_name(node) == "mean" or ops.overload_of(node) in matching.RESHAPES:
+        """Whether the inputs are laid out as the node is; `mean`, reshapes and turns look for themselves."""
+        if ops.op_name(node) == "mean" or ops.overload_of(node) in matching.RESHAPES or self._turns(node):
             return True
         given = [n for n in node.all_input_nodes if n not in self.constants]
         return all(self.layout.get(n) == self.layout[node] for n in given)
+
+    def _turns(self, node: Node) -> bool:
+        """Whether a node only calls an image pixels or pixels an image."""
+        before = self.layout.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        return before != self.layout[node] == matching.turned(node, before)
 
     def _product(self, node: Node) -> matching.Weight | None:
         given = ops.arguments(node)
@@ -151,7 +181,7 @@ class Finder:
     _can_conv1d = _can_conv2d
 
     def _can_linear(self, node: Node) -> bool:
-        return self._product(node) is not None and self.layout.get(node.all_input_nodes[0]) == matching.ROWS
+        return self._product(node) is not None and self.layout.get(node.all_input_nodes[0]) != matching.IMAGE
 
     def _can_add(self, node: Node) -> bool:
         if ops.arguments(node).get("alpha", 1) != 1 or not all(isinstance(a, Node) for a in node.args[:2]):
@@ -161,7 +191,9 @@ class Finder:
         return same and all(matching.is_float32(a) and a not in self.constants for a in pair)
 
     def _can_mul(self, node: Node) -> bool:
-        """Of the same shape, or of an image by one number a channel."""
+        """Of the same shape, of an image by one number a channel, or of a product's results by constants."""
+        if self._scales_product(node):
+            return True
         if not all(isinstance(a, Node) for a in node.args[:2]):
             return False
         pair: list[Any] = list(node.args[:2])
@@ -175,6 +207,26 @@ class Finder:
             self.layout[node] == matching.IMAGE and len(gate) == 1 and gate[0] == (*matching.shape_of(node)[:2], 1, 1)
         )
 
+    def _scales_product(self, node: Node) -> bool:
+        """Whether the constants of a multiplication can be multiplied into the scales of the product in front of it."""
+        found = matching.factor_of(self.graph, node)
+        if found is None:
+            return False
+        source, factor = found
+        layout, shape = self.layout[node], matching.shape_of(node)
+        channels = shape[1] if layout == matching.IMAGE else shape[-1]
+        if matching.channels_of(factor, int(channels), layout, len(shape)) is None:
+            return False
+        while source in self.known and len(source.users) == 1:
+            if ops.op_name(source) in matching.PRODUCTS:
+                return True
+            if ops.op_name(source) == "mul":
+                return self._scales_product(source)
+            if not (self._turns(source) or ops.overload_of(source) in matching.ALIASES):
+                return False
+            source = source.all_input_nodes[0]
+        return False
+
     def _can_adaptive_avg_pool2d(self, node: Node) -> bool:
         return (
             len(matching.shape_of(node)) == 4
@@ -185,15 +237,14 @@ class Finder:
     def _can_mean(self, node: Node) -> bool:
         given = ops.arguments(node)
         source, dims = given["self"], given.get("dim")
-        if (
-            given.get("dtype") is not None
-            or len(matching.shape_of(source)) != 4
-            or self.layout.get(source) != matching.IMAGE
-        ):
+        layout = self.layout.get(source)
+        if given.get("dtype") is not None or len(matching.shape_of(source)) != 4 or layout == matching.ROWS:
+            return False
+        if layout == matching.PIXELS and given.get("keepdim"):
             return False
         return (
             isinstance(dims, (list, tuple))
-            and sorted(d % 4 for d in dims) == [2, 3]
+            and sorted(d % 4 for d in dims) == ([2, 3] if layout == matching.IMAGE else [1, 2])
             and matching.static(matching.shape_of(source)[1:])
         )
 
@@ -225,7 +276,7 @@ class Finder:
         return all(given.get(k) is None or ops.is_constant(given[k]) for k in ("weight", "bias"))
 
     def _can_flatten(self, node: Node) -> bool:
-        """(n, c, 1, 1) as (n, c), the other way, or no change of shape."""
+        """(n, c, 1, 1) as (n, c), the other way, either by way of (n, c, 1), or no change of shape."""
         source = ops.argument(node, 0)
         if source is None:
             return False
@@ -233,11 +284,12 @@ class Finder:
         if before == after:
             return self.layout[source] == self.layout[node]
         long, short = sorted((before, after), key=len, reverse=True)
-        images = all(self.layout[n] == matching.IMAGE for n in (source, node) if len(matching.shape_of(n)) == 4)
-        return images and len(long) == 4 and len(short) == 2 and tuple(long[2:]) == (1, 1) and long[:2] == short
+        images = all(self.layout[n] == matching.IMAGE for n in (source, node) if len(matching.shape_of(n)) > 2)
+        ones = {*long[2:], *short[2:]} == {1} and len(long) <= 4
+        return images and ones and len(short) >= 2 and long[:2] == short[:2]
 
     def _drop_partial(self) -> None:
-        """Pads whose convolutions the kernels do not run leave with what they feed."""
+        """Pads whose convolutions the kernels do not run leave with what they feed, and what Inductor does as well."""
         changed = True
         while changed:
             changed = False
@@ -247,11 +299,23 @@ class Finder:
                 lost = lost or (ops.is_dequantize(node) and matching.quantize_behind(node) not in self.known)
                 lost = lost or (ops.is_quantize(node) and not self.known.issuperset(node.users))
                 lost = lost or (self._is_dynamic(node) and not self.known.issuperset(self._qparams_readers(node)))
+                lost = lost or (name == "mul" and not self._can_mul(node)) or self._enters(node)
                 if name in matching.PRODUCTS:
                     lost = lost or node.all_input_nodes[0] not in self.known
                 if lost:
                     self.known.discard(node)
                     changed = True
+
+    def _enters(self, node: Node) -> bool:
+        """Whether an elementwise op on images reads no image of ours: Inductor fuses it with what makes its inputs.
+
+        The bytes that are read behind it are then made at once, where the image is rearranged.
+        """
+        elementwise = ops.op_name(node) in (*matching.ACTIVATIONS, "add", "mul")
+        shape = matching.shape_of(node)
+        if not elementwise or self.layout[node] != matching.IMAGE or set(shape[2:]) == {1}:
+            return False
+        return self.known.isdisjoint(n for n in node.all_input_nodes if matching.shape_of(n) == shape)
 
     def _is_dynamic(self, node: Node) -> bool:
         """Whether a quantize op or the dequantize op behind it has the range of a whole tensor."""
@@ -284,7 +348,7 @@ class Finder:
             known = node in self.known
             whole = known and ops.is_quantize(node) and self._is_dynamic(node)
             least = 0
-            for before in node.all_input_nodes:
+            for before in matching.tensors_of(node):
                 if before not in self.constants:
                     left = known and (whole or before not in self.known or self.key(before) != self.key(node))
                     least = max(least, level[before] + left)
@@ -292,7 +356,7 @@ class Finder:
             if not known:
                 continue
             group[node] = node
-            for before in node.all_input_nodes:
+            for before in matching.tensors_of(node):
                 if before in group and level[before] == least and self.key(before) == self.key(node):
                     group[root(before)] = root(node)
             if whole:

@@ -141,7 +141,7 @@ class _Translator:
         outside = {
             n: None
             for node in self.nodes
-            for n in node.all_input_nodes
+            for n in matching.tensors_of(node)
             if n not in self.inside and n not in self.constants
         }
         self.inputs = list(outside)
@@ -205,6 +205,9 @@ class _Translator:
         shape = matching.shape_of(node)
         if len(shape) > 2 and self.layouts[node] == matching.IMAGE:
             return matching.image_size(shape)
+        if self.layouts[node] == matching.PIXELS:
+            h, w, c = map(int, shape[1:])
+            return h, w, c
         return 1, 1, int(shape[-1])
 
     def _import(self, index: int, node: Node) -> None:
@@ -212,12 +215,13 @@ class _Translator:
         h, w, c = self._size(node)
         outer = Value(h, w, c, external=("input", index))
         made = self.made[node] = _Made()
-        if h * w == 1 and c % 16 == 0:
+        image = h * w > 1 and self.layouts[node] == matching.IMAGE
+        if not image and c % 16 == 0:
             made.number = outer
             return
         quantizes, others = self._readers_of(node)
         grids = {self._grid(q) for q in quantizes}
-        kind = "import" if h * w > 1 else "elementwise"
+        kind = "import" if image else "elementwise"
         if len(grids) == 1 and not others and kind == "import":
             grid = next(iter(grids))
             value = Value(h, w, c, grid, narrow=c <= 4 and all(self._feeds_convolutions(q) for q in quantizes))
@@ -236,10 +240,10 @@ class _Translator:
         source = self._number(node)
         h, w, c = source.h, source.w, source.c
         outer = Value(h, w, c, external=("output", index))
-        if h * w > 1:
+        if h * w > 1 and self.layouts[node] == matching.IMAGE:
             self.plan.steps.append(Step("export", source, out_float=outer, label=node.name))
             return
-        makers = [s for s in self.plan.steps if s.out_float is source]
+        makers = [s for s in self.plan.steps if s.out_float is source and s.kind != "import"]
         read = any(source in s.reads() for s in self.plan.steps)
         if makers and source.external is None and (c % 16 == 0 or not read):
             source.external = ("output", index)
@@ -288,7 +292,7 @@ class _Translator:
 
     @staticmethod
     def _is_alias(node: Node) -> bool:
-        return ops.overload_of(node) in (*matching.ALIASES, *matching.RESHAPES)
+        return ops.overload_of(node) in (*matching.ALIASES, *matching.RESHAPES, matching.TURN)
 
     # steps
 
@@ -317,6 +321,9 @@ class _Translator:
             activation = matching.activation_of(user)
             if self._is_alias(user):
                 end = user
+            elif stage == 0 and step in self.products and self._scale_by(step, user):
+                end = user
+                self.done.add(user)
             elif activation is not None and stage < 3:
                 place = "before" if stage == 0 and self._joins(user) else "after"
                 n |= {place: activation["name"], f"{place}_low": activation["low"], f"{place}_high": activation["high"]}
@@ -350,6 +357,18 @@ class _Translator:
         if step.kind in ("conv", "depthwise"):
             self._scale(step)
         self.plan.steps.append(step)
+
+    def _scale_by(self, step: Step, node: Node) -> bool:
+        """Multiply a product's scales and bias by the constants that its results are multiplied by."""
+        found = matching.factor_of(self.graph, node)
+        if found is None:
+            return False
+        weight, bias = self.products[step]
+        shape = matching.shape_of(node)
+        factor = matching.channels_of(found[1], len(bias), self.layouts[node], len(shape))
+        assert factor is not None  # as the finder saw to
+        self.products[step] = matching.Weight(weight.codes, weight.scale * factor), bias * factor
+        return True
 
     def _only_user(self, node: Node) -> Node | None:
         if node in self.outputs or len(node.users) != 1:
@@ -487,7 +506,7 @@ class _Translator:
         input_scale, zero_point = (fixed.scale, fixed.zero_point) if fixed else (1.0, 1)
         scale = weight.scale * input_scale
         simple = "binary" not in n and n.get("before", "none") == "none" and n.get("after", "none") in ("none", "clamp")
-        largest = 255 * codes.reshape(channels, -1).double().abs().sum(1) * scale + bias.abs()
+        largest = 255 * codes.reshape(channels, -1).double().abs().sum(1) * scale.abs() + bias.abs()
         out = step.out_byte.grid if step.out_byte is not None and step.out_float is None else None
         if fixed is not None and simple and isinstance(out, Quantization) and self._fits(largest, out):
             scale, bias = scale / out.scale, bias / out.scale

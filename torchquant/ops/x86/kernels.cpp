@@ -735,12 +735,13 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
   Outputs outputs(op, b);
   const auto* source = reinterpret_cast<const float*>(b.base[op.input]);
   F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
+  I zero = set_int(op.zero_point);
   for (int64_t row = begin; row < end; ++row) {
     int64_t sample = row / out.h, y = row % out.h;
     Place place = outputs.at(sample, y, 0);
     const float* from = source + (sample * in.c * in.h + y) * in.w;
     if (place.byte && out.stride == 4) {  // images: the bytes of a pixel side by side, in one store
-      I zero = set_int(op.zero_point - 0x4b400000);  // the bits of kRound
+      I bytes_of = set_int(op.zero_point - 0x4b400000);  // without the bits of kRound
       for (int64_t x = 0; x < out.w; x += kLanes) {
         int64_t n = std::min<int64_t>(kLanes, out.w - x);
         auto channel = [&](int64_t c) {
@@ -751,7 +752,7 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
             std::memcpy(t, p, size_t(n) * 4);
             p = t;
           }
-          return add(bits(add(clamp(mul(load(p), inverse), low, high), set(kRound))), zero);
+          return add(bits(add(clamp(mul(load(p), inverse), low, high), set(kRound))), bytes_of);
         };
         I pixels = add(add(channel(0), shift_left<8>(channel(1))), add(shift_left<16>(channel(2)), shift_left<24>(channel(3))));
         if (n == kLanes) {
@@ -764,16 +765,21 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
       }
       continue;
     }
-    for (int64_t x = 0; x < out.w; ++x) {
-      alignas(64) float t[kLanes];
+    // lines without a border are one long line
+    int64_t lines = row_pixels(out) == out.w ? std::min(end - row, out.h - y) : 1, pixels = lines * out.w;
+    for (int64_t x = 0; x < pixels; x += kLanes)
       for (int64_t c = 0; c < in.c; c += kLanes) {
-        int64_t n = std::min<int64_t>(kLanes, in.c - c);
-        for (int64_t i = 0; i < n; ++i) t[i] = from[(c + i) * in.h * in.w + x];
-        for (int64_t i = n; i < kLanes; ++i) t[i] = 0;
-        if (place.byte) store_bytes(place.byte + x * out.stride + c, clamp(mul(load(t), inverse), low, high), set_int(op.zero_point));
-        if (place.number) store(place.number + x * out.stride + c, load(t));
+        int64_t wide = std::min<int64_t>(kLanes, pixels - x), deep = std::min<int64_t>(kLanes, in.c - c);
+        F t[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) t[i] = i < deep ? load_first(from + (c + i) * in.h * in.w + x, wide) : set(0.0f);
+        turn(t);
+        for (int64_t i = 0; i < wide; ++i) {
+          int64_t at = (x + i) * out.stride + c;
+          if (place.byte) store_bytes(place.byte + at, clamp(mul(t[i], inverse), low, high), zero);
+          if (place.number) store(place.number + at, t[i]);
+        }
       }
-    }
+    row += lines - 1;
   }
 }
 
@@ -781,13 +787,26 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
 void export_(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
   const Value& in = b.values[op.input];
   auto* to = reinterpret_cast<float*>(b.base[op.out_float]);
-  auto* room = reinterpret_cast<float*>(scratch(size_t(in.c + kLanes) * 4));
-  for (int64_t row = begin; row < end; ++row) {
+  F zero = set(static_cast<float>(in.zero_point)), scale = set(op.input_scale);
+  for (int64_t row = begin; row < end;) {
     int64_t sample = row / in.h, y = row % in.h;
-    for (int64_t x = 0; x < in.w; ++x) {
-      const float* p = numbers(op, b, sample, y, x, room);
-      for (int64_t c = 0; c < in.c; ++c) to[((sample * in.c + c) * in.h + y) * in.w + x] = p[c];
-    }
+    int64_t lines = row_pixels(in) == in.w ? std::min(end - row, in.h - y) : 1, pixels = lines * in.w;
+    const uint8_t* from = pixel(b, op.input, sample, y, 0);
+    auto* line = to + (sample * in.c * in.h + y) * in.w;
+    for (int64_t x = 0; x < pixels; x += kLanes)
+      for (int64_t c = 0; c < in.c; c += kLanes) {
+        int64_t wide = std::min<int64_t>(kLanes, pixels - x), deep = std::min<int64_t>(kLanes, in.c - c);
+        F t[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          int64_t at = (x + i) * in.stride + c;
+          if (i >= wide) t[i] = set(0.0f);
+          else if (in.is_float) t[i] = load_first(reinterpret_cast<const float*>(from) + at, deep);
+          else t[i] = mul(sub(from_bytes(from + at), zero), scale);
+        }
+        turn(t);
+        for (int64_t i = 0; i < deep; ++i) store_first(line + (c + i) * in.h * in.w + x, t[i], wide);
+      }
+    row += lines;
   }
 }
 

@@ -61,6 +61,8 @@ TQ_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 TQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 TQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+TQ_INLINE F load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+TQ_INLINE void store_first(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a); }
 TQ_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 TQ_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
 TQ_INLINE F bits(I a) { return _mm512_castsi512_ps(a); }
@@ -227,6 +229,53 @@ TQ_INLINE R broadcast_register(const uint8_t* p) { return broadcast4(p); }
 TQ_INLINE R dot_register(R c, R a, R b) { return dot(c, a, b); }
 TQ_INLINE I vector_of(R first, R) { return first; }
 #endif
+
+#if !defined(TQ_WIDE)
+// Of a vector the first n lanes, up to 16, the others zero.
+TQ_INLINE F load_first(const float* p, int64_t n) {
+  float t[kLanes] = {};
+  std::memcpy(t, p, size_t(n) * 4);
+  return load(t);
+}
+TQ_INLINE void store_first(float* p, F a, int64_t n) {
+  float t[kLanes];
+  store(t, a);
+  std::memcpy(p, t, size_t(n) * 4);
+}
+#endif
+
+// Lane i of vector j becomes lane j of vector i.
+TQ_INLINE void turn(F* a) {
+#if defined(TQ_WIDE)
+  F t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    a[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    a[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // a[4 g + i] holds lanes i, 4 + i, 8 + i, 12 + i of vectors 4 g .. 4 g + 3
+    t[i] = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    a[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+  }
+#else
+  float t[16][16], turned[16][16];
+  for (int i = 0; i < 16; ++i) store(t[i], a[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) turned[i][j] = t[j][i];
+  for (int i = 0; i < 16; ++i) a[i] = load(turned[i]);
+#endif
+}
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 TQ_INLINE Bytes load_bytes(const uint8_t* p) { Bytes b; std::memcpy(&b, p, 16); return b; }
