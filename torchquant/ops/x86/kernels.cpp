@@ -1,5 +1,6 @@
 // The kernels of one instruction set: compiled once for each, with TQ_ISA naming it and the flags that allow it.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "plan.h"
@@ -831,38 +832,54 @@ void mean(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int
   }
 }
 
+// The largest of `rows` by `columns` pixels, `row_step` and `step` bytes apart: N vectors of 16 channels, bytes or floats.
+template <class T, int N>
+TQ_INLINE void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step, T* to) {
+  constexpr bool floats = std::is_same<T, float>::value;
+  using Vector = std::conditional_t<floats, F, Bytes>;
+  auto get = [](const T* p) {
+    if constexpr (floats) return load(p);
+    else return load_bytes(p);
+  };
+  Vector most[N];
+  TQ_EACH_OF(N, v) most[v] = get(from + kLanes * v); });
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t x = 0; x < columns; ++x) {
+      const T* p = reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(from) + y * row_step + x * step);
+      TQ_EACH_OF(N, v) most[v] = max(most[v], get(p + kLanes * v)); });
+    }
+  TQ_EACH_OF(N, v) std::memcpy(to + kLanes * v, &most[v], sizeof(T) * kLanes); });
+}
+
+template <class T>
+void pool_pixel(const T* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step, T* to, int64_t channels) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) largest_of<T, 4>(from + c, rows, row_step, columns, step, to + c);
+  for (; c < channels; c += kLanes) largest_of<T, 1>(from + c, rows, row_step, columns, step, to + c);
+}
+
 // Largest byte or float of a window, which the border does not join; units are output pixels.
 void max_pool(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
   const Value& in = b.values[op.input];
   const Value& out = b.values[out_value(op)];
   Outputs outputs(op, b);
-  std::vector<const uint8_t*> window(size_t(op.kh) * op.kw);
   auto* line = reinterpret_cast<float*>(scratch(size_t(op.channels + kLanes) * 4));
+  int64_t pixel_bytes = in.stride * element_size(in), row_step = op.dh * row_pixels(in) * pixel_bytes, step = op.dw * pixel_bytes;
   Walk walk(out, begin);
   for (int64_t i = begin; i < end; ++i, walk.next()) {
     Place place = outputs.at(walk.sample, walk.y, walk.x);
-    int64_t y0 = walk.y * op.sh - op.pt, x0 = walk.x * op.sw - op.pl;
-    size_t n = 0, step = size_t(in.stride * element_size(in));
-    for (int64_t ky = 0; ky < op.kh; ++ky) {
-      int64_t y = y0 + ky * op.dh;
-      if (y < 0 || y >= in.h) continue;
-      const uint8_t* row = pixel(b, op.input, walk.sample, y, 0);
-      for (int64_t x = x0; x < x0 + op.kw * op.dw; x += op.dw)
-        if (x >= 0 && x < in.w) window[n++] = row + size_t(x) * step;
-    }
+    auto inside = [](int64_t start, int64_t taps, int64_t dilation, int64_t size, int64_t* first) {  // how many taps are
+      *first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+      return std::min(taps, (size - 1 - start) / dilation + 1) - *first;
+    };
+    int64_t y = walk.y * op.sh - op.pt, x = walk.x * op.sw - op.pl, ky, kx;
+    int64_t rows = inside(y, op.kh, op.dh, in.h, &ky), columns = inside(x, op.kw, op.dw, in.w, &kx);
+    const uint8_t* from = pixel(b, op.input, walk.sample, y + ky * op.dh, x + kx * op.dw);
     if (in.is_float) {
-      for (int64_t c = 0; c < op.channels; c += kLanes) {
-        F most = load(reinterpret_cast<const float*>(window[0]) + c);
-        for (size_t k = 1; k < n; ++k) most = max(most, load(reinterpret_cast<const float*>(window[k]) + c));
-        store(line + c, most);
-      }
+      pool_pixel(reinterpret_cast<const float*>(from), rows, row_step, columns, step, line, op.channels);
       finish_any(op, line, 0, &place, 1, 0, op.channels, outputs.other_float, outputs.tail);
     } else {
-      for (int64_t c = 0; c < op.channels; c += kLanes) {
-        Bytes most = load_bytes(window[0] + c);
-        for (size_t k = 1; k < n; ++k) most = max(most, load_bytes(window[k] + c));
-        std::memcpy(place.byte + c, &most, kLanes);
-      }
+      pool_pixel(from, rows, row_step, columns, step, place.byte, op.channels);
     }
   }
 }
