@@ -755,3 +755,16 @@ def test_the_attention_op_has_a_true_schema_and_fake(mask):
     native.load()
     inputs = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8), mask, 0.3, mask is None)
     torch.library.opcheck(REGION.x86_attention.default, inputs, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e12, 1e25])
+def test_sums_far_beyond_the_grid_end_at_its_bounds(size):
+    """On every instruction set: some convert what fits no int32 to the least one, some wrap."""
+    f = Call(lambda m, x, y: (lambda z: (z, m.b(z)))(m.a(x) + y), a=conv(5, 17), b=conv(17, 4, 1))
+    x, y = INPUT.sample(1, 5, 5, 4), torch.randn(1, 17, 3, 2).sign() * size
+    graph = exported(f, (x, y))
+    expected = graph(x, y)
+    assert len(replace_regions(graph)) == 1
+    for name in native.instruction_sets():
+        with native.use(name):
+            assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(graph(x, y), expected, strict=True)), name

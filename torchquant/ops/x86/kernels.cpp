@@ -206,7 +206,7 @@ PlainRows plain_of(int nv, Operand other, bool number, bool byte) {
 
 // What follows the sums most often, for which there are tiles that go on in registers: floats are stored; nothing but an
 // addition of floats and a lower bound may come before that, and bytes, bounded above alone, after.
-enum Ending { kOther = 0, kNumbers, kNumbersAndBytes, kSumNumbers, kSumNumbersAndBytes, kEndings };
+enum Ending { kOther = 0, kNumbers, kNumbersAndBytes, kSumNumbers, kSumNumbersAndBytes };
 
 Ending ending_of(const Op& op, Operand other, bool plain) {
   bool bounded = op.after == tq::kClamp && op.after_high != INFINITY;
@@ -951,34 +951,14 @@ void layer_norm(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_
 
 // to (columns, 16) from 16 rows of `from`, a stride apart; `rows` of them exist.
 TQ_INLINE void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-#if defined(TQ_WIDE)
-  if (rows == 16 && columns % 16 == 0) {
-    for (int64_t c = 0; c < columns; c += 16) {
-      __m512 a[16], t[16];
-      for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride + c);
-      for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-      }
-      for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-        a[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-        a[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        a[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-      }
-      for (int i = 0; i < 4; ++i) {  // a[4 g + i] holds columns i, 4 + i, 8 + i, 12 + i of rows 4 g .. 4 g + 3
-        __m512 p = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), q = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
-        __m512 r = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88), u = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
-        _mm512_storeu_ps(to + (c + i) * to_stride, _mm512_shuffle_f32x4(p, r, 0x88));
-        _mm512_storeu_ps(to + (c + 4 + i) * to_stride, _mm512_shuffle_f32x4(q, u, 0x88));
-        _mm512_storeu_ps(to + (c + 8 + i) * to_stride, _mm512_shuffle_f32x4(p, r, 0xdd));
-        _mm512_storeu_ps(to + (c + 12 + i) * to_stride, _mm512_shuffle_f32x4(q, u, 0xdd));
-      }
-    }
-    return;
+  int64_t c = 0;
+  for (; rows == 16 && c + 16 <= columns; c += 16) {
+    F a[16];
+    for (int i = 0; i < 16; ++i) a[i] = load(from + i * stride + c);
+    turn(a);
+    for (int i = 0; i < 16; ++i) store(to + (c + i) * to_stride, a[i]);
   }
-#endif
-  for (int64_t c = 0; c < columns; ++c)
+  for (; c < columns; ++c)
     for (int64_t r = 0; r < 16; ++r) to[c * to_stride + r] = r < rows ? from[r * stride + c] : 0.0f;
 }
 

@@ -392,7 +392,7 @@ Sizes sizes_of(const tq::Header& h, int64_t samples, int threads) {
   int64_t most = samples < threads ? samples : (samples + threads - 1) / threads;
   int64_t chunk = std::min(h.chunk ? h.chunk : fitting(kWorkingSet, h.arena), most);
   if (!h.split) return {chunk, chunk};
-  int64_t groups = (samples + std::min(most, fitting(kWideSet, h.wide)) - 1) / std::min(most, fitting(kWideSet, h.wide));
+  int64_t largest = std::min(most, fitting(kWideSet, h.wide)), groups = (samples + largest - 1) / largest;
   if (samples >= threads) groups = (groups + threads - 1) / threads * threads;  // so that each thread has as many
   int64_t group = (samples + groups - 1) / groups;
   return {std::min(chunk, group), group};

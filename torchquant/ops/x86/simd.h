@@ -216,7 +216,7 @@ template <int NV>
 TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   for (int v = 0; v < NV; ++v)
     TQ_EACH {
-      int q = int(std::lrintf(y[v].v[i])) + zero;
+      long q = std::lrintf(y[v].v[i]) + zero;  // the least long beyond its range, as for NaN
       p[16 * v + i] = static_cast<uint8_t>(q < low ? low : q > high ? high : q);
     }
 }
