@@ -192,19 +192,11 @@ def lower(
     package = Path(folder.name) / "model.pt2"
     _pack(raw, package, regions)
     left = left_float(sites, allowed)
-    if compare_float:
-        floats = passes.copy_graph(quantized)
-        passes.make_float(floats, {s.node for s in sites if s.status == "quantized"})
-        raw, _ = _compile(floats, batch, Path(folder.name) / "raw.pt2", own_kernels=False)
-        float_package = Path(folder.name) / "float.pt2"
-        float_kernels = _kernels(raw, [])
-        _pack(raw, float_package, [])
-        integer, float_ = _race([package, float_package], batch)
-        if float_ < _FASTER * integer:
-            reason = f"float32 takes {float_:.3g} ms on this machine, int8 {integer:.3g} ms"
-            warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
-            reference, package, kernels, fused = floats, float_package, float_kernels, 0
-            left |= {f"{len(wanted)} annotated ops": reason}
+    if compare_float and (faster := _faster_float(quantized, sites, batch, package)):
+        reference, package, kernels, reason = faster
+        fused = 0
+        left |= {f"{len(wanted)} annotated ops": reason}
+        warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
     run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
     found = hold_against(
         reference,
@@ -217,6 +209,21 @@ def lower(
     proof = Proof(kernels, len(wanted), fused, found, left)
     write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
     return X86Program(package, folder)
+
+
+def _faster_float(
+    quantized: GraphModule, sites: Sequence[Site], batch: Any, package: Path
+) -> tuple[GraphModule, Path, dict[str, int], str] | None:
+    """The graph in float32, its package beside `package`, its kernels, and why it is preferred; None if it is not."""
+    floats = passes.copy_graph(quantized)
+    passes.make_float(floats, {s.node for s in sites if s.status == "quantized"})
+    raw, _ = _compile(floats, batch, package.with_name("raw.pt2"), own_kernels=False)
+    kernels, found = _kernels(raw, []), package.with_name("float.pt2")
+    _pack(raw, found, [])
+    integer, float_ = _race([package, found], batch)
+    if float_ >= _FASTER * integer:
+        return None
+    return floats, found, kernels, f"float32 takes {float_:.3g} ms on this machine, int8 {integer:.3g} ms"
 
 
 def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:

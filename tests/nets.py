@@ -1,8 +1,11 @@
 """Small networks, each with ops that one trap or promise is about."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 class Call(nn.Module):
@@ -203,3 +206,22 @@ def cnn():
 
 def mlp():
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def callers_agree(run, inputs, rounds=20):
+    """Whether a thread for each input, all at once, gets bit for bit what one alone got."""
+    expected = [run(x) for x in inputs]
+    wrong = []
+
+    def call(x, wanted):
+        for _ in range(rounds):
+            found = pytree.tree_leaves(run(x))
+            if not all(torch.equal(a, b) for a, b in zip(found, pytree.tree_leaves(wanted), strict=True)):
+                wrong.append(x)
+
+    callers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    return not wrong

@@ -1,14 +1,13 @@
 """x86 programs: int8 kernels counted, any batch size, no state changed, inputs kept, and refusals."""
 
 import math
-import threading
 
 import nets
 import pytest
 import torch
 import torch._dynamo
 from foreign import SpecQuantizer, groupwise, per_channel, per_tensor
-from nets import Call
+from nets import Call, callers_agree
 from torch import nn
 
 import torchquant as tq
@@ -119,20 +118,7 @@ def test_results_are_not_overwritten_by_the_next_call(x86_residual):
 
 def test_four_threads_get_bit_equal_results(x86_pixels):
     inputs = [torch.randn(2, 4, 8, 8) for _ in range(4)]
-    expected = [x86_pixels.program(x) for x in inputs]
-    wrong = []
-
-    def work(x, wanted):
-        for _ in range(25):
-            if not torch.equal(x86_pixels.program(x), wanted):
-                wrong.append(x)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    assert callers_agree(x86_pixels.program, inputs, rounds=25)
 
 
 @pytest.mark.parametrize("name", ["x86_pixels", "x86_residual"])

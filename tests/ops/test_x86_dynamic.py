@@ -2,7 +2,6 @@
 
 import copy
 import math
-import threading
 from dataclasses import dataclass
 
 import nets
@@ -13,7 +12,7 @@ from exact import INPUT, OUTPUT, Layer, Q, exported, linear, products_left, regi
 from foreign import SpecQuantizer, dynamic, per_channel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Call
+from nets import Call, callers_agree
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -290,20 +289,7 @@ def test_the_number_of_threads_changes_no_bit(batch, wide):
 def test_callers_at_once_have_ranges_of_their_own(threads, wide):
     torch.set_num_threads(threads)
     inputs = [torch.randn(1 + i, 19, 96) * 10.0**i for i in range(4)]
-    expected = [wide.replaced(x) for x in inputs]
-    wrong = []
-
-    def call(x, wanted):
-        for _ in range(20):
-            if not torch.equal(wide.replaced(x), wanted):
-                wrong.append(x)
-
-    callers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
+    assert callers_agree(wide.replaced, inputs)
 
 
 def test_a_plan_is_tuned_and_profiled_as_any_other(wide, monkeypatch, tmp_path):

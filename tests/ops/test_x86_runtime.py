@@ -2,7 +2,6 @@
 
 import copy
 import struct
-import threading
 
 import nets
 import pytest
@@ -12,7 +11,7 @@ from exact import INPUT, OUTPUT, REGION, Case, Grid, Layer, Q, conv, depthwise, 
 from foreign import SpecQuantizer, dynamic, per_channel, per_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Call
+from nets import Call, callers_agree
 from torch import nn
 
 import torchquant as tq
@@ -131,20 +130,7 @@ def test_attention_does_not_depend_on_the_number_of_threads():
 def test_four_callers_at_once_get_bit_equal_results(threads, network_region):
     torch.set_num_threads(threads)
     inputs = [torch.randn(1 + i, 3, 33, 30) for i in range(4)]
-    expected = [network_region(x) for x in inputs]
-    wrong = []
-
-    def call(x, wanted):
-        for _ in range(20):
-            if not equal(network_region(x), wanted):
-                wrong.append(x)
-
-    callers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
+    assert callers_agree(network_region, inputs)
 
 
 def test_samples_do_not_see_each_other(network_region):
