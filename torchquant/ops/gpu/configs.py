@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torchquant.ops import native
 
 __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug"]
 
-FORMATS = ("w4a16", "w8a16", "int8", "fp8")
+WEIGHT_ONLY = ("w4a16", "w8a16")
 _PACKAGED = Path(__file__).parent / "measured"
 _LARGEST = 8192  # rows: more are cut like this many
 
@@ -125,28 +125,50 @@ _TILED = (
 )
 
 
-def by_rule(format: str, m: int, n: int, multiprocessors: int) -> Config:
-    """A cut that keeps all multiprocessors busy and reads x seldom, without having measured anything."""
+def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int) -> Config:
+    """A cut that keeps all multiprocessors busy and reads x seldom, without having measured anything.
+
+    Args:
+        shared_bytes: shared memory that one program may have.
+    """
     rows = max(8, min(bucket(m), 32))
     outputs = 16 if m <= 8 and n < 64 * multiprocessors else 32
-    if format in ("w4a16", "w8a16"):
-        if m <= 32:
-            return Config("skinny", rows, outputs, slices=4, warps=4, stages=4 if rows <= 16 else 3)
+    if m <= 32:
+        columns = 0 if format in WEIGHT_ONLY else 128
+        found = Config("skinny", rows, outputs, columns, slices=4, stages=4, quantizes=columns > 0 and m <= 4)
+    elif format in WEIGHT_ONLY:
         if m > 1024:
             return Config("dequantize")
         tile = 64 if m <= 64 else 128 if m <= 256 else 256
-        tiles = -(-n // 128) * -(-m // tile)
-        slices = 1
-        while slices < 8 and tiles * slices < multiprocessors:
-            slices *= 2
-        return Config("tiled", tile, 128, slices=slices, warps=4 if tile == 64 else 8, stages=3)
-    if m <= 32:
-        stages = 4 if rows <= 16 else 3
-        return Config("skinny", rows, outputs, 128, slices=4, warps=4, stages=stages, quantizes=m <= 4)
-    if format == "fp8" and m > 64:
+        found = Config("tiled", tile, 128, warps=4 if tile == 64 else 8, stages=3)
+        while found.slices < 8 and -(-n // 128) * -(-m // tile) * found.slices < multiprocessors:
+            found = replace(found, slices=2 * found.slices)
+    elif format == "fp8" and m > 64:
         return Config("library")
-    tile, columns = (64, 64 if n < 128 * multiprocessors else 128) if m <= 64 else (128, 128)
-    return Config("tiled", tile, columns, 128, warps=4 if tile == 64 else 8, stages=4 if tile == 64 else 3)
+    else:
+        tile, outputs = (64, 64 if n < 128 * multiprocessors else 128) if m <= 64 else (128, 128)
+        found = Config("tiled", tile, outputs, 128, warps=4 if tile == 64 else 8, stages=4)
+    return _fitted(found, format, shared_bytes)
+
+
+def _fitted(config: Config, format: str, shared_bytes: int) -> Config:
+    """The same with as many stages, or at least as many rows, as shared memory holds."""
+    while tile_bytes(config, format) * config.stages > shared_bytes:
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            config = replace(config, m=config.m // 2)
+    return config
+
+
+def tile_bytes(config: Config, format: str) -> int:
+    """What one step of a program copies to shared memory: codes, activations, scales."""
+    slices = config.slices if config.kernel == "skinny" else 1
+    if format in WEIGHT_ONLY:
+        weight, x = config.n * (64 if format == "w4a16" else 128) + 4 * config.n, config.m * 256
+    else:
+        weight, x = config.n * config.k, config.m * config.k * (2 if config.quantizes else 1)
+    return slices * (weight + x)
 
 
 def choose(format: str, m: int, n: int, k: int, device: torch.device, *, library: bool = True) -> Config:
@@ -164,7 +186,7 @@ def _chosen(format: str, m: int, n: int, k: int, device: torch.device) -> Config
     measured = table.get(format, {}).get(f"{n}x{k}", {}).get(str(m))
     if measured is not None:
         return Config(**measured)
-    return by_rule(format, m, n, properties.multi_processor_count)
+    return by_rule(format, m, n, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def slug(name: str) -> str:

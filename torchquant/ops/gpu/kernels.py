@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from torchquant.ops.gpu import packing
+
 __all__ = [
     "add_splits",
     "dequantize_weight",
@@ -31,8 +33,11 @@ __all__ = [
     "weight_only_tiled",
 ]
 
-CHUNK: tl.constexpr = 32  # neighbours on K that are packed side by side; see packing.py
-BLOCK: tl.constexpr = 128  # codes along K in a packed block
+_CONSTANT = (
+    int if triton.knobs.runtime.interpret else tl.constexpr
+)  # the interpreter does arithmetic with plain numbers
+CHUNK = _CONSTANT(packing.CHUNK)  # neighbours on K that are packed side by side; see packing.py
+BLOCK = _CONSTANT(packing.BLOCK)  # codes along K in a packed block
 
 
 # the parts ----------------------------------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ def weight_only_tiled(
         tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_splits(
     parts, bias, residual, out, M, N, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -415,7 +420,7 @@ def quantize_rows(
     tl.store(scale + row, by_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def quantize_tensor(x, codes, scale, zero_point, count, LOW: tl.constexpr, HIGH: tl.constexpr, SPAN: tl.constexpr):
     """codes of `count` values of x with the scale (1,) and zero point (1,) given. Grid (ceil(count / SPAN),)."""
     at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
@@ -567,7 +572,7 @@ def scaled_tiled(
     _finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def scale_products(
     products,
     x_scale,
