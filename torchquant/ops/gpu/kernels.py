@@ -196,7 +196,7 @@ def _values(w, words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
 def weight_only_skinny(
     x,
     packed,
-    params,
+    qparams,
     bias,
     residual,
     out,
@@ -214,7 +214,7 @@ def weight_only_skinny(
 ):
     """y (M, N). Without zero points the integers are multiplied exactly and each group's sum is scaled in float32.
 
-    x (M, K); packed as `pack_weight` makes it; params as `pack_params` makes it; grid (ceil(N / BN), ceil(M / BM)).
+    x (M, K); packed as `pack_weight` makes it; qparams as `pack_params` makes it; grid (ceil(N / BN), ceil(M / BM)).
     """
     D: tl.constexpr = x.dtype.element_ty
     SHIFT: tl.constexpr = _shift(D, BITS)
@@ -230,20 +230,20 @@ def weight_only_skinny(
     rows = m[None, None, :].to(tl.int64) * K
     acc = tl.zeros((S, BN, BM), tl.float32)
     ahead = (s < BLOCKS)[:, None] & (n < N)[None, :]
-    p0, p1, p2, p3 = _of_block(params, s[:, None], n[None, :], N, ahead, K, G)
+    p0, p1, p2, p3 = _of_block(qparams, s[:, None], n[None, :], N, ahead, K, G)
     for first in range(0, BLOCKS, S):
         block = first + s
         mask = (block < BLOCKS)[:, None] & (n < N)[None, :]
         w0, w1, w2, w3 = _codes(packed, at, block[:, None, None], N, mask[:, :, None], D, BITS, ASM)
         ahead = (block + S < BLOCKS)[:, None] & (n < N)[None, :]
-        q0, q1, q2, q3 = _of_block(params, (block + S)[:, None], n[None, :], N, ahead, K, G)
+        q0, q1, q2, q3 = _of_block(qparams, (block + S)[:, None], n[None, :], N, ahead, K, G)
         part = tl.zeros((S, BN, BM), tl.float32)
         for i in tl.static_range(4):
             w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
             k = block[:, None, None] * BLOCK + i * CHUNK + j[None, :, None]
             values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, None, :], other=0.0)
             if ZERO:
-                words = _of_chunk(params, block[:, None], i, n[None, :], N, mask, K, G)
+                words = _of_chunk(qparams, block[:, None], i, n[None, :], N, mask, K, G)
                 acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
             else:
                 part = tl.dot(w - SHIFT, values, part)
@@ -260,7 +260,7 @@ def weight_only_skinny(
 def weight_only_tiled(
     x,
     packed,
-    params,
+    qparams,
     bias,
     residual,
     out,
@@ -297,7 +297,7 @@ def weight_only_tiled(
         w0, w1, w2, w3 = _codes(packed, at, block, N, mask_w[:, None], D, BITS, ASM)
         for i in tl.static_range(4):
             w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
-            words = _of_chunk(params, block, i, n, N, mask_w, K, G)
+            words = _of_chunk(qparams, block, i, n, N, mask_w, K, G)
             k = (block * BLOCK + i * CHUNK + j)[:, None]
             values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, :], other=0.0)
             acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
@@ -327,7 +327,7 @@ def add_splits(
 @triton.jit
 def dequantize_weight(
     packed,
-    params,
+    qparams,
     out,
     N,
     K: tl.constexpr,
@@ -350,7 +350,7 @@ def dequantize_weight(
     w0, w1, w2, w3 = _codes(packed, n[:, None] * CHUNK + j[None, :], block, N, mask_n[:, None], D, BITS, ASM)
     for i in tl.static_range(4):
         w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
-        words = _of_chunk(params, block, i, n, N, mask_n, K, G)
+        words = _of_chunk(qparams, block, i, n, N, mask_n, K, G)
         k = (block * BLOCK + i * CHUNK + j)[None, :]
         tl.store(out + n[:, None].to(tl.int64) * K + k, _values(w, words, SHIFT, ZERO), mask=mask_n[:, None] & (k < K))
 
