@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchquant.ops.gpu import linears, packing
+from torchquant.ops.gpu import convolutions, linears, packing
 from torchquant.ops.gpu.configs import Config
 
 EPS = 2.0**-126
@@ -115,6 +115,46 @@ class Scaled:
         return relative_error(y, linears.scaled_reference(*arguments, torch.float64))
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of codes by codes, with a zero point for integers."""
+
+    shape: tuple[int, int, int, int]  # of x: batch, height, width, channels
+    n: int
+    kernel: tuple[int, int]
+    dtype: torch.dtype
+    config: Config | None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    activation: str = "none"
+    residual: bool = False
+
+    def arguments(self, device="cpu"):
+        torch.manual_seed(sum(self.shape))
+        integer = self.dtype == torch.int8
+        shapes = self.shape, (self.n, *self.kernel, self.shape[3])
+        if integer:
+            x, weight = (torch.randint(-127, 128, s, dtype=torch.int8, device=device) for s in shapes)
+        else:
+            x, weight = (torch.randn(s, device=device).to(self.dtype) for s in shapes)
+        factors = torch.rand(self.n, device=device) * 0.01, torch.tensor([0.02], device=device)
+        zero = torch.tensor([-11], dtype=torch.int32, device=device) if integer else None
+        sums = weight.sum(3, dtype=torch.int32).flatten(1) if integer else None
+        bias = torch.randn(self.n, device=device)
+        return [x, weight, *factors, zero, sums, bias], (self.stride, self.padding, self.dilation, self.activation)
+
+    def error(self, device="cpu", dtype=torch.float16):
+        from torchquant.ops.gpu import launch
+
+        tensors, form = self.arguments(device)
+        exact = convolutions.scaled_conv2d_reference(*tensors, None, *form[:3], "none", torch.float64)
+        residual = torch.randn(exact.shape, device=device).to(dtype) if self.residual else None
+        exact = convolutions.scaled_conv2d_reference(*tensors, residual, *form, torch.float64)
+        out = torch.empty(exact.shape, dtype=dtype, device=device)
+        return relative_error(launch.convolution(*tensors, residual, *form, out, self.config), exact)
+
+
 def activations(m, k, data, device):
     """Random rows; `outliers`: a channel a hundred times as large; `tiny`: denormals; `zeros`: some rows are zero."""
     x = torch.randn(m, k, device=device)
@@ -167,6 +207,12 @@ def cases():
                     Scaled(5, 40, 130, dtype, "affine", config, "relu", bias=True),
                     Scaled(5, 20, 130, dtype, "rows", config, even=False),
                 ]
+        tile = Config(TILED, 16, 32, 32)
+        found += [
+            Convolution((2, 7, 9, 5), 24, (3, 3), dtype, tile, (2, 1), (1, 1), activation="relu", residual=True),
+            Convolution((1, 9, 8, 32), 40, (3, 2), dtype, tile, (1, 1), (2, 0), (2, 1), "silu"),
+            Convolution((3, 4, 5, 16), 8, (1, 1), dtype, tile, (2, 2)),
+        ]
     return found
 
 

@@ -134,6 +134,10 @@ def test_every_kernel_compiles_with_an_ending(compiled):
         for config in (Config("skinny", 8, 16, 128, slices=4, quantizes=True), tile, Config("library")):
             launch.scaled(x, weight, torch.empty(n), scale, zero, sums, *grid, config)
             launch.scaled(x, weight, torch.empty(n), None, None, None, *grid, config)
+        image, window = torch.empty(2, 8, 8, 64, dtype=torch.int8), torch.empty(n, 3, 3, 64, dtype=torch.int8)
+        factors, form = (torch.empty(n), scale, zero, torch.empty(n, 9, dtype=torch.int32), bias), ((1, 1),) * 3
+        out = torch.empty(2, 8, 8, n, dtype=torch.bfloat16)
+        launch.convolution(image, window, *factors, out, *form, "gelu", torch.empty_like(out))
 
     found = compiled(90, run)
     assert {code.name for code in found} == set(kernels.__all__)

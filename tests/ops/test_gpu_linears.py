@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ops.gpu_cases import EPS, Scaled, WeightOnly, relative_error
-from torchquant.ops.gpu import linears, packing
+from tests.ops.gpu_cases import EPS, Convolution, Scaled, WeightOnly, relative_error
+from torchquant.ops.gpu import convolutions, linears, packing  # noqa: F401 - registers operators
 
 WEIGHT_ONLY = [
     WeightOnly(5, 24, 256, 4, 128, False, None, "relu", bias=True, residual=True),
@@ -100,6 +100,36 @@ def test_operators_keep_their_contract(case):
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     float8 = case.dtype == torch.float8_e4m3fn  # which torch's check of the schema cannot compare
     torch.library.opcheck(torch.ops.torchquant.scaled_linear, scaled(case), test_utils=tests[float8:])
+
+
+CONVOLUTIONS = [
+    Convolution((2, 7, 9, 5), 6, (3, 3), torch.int8, None, (2, 1), (1, 1), (1, 2), "relu"),
+    Convolution((1, 6, 6, 16), 8, (1, 2), torch.float8_e4m3fn, None),
+]
+
+
+def convolution(case):
+    tensors, form = case.arguments()
+    return *tensors, None, *form, torch.float32
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_a_convolution_keeps_its_contract(case):
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    float8 = case.dtype == torch.float8_e4m3fn
+    torch.library.opcheck(torch.ops.torchquant.scaled_conv2d, convolution(case), test_utils=tests[float8:])
+
+
+def test_a_convolution_pads_with_real_zeros():
+    x, weight, by_output, scale, zero, _, bias, _, stride, padding, dilation, *_ = arguments = convolution(
+        CONVOLUTIONS[0]
+    )
+    values = ((x.double() - zero) * scale).permute(0, 3, 1, 2)
+    weight = (weight.double() * by_output[:, None, None, None]).permute(0, 3, 1, 2)
+    y = nn.functional.conv2d(values, weight, bias.double(), stride, padding, dilation).relu().permute(0, 2, 3, 1)
+    found = torch.ops.torchquant.scaled_conv2d(*arguments)
+    assert found.is_contiguous()
+    assert relative_error(found, y) < 1e-6
 
 
 def test_quantize_rows_keeps_its_contract():

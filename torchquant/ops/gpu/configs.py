@@ -172,6 +172,11 @@ def tile_bytes(config: Config, format: str) -> int:
     return slices * (weight + x)
 
 
+def convolution_by_rule(m: int, n: int) -> Config:
+    """The cut of a convolution with m pixels and n channels in its output."""
+    return Config("tiled", 64 if m < 16384 else 128, 64 if n <= 64 else 128, 64, warps=4 if n <= 64 else 8, stages=4)
+
+
 def choose(format: str, m: int, n: int, k: int, device: torch.device, *, library: bool = True) -> Config:
     """The cut of a product x (m, k) by weight (n, k); `library`: whether cuBLAS takes it."""
     found = _chosen(format, bucket(m), n, k, device)

@@ -27,6 +27,7 @@ __all__ = [
     "quantize_rows",
     "quantize_tensor",
     "scale_products",
+    "scaled_convolution",
     "scaled_skinny",
     "scaled_tiled",
     "weight_only_skinny",
@@ -569,6 +570,76 @@ def scaled_tiled(
             values = tl.load(xp + first, mask=(first + k < K)[:, None], other=0.0)
         acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
     y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
+    _finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+def scaled_convolution(
+    x,
+    weight,
+    x_scale,
+    x_zero_point,
+    weight_scale,
+    weight_sum,
+    bias,
+    residual,
+    out,
+    M,
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    stride_h: tl.constexpr,
+    stride_w: tl.constexpr,
+    padding_h: tl.constexpr,
+    padding_w: tl.constexpr,
+    dilation_h: tl.constexpr,
+    dilation_w: tl.constexpr,
+    weight_rows: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A convolution as the product of its weight (N, KH * KW * C) and windows that are never written out.
+
+    x (batch, H, W, C) codes; out (M, N) with M = batch * OH * OW; weight_sum (N, KH * KW) goes with x_zero_point, which
+    is taken off where the window lies on the image. Grid (ceil(N / BN) * ceil(M / BM),).
+    """
+    D: tl.constexpr = weight.dtype.element_ty
+    K: tl.constexpr = KH * KW * C
+    tiles_n = tl.cdiv(N, BN)  # neighbours read the same pixels
+    n = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
+    m = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    image, top, left = m // (OH * OW), m // OW % OH * stride_h - padding_h, m % OW * stride_w - padding_w
+    pixels = image.to(tl.int64) * H * W
+    wp = weight + tl.where(n < N, n, 0)[:, None].to(tl.int64) * K + k[None, :]
+    acc = tl.zeros((BN, BM), tl.int32 if D == tl.int8 else tl.float32)
+    for first in range(0, K, BK):
+        c, tap = (first + k) % C, (first + k) // C
+        y = top[None, :] + (tap // KW * dilation_h)[:, None]
+        z = left[None, :] + (tap % KW * dilation_w)[:, None]
+        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & (m < M)[None, :]
+        at = (pixels[None, :] + y * W + z) * C + c[:, None]
+        if K % BK == 0:
+            w, values = tl.load(wp + first), tl.load(x + at, mask=inside, other=0.0)
+        else:
+            w = tl.load(wp + first, mask=(first + k < K)[None, :], other=0.0)
+            values = tl.load(x + at, mask=inside & (first + k < K)[:, None], other=0.0)
+        acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
+    if x_zero_point is not None:
+        zero = tl.load(x_zero_point)
+        for tap in tl.static_range(KH * KW):
+            y, z = top + tap // KW * dilation_h, left + tap % KW * dilation_w
+            inside = (y >= 0) & (y < H) & (z >= 0) & (z < W)
+            sums = tl.load(weight_sum + n * (KH * KW) + tap, mask=n < N, other=0) * zero
+            acc -= tl.where(inside[None, :], sums[:, None], 0)
+    y = _scaled(acc, m, n, M, N, x_scale, None, weight_scale, None, 0, 0, weight_rows)
     _finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
 
 

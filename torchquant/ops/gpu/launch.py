@@ -5,6 +5,7 @@ No call waits for the GPU: everything that decides about a launch is known on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torchquant.ops.gpu import configs, kernels
 from torchquant.ops.gpu.configs import Config
 from torchquant.ops.gpu.packing import BLOCK
 
-__all__ = ["dequantize", "quantize_rows", "scaled", "weight_only"]
+__all__ = ["convolution", "dequantize", "quantize_rows", "scaled", "weight_only"]
 
 _INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter knows no inline assembly
 _SPAN = 4096  # values that one program quantizes
@@ -293,4 +294,58 @@ def _by_library(
     if plain:
         return product
     _add_splits(product, bias, residual, out, 1, activation)
+    return out
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    out: torch.Tensor,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See `convolutions.scaled_conv2d`; fills `out` (batch, OH, OW, N), contiguous."""
+    x, weight = x.contiguous(), weight.contiguous()
+    n, *kernel, c = weight.shape
+    m = out.numel() // n
+    if m == 0:
+        return out
+    if config is None:
+        config = configs.convolution_by_rule(m, n)
+    kernels.scaled_convolution[(_cut(n, config.n) * _cut(m, config.m),)](
+        x,
+        weight,
+        x_scale,
+        x_zero_point,
+        weight_scale,
+        weight_sum,
+        bias,
+        residual if residual is None else residual.contiguous(),
+        out,
+        m,
+        n,
+        *x.shape[1:3],
+        *out.shape[1:3],
+        c,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        int(weight_scale.numel() > 1),
+        activation,
+        config.m,
+        config.n,
+        config.k,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return out

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from torchquant.ops.gpu import packing
 
-__all__ = ["ACTIVATIONS", "quantize_rows", "scaled_linear", "weight_only_linear"]
+__all__ = ["ACTIVATIONS", "epilogue", "quantize_rows", "scaled_linear", "triton_launcher", "weight_only_linear"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
@@ -61,7 +61,9 @@ def weight_only_linear(
     rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
     if x.is_cuda and x.dtype != torch.float32:
         with torch.cuda.device(x.device):
-            y = _launch().weight_only(rows, packed, params, bias, more, bits, group_size, asymmetric, activation)
+            y = triton_launcher().weight_only(
+                rows, packed, params, bias, more, bits, group_size, asymmetric, activation
+            )
     else:
         y = weight_only_reference(rows, packed, params, bias, more, bits, group_size, activation)
     return y.reshape(*x.shape[:-1], n)
@@ -97,7 +99,7 @@ def weight_only_reference(
     """The same in plain PyTorch, in `dtype`; x (M, K), residual (M, N)."""
     scale, zero_point = (v.to(dtype).repeat_interleave(group_size, 1) for v in packing.unpack_params(params))
     weight = (packing.unpack_weight(packed, bits, x.shape[-1]).to(dtype) - zero_point) * scale
-    return _epilogue(x.to(dtype) @ weight.t(), bias, residual, activation).to(x.dtype)
+    return epilogue(x.to(dtype) @ weight.t(), bias, residual, activation).to(x.dtype)
 
 
 def _check_weight_only(
@@ -131,7 +133,7 @@ def quantize_rows(
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            codes, scale = _launch().quantize_rows(rows, dtype, quant_min, quant_max, eps)
+            codes, scale = triton_launcher().quantize_rows(rows, dtype, quant_min, quant_max, eps)
     else:
         codes, scale = quantize_rows_reference(rows, dtype, quant_min, quant_max, eps)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
@@ -211,7 +213,7 @@ def scaled_linear(
     arguments = (rows, weight, weight_scale, *factors, weight_sum, bias, more, quant_min, quant_max, eps, activation)
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            y = _launch().scaled(*arguments, out_dtype)
+            y = triton_launcher().scaled(*arguments, out_dtype)
     else:
         y = scaled_reference(*arguments, out_dtype)
     return y.reshape(*x.shape[:-1], n)
@@ -263,7 +265,7 @@ def scaled_reference(
         assert weight_sum is not None
         product = product - x_zero_point.reshape(-1, 1).to(product.dtype) * weight_sum.to(product.dtype)
     y = product.float() * x_scale.reshape(-1, 1) * weight_scale
-    return _epilogue(y, bias, residual, activation).to(out_dtype)
+    return epilogue(y, bias, residual, activation).to(out_dtype)
 
 
 def _check_scaled(
@@ -286,9 +288,10 @@ def _check_scaled(
         raise ValueError("a zero point needs weight_sum, and codes that are integers")
 
 
-def _epilogue(
+def epilogue(
     y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
+    """activation(y + bias + residual)."""
     if bias is not None:
         y = y + bias.to(y.dtype)
     if residual is not None:
@@ -296,7 +299,7 @@ def _epilogue(
     return ACTIVATIONS[activation](y)
 
 
-def _launch() -> Any:
+def triton_launcher() -> Any:
     """The launcher of the Triton kernels: Triton comes with torch for CUDA only."""
     from torchquant.ops.gpu import launch  # noqa: PLC0415
 
