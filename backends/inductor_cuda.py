@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from torch.fx import Node
+import math
+import operator
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import torch
+import torch._dynamo
+import torch._inductor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+import torchquant.ops.gpu.linears  # registers the ops that a lowered graph calls
+from torchquant import archive
+from torchquant import batches as data
+from torchquant.errors import ArtifactError, LoweringError
+from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
-from torchquant.fx import ops
-from torchquant.types import Capability, Scheme, TensorSpec
+from torchquant.fx import ops, passes
+from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float
+from torchquant.ops.gpu.rewriting import OPS, rewrite
+from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
+from torchquant.serialize import export_again
+from torchquant.types import Capability, Scheme, Site, TensorSpec
+from torchquant.verify import Comparison
 
-__all__ = ["CAPABILITIES", "SCHEMES", "TARGET"]
+__all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "CudaProgram", "load", "lower", "transform"]
 
 TARGET = "inductor_cuda"
 _INT8_CHANNEL = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
@@ -84,6 +109,9 @@ def _is_product(node: Node, scheme: str) -> str | None:
     return _whole_groups(node, scheme)
 
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CALLS = {f"torchquant::{name}" for name in OPS}  # as the profiler names them
+_UNPROVEN = Proof({}, 0, 0, Comparison(-math.inf, math.inf, 0.0), {})
 _ALL = tuple(SCHEMES)
 _KERNEL_1 = "kernel size 1, one group, no padding: a matrix product"
 CAPABILITIES: tuple[Capability, ...] = (
@@ -93,3 +121,265 @@ CAPABILITIES: tuple[Capability, ...] = (
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
     *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
 )
+
+
+class CudaProgram(Program):
+    """A graph of packed ops that `torch.compile` compiles at the first call, and again for sizes of another kind.
+
+    Args:
+        graph: from `transform`.
+        about: its inputs, sites and proof.
+        device: where it runs; inputs are moved there.
+        settings: of Inductor, for this program alone.
+    """
+
+    target = TARGET
+
+    def __init__(self, graph: GraphModule, about: Metadata, device: torch.device, settings: Mapping[str, Any]) -> None:
+        self.graph, self.device, self.settings = _moved(graph, device), device, dict(settings)
+        self._about = about
+        self.inputs, self.sites, self.proof = about.inputs, about.sites, about.proof
+        self._structure = pytree.treespec_loads(about.structure)
+        self._run: Callable[..., Any] = torch.compile(self.graph, options=self.settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = data.arrange(self.inputs, args, kwargs)
+        tensors = [self._placed(value, spec.shape) for value, spec in zip(given, self.inputs, strict=True)]
+        if self._structure.num_leaves == len(tensors):
+            args, kwargs = pytree.tree_unflatten(tensors, self._structure)
+        else:
+            placed = dict(zip(map(id, given), tensors, strict=True))
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: placed[id(t)], (args, kwargs))
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+    def _placed(self, value: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
+        """The tensor on the program's device, with the sizes that vary marked, so that they are compiled once."""
+        value = value.detach().to(self.device)
+        for axis, size in enumerate(shape):
+            if size is None:
+                torch._dynamo.maybe_mark_dynamic(value, axis)
+        return value
+
+    def prove(self, about: Metadata) -> None:
+        """Keep what lowering found."""
+        self._about, self.proof = about, about.proof
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the graph with its packed weights (`.pt2`); `load` reads it on any machine, with or without a GPU."""
+        exported = export_again(_moved(self.graph, torch.device("cpu")))
+
+        def write(part: Path) -> None:
+            plain = part.with_suffix(".plain.pt2")
+            torch.export.save(exported, plain)
+            archive.compress(plain, part)
+            plain.unlink()
+            write_metadata(part, TARGET, self._about)
+
+        return write_whole(path, write)
+
+    def package(self, path: str | os.PathLike[str]) -> Path:
+        """Compile ahead of time into an AOTInductor package (`.pt2`) for this device.
+
+        `torch._inductor.aoti_load_package` runs it in Python once `torchquant.backends.inductor_cuda` is imported: the
+        packed ops are called through torch's dispatcher, where that import puts them. A C++ process has to register ops
+        of the same names and schemas (`torchquant::weight_only_linear`, `torchquant::scaled_linear`) itself, with
+        `TORCH_LIBRARY`; Triton's kernels are not inside the package.
+
+        Raises:
+            LoweringError: Inductor cannot compile the graph.
+        """
+        exported = export_again(self.graph, _example(self.graph, self.device))
+        settings = {k: v for k, v in self.settings.items() if k != "triton.cudagraphs"}
+
+        def write(part: Path) -> None:
+            with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+                made = Path(folder) / "model.pt2"
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(made), inductor_configs=settings)
+                part.write_bytes(made.read_bytes())
+
+        try:
+            return write_whole(path, write)
+        except RuntimeError as error:
+            raise LoweringError(f"Inductor cannot compile the lowered graph: {str(error)[:2000]}") from error
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights, packed ones and float ones."""
+        return passes.weight_bytes(self.graph)
+
+
+def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> GraphModule:
+    """The converted graph with each quantized linear and 1x1 convolution as one op on packed weights; a new graph.
+
+    It may be exported, compiled or run as it is, on any device. Linears that read the same values in the same way become
+    one op; an addend and an activation behind a product are computed in its kernel.
+
+    Args:
+        quantized: what `convert_pt2e` returned, of any Quantizer.
+        allow_float: patterns of annotated ops that shall run in float.
+
+    Raises:
+        InputError: the graph is not converted.
+        LoweringError: an annotated op has no kernel: it names the op, its module, and what to do.
+    """
+    return _transform(quantized, allow_float).graph
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """`wanted`: sites that run in ops of ours, of which the graph has `count`; `allowed`: nodes that run in float."""
+
+    graph: GraphModule
+    sites: tuple[Site, ...]
+    wanted: tuple[Site, ...]
+    allowed: set[str]
+    count: int
+
+
+def _transform(quantized: GraphModule, allow_float: Sequence[str]) -> _Transformed:
+    sites, allowed = accountable_sites(quantized, allow_float)
+    wanted = tuple(s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed)
+    graph = passes.copy_graph(quantized)
+    passes.make_float(graph, allowed)
+    count = rewrite(graph, {s.node for s in wanted})
+    left = [n.name for n in graph.graph.nodes if ops.is_dequantize(n) and _is_matrix(graph, n)]
+    if left:
+        raise LoweringError(f"dequantize ops of weights are left in the lowered graph: {', '.join(left)}")
+    return _Transformed(graph, sites, wanted, allowed, count)
+
+
+def _is_matrix(graph: GraphModule, node: Node) -> bool:
+    return ops.is_constant(node) and ops.constant_value(graph, node).ndim > 1
+
+
+def lower(
+    quantized: GraphModule,
+    example_inputs: Any = None,
+    *,
+    allow_float: Sequence[str] = (),
+    min_sqnr_db: float = MIN_SQNR_DB,
+    device: str | torch.device | None = None,
+    cuda_graphs: bool = False,
+    freezing: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> CudaProgram:
+    """Pack the weights of a converted graph, compile it, run it, and prove that it calls our kernels.
+
+    Sizes that were dynamic at export stay dynamic. No global setting of Inductor is changed.
+
+    Args:
+        quantized: what `convert_pt2e` returned, of any Quantizer.
+        example_inputs: one batch to prove it with; made up from the input shapes if None.
+        allow_float: patterns of annotated ops that may run in float.
+        min_sqnr_db: how close the program must be to the converted graph on `example_inputs`.
+        device: where it runs; the current GPU if None. "cpu" runs the kernels' references, as a check.
+        cuda_graphs: record a call once and replay it: for few rows, where launches take longer than kernels.
+        freezing: let Inductor fold and rearrange the float weights that are left.
+        options: more settings of Inductor for this program, e.g. `{"max_autotune": True}`.
+
+    Raises:
+        InputError: the graph is not converted, or `example_inputs` does not fit it.
+        LoweringError: an annotated op has no kernel, there is no GPU, the program cannot be compiled or run, it does not
+            call our kernels, or its output is off.
+    """
+    place = _device(device)
+    made = _transform(quantized, allow_float)
+    batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
+    inputs = data.input_specs(quantized)
+    data.check(inputs, batch, "example_inputs")
+    batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), batch)
+    structure = str(pytree.treespec_dumps(pytree.tree_structure(data.split(batch))))
+    settings = _settings(place, cuda_graphs, freezing, options)
+    about = Metadata(inputs, made.sites, _UNPROVEN, structure=structure)
+    program = CudaProgram(made.graph, about, place, settings)
+    reference = _moved(quantized, place)
+    passes.make_float(reference, made.allowed)
+    kernels = _kernels(program, batch, made.count)
+    found = hold_against(
+        reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_op_error(quantized), target=TARGET
+    )
+    proof = Proof(kernels, len(made.wanted), len(made.wanted), found, left_float(made.sites, made.allowed))
+    program.prove(replace(about, proof=proof))
+    return program
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    cuda_graphs: bool = False,
+    freezing: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> CudaProgram:
+    """Read what `CudaProgram.save` wrote; it is compiled again at the first call. The options are those of `lower`.
+
+    Raises:
+        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+        LoweringError: there is no GPU, and `device` names no other place.
+    """
+    place, about = _device(device), read_metadata(Path(path), TARGET)
+    try:
+        graph = torch.export.load(path).module()
+    except Exception as error:
+        raise ArtifactError(f"torch {torch.__version__} cannot read {path}: {error}") from error
+    assert isinstance(graph, GraphModule)
+    return CudaProgram(graph, about, place, _settings(place, cuda_graphs, freezing, options))
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None and not torch.cuda.is_available():
+        raise LoweringError('torch sees no NVIDIA GPU; pass device="cpu" to check the program with reference kernels')
+    return torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+
+
+def _settings(
+    place: torch.device, cuda_graphs: bool, freezing: bool, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {"freezing": freezing, "triton.cudagraphs": cuda_graphs and place.type == "cuda", **(options or {})}
+
+
+def _moved(graph: GraphModule, device: torch.device) -> GraphModule:
+    """A copy on `device`, with what the graph makes there too; tensors that lie there already are shared."""
+    twin = passes.copy_graph(graph)
+    for name in {str(n.target) for n in twin.graph.nodes if n.op == "get_attr"}:
+        owner, _, leaf = name.rpartition(".")
+        module, value = twin.get_submodule(owner), operator.attrgetter(name)(twin)
+        if isinstance(value, torch.Tensor):
+            delattr(module, leaf)
+            module.register_buffer(leaf, value.detach().to(device))
+    for node in twin.graph.nodes:
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda v: device if isinstance(v, torch.device) else v
+        )
+    twin.recompile()
+    return twin
+
+
+def _example(graph: GraphModule, device: torch.device) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), data.example_of(graph))
+
+
+def _op_error(graph: GraphModule) -> float:
+    """One unit in the last place of the coarsest floats of the model."""
+    values = [n.meta.get("val") for n in graph.graph.nodes]
+    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in _FLOATS}
+    return max((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float32).eps)
+
+
+def _kernels(program: CudaProgram, batch: Any, count: int) -> dict[str, int]:
+    """How often one call of the compiled program calls each of our ops.
+
+    Raises:
+        LoweringError: it cannot be compiled or run, or calls fewer than the `count` ops of its graph.
+    """
+    try:
+        data.call(program, batch)  # compiles, in which the ops are called on shapes
+        with torch.autograd.profiler.profile(use_kineto=False) as profile:
+            data.call(program, batch)
+    except Exception as error:
+        raise LoweringError(f"{TARGET}: the lowered graph cannot be compiled and run: {str(error)[:2000]}") from error
+    calls = Counter({event.key: event.count for event in profile.key_averages() if event.key in _CALLS})
+    if sum(calls.values()) < count:
+        raise LoweringError(f"{TARGET}: {count} ops are lowered, and the compiled program calls {dict(calls)} of them")
+    return {key.removeprefix("torchquant::"): n for key, n in calls.items()}
