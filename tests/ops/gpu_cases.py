@@ -1,0 +1,196 @@
+"""Products to check kernels by: on the GPU where there is one, through Triton's interpreter anywhere.
+
+Run as a script, with TRITON_INTERPRET=1 in the environment, it checks all and prints {case: relative error} as JSON:
+the interpreter is chosen when a kernel is defined, so it needs a process of its own.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from torchquant.ops.gpu import linears, packing
+from torchquant.ops.gpu.configs import Config
+
+EPS = 2.0**-126
+SKINNY, TILED = "skinny", "tiled"
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """A product with a weight of `bits`, in groups of `group` or per channel (0)."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group: int
+    asymmetric: bool
+    config: Config | None
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+    data: str = "normal"
+
+    def arguments(self, device="cpu", dtype=torch.float16):
+        torch.manual_seed(self.m + self.n + self.k)
+        group = self.group or self.k
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1)
+        codes = torch.randint(low, high, (self.n, self.k), dtype=torch.int8, device=device)
+        scale = (torch.rand(self.n, -(-self.k // group), device=device) * 0.02 + 0.01).to(dtype)
+        zero = torch.randint(low, high, scale.shape, device=device).to(dtype) if self.asymmetric else None
+        x = activations(self.m, self.k, self.data, device).to(dtype)
+        if self.data == "zeros":
+            scale[:, 0] = 0
+            codes[:: max(1, self.n // 4)] = 0
+        bias = torch.randn(self.n, device=device, dtype=dtype) if self.bias else None
+        residual = torch.randn(self.m, self.n, device=device, dtype=dtype) if self.residual else None
+        packed, params = packing.pack_weight(codes, self.bits), packing.pack_params(scale, zero)
+        return x, packed, params, bias, residual, self.bits, group
+
+    def error(self, device="cpu", dtype=torch.float16):
+        from torchquant.ops.gpu import launch
+
+        x, *weight, bits, group = self.arguments(device, dtype)
+        y = launch.weight_only(x, *weight, bits, group, self.asymmetric, self.activation, self.config)
+        exact = linears.weight_only_reference(x.double(), *weight, bits, group, self.activation, torch.float64)
+        return relative_error(y, exact)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A product of codes; `mode`: rows or tensor (floats quantized inside), affine (tensor, with zero point), codes."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    mode: str
+    config: Config | None
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+    data: str = "normal"
+    even: bool = True  # the grid has as many codes below zero as above
+
+    def arguments(self, device="cpu", dtype=torch.float16):
+        torch.manual_seed(self.m + self.n + self.k)
+        integer = self.dtype == torch.int8
+        low, high = (-127.0 if self.even else -128.0, 127.0) if integer else (-448.0, 448.0)
+        weight = (
+            torch.randint(-127, 128, (self.n, self.k), device=device)
+            if integer
+            else torch.randn(self.n, self.k, device=device)
+        )
+        weight = weight.to(self.dtype)
+        by_output = torch.rand(self.n, device=device) * 0.01
+        x = activations(self.m, self.k, self.data, device)
+        if not integer and device == "cpu":
+            # Triton's interpreter rounds a float8 down where rounding up would carry into the exponent: only values
+            # that lie on the grid, with the largest one at its end
+            x = x.clamp(-448, 448).to(self.dtype).float()
+            x[:, 0] = 448 if self.data == "outliers" else 7
+        x = x.to(dtype)
+        scale = zero = sums = None
+        if self.mode == "codes":
+            x, scale = linears.quantize_rows_reference(x, self.dtype, low, high, EPS)
+            scale = scale.reshape(-1)
+        elif self.mode != "rows":
+            scale = x.float().abs().max().reshape(1) / 300 if integer else x.float().abs().max().reshape(1) / 448
+        if self.mode == "affine" or (self.mode == "codes" and integer):
+            rows = self.m if self.mode == "codes" else 1
+            zero = torch.randint(-9, 9, (rows,), dtype=torch.int32, device=device)
+            sums = weight.sum(1, dtype=torch.int32)
+        bias = torch.randn(self.n, device=device) if self.bias else None
+        residual = torch.randn(self.m, self.n, device=device).to(dtype) if self.residual else None
+        return x, weight, by_output, scale, zero, sums, bias, residual, low, high, EPS, self.activation
+
+    def error(self, device="cpu", dtype=torch.float16):
+        from torchquant.ops.gpu import launch
+
+        arguments = self.arguments(device, dtype)
+        y = launch.scaled(*arguments, dtype, self.config)
+        return relative_error(y, linears.scaled_reference(*arguments, torch.float64))
+
+
+def activations(m, k, data, device):
+    """Random rows; `outliers`: a channel a hundred times as large; `tiny`: denormals; `zeros`: some rows are zero."""
+    x = torch.randn(m, k, device=device)
+    if data == "outliers":
+        x[:, k // 3] *= 100
+    elif data == "tiny":
+        x *= 3e-7
+    elif data == "zeros":
+        x[::2] = 0
+    return x
+
+
+def relative_error(found, exact):
+    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-300))
+
+
+def cases():
+    """One list for both: small shapes, none a multiple of a tile, each feature at least once a kernel."""
+    found = []
+    for config in (
+        Config(SKINNY, 8, 16, slices=4),
+        Config(TILED, 16, 16, slices=2),
+        Config(TILED, 16, 32),
+        Config("dequantize"),
+    ):
+        found += [
+            WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
+            WeightOnly(5, 24, 192, 4, 32, True, config, "gelu", bias=True),
+            WeightOnly(9, 20, 320, 4, 160, False, config, "gelu_tanh"),
+            WeightOnly(2, 20, 130, 4, 0, True, config, "silu", data="outliers"),
+            WeightOnly(4, 32, 384, 4, 64, False, config, data="zeros"),
+            WeightOnly(1, 16, 160, 8, 32, True, config, residual=True),
+            WeightOnly(9, 20, 200, 8, 0, False, config, "relu6", bias=True),
+        ]
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for config in (
+            Config(SKINNY, 8, 16, 64, slices=4, quantizes=True),
+            Config(SKINNY, 8, 16, 64, slices=2),
+            Config(TILED, 16, 32, 64),
+        ):
+            found += [
+                Scaled(9, 24, 200, dtype, "codes", config, "gelu_tanh", bias=True),
+                Scaled(3, 40, 300, dtype, "rows", config, "relu6", bias=True, residual=True),
+                Scaled(3, 40, 256, dtype, "tensor", config, "silu"),
+                Scaled(4, 20, 256, dtype, "rows", config, data="zeros"),
+                Scaled(4, 20, 256, dtype, "rows", config, data="outliers"),
+            ]
+            if dtype == torch.int8:
+                found += [
+                    Scaled(5, 40, 130, dtype, "affine", config, "relu", bias=True),
+                    Scaled(5, 20, 130, dtype, "rows", config, even=False),
+                ]
+    return found
+
+
+def rows_agree():
+    """Whether codes and scales of rows are the reference's, in one pass and in several."""
+    from torchquant.ops.gpu import launch
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 1000)
+    x[1] = 0
+    x[2] *= 1e-30
+    x[3, 0] = 1e4
+    wrong = {}
+    for widest in (512, 8192):
+        launch._WIDEST_ROW = widest
+        for low in (-127.0, -128.0):
+            codes, scale = launch.quantize_rows(x, torch.int8, low, 127.0, EPS)
+            expected, by_row = linears.quantize_rows_reference(x, torch.int8, low, 127.0, EPS)
+            wrong[f"rows of {widest}, from {low:.0f}"] = float(
+                (codes != expected).sum() + (scale != by_row[:, 0]).sum()
+            )
+    return wrong
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    json.dump({str(c): c.error() for c in cases()} | rows_agree(), sys.stdout)

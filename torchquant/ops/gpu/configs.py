@@ -1,0 +1,224 @@
+"""Which kernel, and how it is cut, for a product of a given size on a given GPU.
+
+Answers that were found by measurement (`tuning.search`) are kept by GPU: those that come with the package in
+`measured/*.json`, those of this machine in the cache folder, which win. Everything else is chosen by rules from the
+sizes. Nothing is ever searched for while a model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchquant.files import write_whole
+from torchquant.ops import native
+
+__all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug"]
+
+WEIGHT_ONLY = ("w4a16", "w8a16")
+_PACKAGED = Path(__file__).parent / "measured"
+_LARGEST = 8192  # rows: more are cut like this many
+
+
+@dataclass(frozen=True)
+class Config:
+    """A kernel and its cut.
+
+    Args:
+        kernel: `skinny`, `tiled`, `dequantize` (weight only: to a float weight, then cuBLAS) or `library` (cuBLAS).
+        m, n, k: the tile, as far as the kernel has one.
+        slices: of K: within a program (skinny), or over programs (tiled).
+        warps, stages: as Triton's num_warps and num_stages.
+        quantizes: the kernel quantizes float activations itself (skinny).
+    """
+
+    kernel: str
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    slices: int = 1
+    warps: int = 4
+    stages: int = 3
+    quantizes: bool = False
+
+
+def bucket(m: int) -> int:
+    """Sizes that are cut alike: the next power of two."""
+    return min(1 << max(0, m - 1).bit_length(), _LARGEST)
+
+
+def candidates(format: str, m: int) -> list[Config]:
+    """What is worth trying for a product with m rows."""
+    rows = max(8, min(bucket(m), 32))
+    found: list[Config] = []
+    if format in ("w4a16", "w8a16"):
+        if m <= 128:
+            found += [
+                Config("skinny", rows, n, slices=s, warps=w, stages=st)
+                for n, s, w, st in _SKINNY_WEIGHT_ONLY
+                if rows * n <= 1024 and not (format == "w8a16" and n * s > 256)
+            ]
+        if m > 8:
+            found += [
+                Config("tiled", tile, n, slices=s, warps=w, stages=st)
+                for tile, n, w, st in _TILED_WEIGHT_ONLY
+                for s in (1, 2, 4, 8)
+                if tile <= max(16, bucket(m)) and tile * 8 >= m and (s == 1 or m <= 256)
+            ]
+        if m > 32:
+            found.append(Config("dequantize"))
+        return found
+    if m <= 128:
+        found += [
+            Config("skinny", rows, n, k, slices=s, warps=w, stages=st, quantizes=q)
+            for n, k, s, w, st in _SKINNY
+            for q in ((True, False) if m <= 8 else (False,))
+            if rows * n <= 1024
+        ]
+    if m > 16:
+        found += [
+            Config("tiled", tile, n, k, warps=w, stages=st)
+            for tile, n, k, w, st in _TILED
+            if tile <= max(64, bucket(m))
+        ]
+        found.append(Config("library"))
+    return found
+
+
+# (outputs, slices, warps, stages)
+_SKINNY_WEIGHT_ONLY = ((16, 4, 4, 4), (16, 8, 8, 3), (16, 4, 4, 6), (32, 4, 4, 4), (32, 8, 8, 3), (64, 4, 4, 3))
+# (rows, outputs, warps, stages)
+_TILED_WEIGHT_ONLY = (
+    (16, 64, 4, 4),
+    (32, 64, 4, 4),
+    (32, 128, 4, 4),
+    (64, 64, 4, 4),
+    (64, 128, 4, 3),
+    (128, 64, 4, 3),
+    (128, 128, 8, 3),
+    (256, 128, 8, 3),
+)
+# (outputs, columns, slices, warps, stages)
+_SKINNY = (
+    (16, 128, 4, 4, 4),
+    (16, 128, 8, 8, 3),
+    (16, 256, 4, 4, 3),
+    (32, 128, 4, 4, 4),
+    (32, 128, 8, 8, 3),
+    (64, 64, 4, 4, 4),
+)
+# (rows, outputs, columns, warps, stages)
+_TILED = (
+    (64, 64, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+    (128, 64, 128, 4, 4),
+    (128, 128, 128, 4, 3),
+    (128, 128, 128, 8, 3),
+    (256, 128, 128, 8, 3),
+    (128, 256, 128, 8, 3),
+)
+
+
+def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int) -> Config:
+    """A cut that keeps all multiprocessors busy and reads x seldom, without having measured anything.
+
+    Args:
+        shared_bytes: shared memory that one program may have.
+    """
+    rows = max(8, min(bucket(m), 32))
+    outputs = 16 if m <= 8 and n < 64 * multiprocessors else 32
+    if m <= 32:
+        columns = 0 if format in WEIGHT_ONLY else 128
+        found = Config("skinny", rows, outputs, columns, slices=4, stages=4, quantizes=columns > 0 and m <= 4)
+    elif format in WEIGHT_ONLY:
+        if m > 1024:
+            return Config("dequantize")
+        tile = 64 if m <= 64 else 128 if m <= 256 else 256
+        found = Config("tiled", tile, 128, warps=4 if tile == 64 else 8, stages=3)
+        while found.slices < 8 and -(-n // 128) * -(-m // tile) * found.slices < multiprocessors:
+            found = replace(found, slices=2 * found.slices)
+    elif format == "fp8" and m > 64:
+        return Config("library")
+    else:
+        tile, outputs = (64, 64 if n < 128 * multiprocessors else 128) if m <= 64 else (128, 128)
+        found = Config("tiled", tile, outputs, 128, warps=4 if tile == 64 else 8, stages=4)
+    return _fitted(found, format, shared_bytes)
+
+
+def _fitted(config: Config, format: str, shared_bytes: int) -> Config:
+    """The same with as many stages, or at least as many rows, as shared memory holds."""
+    while tile_bytes(config, format) * config.stages > shared_bytes:
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            config = replace(config, m=config.m // 2)
+    return config
+
+
+def tile_bytes(config: Config, format: str) -> int:
+    """What one step of a program copies to shared memory: codes, activations, scales."""
+    slices = config.slices if config.kernel == "skinny" else 1
+    if format in WEIGHT_ONLY:
+        weight, x = config.n * (64 if format == "w4a16" else 128) + 4 * config.n, config.m * 256
+    else:
+        weight, x = config.n * config.k, config.m * config.k * (2 if config.quantizes else 1)
+    return slices * (weight + x)
+
+
+def choose(format: str, m: int, n: int, k: int, device: torch.device, *, library: bool = True) -> Config:
+    """The cut of a product x (m, k) by weight (n, k); `library`: whether cuBLAS takes it."""
+    found = _chosen(format, bucket(m), n, k, device)
+    if found.kernel == "library" and not library:
+        return Config("skinny", 8, 16, 128, slices=4, warps=4) if m <= 16 else Config("tiled", 64, 64, 128, stages=4)
+    return found
+
+
+@functools.cache
+def _chosen(format: str, m: int, n: int, k: int, device: torch.device) -> Config:
+    properties = torch.cuda.get_device_properties(device)
+    table = _table(slug(properties.name))
+    measured = table.get(format, {}).get(f"{n}x{k}", {}).get(str(m))
+    if measured is not None:
+        return Config(**measured)
+    return by_rule(format, m, n, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def slug(name: str) -> str:
+    """A GPU's name as a file name."""
+    return re.sub(r"\W+", "-", name).strip("-").lower()
+
+
+def _own_folder() -> Path:
+    folder = native.cache_folder() / "gpu"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """format -> `NxK` -> rows -> Config, of one GPU."""
+    table: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for folder in (_PACKAGED, _own_folder()):
+        file = folder / f"{gpu}.json"
+        if file.is_file():
+            for format, sizes in json.loads(file.read_text()).items():
+                for size, rows in sizes.items():
+                    table.setdefault(format, {}).setdefault(size, {}).update(rows)
+    return table
+
+
+def remember(gpu: str, format: str, m: int, n: int, k: int, config: Config) -> Path:
+    """Keep what was measured on this machine; products from now on use it."""
+    file = _own_folder() / f"{gpu}.json"
+    table = json.loads(file.read_text()) if file.is_file() else {}
+    table.setdefault(format, {}).setdefault(f"{n}x{k}", {})[str(bucket(m))] = asdict(config)
+    write_whole(file, lambda part: part.write_text(json.dumps(table, indent=1, sort_keys=True)))
+    _table.cache_clear()
+    _chosen.cache_clear()
+    return file

@@ -1,0 +1,296 @@
+"""Which kernel runs a product, and its launch. Shapes: x (M, K), weight (N, K), residual and y (M, N).
+
+No call waits for the GPU: everything that decides about a launch is known on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from torchquant.ops.gpu import configs, kernels
+from torchquant.ops.gpu.configs import Config
+from torchquant.ops.gpu.packing import BLOCK
+
+__all__ = ["dequantize", "quantize_rows", "scaled", "weight_only"]
+
+_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter knows no inline assembly
+_SPAN = 4096  # values that one program quantizes
+_WIDEST_ROW = 8192  # values of a row held in registers
+
+
+def _cut(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+# weight only ----------------------------------------------------------------------------------------------------------
+
+
+def weight_only(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    asymmetric: bool,
+    activation: str,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See `linears.weight_only_linear`; `config` overrides the choice by size."""
+    x = x.contiguous()
+    (m, k), n = x.shape, packed.shape[-2]
+    out = x.new_empty(m, n)
+    if m == 0:
+        return out
+    if config is None:
+        config = configs.choose(f"w{bits}a16", m, n, k, x.device)
+    epilogue = (bias, residual if residual is None else residual.contiguous())
+    format = (n, k, group_size, asymmetric, bits)
+    if config.kernel == "dequantize":
+        weight = dequantize(packed, params, k, bits, group_size, asymmetric)
+        if residual is None and activation == "none":
+            return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        _add_splits(torch.mm(x, weight.t()), *epilogue, out, 1, activation)
+    elif config.kernel == "skinny":
+        kernels.weight_only_skinny[(_cut(n, config.n), _cut(m, config.m))](
+            x,
+            packed,
+            _words(params),
+            *epilogue,
+            out,
+            m,
+            *format,
+            activation,
+            config.m,
+            config.n,
+            config.slices,
+            not _INTERPRETED,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    else:
+        split = min(config.slices, _cut(k, BLOCK))
+        parts = out if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+        kernels.weight_only_tiled[(_cut(n, config.n) * _cut(m, config.m), split)](
+            x,
+            packed,
+            _words(params),
+            *(epilogue if split == 1 else (None, None)),
+            parts,
+            m,
+            *format,
+            activation,
+            config.m,
+            config.n,
+            split,
+            not _INTERPRETED,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        if split > 1:
+            _add_splits(parts, *epilogue, out, split, activation)
+    return out
+
+
+def dequantize(
+    packed: torch.Tensor, params: torch.Tensor, k: int, bits: int, group_size: int, asymmetric: bool
+) -> torch.Tensor:
+    """The weight (N, k) in the dtype of its scales."""
+    n = packed.shape[-2]
+    weight = params.new_empty(n, k)
+    rows = 32
+    kernels.dequantize_weight[(_cut(n, rows), _cut(k, BLOCK))](
+        packed, _words(params), weight, n, k, group_size, asymmetric, bits, rows, not _INTERPRETED, num_warps=4
+    )
+    return weight
+
+
+def _words(params: torch.Tensor) -> torch.Tensor:
+    """Each pair of scale and zero point as one int32."""
+    return params.view(torch.int32)
+
+
+def _add_splits(
+    parts: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    split: int,
+    activation: str,
+) -> None:
+    (m, n), (rows, columns) = out.shape, (4, 256)
+    kernels.add_splits[(_cut(n, columns), _cut(m, rows))](
+        parts, bias, residual, out, m, n, split, activation, rows, columns, num_warps=4
+    )
+
+
+# codes by codes -------------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(
+    x: torch.Tensor, dtype: torch.dtype, quant_min: float, quant_max: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `linears.quantize_rows`; x (M, K), scales (M,)."""
+    x = x.contiguous()
+    m, k = x.shape
+    codes, scale = x.new_empty(m, k, dtype=dtype), x.new_empty(m, dtype=torch.float32)
+    if m and k:
+        width = min(triton.next_power_of_2(k), _WIDEST_ROW)
+        warps = max(1, min(16, width // 512))
+        kernels.quantize_rows[(m,)](x, codes, scale, k, quant_min, quant_max, eps, width, num_warps=warps)
+    return codes, scale
+
+
+def _quantize_tensor(
+    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor, zero_point: torch.Tensor | None, low: float, high: float
+) -> torch.Tensor:
+    codes = torch.empty_like(x, dtype=dtype)
+    grid = (_cut(x.numel(), _SPAN),)
+    kernels.quantize_tensor[grid](x, codes, scale, zero_point, x.numel(), low, high, _SPAN, num_warps=8)
+    return codes
+
+
+def scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    quant_min: float,
+    quant_max: float,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See `linears.scaled_linear`; x_scale and x_zero_point (M,) or (1,). `config` overrides the choice by size."""
+    x, weight = x.contiguous(), weight.contiguous()
+    (m, k), n = x.shape, weight.shape[0]
+    out = x.new_empty(m, n, dtype=out_dtype)
+    if m == 0:
+        return out
+    if config is None:
+        config = configs.choose(_FORMAT[weight.dtype], m, n, k, x.device, library=_library_takes(m, n, k, weight))
+    inside = config.kernel == "skinny" and config.quantizes
+    if x.dtype != weight.dtype and not inside:
+        if x_scale is None:
+            x, x_scale = quantize_rows(x, weight.dtype, quant_min, quant_max, eps)
+        else:
+            x = _quantize_tensor(x, weight.dtype, x_scale, x_zero_point, quant_min, quant_max)
+    residual = residual if residual is None else residual.contiguous()
+    epilogue = (x_scale, x_zero_point, weight_scale, weight_sum, bias, residual)
+    by_row = tuple(int(v is not None and v.numel() > 1) for v in (x_scale, x_zero_point, weight_scale))
+    if config.kernel == "library":
+        return _by_library(x, weight, *epilogue, out, by_row, activation)
+    if config.kernel == "skinny":
+        wide = min(triton.next_power_of_2(k), max(16384 // config.m, 32))
+        kernels.scaled_skinny[(_cut(n, config.n), _cut(m, config.m))](
+            x,
+            weight,
+            *epilogue,
+            out,
+            m,
+            n,
+            k,
+            *by_row,
+            quant_min,
+            quant_max,
+            eps,
+            activation,
+            config.m,
+            config.n,
+            config.k,
+            config.slices,
+            wide,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    else:
+        kernels.scaled_tiled[(_cut(n, config.n) * _cut(m, config.m),)](
+            x,
+            weight,
+            *epilogue,
+            out,
+            m,
+            n,
+            k,
+            *by_row,
+            activation,
+            config.m,
+            config.n,
+            config.k,
+            8,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out
+
+
+_FORMAT = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+
+
+def _library_takes(m: int, n: int, k: int, weight: torch.Tensor) -> bool:
+    """Whether cuBLAS multiplies codes of these sizes: `_int_mm` wants more than 16 rows, both want multiples."""
+    multiple = 8 if weight.dtype == torch.int8 else 16
+    return n % multiple == 0 and k % multiple == 0 and (m > 16 or weight.dtype != torch.int8)
+
+
+def _by_library(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: Any,
+    x_zero_point: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    by_row: tuple[int, ...],
+    activation: str,
+) -> torch.Tensor:
+    """The product by cuBLAS, the rest by one kernel of ours where cuBLAS does not do it."""
+    (m, n), (rows, columns) = out.shape, (4, 256)
+    if weight.dtype == torch.int8:
+        products = torch._int_mm(x, weight.t())
+        kernels.scale_products[(_cut(n, columns), _cut(m, rows))](
+            products,
+            x_scale,
+            x_zero_point,
+            weight_scale,
+            weight_sum,
+            bias,
+            residual,
+            out,
+            m,
+            n,
+            *by_row,
+            activation,
+            rows,
+            columns,
+            num_warps=4,
+        )
+        return out
+    if by_row[0] or by_row[2]:  # one factor a row for both, or one for all
+        x_scale = x_scale.expand(m).contiguous().view(m, 1)
+        weight_scale = weight_scale.expand(n).contiguous().view(1, n)
+    plain = out.dtype == torch.bfloat16 and residual is None and activation == "none"
+    product = torch._scaled_mm(
+        x,
+        weight.t(),
+        x_scale,
+        weight_scale,
+        bias=bias.to(torch.bfloat16) if plain and bias is not None else None,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    if plain:
+        return product
+    _add_splits(product, bias, residual, out, 1, activation)
+    return out

@@ -1,0 +1,310 @@
+"""Linears with quantized weights as operators: schema, shapes, a reference on every device, Triton on NVIDIA GPUs.
+
+The operators are opaque to torch.compile: it neither folds packed weights back to floats nor needs a GPU to trace them.
+All compute y = activation(product + bias + residual), the part after the product in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from torchquant.ops.gpu import packing
+
+__all__ = ["ACTIVATIONS", "quantize_rows", "scaled_linear", "weight_only_linear"]
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@torch.library.custom_op("torchquant::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    asymmetric: bool,
+    activation: str,
+) -> torch.Tensor:
+    """activation(x W^T + bias + residual) with W = (codes - zero point) scale, unpacked as it is multiplied.
+
+    Args:
+        x: (..., K) bfloat16, float16 or float32.
+        packed: codes (N, K) of `bits` 4 or 8, from `packing.pack_weight`.
+        params: scales and zero points from `packing.pack_params`, in x's dtype.
+        bias: (N,); residual: (..., N).
+        group_size: neighbours on K that share a scale: a multiple of 32 that divides K, or K itself.
+        asymmetric: whether there are zero points other than 0.
+        activation: a name of `ACTIVATIONS`.
+
+    Returns:
+        (..., N) in x's dtype.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    _check_weight_only(x, packed, params, bits, group_size, activation)
+    n = packed.shape[-2]
+    rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
+    if x.is_cuda and x.dtype != torch.float32:
+        y = _launch().weight_only(rows, packed, params, bias, more, bits, group_size, asymmetric, activation)
+    else:
+        y = weight_only_reference(rows, packed, params, bias, more, bits, group_size, activation)
+    return y.reshape(*x.shape[:-1], n)
+
+
+@weight_only_linear.register_fake
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    asymmetric: bool,
+    activation: str,
+) -> torch.Tensor:
+    _check_weight_only(x, packed, params, bits, group_size, activation)
+    return x.new_empty(*x.shape[:-1], packed.shape[-2])
+
+
+def weight_only_reference(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    activation: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The same in plain PyTorch, in `dtype`; x (M, K), residual (M, N)."""
+    scale, zero_point = (v.to(dtype).repeat_interleave(group_size, 1) for v in packing.unpack_params(params))
+    weight = (packing.unpack_weight(packed, bits, x.shape[-1]).to(dtype) - zero_point) * scale
+    return _epilogue(x.to(dtype) @ weight.t(), bias, residual, activation).to(x.dtype)
+
+
+def _check_weight_only(
+    x: torch.Tensor, packed: torch.Tensor, params: torch.Tensor, bits: int, group_size: int, activation: str
+) -> None:
+    k = x.shape[-1]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"weight_only_linear has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
+    if params.dtype != x.dtype:
+        raise ValueError(
+            f"the scales are {params.dtype} and the activations {x.dtype}: cast the lowered model as a whole"
+        )
+    if bits not in (4, 8) or packed.dim() != (3 if bits == 4 else 4):
+        raise ValueError(f"packed has {packed.dim()} axes, which are not those of {bits} bits")
+    if packed.shape[0] != -(-k // packing.BLOCK) or params.shape[0] != -(-k // group_size):
+        raise ValueError(
+            f"x has {k} features, but the weight {packed.shape[0]} blocks of 128 and {params.shape[0]} groups of "
+            f"{group_size}"
+        )
+
+
+@torch.library.custom_op("torchquant::quantize_rows", mutates_args=())
+def quantize_rows(
+    x: torch.Tensor, dtype: torch.dtype, quant_min: float, quant_max: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of x (..., K) symmetrically, with a scale from its largest magnitude.
+
+    Returns:
+        Codes (..., K) of `dtype` (int8 or float8_e4m3fn), and scales (..., 1) float32 of `eps` at least.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda:
+        codes, scale = _launch().quantize_rows(rows, dtype, quant_min, quant_max, eps)
+    else:
+        codes, scale = quantize_rows_reference(rows, dtype, quant_min, quant_max, eps)
+    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+
+
+@quantize_rows.register_fake
+def _(
+    x: torch.Tensor, dtype: torch.dtype, quant_min: float, quant_max: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def quantize_rows_reference(
+    x: torch.Tensor, dtype: torch.dtype, quant_min: float, quant_max: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain PyTorch; x (M, K)."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / ((quant_max - quant_min) / 2)).clamp(min=eps)
+    return _codes_of(x, scale, None, dtype, quant_min, quant_max), scale
+
+
+def _codes_of(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    dtype: torch.dtype,
+    quant_min: float,
+    quant_max: float,
+) -> torch.Tensor:
+    values = x.float() * (1.0 / scale)
+    if dtype == torch.int8:
+        values = values.round() + (0 if zero_point is None else zero_point)
+    return values.clamp(quant_min, quant_max).to(dtype)
+
+
+@torch.library.custom_op("torchquant::scaled_linear", mutates_args=())
+def scaled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    quant_min: float,
+    quant_max: float,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """activation((codes(x) - x_zero_point) weight^T x_scale weight_scale + bias + residual).
+
+    Args:
+        x: (..., K) floats, quantized here; or codes of the weight's dtype.
+        weight: codes (N, K), int8 or float8_e4m3fn, contiguous.
+        weight_scale: (N,) or (1,) float32.
+        x_scale: (1,) float32, or for codes also (..., 1); None: from each row's largest magnitude (`quantize_rows`).
+        x_zero_point: like x_scale, int32; None: 0. For int8 only.
+        weight_sum: (N,) int32, the sums of the rows of `weight`; needed with x_zero_point.
+        bias: (N,); residual: (..., N).
+        quant_min, quant_max: the grid of x's codes; eps: the smallest scale of a row.
+        activation: a name of `ACTIVATIONS`.
+
+    Returns:
+        (..., N) in out_dtype.
+
+    Raises:
+        ValueError: an argument does not fit the others.
+    """
+    _check_scaled(x, weight, x_scale, x_zero_point, weight_sum, activation)
+    n = weight.shape[0]
+    rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
+    factors = (
+        None if x_scale is None else x_scale.reshape(-1),
+        None if x_zero_point is None else x_zero_point.reshape(-1),
+    )
+    compute = _launch().scaled if x.is_cuda else scaled_reference
+    y = compute(
+        rows,
+        weight,
+        weight_scale,
+        *factors,
+        weight_sum,
+        bias,
+        more,
+        quant_min,
+        quant_max,
+        eps,
+        activation,
+        out_dtype,
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+@scaled_linear.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    quant_min: float,
+    quant_max: float,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_scaled(x, weight, x_scale, x_zero_point, weight_sum, activation)
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
+
+
+def scaled_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    quant_min: float,
+    quant_max: float,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same in plain PyTorch; x (M, K), x_scale and x_zero_point (M,) or (1,), residual (M, N)."""
+    if x_scale is None:
+        x, x_scale = quantize_rows_reference(x, weight.dtype, quant_min, quant_max, eps)
+    elif x.dtype != weight.dtype:
+        x = _codes_of(x, x_scale, x_zero_point, weight.dtype, quant_min, quant_max)
+    wide = torch.float64 if weight.dtype == torch.int8 else torch.float32  # integers: exact
+    product = x.to(wide) @ weight.to(wide).t()
+    if x_zero_point is not None:
+        assert weight_sum is not None
+        product = product - x_zero_point.reshape(-1, 1).to(product.dtype) * weight_sum.to(product.dtype)
+    y = product.float() * x_scale.reshape(-1, 1) * weight_scale
+    return _epilogue(y, bias, residual, activation).to(out_dtype)
+
+
+def _check_scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"scaled_linear has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
+    if weight.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"scaled_linear takes weights in int8 or float8_e4m3fn, not {weight.dtype}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features and the weight {weight.shape[1]}")
+    if x_scale is None and (x.dtype == weight.dtype or x_zero_point is not None):
+        raise ValueError("x holds codes or has a zero point, so it needs x_scale")
+    if x_zero_point is not None and (weight_sum is None or weight.dtype != torch.int8):
+        raise ValueError("a zero point needs weight_sum, and codes that are integers")
+
+
+def _epilogue(
+    y: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return ACTIVATIONS[activation](y)
+
+
+def _launch() -> Any:
+    """The launcher of the Triton kernels: Triton comes with torch for CUDA only."""
+    from torchquant.ops.gpu import launch  # noqa: PLC0415
+
+    return launch
