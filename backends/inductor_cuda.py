@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-import torchquant.ops.gpu.linears  # registers the ops that a lowered graph calls
 from torchquant import archive
 from torchquant import batches as data
-from torchquant.errors import ArtifactError, LoweringError
+from torchquant.errors import ArtifactError, LoweringError, TorchquantWarning
 from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
@@ -30,7 +30,7 @@ from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, le
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again
-from torchquant.types import Capability, Scheme, Site, TensorSpec
+from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
 __all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "CudaProgram", "load", "lower", "transform"]
@@ -212,8 +212,11 @@ class CudaProgram(Program):
 def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> GraphModule:
     """The converted graph with each quantized linear and 1x1 convolution as one op on packed weights; a new graph.
 
-    It may be exported, compiled or run as it is, on any device. Linears that read the same values in the same way become
-    one op; an addend and an activation behind a product are computed in its kernel.
+    It may be exported, compiled or run as it is, on any device. Linears that read the same values in the same way
+    become one op; an addend and an activation behind a product are computed in its kernel. Codes that are multiplied by
+    codes are stored in 8 bits, also where the Quantizer asked for fewer; codes that are multiplied by floats in 4 or 8.
+    Where no kernel takes the grid of the activations (groups of weights behind int8 activations, 16 bits), they are
+    rounded to it by ops in front.
 
     Args:
         quantized: what `convert_pt2e` returned, of any Quantizer.
@@ -280,11 +283,12 @@ def lower(
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
-        LoweringError: an annotated op has no kernel, there is no GPU, the program cannot be compiled or run, it does not
-            call our kernels, or its output is off.
+        LoweringError: an annotated op has no kernel, there is no GPU, the program cannot be compiled or run, it does
+            not call our kernels, or its output is off.
     """
     place = _device(device)
     made = _transform(quantized, allow_float)
+    _check_device(place, made)
     batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
     inputs = data.input_specs(quantized)
     data.check(inputs, batch, "example_inputs")
@@ -331,6 +335,23 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None and not torch.cuda.is_available():
         raise LoweringError('torch sees no NVIDIA GPU; pass device="cpu" to check the program with reference kernels')
     return torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+
+
+def _check_device(place: torch.device, made: _Transformed) -> None:
+    """Refuse what the GPU has no instructions for, and warn of what has a slow reference only."""
+    if place.type != "cuda":
+        return
+    needs = (8, 9) if any(s.weight is not None and s.weight.dtype in FLOAT_RANGE for s in made.wanted) else (8, 0)
+    has = torch.cuda.get_device_capability(place)
+    if has < needs:
+        name = torch.cuda.get_device_name(place)
+        raise LoweringError(f"{name} has compute capability {has}, and the kernels of this scheme need {needs}")
+    target = torch.ops.torchquant.weight_only_linear.default
+    if any(n.target is target and n.args[2].meta["val"].dtype == torch.float32 for n in made.graph.graph.nodes):
+        text = (
+            "weight-only kernels compute in float16 and bfloat16; this float32 model unpacks its weights at each call"
+        )
+        warnings.warn(f"{text}. Export it in bfloat16.", TorchquantWarning, stacklevel=3)
 
 
 def _settings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -102,8 +102,8 @@ def read_layer(model: GraphModule, node: Node) -> Layer:
     except _NoKernelError as problem:
         where = ops.module_path(node) or "root"
         raise LoweringError(
-            f"{ops.op_name(node)} {node.name} ({where}) is annotated, but {problem}. Exclude it in the Quantizer, or pass "
-            f"allow_float=['node:{node.name}'] to run it in float."
+            f"{ops.op_name(node)} {node.name} ({where}) is annotated, but {problem}. Exclude it in the Quantizer, or "
+            f"pass allow_float=['node:{node.name}'] to run it in float."
         ) from None
 
 
@@ -128,7 +128,7 @@ def _read(model: GraphModule, node: Node) -> Layer:
     bias = ops.argument(node, 2)
     if bias is not None and not ops.is_constant(bias):
         raise _NoKernelError("its bias is computed at run time")
-    stride = None if op == "linear" else _each(given.get("stride", 1), len(ops.constant_value(model, node.args[1]).shape) - 2)  # type: ignore[arg-type]
+    stride = None if op == "linear" else _each(given.get("stride", 1), 1 if op == "conv1d" else 2)
     return Layer(node, read, weight, None if bias is None else ops.constant_value(model, bias), scaled, stride)
 
 
@@ -163,7 +163,7 @@ def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
     elif grid.zero_point is None and offset:
         zero_point = torch.full_like(scale, -offset)
     codes = (codes.to(torch.int16) - offset).to(torch.int8)
-    return Weight(codes, scale, zero_point, 4 if -8 <= low - offset and high - offset <= 7 else 8)
+    return Weight(codes, scale, zero_point, 4 if low - offset >= -8 and high - offset <= 7 else 8)
 
 
 def _check_convolution(given: dict[str, Any], codes: torch.Tensor) -> None:
@@ -188,7 +188,7 @@ def read_input(model: GraphModule, values: Node) -> Input:
     if found is None or (node is not values and found.how != "static"):
         return Input(values)
     # behind a reshape: quantized once more, a static grid gives the same codes
-    return found if node is values else Input(**{**found.__dict__, "source": values})
+    return found if node is values else replace(found, source=values)
 
 
 def _quantized(model: GraphModule, node: Node) -> Input | None:
@@ -222,19 +222,20 @@ def _dynamic(
     if not isinstance(chosen, Node) or chosen.args[0] is not source:
         return None
     name, given = ops.qdq_name(chosen), ops.arguments(chosen)
-    eps = max(float(given.get("eps") or EPS), EPS)
-    options = {"eps": eps, "output_dtype": wanted}
-    if name in ("choose_scale", "choose_affine"):
-        return Input(source, "dynamic", *limits, given["axis"], name == "choose_scale", **options)
-    if name in ("choose_qparams", "choose_qparams_symmetric"):
-        return Input(source, "dynamic", *limits, None, name.endswith("symmetric"), **options)
-    if name == _PER_TOKEN and limits[1:] == (-128, 127):
-        return Input(source, "dynamic", *limits, -1, False, **options)
     mapping, block = given.get("mapping_type"), given.get("block_size", ())
-    by_row = len(block) > 1 and all(size == 1 for size in block[:-1])
-    if name == "choose_qparams_affine" and by_row and mapping in ("SYMMETRIC", "ASYMMETRIC"):
-        return Input(source, "dynamic", *limits, -1, mapping == "SYMMETRIC", **options)
-    return None
+    axis: int | None = -1
+    symmetric = mapping == "SYMMETRIC"
+    if name in ("choose_scale", "choose_affine"):
+        axis, symmetric = given["axis"], name == "choose_scale"
+    elif name in ("choose_qparams", "choose_qparams_symmetric"):
+        axis, symmetric = None, name.endswith("symmetric")
+    elif name == "choose_qparams_affine":
+        if len(block) < 2 or any(size != 1 for size in block[:-1]) or mapping not in ("SYMMETRIC", "ASYMMETRIC"):
+            return None
+    elif name != _PER_TOKEN or limits[1:] != (-128, 127):  # a grid that this op takes for granted
+        return None
+    eps = max(float(given.get("eps") or EPS), EPS)
+    return Input(source, "dynamic", *limits, axis, symmetric, eps, output_dtype=wanted)
 
 
 def _limits(dtype: torch.dtype, low: float | None, high: float | None) -> tuple[float, float]:

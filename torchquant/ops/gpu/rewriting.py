@@ -1,4 +1,4 @@
-"""A converted graph with each quantized product as one op of `linears.py`: packed, with what follows in the same kernel."""
+"""A converted graph with each quantized product as one op of `linears.py`, and with it what follows in its kernel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+import torchquant.ops.gpu.linears  # noqa: F401 - registers the ops
 from torchquant.fx import ops, passes
 from torchquant.ops.gpu import packing
 from torchquant.ops.gpu.reading import Input, Layer, read_input, read_layer
@@ -25,8 +26,8 @@ OPS = ("weight_only_linear", "scaled_linear")
 def rewrite(model: GraphModule, names: set[str]) -> int:
     """Replace the ops named by ops of ours, in place; returns how many ops of ours that makes.
 
-    Linears that read the same values in the same way become one op. Quantize and dequantize ops around float ops stay, in
-    a dialect that Inductor fuses.
+    Linears that read the same values in the same way become one op. Quantize and dequantize ops around float ops stay,
+    in a dialect that Inductor fuses.
 
     Raises:
         LoweringError: an op named has no kernel.
@@ -154,7 +155,7 @@ class _Rewriting:
 
     def _product(self, layers: Sequence[Layer], ending: _Ending) -> Node:
         lead, call = layers[0], self.graph.call_function
-        x, x_scale, zero_point = self._operand(lead.input) if lead.scaled else (self._now(lead.input.source), None, None)
+        x, x_scale, zero_point = self._operand(lead.input)
         one_scale = lead.input.how == "static" or lead.input.axis is None
         x = self._rows(lead, x)
         if x_scale is not None and not one_scale:
@@ -194,7 +195,8 @@ class _Rewriting:
     def _operand(self, given: Input) -> tuple[Node, Node | None, Node | None]:
         """What the kernel reads: codes with scale and zero point, or floats that it quantizes by rows."""
         source = self._now(given.source)
-        if given.how == "dynamic" and given.symmetric and given.axis is not None:
+        by_rows = given.how == "dynamic" and given.symmetric and given.axis is not None
+        if given.how == "float" or by_rows:
             return source, None, None
         if given not in self.codes:
             self.codes[given] = _quantized(self.model, source, given)
@@ -231,7 +233,7 @@ def _quantized(model: GraphModule, source: Node, given: Input) -> tuple[Node, No
 
 
 def _fusible_rounding(model: GraphModule) -> None:
-    """Dynamic quantize and dequantize ops that stay around float ops, in our dialect: Inductor has no lowering of torch's."""
+    """Dynamic quantize and dequantize ops that stay, in our dialect: Inductor has no lowering of torch's."""
 
     def rewrite_one(model: GraphModule, node: Node) -> Node | None:
         given = read_input(model, node)
@@ -270,7 +272,7 @@ def _activation(node: Node) -> str | None:
         return None
     if "relu6" in ops.overload_of(node):
         return "relu6"
-    low, high = given.get("min_val", given.get("min", -1 if "hardtanh" in ops.overload_of(node) else None)), given.get(
-        "max_val", given.get("max", 1 if "hardtanh" in ops.overload_of(node) else None)
-    )
+    default = (-1, 1) if "hardtanh" in ops.overload_of(node) else (None, None)
+    low = given.get("min_val", given.get("min", default[0]))
+    high = given.get("max_val", given.get("max", default[1]))
     return "relu6" if (low, high) == (0, 6) else "relu" if (low, high) == (0, None) else None
