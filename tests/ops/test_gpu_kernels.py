@@ -45,64 +45,73 @@ def test_rows_are_quantized_to_the_reference_codes(interpreted):
 
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448}  # that one program may have
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132}
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
 
 
-class Recorder:
-    """Stands in a kernel's place and notes what it is launched with."""
+class Driver:
+    """Stands in for the driver of a GPU that is not there: kernels are compiled for it as at a launch."""
 
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+class Compiled:
+    """Stands in a kernel's place, and compiles where that one would be launched."""
+
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
 
     def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
+        return lambda *arguments, **options: self.found.append(self.kernel.warmup(*arguments, grid=grid, **options))
 
 
-def launches_of(monkeypatch, run):
-    """The kernels that `run` launches with their arguments; none of them runs."""
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function that compiles what `run` launches on a GPU of `capability`."""
+    from triton.runtime import driver
+
     from torchquant.ops.gpu import kernels
 
-    launches = []
-    for name in kernels.__all__:
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
-    run()
-    monkeypatch.undo()
-    return launches
+    def compile_for(capability, run):
+        found = []
+        with monkeypatch.context() as patch:
+            for name in kernels.__all__:
+                kernel = getattr(kernels, name)
+                kernel.device_caches.clear()  # of another capability
+                patch.setattr(kernels, name, Compiled(kernel, found))
+            patch.setattr(driver, "_active", Driver(capability))
+            run()
+        return [Code(built) for built in found]
+
+    return compile_for
 
 
-def compiled(kernel, arguments, options, capability):
-    """A kernel as a GPU of `capability` would run it: registers, bytes spilled, bytes of shared memory, code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Code:
+    """Registers, bytes of stack (spilled registers), bytes of shared memory, and instructions of a compiled kernel."""
 
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
-        tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = POINTERS[value.dtype] if tensor else "i32"
-        if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    usage = disassembled(folder, "-res-usage", built.asm["cubin"])
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack), built.metadata.shared, disassembled(folder, "-sass", built.asm["cubin"])
+    def __init__(self, built):
+        usage = disassembled("-res-usage", built.asm["cubin"])
+        self.registers, self.stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        self.shared_bytes = built.metadata.shared
+        self.instructions = disassembled("-sass", built.asm["cubin"])
 
 
-def disassembled(folder, option, cubin):
+def disassembled(option, cubin):
     import tempfile
 
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -144,32 +153,30 @@ def launch_for(format, m, n, k, config, asymmetric=False):
     ("format", "capability"),
     [("w4a16", 80), ("int8", 80), ("fp8", 89), ("w4a16", 90), ("w8a16", 90), ("int8", 90), ("fp8", 90)],
 )
-def test_what_a_size_is_cut_to_fits_the_gpu(monkeypatch, format, capability, m):
+def test_what_a_size_is_cut_to_fits_the_gpu(compiled, format, capability, m):
     from torchquant.ops.gpu import configs
 
     config = configs.by_rule(format, m, 4096, MULTIPROCESSORS[capability], SHARED_BYTES[capability])
     if config.kernel == "library":
         config = configs.Config("tiled", 128, 128, 128, warps=8, stages=3)
-    for kernel, arguments, options in launches_of(monkeypatch, launch_for(format, m, 4096, 4096, config)):
-        registers, spilled, shared_bytes, _ = compiled(kernel, arguments, options, capability)
-        assert spilled == 0
-        assert registers <= 255
-        assert shared_bytes <= SHARED_BYTES[capability]
+    for code in compiled(capability, launch_for(format, m, 4096, 4096, config)):
+        assert code.stack == 0
+        assert code.registers <= 255
+        assert code.shared_bytes <= SHARED_BYTES[capability]
 
 
-def test_tensor_cores_take_unpacked_weights_from_registers(monkeypatch):
+def test_tensor_cores_take_unpacked_weights_from_registers(compiled):
     from torchquant.ops.gpu.configs import Config
 
     for config, instruction in (
         (Config("skinny", 8, 16, slices=4), "HMMA.16816"),
         (Config("tiled", 128, 128, warps=8), "HGMMA.64x128x16"),
     ):
-        ((kernel, arguments, options),) = launches_of(monkeypatch, weight_only_launch(1, 4096, 4096, 4, True, config))
-        *_, code = compiled(kernel, arguments, options, 90)
-        assert instruction in code
-        assert "LOP3.LUT" in code  # two codes an instruction
-        assert not re.search(r"I2FP?\.(BF16|F16|F32\.[SU])", code)  # no code is converted
-        assert "STS.128" not in code  # no unpacked weight goes through shared memory
+        (code,) = compiled(90, weight_only_launch(1, 4096, 4096, 4, True, config))
+        assert instruction in code.instructions
+        assert "LOP3.LUT" in code.instructions  # two codes an instruction
+        assert not re.search(r"I2FP?\.(BF16|F16|F32\.[SU])", code.instructions)  # no code is converted
+        assert "STS.128" not in code.instructions  # no unpacked weight goes through shared memory
 
 
 def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
@@ -186,3 +193,27 @@ def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
         (rows,) = [p for p in getattr(kernels, name).params if p.name == "M"]
         assert rows.do_not_specialize, name
         assert not rows.is_constexpr
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 136), (torch.float16, 1032)])
+def test_the_inline_assembly_unpacks_two_codes_at_a_time(dtype, offset):
+    """The assembly's two instructions carried out on all words, since Triton's interpreter leaves them out."""
+    from torchquant.ops.gpu import kernels
+
+    source = Path(kernels.__file__).read_text()
+    constant = "0x43004300" if dtype == torch.bfloat16 else "0x64006400"
+    (text,) = (block for block in re.findall(r'"""\s*\{(.*?)\}\s*"""', source, re.S) if constant in block)
+    words = torch.randint(-(2**15), 2**15, (512, 2), dtype=torch.int16)
+    registers = {"$4": words.view(torch.int32)[:, 0].long() & 0xFFFFFFFF}
+    for line in filter(None, (part.strip() for part in text.split(";"))):
+        name, *operands = re.split(r",?\s+", line)
+        if name == "shr.u32":
+            registers[operands[0]] = registers[operands[1]] >> int(operands[2])
+        elif name == "lop3.b32":
+            assert int(operands[4], 16) == (0xF0 & 0xCC) | 0xAA  # (a and b) or c
+            registers[operands[0]] = (registers[operands[1]] & int(operands[2], 16)) | int(operands[3], 16)
+        else:
+            assert line == ".reg .b32 t"
+    for i in range(4):
+        codes = registers[f"${i}"].to(torch.int32).view(dtype).reshape(512, 2)
+        assert torch.equal(codes.float(), ((words.int() >> 4 * i) & 15).float() + offset - 8)

@@ -132,10 +132,12 @@ def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int
         shared_bytes: shared memory that one program may have.
     """
     rows = max(8, min(bucket(m), 32))
-    outputs = 16 if m <= 8 and n < 64 * multiprocessors else 32
     if m <= 32:
+        # few outputs a program where there are few in all; more of them where x would be read too often
+        outputs = (16 if m <= 8 else 32) * (1 if n < 64 * multiprocessors or rows == 32 else 2)
         columns = 0 if format in WEIGHT_ONLY else 128
-        found = Config("skinny", rows, outputs, columns, slices=4, stages=4, quantizes=columns > 0 and m <= 4)
+        stages = 6 if outputs == 16 else 4  # that enough bytes are under way
+        found = Config("skinny", rows, outputs, columns, slices=4, stages=stages, quantizes=columns > 0 and m <= 4)
     elif format in WEIGHT_ONLY:
         if m > 1024:
             return Config("dequantize")
@@ -153,11 +155,10 @@ def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int
 
 def _fitted(config: Config, format: str, shared_bytes: int) -> Config:
     """The same with as many stages, or at least as many rows, as shared memory holds."""
+    while config.stages > 2 and tile_bytes(config, format) * config.stages > shared_bytes:
+        config = replace(config, stages=config.stages - 1)
     while tile_bytes(config, format) * config.stages > shared_bytes:
-        if config.stages > 2:
-            config = replace(config, stages=config.stages - 1)
-        else:
-            config = replace(config, m=config.m // 2)
+        config = replace(config, m=config.m // 2)
     return config
 
 
@@ -186,7 +187,8 @@ def _chosen(format: str, m: int, n: int, k: int, device: torch.device) -> Config
     measured = table.get(format, {}).get(f"{n}x{k}", {}).get(str(m))
     if measured is not None:
         return Config(**measured)
-    return by_rule(format, m, n, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", 49152)
+    return by_rule(format, m, n, properties.multi_processor_count, shared_bytes)
 
 
 def slug(name: str) -> str:

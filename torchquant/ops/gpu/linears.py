@@ -60,7 +60,8 @@ def weight_only_linear(
     n = packed.shape[-2]
     rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
     if x.is_cuda and x.dtype != torch.float32:
-        y = _launch().weight_only(rows, packed, params, bias, more, bits, group_size, asymmetric, activation)
+        with torch.cuda.device(x.device):
+            y = _launch().weight_only(rows, packed, params, bias, more, bits, group_size, asymmetric, activation)
     else:
         y = weight_only_reference(rows, packed, params, bias, more, bits, group_size, activation)
     return y.reshape(*x.shape[:-1], n)
@@ -129,7 +130,8 @@ def quantize_rows(
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
-        codes, scale = _launch().quantize_rows(rows, dtype, quant_min, quant_max, eps)
+        with torch.cuda.device(x.device):
+            codes, scale = _launch().quantize_rows(rows, dtype, quant_min, quant_max, eps)
     else:
         codes, scale = quantize_rows_reference(rows, dtype, quant_min, quant_max, eps)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
@@ -206,21 +208,12 @@ def scaled_linear(
         None if x_scale is None else x_scale.reshape(-1),
         None if x_zero_point is None else x_zero_point.reshape(-1),
     )
-    compute = _launch().scaled if x.is_cuda else scaled_reference
-    y = compute(
-        rows,
-        weight,
-        weight_scale,
-        *factors,
-        weight_sum,
-        bias,
-        more,
-        quant_min,
-        quant_max,
-        eps,
-        activation,
-        out_dtype,
-    )
+    arguments = (rows, weight, weight_scale, *factors, weight_sum, bias, more, quant_min, quant_max, eps, activation)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            y = _launch().scaled(*arguments, out_dtype)
+    else:
+        y = scaled_reference(*arguments, out_dtype)
     return y.reshape(*x.shape[:-1], n)
 
 
