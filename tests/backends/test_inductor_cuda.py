@@ -230,6 +230,31 @@ def test_a_network_of_convolutions_keeps_what_stays_float():
     assert agree(graph, lowered, image) > 60
 
 
+@pytest.mark.parametrize("scheme", ["dynamic_int8", "static_int8", "dynamic_fp8_tensor", "w4a16_g32"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(32, 16), (32,)),
+        (nn.Conv1d(32, 16, 1, stride=2), (2, 32, 9)),
+        (nn.Conv2d(32, 16, 1, stride=(2, 3)), (2, 32, 9, 7)),
+    ],
+)
+def test_one_row_and_strided_convolutions(layer, shape, scheme):
+    x = torch.randn(shape)
+    graph = converted(scheme, layer, x)
+    lowered = inductor_cuda.transform(graph)
+    assert len(our_ops(lowered)) == 1
+    assert agree(graph, lowered, x) > 100
+
+
+def test_a_saved_converted_graph_is_lowered_like_the_one_saved(tmp_path):
+    x = torch.randn(2, 6, 64)
+    graph = converted("static_fp8", nets.Decoder().eval(), x, dynamic_shapes=({0: ANY, 1: ANY},))
+    loaded = inductor_cuda.transform(tq.load(tq.save(graph, tmp_path / "graph.pt2")))
+    assert endings(loaded) == endings(inductor_cuda.transform(graph))
+    assert agree(graph, loaded, x) > 100
+
+
 def test_the_graph_that_came_is_left_as_it_was():
     x = torch.randn(4, 32)
     graph = converted("w8a16", nn.Linear(32, 32), x)
@@ -274,7 +299,7 @@ def test_arguments_may_be_given_by_name(program):
 
 
 def test_a_graph_moves_with_what_it_makes(program):
-    graph, lowered = program
+    _, lowered = program
     moved = inductor_cuda._moved(lowered.graph, torch.device("meta"))
     assert all(t.device.type == "meta" for t in moved.state_dict().values())
     assert not [n for n in moved.graph.nodes if torch.device("cpu") in (*n.args, *n.kwargs.values())]
