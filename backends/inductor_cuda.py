@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -151,7 +152,11 @@ class CudaProgram(Program):
             placed = dict(zip(map(id, given), tensors, strict=True))
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: placed[id(t)], (args, kwargs))
         with torch.no_grad():
-            return self._run(*args, **kwargs)
+            if not self.settings.get("triton.cudagraphs"):
+                return self._run(*args, **kwargs)
+            torch.compiler.cudagraph_mark_step_begin()
+            found = self._run(*args, **kwargs)  # the next replay writes into the same memory
+            return pytree.tree_map_only(torch.Tensor, torch.clone, found)
 
     def _placed(self, value: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
         """The tensor on the program's device, with the sizes that vary marked, so that they are compiled once."""
@@ -194,14 +199,14 @@ class CudaProgram(Program):
 
         def write(part: Path) -> None:
             with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-                made = Path(folder) / "model.pt2"
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(made), inductor_configs=settings)
-                part.write_bytes(made.read_bytes())
+                made = str(Path(folder) / "model.pt2")
+                try:
+                    torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=settings)
+                except Exception as error:
+                    raise LoweringError(f"Inductor cannot compile the lowered graph: {str(error)[:2000]}") from error
+                shutil.copyfile(made, part)
 
-        try:
-            return write_whole(path, write)
-        except RuntimeError as error:
-            raise LoweringError(f"Inductor cannot compile the lowered graph: {str(error)[:2000]}") from error
+        return write_whole(path, write)
 
     @property
     def size_bytes(self) -> int:
@@ -348,10 +353,8 @@ def _check_device(place: torch.device, made: _Transformed) -> None:
         raise LoweringError(f"{name} has compute capability {has}, and the kernels of this scheme need {needs}")
     target = torch.ops.torchquant.weight_only_linear.default
     if any(n.target is target and n.args[2].meta["val"].dtype == torch.float32 for n in made.graph.graph.nodes):
-        text = (
-            "weight-only kernels compute in float16 and bfloat16; this float32 model unpacks its weights at each call"
-        )
-        warnings.warn(f"{text}. Export it in bfloat16.", TorchquantWarning, stacklevel=3)
+        text = "weight-only kernels compute in bfloat16 and float16; a float32 model unpacks its weights in each call"
+        warnings.warn(f"{text}; export it in bfloat16", TorchquantWarning, stacklevel=3)
 
 
 def _settings(

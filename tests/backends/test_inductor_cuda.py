@@ -126,6 +126,7 @@ def test_an_addend_and_an_activation_end_in_the_kernel(activation):
         (lambda m, x: m.inner(x) + x[:1], ("none", False)),  # another shape
         (lambda m, x: m.inner(x) + (m.inner.weight[0] + 1), ("none", False)),
         (lambda m, x: torch.add(m.inner(x), x, alpha=2), ("none", False)),
+        (lambda m, x: m.inner(x) + x.double(), ("none", False)),  # a sum of another dtype
         (lambda m, x: (y := m.inner(x)).relu() + y, ("none", False)),  # read twice
         (lambda m, x: F.hardtanh(m.inner(x), 0.0, 5.0), ("none", False)),
         (lambda m, x: x.add_(m.inner(x)), ("none", False)),  # writes into the addend
@@ -333,6 +334,14 @@ def test_a_package_runs_in_python(tmp_path):
     for rows in (2, 9):
         x = torch.randn(rows, 64)
         assert agree(graph, run, x) > 100
+
+
+def test_a_bfloat16_network_is_held_to_what_it_reproduces_itself():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 64).bfloat16()
+    graph = converted("dynamic_fp8", nets.Decoder().bfloat16().eval(), x)
+    found = inductor_cuda.lower(graph, x, device="cpu", min_sqnr_db=200).proof.comparison
+    assert 25 < found.sqnr_db < 100
 
 
 def test_without_a_gpu_lowering_says_how_to_check_without_one(monkeypatch):

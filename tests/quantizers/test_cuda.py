@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from nets import Call
 from torch import nn
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e import move_exported_model_to_eval
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
@@ -234,6 +235,27 @@ def test_a_range_search_has_nothing_to_do_where_no_activation_has_a_range(scheme
     prepared = tq.prepare(tq.export(nn.Linear(64, 8), x), CudaQuantizer(scheme))
     tq.calibrate(prepared, [x], progress=False)
     tq.optimize(prepared, [x], [RangeSearch()], progress=False)
+
+
+@pytest.mark.parametrize("scheme", ["static_int8", "dynamic_int8", "w8a16"])
+def test_integers_per_channel_can_be_trained(scheme):
+    torch.manual_seed(0)
+    x = torch.randn(16, 32)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).train()
+    prepared = prepare_qat_pt2e(torch.export.export(model, (x,)).module(), CudaQuantizer(scheme, is_qat=True))
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.05)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(F.mse_loss(prepared(x), torch.ones(16, 8)))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    move_exported_model_to_eval(prepared)
+    trained = prepared(x)
+    graph = convert_pt2e(prepared)
+    assert tq.report(graph).coverage == "2/2"
+    assert tq.sqnr_db(trained, graph(x)) > 25
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "static_fp8"])

@@ -34,31 +34,30 @@ def rewrite(model: GraphModule, names: set[str]) -> int:
     """
     layers = [read_layer(model, n) for n in model.graph.nodes if n.name in names]
     work = _Rewriting(model)
-    alone, together = _siblings(work, layers)
-    leaders = {group[0].node: group for group in together}
-    for layer in layers:
-        if layer.node in leaders:
-            work.together(leaders[layer.node])
-        elif layer in alone:
-            work.alone(layer)
+    groups = _siblings(work, layers)
+    for group in groups:
+        if len(group) > 1:
+            work.together(group)
+        else:
+            work.alone(group[0])
     _fusible_rounding(model)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
     passes.remove_dead_weights(model)
-    return len(alone) + len(together)
+    return len(groups)
 
 
-def _siblings(work: _Rewriting, layers: Sequence[Layer]) -> tuple[list[Layer], list[list[Layer]]]:
-    """The layers that stand alone, and groups of linears that read the same input in the same way."""
-    groups = defaultdict(list)
+def _siblings(work: _Rewriting, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers in graph order, with linears that read the same input in the same way in one group, at the first."""
+    alike = defaultdict(list)
     for layer in layers:
-        groups[layer.kind()].append(layer)
-    together = [
-        g for g in groups.values() if len(g) > 1 and g[0].stride is None and not work.written(g[0].node, g[-1].node)
-    ]
-    merged = {id(layer) for group in together for layer in group}
-    return [layer for layer in layers if id(layer) not in merged], together
+        alike[layer.kind()].append(layer)
+    groups = []
+    for group in alike.values():
+        together = group[0].stride is None and not work.written(group[0].node, group[-1].node)
+        groups += [group] if together else [[layer] for layer in group]
+    return sorted(groups, key=lambda group: work.place[group[0].node])
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,18 @@ class _Rewriting:
         in_place = user in self.writers and left is not node  # would write into the other addend
         if in_place or other is node or not isinstance(other, Node) or not ops.is_float(other):
             return None
-        shapes = ops.shape_of(node), ops.shape_of(other), ops.shape_of(user)
-        alike = all(s is not None and shapes[0] is not None and _same(s, shapes[0]) for s in shapes[1:])
+        value, addend, total = (n.meta.get("val") for n in (node, other, user))
+        if value is None or addend is None or total is None:
+            return None
+        alike = _same(addend.shape, value.shape) and _same(total.shape, value.shape)
+        alike = alike and total.dtype == value.dtype  # a float32 addend makes a float32 sum
         return other if alike and self.place.get(other, len(self.place)) < self.place[node] else None
 
     # products --------------------------------------------------------------------------------------------------
 
     def _product(self, layers: Sequence[Layer], ending: _Ending) -> Node:
         lead, call = layers[0], self.graph.call_function
-        x, x_scale, zero_point = self._operand(lead.input)
+        x, x_scale, zero_point = self._operand(lead.input, lead.weight.codes.device)
         one_scale = lead.input.how == "static" or lead.input.axis is None
         x = self._rows(lead, x)
         if x_scale is not None and not one_scale:
@@ -192,36 +194,39 @@ class _Rewriting:
         rank = len(layer.stride) + 2
         return self.graph.call_function(aten.permute.default, (x, [0, *range(2, rank), 1]))
 
-    def _operand(self, given: Input) -> tuple[Node, Node | None, Node | None]:
+    def _operand(self, given: Input, device: torch.device) -> tuple[Node, Node | None, Node | None]:
         """What the kernel reads: codes with scale and zero point, or floats that it quantizes by rows."""
         source = self._now(given.source)
         by_rows = given.how == "dynamic" and given.symmetric and given.axis is not None
         if given.how == "float" or by_rows:
             return source, None, None
         if given not in self.codes:
-            self.codes[given] = _quantized(self.model, source, given)
+            self.codes[given] = _quantized(self.model, source, given, device)
         return self.codes[given]
 
     def _bias(self, layers: Sequence[Layer]) -> Node | None:
         if all(layer.bias is None for layer in layers):
             return None
         dtype = next(layer.bias.dtype for layer in layers if layer.bias is not None)
-        parts = [torch.zeros(len(v.weight.codes), dtype=dtype) if v.bias is None else v.bias for v in layers]
+        zeros = [layer.weight.scale.new_zeros(len(layer.weight.scale), dtype=dtype) for layer in layers]
+        parts = [zero if layer.bias is None else layer.bias for layer, zero in zip(layers, zeros, strict=True)]
         return self._stored(f"{layers[0].node.name}_bias", torch.cat(parts))
 
     def _stored(self, name: str, value: torch.Tensor | None) -> Node | None:
         return None if value is None else passes.add_buffer(self.model, name, value)
 
 
-def _quantized(model: GraphModule, source: Node, given: Input) -> tuple[Node, Node, Node | None]:
+def _quantized(
+    model: GraphModule, source: Node, given: Input, device: torch.device | None = None
+) -> tuple[Node, Node, Node | None]:
     """Nodes of codes, scale and zero point (None: 0), in ops that Inductor fuses with what makes `source`."""
     call, dialect = model.graph.call_function, torch.ops.torchquant
     grid = (given.low, given.high)
     zero_point: Node | None = None
     if given.how == "static":
-        scale = passes.add_buffer(model, f"{source.name}_scale", torch.tensor([given.scale]))
+        scale = passes.add_buffer(model, f"{source.name}_scale", torch.tensor([given.scale], device=device))
         if given.zero_point:
-            value = torch.tensor([given.zero_point], dtype=torch.int32)
+            value = torch.tensor([given.zero_point], dtype=torch.int32, device=device)
             zero_point = passes.add_buffer(model, f"{source.name}_zero_point", value)
     elif given.symmetric:
         scale = call(dialect.choose_scale.default, (source, given.axis, *grid, given.eps))
