@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from foreign import EveryKind, EverySpec, SpecQuantizer, calibrated, dynamic, groupwise, per_channel, per_tensor
 from nets import Call
 from torch import nn
+from torchao.quantization.granularity import PerGroup
+from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
+from torchao.quantization.pt2e.observer import MappingType
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -183,6 +187,32 @@ FOREIGN = {
         4,
     ),
 }
+
+
+def test_sub_byte_dtypes_are_packed_in_the_bits_that_they_name():
+    observer = AffineQuantizedMinMaxObserver.with_args(
+        mapping_type=MappingType.ASYMMETRIC,
+        target_dtype=torch.uint4,
+        granularity=PerGroup(32),
+        eps=1e-6,
+        zero_point_dtype=torch.int32,
+    )
+    x = torch.randn(4, 32)
+    quantizer = SpecQuantizer({"linear"}, None, QuantizationSpec(torch.uint8, observer, 0, 15))
+    graph = convert_pt2e(calibrated(nn.Linear(32, 16), [(x,)], quantizer))
+    lowered = inductor_cuda.transform(graph)
+    assert ops.arguments(our_ops(lowered)[0])["bits"] == 4
+    assert agree(graph, lowered, x) > 100
+
+
+@pytest.mark.parametrize("low", [-8, 0, 3])
+def test_grids_of_four_bits_are_packed_in_four_wherever_they_lie(low):
+    x = torch.randn(4, 32)
+    weight = per_channel(torch.int8, min(low, 0), low + 12, symmetric=False)
+    graph = convert_pt2e(calibrated(nn.Linear(32, 16), [(x,)], SpecQuantizer({"linear"}, None, weight)))
+    lowered = inductor_cuda.transform(graph)
+    assert ops.arguments(our_ops(lowered)[0])["bits"] == 4
+    assert agree(graph, lowered, x) > 100
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -155,14 +155,15 @@ def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
     scale = grid.scale.detach().float().reshape(-1, groups).expand(n, groups).contiguous()
     if codes.dtype.is_floating_point:
         return Weight(codes, scale, None, 8)
-    low, high = _limits(codes.dtype, grid.quant_min, grid.quant_max)
+    low, high = _limits(grid.dtype, grid.quant_min, grid.quant_max)
     offset = 0 if low < 0 else 8 if high <= 15 else 128
     zero_point = None
     if grid.zero_point is not None and bool((grid.zero_point != offset).any()):
         zero_point = (grid.zero_point.float() - offset).reshape(-1, groups).expand(n, groups).contiguous()
     elif grid.zero_point is None and offset:
         zero_point = torch.full_like(scale, -offset)
-    codes = (codes.to(torch.int16) - offset).to(torch.int8)
+    if offset:
+        codes = (codes.to(torch.int16) - offset).to(torch.int8)
     return Weight(codes, scale, zero_point, 4 if low - offset >= -8 and high - offset <= 7 else 8)
 
 
@@ -242,7 +243,7 @@ def _limits(dtype: torch.dtype, low: float | None, high: float | None) -> tuple[
     if dtype.is_floating_point:
         top = torch.finfo(dtype).max
         return -top if low is None else low, top if high is None else high
-    least, most = DTYPE_RANGE[dtype]
+    least, most = DTYPE_RANGE.get(dtype) or (0, 2 ** int(str(dtype).removeprefix("torch.uint")) - 1)  # uint1 to uint7
     return least if low is None else low, most if high is None else high
 
 

@@ -192,7 +192,8 @@ class _Rewriting:
             if strided and step != 1:
                 x = self.graph.call_function(aten.slice.Tensor, (x, axis, 0, torch.iinfo(torch.int64).max, step))
         rank = len(layer.stride) + 2
-        return self.graph.call_function(aten.permute.default, (x, [0, *range(2, rank), 1]))
+        rows = self.graph.call_function(aten.permute.default, (x, [0, *range(2, rank), 1]))
+        return self.graph.call_function(aten.contiguous.default, (rows,))  # by what makes x, not in the kernel's launch
 
     def _operand(self, given: Input, device: torch.device) -> tuple[Node, Node | None, Node | None]:
         """What the kernel reads: codes with scale and zero point, or floats that it quantizes by rows."""
