@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ops import gpu_cases
+from torchquant.ops.gpu import linears
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, or with torchquant[test]")
 HERE = Path(__file__).parent
@@ -47,89 +49,11 @@ SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448}  # that one program may have
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132}
 
 
-class Driver:
-    """Stands in for the driver of a GPU that is not there: kernels are compiled for it as at a launch."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-class Compiled:
-    """Stands in a kernel's place, and compiles where that one would be launched."""
-
-    def __init__(self, kernel, found):
-        self.kernel, self.found = kernel, found
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.found.append(self.kernel.warmup(*arguments, grid=grid, **options))
-
-
 @pytest.fixture
-def compiled(monkeypatch):
-    """A function that compiles what `run` launches on a GPU of `capability`."""
-    from triton.runtime import driver
+def compiled():
+    from torchquant.ops.gpu import machine_code
 
-    from torchquant.ops.gpu import kernels
-
-    def compile_for(capability, run):
-        found = []
-        with monkeypatch.context() as patch:
-            for name in kernels.__all__:
-                kernel = getattr(kernels, name)
-                kernel.device_caches.clear()  # of another capability
-                patch.setattr(kernels, name, Compiled(kernel, found))
-            patch.setattr(driver, "_active", Driver(capability))
-            run()
-        return [Code(built) for built in found]
-
-    return compile_for
-
-
-class Code:
-    """Registers, bytes of stack (spilled registers), bytes of shared memory, and instructions of a compiled kernel."""
-
-    def __init__(self, built):
-        usage = disassembled("-res-usage", built.asm["cubin"])
-        self.registers, self.stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        self.shared_bytes = built.metadata.shared
-        self.instructions = disassembled("-sass", built.asm["cubin"])
-
-    def loop(self):
-        """The instructions of the longest loop."""
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self.instructions)
-        at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-        bodies = []
-        for address, instruction in lines:
-            back = re.search(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", instruction)
-            if back and int(back.group(1), 16) < int(address, 16):
-                first, last = at[int(back.group(1), 16)], at[int(address, 16)]
-                bodies.append([text for _, text in lines[first : last + 1]])
-        return "\n".join(max(bodies, key=len))
-
-
-def disassembled(option, cubin):
-    import tempfile
-
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [folder / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-        ).stdout
+    return machine_code.compiled
 
 
 def weight_only_launch(m, n, k, bits, asymmetric, config, group=128):
@@ -172,7 +96,7 @@ def test_what_a_size_is_cut_to_fits_the_gpu(compiled, format, capability, m):
     if config.kernel == "library":
         config = configs.Config("tiled", 128, 128, 128, warps=8, stages=3)
     for code in compiled(capability, launch_for(format, m, 4096, 4096, config)):
-        assert code.stack == 0
+        assert code.stack_bytes == 0
         assert code.registers <= 255
         assert code.shared_bytes <= SHARED_BYTES[capability]
 
@@ -185,10 +109,46 @@ def test_tensor_cores_take_unpacked_weights_from_registers(compiled):
         (Config("tiled", 128, 128, warps=8), "HGMMA.64x128x16"),
     ):
         (code,) = compiled(90, weight_only_launch(1, 4096, 4096, 4, True, config))
-        assert instruction in code.loop()
-        assert "LOP3.LUT" in code.loop()  # two codes an instruction
-        assert "I2F" not in code.loop()  # no code is converted
-        assert not re.search(r"\bSTS", code.loop())  # no unpacked weight goes through shared memory
+        loop = "\n".join(code.loop())
+        assert instruction in loop
+        assert "LOP3.LUT" in loop  # two codes an instruction
+        assert "I2F" not in loop  # no code is converted
+        assert not re.search(r"\bSTS", loop)  # no unpacked weight goes through shared memory
+
+
+def test_every_kernel_compiles_with_an_ending(compiled):
+    from torchquant.ops.gpu import kernels, launch
+    from torchquant.ops.gpu.configs import Config
+
+    m, n, k = 40, 256, 512
+    x, bias, residual = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((m, k), (n,), (m, n)))
+    packed, params = torch.empty(k // 128, n, 32, dtype=torch.int16), torch.empty(k // 32, n, 2, dtype=torch.bfloat16)
+    scale, zero, sums = torch.empty(1), torch.empty(1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    weight = torch.zeros(n, k, dtype=torch.int8)
+    grid = (bias, residual, -128.0, 127.0, gpu_cases.EPS, "gelu", torch.bfloat16)
+    tile = Config("tiled", 32, 64, 128)
+
+    def run():
+        for config in (Config("skinny", 8, 16, slices=4), replace(tile, slices=2), tile, Config("dequantize")):
+            launch.weight_only(x, packed, params, bias, residual, 4, 32, True, "gelu", config)
+        for config in (Config("skinny", 8, 16, 128, slices=4, quantizes=True), tile, Config("library")):
+            launch.scaled(x, weight, torch.empty(n), scale, zero, sums, *grid, config)
+            launch.scaled(x, weight, torch.empty(n), None, None, None, *grid, config)
+
+    found = compiled(90, run)
+    assert {code.name for code in found} == set(kernels.__all__)
+    assert not any(code.stack_bytes for code in found)
+
+
+@pytest.mark.parametrize("activation", linears.ACTIVATIONS)
+def test_every_activation_compiles(compiled, activation):
+    from torchquant.ops.gpu import launch
+    from torchquant.ops.gpu.configs import Config
+
+    x, packed = torch.empty(4, 128, dtype=torch.float16), torch.empty(1, 64, 32, dtype=torch.int16)
+    params, config = torch.empty(1, 64, 2, dtype=torch.float16), Config("skinny", 8, 16)
+    (code,) = compiled(80, lambda: launch.weight_only(x, packed, params, None, None, 4, 128, False, activation, config))
+    assert code.stack_bytes == 0
 
 
 def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
