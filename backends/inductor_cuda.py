@@ -172,7 +172,8 @@ class CudaProgram(Program):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the graph with its packed weights (`.pt2`); `load` reads it on any machine, with or without a GPU."""
-        exported = export_again(_moved(self.graph, torch.device("cpu")))
+        graph = _moved(self.graph, torch.device("cpu"))
+        exported = export_again(graph, _example(graph, torch.device("cpu")))
 
         def write(part: Path) -> None:
             plain = part.with_suffix(".plain.pt2")
@@ -381,7 +382,9 @@ def _moved(graph: GraphModule, device: torch.device) -> GraphModule:
 
 
 def _example(graph: GraphModule, device: torch.device) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), data.example_of(graph))
+    """A batch to export with, below the upper bounds of sizes that vary."""
+    batch = data.below_bounds(graph, data.example_of(graph))
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
 
 
 def _op_error(graph: GraphModule) -> float:
