@@ -1,7 +1,8 @@
 """torchao Quantizers, one thin file a target over one table-driven engine."""
 
+from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
-__all__ = ["CapabilityQuantizer", "X86Quantizer", "XnnpackQuantizer"]
+__all__ = ["CapabilityQuantizer", "CudaQuantizer", "X86Quantizer", "XnnpackQuantizer"]

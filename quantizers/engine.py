@@ -23,7 +23,14 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops, passes
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import is_observer, note
-from torchquant.observers import ActivationMinMax, DynamicActivation, PerChannelWeight, PerTokenActivation
+from torchquant.observers import (
+    ActivationMinMax,
+    DynamicActivation,
+    GroupWeight,
+    PerChannelWeight,
+    PerTokenActivation,
+)
+from torchquant.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CapabilityQuantizer", "has_quantized_output"]
@@ -40,7 +47,7 @@ class CapabilityQuantizer(Quantizer):
         observer: constructor of the static activation observer.
 
     Raises:
-        SchemeError: an unknown scheme.
+        SchemeError: an unknown scheme, or with `is_qat` one that has no fake quantizer.
         PatternError: a pattern matches nothing (raised by `prepare_pt2e`).
     """
 
@@ -48,6 +55,7 @@ class CapabilityQuantizer(Quantizer):
     capabilities: ClassVar[tuple[Capability, ...]]
     schemes: ClassVar[Mapping[str, Scheme]]
     default_scheme: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # of the inputs that the target's kernels take
 
     def __init__(
         self,
@@ -63,10 +71,12 @@ class CapabilityQuantizer(Quantizer):
             raise SchemeError(f"exclude takes a list of patterns; write exclude=[{exclude!r}]")
         self.scheme = self._known(scheme or self.default_scheme)
         self.overrides: dict[str, str | None] = {**dict.fromkeys(exclude), **(overrides or {})}
-        for name in self.overrides.values():
+        self.is_qat = is_qat
+        for name in (self.scheme, *self.overrides.values()):
+            if name is not None and is_qat and not _trainable(self.schemes[self._known(name)]):
+                raise SchemeError(f"{name} has no fake quantizer, so it cannot be trained; quantize after training")
             if name is not None:
                 self._known(name)
-        self.is_qat = is_qat
         self.observer = observer
         self._rows = {row.op: row for row in self.capabilities}
 
@@ -104,7 +114,7 @@ class CapabilityQuantizer(Quantizer):
             inner = getattr(observer, "activation_post_process", observer)
             if hasattr(inner, "site"):
                 inner.site = _describe_place(producer, user)
-            if isinstance(inner, PerChannelWeight) and is_observer(observer):
+            if getattr(inner, "observes_weight", False) and is_observer(observer):
                 inner(ops.constant_value(model, producer))
 
     # the engine ----------------------------------------------------------------------------------------------
@@ -144,8 +154,9 @@ class CapabilityQuantizer(Quantizer):
         inputs = ops.data_inputs(node, kind)
         if not inputs or any(n not in data for n in inputs):
             return "an operand does not depend on the model's data (a mask, a position, a constant)"
-        if any(n.meta["val"].dtype != torch.float32 for n in inputs if "val" in n.meta):
-            return "its input is not float32; export a float32 model"
+        if any(n.meta["val"].dtype not in self.dtypes for n in inputs if "val" in n.meta):
+            names = " or ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"its input is not {names}; export a {names} model"
         if row.role != "weighted" and not all(has_quantized_output(n) for n in inputs):
             return "its input is float here, so running it in int8 would only add rounding"
         if row.role == "weighted":
@@ -158,12 +169,12 @@ class CapabilityQuantizer(Quantizer):
         kind = ops.BY_NAME[row.op]
         spec = self.schemes[scheme]
         tensor = spec.activation
-        if tensor is not None and tensor.granularity == "token" and row.op != "linear":
-            tensor = replace(tensor, granularity="tensor")  # rows are tokens for a linear only
-        activation = self._spec(tensor) if tensor is not None else None
+        if tensor is not None and tensor.granularity == "token" and not tensor.symmetric and row.op != "linear":
+            tensor = replace(tensor, granularity="tensor")  # affine rows are tokens for a linear only
+        activation = self._spec(tensor, -1 if row.op == "linear" else 1) if tensor is not None else None
         inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
         if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
-            inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis)  # type: ignore[index]
+            inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis, is_weight=True)  # type: ignore[index]
         tail = self._fused_tail(node, row, excluded)
         output = activation if row.observe_output and not spec.dynamic else None
         _mark(node, inputs, output if tail is node else None)
@@ -196,28 +207,44 @@ class CapabilityQuantizer(Quantizer):
         _mark(node, specs, SharedQuantizationSpec(first))
         note(node, "quantized", "shares its input's qparams")
 
-    def _spec(self, tensor: TensorSpec, axis: int = 0) -> QuantizationSpec:
-        """torchao's spec for a tensor of ours."""
-        per_channel = tensor.granularity == "channel"
-        observer: Any
-        by_token = tensor.granularity == "token"
-        if tensor.dynamic:
-            observer = PerTokenActivation if by_token else DynamicActivation
-        elif self.is_qat:
-            inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
-            extra = {"ch_axis": axis} if per_channel else {}
-            observer = FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
-        else:
-            observer = PerChannelWeight if per_channel else self.observer
+    def _spec(self, tensor: TensorSpec, axis: int = 0, *, is_weight: bool = False) -> QuantizationSpec:
+        """torchao's spec for a tensor of ours; `axis` is a weight's channel axis or the axis that makes up a token."""
+        per_channel, by_token = tensor.granularity == "channel", tensor.granularity == "token"
+        own_chain = by_token or (tensor.dynamic and tensor.format.is_float)
         return QuantizationSpec(
             dtype=tensor.format.dtype,
-            observer_or_fake_quant_ctr=observer,
+            observer_or_fake_quant_ctr=self._observer(tensor, axis, is_weight),
             quant_min=tensor.format.quant_min,
             quant_max=tensor.format.quant_max,
             qscheme=tensor.qscheme,
             ch_axis=axis if per_channel else None,
-            is_dynamic=tensor.dynamic and not by_token,  # torchao's passes know one form of dynamic chain only
+            is_dynamic=tensor.dynamic and not own_chain,  # torchao's passes know one form of dynamic chain only
         )
+
+    def _observer(self, tensor: TensorSpec, axis: int, is_weight: bool) -> Any:
+        """Constructor of the observer or fake quantizer."""
+        per_channel, is_float = tensor.granularity == "channel", tensor.format.is_float
+        if tensor.dynamic and (is_float or (tensor.granularity == "token" and tensor.symmetric)):
+            return ScaledDynamicActivation.with_args(axis=axis if tensor.granularity == "token" else None)
+        if tensor.dynamic:
+            return PerTokenActivation if tensor.granularity == "token" else DynamicActivation
+        if is_float and is_weight:
+            return ScaledWeight if per_channel else ScaledTensorWeight
+        if is_float:
+            return ScaledActivation
+        if tensor.granularity == "group":
+            return GroupWeight.with_args(group_size=tensor.group_size, symmetric=tensor.symmetric)
+        if self.is_qat:
+            inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
+            extra = {"ch_axis": axis} if per_channel else {}
+            return FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
+        return PerChannelWeight if per_channel else self.observer
+
+
+def _trainable(scheme: Scheme) -> bool:
+    """Whether torchao has fake quantizers for a scheme: integers per tensor and per channel."""
+    specs = [s for s in (scheme.activation, scheme.weight) if s is not None]
+    return not any(s.format.is_float or s.granularity == "group" for s in specs)
 
 
 def _annotated(node: Node) -> bool:

@@ -225,3 +225,34 @@ def callers_agree(run, inputs, rounds=20):
     for caller in callers:
         caller.join()
     return not wrong
+
+
+class Decoder(nn.Module):
+    """A Llama block: RMSNorm, grouped-query attention with rotary positions, SwiGLU, residuals; no biases."""
+
+    def __init__(self, features=64, heads=4, groups=2, hidden=96):
+        super().__init__()
+        self.before, self.after = nn.RMSNorm(features), nn.RMSNorm(features)
+        size = features // heads
+        self.q, self.o = (nn.Linear(features, features, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(features, groups * size, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(features, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, features, bias=False)
+        self.size, self.repeats = size, heads // groups
+        self.register_buffer("frequencies", 100.0 ** -(torch.arange(0, size, 2) / size))
+
+    def forward(self, x):
+        y = self.before(x)
+        q, k, v = (p(y).unflatten(2, (-1, self.size)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        q, k = self._turned(q, angles), self._turned(k, angles)
+        k, v = (t.repeat_interleave(self.repeats, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.after(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    def _turned(self, x, angles):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

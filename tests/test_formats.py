@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from torchquant import formats
 from torchquant.errors import SchemeError
-from torchquant.types import Format, QParams
+from torchquant.types import Format, QParams, TensorSpec
 
 OPS = torch.ops.quantized_decomposed
 FORMATS = (formats.INT8, formats.INT8_NARROW, formats.UINT8, formats.UINT7, Format("int4", torch.int8, -8, 7))
@@ -89,3 +89,28 @@ def test_a_grid_that_its_dtype_cannot_hold_is_refused(arguments):
 def test_qparams_without_a_scale_encode_nothing():
     with pytest.raises(ValueError, match="carry no scale"):
         formats.encode(torch.ones(2), QParams(torch.int8, -128, 127))
+
+
+def test_float8_codes_are_the_nearest_values_and_need_no_zero_point():
+    x = torch.tensor([[1000.0, 0.3, -0.02], [0.0, 1e-3, -2e-3]])
+    q = QParams(torch.float8_e4m3fn, -448.0, 448.0, 0, scale=x.abs().amax(1) / 448)
+    codes = formats.encode(x, q)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(codes, (x / q.scale[:, None]).to(torch.float8_e4m3fn))
+    assert torch.allclose(formats.decode(codes, q), x, rtol=2**-4, atol=1000 / 448 * 2**-10)
+    assert q.describe() == "float8_e4m3fn[-448,448] per channel 0"
+    assert formats.FLOAT8.bits == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": formats.FLOAT8, "symmetric": False},
+        {"format": formats.INT4, "symmetric": True, "granularity": "group"},
+        {"format": formats.INT4, "symmetric": True, "group_size": 32},
+        {"format": formats.INT8, "symmetric": True, "granularity": "channel", "dynamic": True},
+    ],
+)
+def test_a_tensor_spec_that_contradicts_itself_is_refused(options):
+    with pytest.raises(SchemeError):
+        TensorSpec(**options)

@@ -16,9 +16,9 @@ FOLDERS = {
 LAYERS = [
     ["errors"],
     ["types"],
-    ["archive", "batches", "files", "formats", "observers", "parallel", "histograms", "ranges"],
+    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges"],
     ["fx"],
-    ["benchmark", "calibrate", "solved", "verify"],
+    ["benchmark", "calibrate", "scaled", "solved", "verify"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],
     ["solving"],

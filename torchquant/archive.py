@@ -13,7 +13,7 @@ from typing import Any
 
 from torchquant.errors import ArtifactError
 
-__all__ = ["FORMAT", "NAME", "compress", "read", "text_of", "versions"]
+__all__ = ["FORMAT", "NAME", "compress", "read", "read_any", "text_of", "versions"]
 
 FORMAT = 1  # raised when an older reader could not make sense of what is written
 NAME = "torchquant.json"
@@ -42,6 +42,14 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     Raises:
         ArtifactError: no such file, truncated, not written by torchquant, of another kind or format.
     """
+    found = read_any(path)
+    if found.get("kind") != kind:
+        raise ArtifactError(f"{path} holds a {found.get('kind')!r}, not a {kind!r}")
+    return found
+
+
+def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON that an archive carries, of whatever `kind`; raises as `read`."""
     file = Path(path)
     if not file.is_file():
         raise ArtifactError(f"{file} is not a file")
@@ -63,8 +71,6 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise ArtifactError(
             f"{file} has format {found.get('format')} (torchquant {writer}); this one reads {FORMAT}. Save it again."
         )
-    if found.get("kind") != kind:
-        raise ArtifactError(f"{file} holds a {found.get('kind')!r}, not a {kind!r}")
     return dict(found)
 
 

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
+from torchquant import archive, flow, serialize, sources
 from torchquant import batches as data
-from torchquant import flow, serialize, sources
 from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.batch_norm import BatchNormReestimation
@@ -26,9 +26,10 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
-from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 from torchquant.program import Program
+from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
@@ -40,6 +41,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 TARGETS: dict[str, tuple[type[CapabilityQuantizer], Any, str]] = {
     inductor_x86.TARGET: (X86Quantizer, inductor_x86, ".pt2"),
     executorch_xnnpack.TARGET: (XnnpackQuantizer, executorch_xnnpack, ".pte"),
+    inductor_cuda.TARGET: (CudaQuantizer, inductor_cuda, ".pt2"),
 }
 _console = Console(stderr=True)
 
@@ -181,6 +183,8 @@ def _first(value: Any) -> dict[int, Any] | None:
 
 
 def _load(path: Path) -> Program:
+    if path.suffix != ".pte" and archive.read_any(path).get("kind") == inductor_cuda.TARGET:
+        return inductor_cuda.load(path, None if torch.cuda.is_available() else "cpu")
     backend = executorch_xnnpack if path.suffix == ".pte" else inductor_x86
     program: Program = backend.load(path)
     return program

@@ -10,6 +10,8 @@ INT8 = Format("int8", torch.int8, -128, 127)
 INT8_NARROW = Format("int8_narrow", torch.int8, -127, 127)
 UINT8 = Format("uint8", torch.uint8, 0, 255)
 UINT7 = Format("uint7", torch.uint8, 0, 127)
+INT4 = Format("int4", torch.int8, -8, 7)
+FLOAT8 = Format("float8_e4m3", torch.float8_e4m3fn, -448.0, 448.0)
 
 
 def broadcast(values: torch.Tensor, axis: int | None, ndim: int) -> torch.Tensor:
@@ -20,9 +22,9 @@ def broadcast(values: torch.Tensor, axis: int | None, ndim: int) -> torch.Tensor
 
 
 def encode(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
-    """Round float `x` to the integer codes of `qparams` (which carries scale and zero point)."""
+    """Round float `x` to the codes of `qparams` (which carries scale and, unless the codes are floats, zero point)."""
     scale, zero_point = _scale_and_zero_point(qparams, x.ndim)
-    codes = torch.round(x / scale) + zero_point
+    codes = x / scale if qparams.dtype.is_floating_point else torch.round(x / scale) + zero_point
     return codes.clamp(qparams.quant_min, qparams.quant_max).to(qparams.dtype)
 
 
@@ -39,6 +41,8 @@ def bits_per_weight(format: Format, channel_size: int) -> float:
 
 
 def _scale_and_zero_point(qparams: QParams, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if qparams.scale is not None and qparams.dtype.is_floating_point:
+        return broadcast(qparams.scale, qparams.axis, ndim), torch.zeros(())
     if qparams.scale is None or qparams.zero_point is None:
         raise ValueError("these qparams carry no scale: the tensor is dynamic or was not calibrated")
     return broadcast(qparams.scale, qparams.axis, ndim), broadcast(qparams.zero_point, qparams.axis, ndim)

@@ -113,7 +113,8 @@ class Perturbed(Interpreter):
         exact = kind is None or kind.moves or kind.name in _EXACT
         if exact or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        return value * (1 + self.op_error * (2 * torch.rand(value.shape, generator=self._noise) - 1))
+        noise = 2 * torch.rand(value.shape, generator=self._noise).to(value.device) - 1
+        return (value * (1 + self.op_error * noise)).to(value.dtype)
 
 
 def left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops that `PerTokenActivation` emits
 from torch.fx import GraphModule, Node
+from torchao.quantization.granularity import PerGroup
+from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
 from torchao.quantization.pt2e.observer import (
     AffineQuantizedObserverBase,
     FixedQParamsObserver,
     HistogramObserver,
+    MappingType,
     MinMaxObserver,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
@@ -23,6 +26,7 @@ __all__ = [
     "ActivationHistogram",
     "ActivationMinMax",
     "DynamicActivation",
+    "GroupWeight",
     "PerChannelWeight",
     "PerTokenActivation",
     "check_finite",
@@ -86,13 +90,17 @@ class Checked:
         return super().forward(x)  # type: ignore[misc]
 
     def calculate_qparams(self) -> Any:
-        observed: Any = getattr(self, "min_val")  # noqa: B009
-        if observed.numel() == 0 or bool(torch.isinf(observed).any()):
+        self.require_data()
+        return super().calculate_qparams()  # type: ignore[misc]
+
+    def require_data(self) -> None:
+        """Raise CalibrationError unless data was seen."""
+        observed: Any = getattr(self, "min_val", None)
+        if observed is None or observed.numel() == 0 or bool(torch.isinf(observed).any()):
             raise CalibrationError(
                 f"{self.site} never saw data. Run torchquant.calibrate(prepared, batches) before convert_pt2e, "
                 "with batches that reach every branch of the model, or exclude this site."
             )
-        return super().calculate_qparams()  # type: ignore[misc]
 
 
 class ActivationMinMax(Checked, MinMaxObserver):
@@ -110,9 +118,47 @@ class PerChannelWeight(Checked, PerChannelMinMaxObserver):
     zero, a bias in units of (activation scale x weight scale) would not fit the int32 it is stored in.
     """
 
+    observes_weight = True
+
     def calculate_qparams(self) -> Any:
         scale, zero_point = super().calculate_qparams()
         return torch.maximum(scale, scale.max() * 2**-16), zero_point
+
+
+class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
+    """A range for each `group_size` neighbours along the input axis (the second) of a weight.
+
+    Scales are numbers of the weight's own dtype, so that a kernel may hold them so. (torchao's would be at least the
+    dtype's eps, which for bfloat16 is larger than most scales.)
+    """
+
+    observes_weight = True
+
+    def __init__(self, *, group_size: int, symmetric: bool, **kwargs: Any) -> None:
+        mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+        super().__init__(
+            mapping, kwargs["dtype"], PerGroup(group_size), kwargs["quant_min"], kwargs["quant_max"], eps=2.0**-24
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_finite(x, self.site)
+        size = self.granularity.group_size
+        self.original_dtype, self.block_size = x.dtype, (1, size, *x.shape[2:])
+        groups = x.detach().float().reshape(x.shape[0], -1, size, *x.shape[2:])
+        self.min_val, self.max_val = torch.aminmax(groups.flatten(2), dim=2)
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale float32 and zero point int32 (out, groups)."""
+        self.require_data()
+        low, high = self.min_val.clamp(max=0), self.max_val.clamp(min=0)
+        steps = self.quant_max - self.quant_min
+        extent = 2 * torch.maximum(-low, high) if self.mapping_type is MappingType.SYMMETRIC else high - low
+        scale = (extent / steps).clamp(min=self.eps).to(self.original_dtype).float()
+        if self.mapping_type is MappingType.SYMMETRIC:
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
+        zero_point = self.quant_min - torch.round(low / scale)
+        return scale, zero_point.clamp(self.quant_min, self.quant_max).int()
 
 
 class DynamicActivation(PlaceholderObserver):
@@ -123,6 +169,8 @@ class DynamicActivation(PlaceholderObserver):
 
 class PerTokenActivation(DynamicActivation):
     """Marks a tensor quantized at run time with one affine scale for each row (token) of its last axis."""
+
+    per_token = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

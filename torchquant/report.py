@@ -103,7 +103,7 @@ def program_text(program: Program) -> str:
     lines = [
         f"\n{program.target}: {program.size_bytes:,} bytes",
         f"  matrix kernels: {kernels}",
-        f"  annotated compute ops run as integers: {proof.fused}/{proof.annotated}",
+        f"  annotated compute ops run quantized: {proof.fused}/{proof.annotated}",
         f"  against the converted graph: {proof.comparison.sqnr_db:.1f} dB, "
         f"largest difference {proof.comparison.max_abs:.3g}",
     ]

@@ -10,6 +10,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops that a saved graph calls
 from torch.fx import GraphModule
 
+import torchquant.dialect  # noqa: F401 - likewise
 from torchquant import archive
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, InputError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +64,7 @@ class SolvedWeight(ObserverBase):
         source = node.args[0]
         assert isinstance(source, Node)
         with model.graph.inserting_before(node):
-            codes = _attribute(model, f"{node.name}_codes", self.codes)
+            codes = passes.add_buffer(model, f"{node.name}_codes", self.codes)
             values = self._dequantize(model, node, codes, source.meta.get("val"))
         values.meta = {k: v for k, v in node.meta.items() if k != "val"}
         node.replace_all_uses_with(values)
@@ -84,8 +83,8 @@ class SolvedWeight(ObserverBase):
         if grid.dialect == "block":
             counts = [n // b for n, b in zip(self.codes.shape, grid.block, strict=True)]
             scales, zero_points = scales.reshape(counts), zero_points.reshape(counts)
-        scale_node = _attribute(model, f"{node.name}_scale", scales)
-        zero_node = _attribute(model, f"{node.name}_zero_point", zero_points)
+        scale_node = passes.add_buffer(model, f"{node.name}_scale", scales)
+        zero_node = passes.add_buffer(model, f"{node.name}_zero_point", zero_points)
         if grid.dialect == "channel":
             options = {} if wanted == torch.float32 else {"out_dtype": wanted}
             args = (codes, scale_node, zero_node, grid.axis, *limits)
@@ -117,16 +116,6 @@ class SolvedActivation(ObserverBase):
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, (1,) each."""
         return self.scale, self.zero_point
-
-
-def _attribute(model: GraphModule, name: str, value: torch.Tensor) -> Node:
-    name = name.replace(".", "_")
-    while hasattr(model, name):
-        name += "_"
-    model.register_buffer(name, value)
-    node = model.graph.get_attr(name)
-    node.meta["val"] = operator.attrgetter(name)(model)
-    return node
 
 
 # solutions --------------------------------------------------------------------------------------------------------

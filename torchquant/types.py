@@ -22,22 +22,24 @@ DTYPE_RANGE = {
     torch.uint16: (0, 65535),
     torch.int32: (-(2**31), 2**31 - 1),
 }
+FLOAT_RANGE = {torch.float8_e4m3fn: (-448.0, 448.0)}
 
 
 @dataclass(frozen=True)
 class Format:
-    """An integer grid: the values a code may take and the dtype that stores it."""
+    """An integer or small float grid: the values a code may take and the dtype that stores it."""
 
     name: str
     dtype: torch.dtype
-    quant_min: int
-    quant_max: int
+    quant_min: int | float
+    quant_max: int | float
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_RANGE:
-            allowed = ", ".join(str(d) for d in DTYPE_RANGE)
-            raise SchemeError(f"format {self.name!r}: dtype {self.dtype} is not an integer grid; use {allowed}")
-        low, high = DTYPE_RANGE[self.dtype]
+        known: dict[torch.dtype, tuple[int, int] | tuple[float, float]] = {**DTYPE_RANGE, **FLOAT_RANGE}
+        if self.dtype not in known:
+            allowed = ", ".join(str(d) for d in known)
+            raise SchemeError(f"format {self.name!r}: dtype {self.dtype} is no grid of codes; use {allowed}")
+        low, high = known[self.dtype]
         if not low <= self.quant_min < self.quant_max <= high:
             raise SchemeError(
                 f"format {self.name!r}: quant_min {self.quant_min} and quant_max {self.quant_max} "
@@ -47,19 +49,32 @@ class Format:
     @property
     def bits(self) -> int:
         """The bits a code needs: the smallest b with 2**b values or more."""
-        return (self.quant_max - self.quant_min).bit_length()
+        return 8 * self.dtype.itemsize if self.is_float else int(self.quant_max - self.quant_min).bit_length()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the codes are small floats, which have no zero point."""
+        return self.dtype in FLOAT_RANGE
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is quantized: its grid, its granularity, and when its scale is chosen."""
+    """How one tensor is quantized: its grid, its granularity, and when its scale is chosen.
+
+    `group_size`: how many neighbours along the input axis share a scale, with granularity "group".
+    """
 
     format: Format
     symmetric: bool
     granularity: Granularity = "tensor"
     dynamic: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise SchemeError(f"granularity {self.granularity!r} does not go with group size {self.group_size}")
+        if self.format.is_float and not self.symmetric:
+            raise SchemeError(f"{self.format.name} codes have no zero point; make the tensor symmetric")
         if self.dynamic and self.granularity == "channel":
             raise SchemeError("a dynamic tensor has per-tensor or per-token scales, not per-channel ones")
 
@@ -129,7 +144,8 @@ class QParams:
         axis: channel axis, or None for one scale for the tensor (or the token, or the group).
         dynamic: the scale is computed from the tensor at run time.
         scale, zero_point: (channels,) or scalar tensors; None in a prepared graph and when dynamic.
-        group_size: how many neighbours on the last axis share a scale, or None.
+        group_size: how many neighbours on the input axis share a scale, or None.
+        token: each row (token) has a scale of its own.
     """
 
     dtype: torch.dtype
@@ -140,12 +156,15 @@ class QParams:
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
     group_size: int | None = None
+    token: bool = False
 
     def describe(self) -> str:
         """For example `int8[-127,127] per channel 0`."""
         where = "per tensor" if self.axis is None else f"per channel {self.axis}"
         where = f"per group of {self.group_size}" if self.group_size else "dynamic" if self.dynamic else where
-        return f"{str(self.dtype).removeprefix('torch.')}[{self.quant_min},{self.quant_max}] {where}"
+        where += " per token" if self.token else ""
+        limits = ",".join("?" if q is None else f"{q:g}" for q in (self.quant_min, self.quant_max))
+        return f"{str(self.dtype).removeprefix('torch.')}[{limits}] {where}"
 
 
 @dataclass(frozen=True)

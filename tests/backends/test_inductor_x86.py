@@ -160,7 +160,7 @@ def test_a_program_is_not_saved_where_there_is_no_folder(x86_pixels, tmp_path):
 
 def test_the_report_shows_kernels_proof_and_what_stays_float(x86_block):
     text = str(tq.report(x86_block.quantized, x86_block.program))
-    assert "annotated compute ops run as integers: 4/4" in text
+    assert "annotated compute ops run quantized: 4/4" in text
     assert "torchquant_linear" in text
     assert "1 attention: attention runs in a float kernel" in text
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class RangeSearch:
         ranges = {i: id(m) for i, n in enumerate(order) if (m := observer_of(prepared, n)) is not None}
         starts = [i for i, before in zip(ranges, [0, *ranges.values()], strict=False) if ranges[i] != before]
         found = []
-        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        for start, end in pairwise([*starts, len(order)]):
             members = [i for i, module in ranges.items() if module == ranges[start]]
             touched = {user.name for i in members for user in order[i].users}
             if members[0] == start and members[-1] < end and not touched & excluded:

@@ -119,6 +119,15 @@ def fresh_name(model: GraphModule, name: str) -> str:
     return name
 
 
+def add_buffer(model: GraphModule, name: str, value: torch.Tensor) -> Node:
+    """A node that reads `value`, kept under `name` or one like it; put where the graph inserts now."""
+    name = fresh_name(model, name.replace(".", "_"))
+    model.register_buffer(name, value)
+    node = model.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
+
+
 def rename_folded_weights(model: GraphModule) -> None:
     """Give the codes that `convert_pt2e` folded names of their own.
 

@@ -79,8 +79,11 @@ def _observed(observer: Any) -> QParams | None:
     dtype: Any = getattr(observer, "dtype", None) or getattr(observer, "target_dtype", torch.int8)
     per_channel = getattr(observer, "qscheme", None) in (torch.per_channel_symmetric, torch.per_channel_affine)
     axis = int(observer.ch_axis) if per_channel and hasattr(observer, "ch_axis") else None
-    group_size = getattr(getattr(observer, "granularity", None), "group_size", None)
-    return QParams(dtype, low, high, axis, bool(getattr(observer, "is_dynamic", False)), group_size=group_size)
+    granularity = getattr(observer, "granularity", None)
+    dynamic = bool(getattr(observer, "is_dynamic", False))
+    token = dynamic and (getattr(observer, "per_token", False) or type(granularity).__name__ == "PerToken")
+    group_size = None if dynamic else getattr(granularity, "group_size", None)
+    return QParams(dtype, low, high, axis, dynamic, group_size=group_size, token=token)
 
 
 def _dequantized(model: GraphModule, node: Node) -> QParams:
@@ -88,19 +91,33 @@ def _dequantized(model: GraphModule, node: Node) -> QParams:
     scale = _value(model, given.get("scale", given.get("scales")))
     zero_point = _value(model, given.get("zero_point", given.get("zero_points")))
     axis, dtype = given.get("axis"), given.get("dtype", given.get("input_dtype"))
-    group_size = None
+    group_size = given.get("group_size")
     if "block_size" in given:
         axis, group_size = _blocks(given["block_size"], _value(model, given["input"]))
+    if scale is not None and scale.ndim > 1 and not group_size:  # one scale a row
+        axis, scale = 0, scale.flatten()
+        zero_point = zero_point if zero_point is None else zero_point.flatten()
+    dynamic = isinstance(given.get("scale", given.get("scales")), Node) and scale is None
     return QParams(
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.int8,
         quant_min=given.get("quant_min"),  # type: ignore[arg-type]
         quant_max=given.get("quant_max"),  # type: ignore[arg-type]
         axis=axis if isinstance(axis, int) else None,
-        dynamic=isinstance(given.get("scale"), Node) and scale is None,
+        dynamic=dynamic,
         scale=scale,
         zero_point=zero_point,
         group_size=group_size,
+        token=dynamic and _by_token(node, given),
     )
+
+
+def _by_token(node: Node, given: dict[str, Any]) -> bool:
+    """Whether each row has a scale of its own, as far as the ops say."""
+    if "block_size" in given:
+        return len(given["block_size"]) > 1 and all(size == 1 for size in given["block_size"][:-1])
+    chosen = given["scale"] if "scale" in given else given["scales"]
+    axis = ops.arguments(chosen).get("axis") if ops.qdq_name(chosen) == "choose_scale" else None
+    return ops.qdq_name(node) == "dequantize_per_token" or axis is not None
 
 
 def _blocks(block_size: Any, codes: torch.Tensor | None) -> tuple[int | None, int | None]:
@@ -112,7 +129,7 @@ def _blocks(block_size: Any, codes: torch.Tensor | None) -> tuple[int | None, in
         b == n for i, (b, n) in enumerate(zip(block_size, codes.shape, strict=True)) if i != whole[0]
     ):
         return whole[0], None
-    return None, int(block_size[-1])
+    return None, next((int(b) for b, n in zip(block_size, codes.shape, strict=True) if 1 < b < n), 1)
 
 
 def _value(model: GraphModule, value: Any) -> torch.Tensor | None:

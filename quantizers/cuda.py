@@ -1,0 +1,32 @@
+"""CudaQuantizer: what NVIDIA GPUs run with packed weights, in int8 or in float8."""
+
+import torch
+
+from torchquant.backends.inductor_cuda import CAPABILITIES, SCHEMES, TARGET
+from torchquant.quantizers.engine import CapabilityQuantizer
+
+__all__ = ["CudaQuantizer"]
+
+
+class CudaQuantizer(CapabilityQuantizer):
+    """Annotates for `torchquant.backends.inductor_cuda`: linears and convolutions of kernel size 1.
+
+    `dynamic_int8` (the default): int8 weights per channel, int8 activations with a scale for each token, chosen at run
+    time. It needs no data and no float8 hardware, is close to float on most networks, and is faster than bfloat16
+    both for one token (half the bytes) and for many (twice the operations).
+
+    `w4a16`, `w4a16_g64`, `w4a16_g32` and `w4a16_asymmetric`, `..._g64`, `..._g32`: int4 weights in groups of 128, 64 or
+    32 input features, for generation token by token; use AdaRound or another solver with them.
+    `w8a16`: int8 weights alone. `static_int8`: activations per tensor, with ranges from calibration.
+    `dynamic_fp8`, `dynamic_fp8_tensor`, `static_fp8`, `static_fp8_tensor`: float8 (e4m3) weights and activations,
+    scaled by row or by tensor; activations' scales at run time or from calibration (the largest magnitude, whatever
+    `observer` is). They need a GPU of compute capability 8.9 or more.
+
+    Models may be float32, bfloat16 or float16.
+    """
+
+    target = TARGET
+    capabilities = CAPABILITIES
+    schemes = SCHEMES
+    default_scheme = "dynamic_int8"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)

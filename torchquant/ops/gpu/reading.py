@@ -1,0 +1,258 @@
+"""What a linear or a convolution of kernel size 1 of a converted graph multiplies, whoever wrote the Quantizer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.dialect import EPS
+from torchquant.errors import LoweringError
+from torchquant.fx import ops
+from torchquant.fx.sites import qparams_of, source_of
+from torchquant.types import DTYPE_RANGE
+
+__all__ = ["Input", "Layer", "Weight", "read_input", "read_layer"]
+
+_CODES = {torch.int8: torch.int8, torch.uint8: torch.int8, torch.float8_e4m3fn: torch.float8_e4m3fn}
+_PER_TOKEN = "choose_qparams_per_token_asymmetric"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An op's activations and their grid, integers shifted to signed ones.
+
+    Args:
+        source: the float values, before they are quantized.
+        how: `float`: they are used as they are.
+        dtype, low, high: of the codes.
+        axis: of the vectors that have a dynamic scale each; None: one scale.
+        symmetric: a dynamic scale comes without zero point; `eps` is the smallest one.
+        scale, zero_point: static ones.
+        output_dtype: of the values after they are dequantized.
+    """
+
+    source: Node
+    how: Literal["float", "static", "dynamic"] = "float"
+    dtype: torch.dtype | None = None
+    low: float = 0
+    high: float = 0
+    axis: int | None = None
+    symmetric: bool = True
+    eps: float = EPS
+    scale: float = 1.0
+    zero_point: int = 0
+    output_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight's codes (out, in), signed integers or float8; scale and zero point (None: 0) float32 (out, groups)."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def per_channel(self) -> bool:
+        """Whether a product of codes may be scaled afterwards."""
+        return self.scale.shape[1] == 1 and self.zero_point is None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One op to lower.
+
+    Args:
+        node: the linear or convolution.
+        input, weight, bias: what it reads; the bias float, or None.
+        scaled: multiplies codes by codes; otherwise floats by unpacked weights.
+        stride: of a convolution; None for a linear.
+    """
+
+    node: Node
+    input: Input
+    weight: Weight
+    bias: torch.Tensor | None
+    scaled: bool
+    stride: tuple[int, ...] | None
+
+    def kind(self) -> tuple[Any, ...]:
+        """Layers of the same kind can be computed as one, side by side."""
+        weight = self.weight
+        weights = (weight.codes.dtype, weight.bits, weight.group_size, weight.zero_point is None)
+        return (self.input, self.scaled, self.stride, *(weights if not self.scaled else ()))
+
+
+def read_layer(model: GraphModule, node: Node) -> Layer:
+    """What `node` multiplies.
+
+    Raises:
+        LoweringError: no kernel computes it; names the op, its module, and what to do.
+    """
+    try:
+        return _read(model, node)
+    except _NoKernelError as problem:
+        where = ops.module_path(node) or "root"
+        raise LoweringError(
+            f"{ops.op_name(node)} {node.name} ({where}) is annotated, but {problem}. Exclude it in the Quantizer, or "
+            f"pass allow_float=['node:{node.name}'] to run it in float."
+        ) from None
+
+
+class _NoKernelError(Exception):
+    """Why an op has no kernel."""
+
+
+def _read(model: GraphModule, node: Node) -> Layer:
+    op, given = ops.op_name(node), ops.arguments(node)
+    if op not in ("linear", "conv1d", "conv2d"):
+        raise _NoKernelError("only linears and convolutions of kernel size 1 have kernels that multiply codes")
+    weight = _read_weight(model, node, op)
+    values = ops.argument(node, 0)
+    assert values is not None
+    read = read_input(model, values)
+    along = -1 if op == "linear" else 1
+    rows = read.how != "dynamic" or read.axis is None or read.axis in (along, _rank(values) + along)
+    scaled = rows and read.how != "float" and read.dtype == weight.codes.dtype and weight.per_channel()
+    if not scaled:
+        _check_weight_only(weight)
+        read = Input(values)
+    bias = ops.argument(node, 2)
+    if bias is not None and not ops.is_constant(bias):
+        raise _NoKernelError("its bias is computed at run time")
+    stride = None if op == "linear" else _each(given.get("stride", 1), 1 if op == "conv1d" else 2)
+    return Layer(node, read, weight, None if bias is None else ops.constant_value(model, bias), scaled, stride)
+
+
+def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
+    values = ops.argument(node, 1)
+    grid = qparams_of(model, values)
+    if values is None or grid is None or not ops.is_dequantize(values) or not ops.is_constant(values):
+        raise _NoKernelError("its weight is not stored as codes with a dequantize op right behind them")
+    codes = ops.constant_value(model, values.args[0])  # type: ignore[arg-type]
+    if op != "linear":
+        _check_convolution(ops.arguments(node), codes)
+    codes = codes.reshape(codes.shape[:2])
+    domain = ops.arguments(values).get("zero_point_domain", "INT")
+    if getattr(domain, "name", domain) != "INT":
+        raise _NoKernelError("its weight has zero points that are no integers")
+    if codes.dtype not in _CODES or grid.scale is None:
+        raise _NoKernelError(f"its weight is stored in {codes.dtype}; kernels take 4 and 8 bits")
+    if grid.axis not in (None, 0):
+        raise _NoKernelError(f"its weight has scales along axis {grid.axis}, and kernels scale output channels")
+    n, k = codes.shape
+    if grid.group_size and k % grid.group_size:
+        raise _NoKernelError(f"its {k} input features are no whole groups of {grid.group_size}")
+    groups = k // grid.group_size if grid.group_size else 1
+    scale = grid.scale.detach().float().reshape(-1, groups).expand(n, groups).contiguous()
+    if codes.dtype.is_floating_point:
+        return Weight(codes, scale, None, 8)
+    low, high = _limits(grid.dtype, grid.quant_min, grid.quant_max)
+    offset = 0 if low < 0 else 8 if high <= 15 else 128
+    zero_point = None
+    if grid.zero_point is not None and bool((grid.zero_point != offset).any()):
+        zero_point = (grid.zero_point.float() - offset).reshape(-1, groups).expand(n, groups).contiguous()
+    elif grid.zero_point is None and offset:
+        zero_point = torch.full_like(scale, -offset)
+    if offset:
+        codes = (codes.to(torch.int16) - offset).to(torch.int8)
+    return Weight(codes, scale, zero_point, 4 if low - offset >= -8 and high - offset <= 7 else 8)
+
+
+def _check_convolution(given: dict[str, Any], codes: torch.Tensor) -> None:
+    padding = given.get("padding", 0)
+    padded = not isinstance(padding, str) and any(padding if isinstance(padding, (list, tuple)) else [padding])
+    if any(size != 1 for size in codes.shape[2:]) or given.get("groups", 1) != 1 or padded:
+        raise _NoKernelError("only a convolution of kernel size 1, one group and no padding is a matrix product")
+
+
+def _check_weight_only(weight: Weight) -> None:
+    if weight.codes.dtype.is_floating_point:
+        raise _NoKernelError("its weight is float8 and its activation is not, which no kernel multiplies")
+    size, k = weight.group_size, weight.codes.shape[1]
+    if size != k and size % 32:
+        raise _NoKernelError(f"its weight has groups of {size}, and kernels take multiples of 32")
+
+
+def read_input(model: GraphModule, values: Node) -> Input:
+    """How `values` were quantized, as far as kernels take it; otherwise the floats as they are."""
+    node = source_of(values)
+    found = _quantized(model, node) if ops.is_dequantize(node) else None
+    if found is None or (node is not values and found.how != "static"):
+        return Input(values)
+    # behind a reshape: quantized once more, a static grid gives the same codes
+    return found if node is values else replace(found, source=values)
+
+
+def _quantized(model: GraphModule, node: Node) -> Input | None:
+    given = ops.arguments(node)
+    codes, scale = node.args[0], given.get("scale", given.get("scales"))
+    dtype = given.get("dtype", given.get("input_dtype"))
+    if not isinstance(codes, Node) or not ops.is_quantize(codes) or dtype not in _CODES:
+        return None
+    source = codes.args[0]
+    low, high = _limits(dtype, given.get("quant_min"), given.get("quant_max"))
+    offset = 128 if dtype == torch.uint8 else 0
+    wanted = given.get("out_dtype", given.get("output_dtype")) or torch.float32
+    limits = (_CODES[dtype], low - offset, high - offset)
+    if not isinstance(source, Node):
+        return None
+    if isinstance(scale, Node) and not ops.is_constant(scale):
+        return _dynamic(source, scale, node, limits, wanted)
+    grid = qparams_of(model, node)
+    assert grid is not None
+    if grid.scale is None or grid.scale.numel() != 1 or grid.axis is not None or grid.group_size:
+        return None
+    zero_point = 0 if grid.zero_point is None else int(grid.zero_point) - offset
+    return Input(source, "static", *limits, scale=float(grid.scale), zero_point=zero_point, output_dtype=wanted)
+
+
+def _dynamic(
+    source: Node, scale: Node, node: Node, limits: tuple[torch.dtype, float, float], wanted: torch.dtype
+) -> Input | None:
+    """From the op that chose the scale."""
+    chosen = scale.args[0] if scale.target is operator.getitem else scale
+    if not isinstance(chosen, Node) or chosen.args[0] is not source:
+        return None
+    name, given = ops.qdq_name(chosen), ops.arguments(chosen)
+    mapping, block = given.get("mapping_type"), given.get("block_size", ())
+    axis: int | None = -1
+    symmetric = mapping == "SYMMETRIC"
+    if name in ("choose_scale", "choose_affine"):
+        axis, symmetric = given["axis"], name == "choose_scale"
+    elif name in ("choose_qparams", "choose_qparams_symmetric"):
+        axis, symmetric = None, name.endswith("symmetric")
+    elif name == "choose_qparams_affine":
+        if len(block) < 2 or any(size != 1 for size in block[:-1]) or mapping not in ("SYMMETRIC", "ASYMMETRIC"):
+            return None
+    elif name != _PER_TOKEN or limits[1:] != (-128, 127):  # a grid that this op takes for granted
+        return None
+    eps = max(float(given.get("eps") or EPS), EPS)
+    return Input(source, "dynamic", *limits, axis, symmetric, eps, output_dtype=wanted)
+
+
+def _limits(dtype: torch.dtype, low: float | None, high: float | None) -> tuple[float, float]:
+    if dtype.is_floating_point:
+        top = torch.finfo(dtype).max
+        return -top if low is None else low, top if high is None else high
+    least, most = DTYPE_RANGE.get(dtype) or (0, 2 ** int(str(dtype).removeprefix("torch.uint")) - 1)  # uint1 to uint7
+    return least if low is None else low, most if high is None else high
+
+
+def _rank(node: Node) -> int:
+    while ops.shape_of(node) is None and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return len(ops.shape_of(node) or ())
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * rank if len(values) == 1 else values
