@@ -94,7 +94,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def run(setup: Setup, sections: list[str], results: Results) -> list[Row]:
+def run(setup: Setup, sections: list[str], results: Any) -> list[Row]:
     """The sections in their order; one that fails or comes too late leaves a row that says so."""
     compiling = _precompiling(setup, sections) if setup.gpu else None
     best, rows = gpu_layers.ceilings(setup)
@@ -107,6 +107,7 @@ def run(setup: Setup, sections: list[str], results: Results) -> list[Row]:
         "networks": lambda: _networks(setup),
         "layers of 70B": lambda: _layers(setup, best, "70B", "70B more"),
     }
+    sections = [name for name in SECTIONS if name in sections]
     for name in sections:
         print(f"\n{name}; {setup.left_s:.0f} s left", flush=True)
         if setup.left_s <= 0:

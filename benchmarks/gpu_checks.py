@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from gpu_setup import Row, Setup, Weight, reason, report
@@ -88,9 +89,9 @@ def checks(setup: Setup) -> Iterator[Row]:
     """A row for each format and kind of input, with the worst over all sizes; failures are rows, not exceptions."""
     for name, make in VARIANTS.items():
         for kind in (*INPUTS, "zero and large scales", "epilogue"):
-            yield _row(name, kind, [(lambda s=s: _product(setup, make, kind, *s)) for s in _sizes(setup, name)])
+            yield _row(name, kind, [partial(_product, setup, make, kind, *s) for s in _sizes(setup, name)])
     for name, one in _MORE.items():
-        yield _row(name, "normal", [(lambda s=s: one(setup, *s)) for s in _sizes(setup, "int8")])
+        yield _row(name, "normal", [partial(one, setup, *s) for s in _sizes(setup, "int8")])
 
 
 def _row(name: str, kind: str, tries: list[Callable[[], float]]) -> Row:

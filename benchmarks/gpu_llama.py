@@ -1,8 +1,8 @@
 """A Llama with random weights, end to end on a GPU: tokens a second in bfloat16 and with each format.
 
-All layers run one compiled block, each with weights of its own in memory. What is quantized is one block and the last
-linear, through export, `prepare_pt2e`, `convert_pt2e` and `inductor_cuda.transform`; the other layers hold copies, since
-weights are random anyway. Every step is one CUDA graph.
+All layers run one compiled block, each with weights of its own in memory. One block and the last linear go through
+export, `prepare_pt2e`, `convert_pt2e` and `inductor_cuda.transform`; the other layers hold copies, since weights are
+random anyway. Every step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from gpu_setup import Row, Setup, reason, report, spread
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from torchquant.ops.gpu.products import relative_error
 
@@ -154,8 +155,6 @@ def exported(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Graph
 
 def quantized(exported: GraphModule, inputs: tuple[torch.Tensor, ...], scheme: str) -> GraphModule:
     """What `convert_pt2e` makes of it; the inputs are the calibration."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
     from torchquant.quantizers.cuda import CudaQuantizer
 
     prepared = prepare_pt2e(exported, CudaQuantizer(scheme))
@@ -194,15 +193,21 @@ class Decoder:
         x = torch.randn(batch, tokens, sizes.width, device=device, dtype=dtype)
         inputs = (x, self.position, *cache, *self.tables)
         self.error, self.quantize_s = 0.0, 0.0
-        block, head = (self._lowered(setup, kind(sizes), i, format) for kind, i in ((Block, inputs), (Head, (x,))))
+        block, head = (self._lowered(setup, kind, sizes, i, format) for kind, i in ((Block, inputs), (Head, (x,))))
         self.layers = [block, *(block.copied() for _ in range(setup.layers - 1))]
         self.caches = [tuple(c.clone() for c in cache) for _ in self.layers]
         self.head = head
 
     def _lowered(
-        self, setup: Setup, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], format: str | None
+        self,
+        setup: Setup,
+        kind: Callable[[Sizes], torch.nn.Module],
+        sizes: Sizes,
+        inputs: tuple[torch.Tensor, ...],
+        format: str | None,
     ) -> Part:
-        module = module.to(setup.device, torch.bfloat16).requires_grad_(False).eval()
+        with torch.device(setup.device):
+            module = kind(sizes).to(torch.bfloat16).requires_grad_(False).eval()
         graph = exported(module, inputs)
         if format is not None:
             from torchquant.backends import inductor_cuda

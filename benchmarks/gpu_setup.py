@@ -13,10 +13,9 @@ import torch
 from torchquant.ops.gpu import timing
 from torchquant.ops.gpu.products import Product
 
-__all__ = ["KEY", "LINE", "Call", "Row", "Setup", "reason", "report", "spread"]
+__all__ = ["KEY", "Call", "Row", "Setup", "reason", "report", "spread"]
 
 KEY = ("section", "case", "format", "m", "runtime")
-LINE = 100
 Row = dict[str, Any]
 Call = Callable[[], object]
 Weight = tuple[torch.Tensor, torch.Tensor]
