@@ -1,6 +1,6 @@
 """Quantized linears on this GPU: checks, layers, a Llama end to end, where its time goes, and small networks whole.
 
-python benchmarks/gpu.py [--section layers] [--seconds 540] [--layers 32] [--no-tune] [--out FOLDER]
+python benchmarks/gpu.py [--section layers] [--seconds 510] [--layers 32] [--no-tune] [--out FOLDER]
 
 Everything is measured with CUDA graphs over rotating copies of the weights, so that caches do not flatter; ceilings of
 bandwidth and arithmetic are measured in the same run. Cuts are searched for first and, with --write-table, become those
@@ -28,7 +28,8 @@ import torchquant as tq
 from torchquant.ops.gpu import tuning
 from torchquant.ops.gpu.products import Product
 
-SECTIONS = ("checks", "layers", "end to end", "profile", "networks", "layers of 70B")
+SECTIONS = ("checks", "layers", "end to end", "profile", "networks", "more layers")
+FIRST_LAYERS, MORE_LAYERS = ("8B",), ("70B", "8B more", "70B more")
 NETWORKS = ("lite0", "minilm", "smollm2")
 MEASURED = Path(tuning.__file__).parent / "measured"
 
@@ -39,6 +40,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # torchao's linears are one function with many kinds of weights
     setup = Setup(options.device, options.tiny, options.seconds, options.tune, options.layers)
     rows = run(setup, options.section or list(SECTIONS), Results(setup, options.out))
     if setup.gpu and setup.tune:
@@ -54,7 +56,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", action="append", choices=SECTIONS, help="repeatable; all if left out")
-    parser.add_argument("--seconds", type=float, default=540, help="what does not start in this time is skipped")
+    parser.add_argument("--seconds", type=float, default=510, help="what does not start in this time is skipped")
     parser.add_argument("--layers", type=int, default=32, help="of the Llama")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="measure the cuts known now")
     parser.add_argument("--write-table", action="store_true", help="the cuts found become the package's")
@@ -101,11 +103,11 @@ def run(setup: Setup, sections: list[str], results: Any) -> list[Row]:
     results.add(iter(rows))
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "checks": lambda: gpu_checks.checks(setup),
-        "layers": lambda: _layers(setup, best, "8B", "8B more"),
+        "layers": lambda: gpu_layers.layers(setup, best, FIRST_LAYERS),
         "end to end": lambda: gpu_llama.end_to_end(setup),
         "profile": lambda: _profile(setup, results.rows),
         "networks": lambda: _networks(setup),
-        "layers of 70B": lambda: _layers(setup, best, "70B", "70B more"),
+        "more layers": lambda: gpu_layers.layers(setup, best, MORE_LAYERS),
     }
     sections = [name for name in SECTIONS if name in sections]
     for name in sections:
@@ -113,7 +115,7 @@ def run(setup: Setup, sections: list[str], results: Any) -> list[Row]:
         if setup.left_s <= 0:
             results.add(iter([_note(name, skipped="no time left")]))
             continue
-        if name.startswith("layers") and compiling is not None:
+        if name in ("layers", "more layers") and compiling is not None:
             for failure in compiling.wait():
                 print(f"  not compiled: {failure}")
             compiling = None
@@ -135,17 +137,11 @@ def _precompiling(setup: Setup, sections: list[str]) -> Any:
     from torchquant.ops.gpu.precompile import Precompiling
 
     found = gpu_checks.requests(setup) if "checks" in sections else []
-    groups = [g for name, g in (("layers", "8B"), ("layers of 70B", "70B")) if name in sections and setup.tune]
-    for group in groups:
-        shapes: list[Product] = [p for part in (group, f"{group} more") for _, p in gpu_layers.products(setup, part)]
-        found += tuning.requests(shapes, gpu_layers.ROWS)
+    groups = [*FIRST_LAYERS * ("layers" in sections), *MORE_LAYERS * ("more layers" in sections)]
+    if setup.tune:
+        found += tuning.requests((p for group in groups for _, p in gpu_layers.products(setup, group)), gpu_layers.ROWS)
     print(f"compiling {len(found)} kernels", flush=True)
     return Precompiling(found)
-
-
-def _layers(setup: Setup, best: gpu_layers.Ceilings, *groups: str) -> Iterator[Row]:
-    for group in groups:
-        yield from gpu_layers.layers(setup, group, best)
 
 
 def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:

@@ -18,8 +18,14 @@ __all__ = ["FORMATS", "ROWS", "SHAPES", "Ceilings", "ceilings", "layers", "produ
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 FORMATS = ("w4a16", "w8a16", "int8", "fp8")
 SHAPES = {  # (outputs, inputs) of Llama 3; projections that read the same are one product once lowered
-    "8B": {"q k v": (6144, 4096), "o": (4096, 4096), "gate up": (28672, 4096), "down": (4096, 14336)},
-    "8B more": {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096), "lm_head": (128256, 4096)},
+    "8B": {
+        "q k v": (6144, 4096),
+        "o": (4096, 4096),
+        "gate up": (28672, 4096),
+        "down": (4096, 14336),
+        "lm_head": (128256, 4096),
+    },
+    "8B more": {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096)},
     "70B": {"q k v": (10240, 8192), "o": (8192, 8192), "gate up": (57344, 8192), "down": (8192, 28672)},
     "70B more": {"k": (1024, 8192), "gate": (28672, 8192), "lm_head": (128256, 8192)},
 }
@@ -93,18 +99,24 @@ def rows_of(setup: Setup, layer: str) -> tuple[int, ...]:
     return tuple(m for m in rows if m <= _HEAD_ROWS) if "lm_head" in layer else rows
 
 
-def layers(setup: Setup, group: str, best: Ceilings) -> Iterator[Row]:
-    """All layers of a group, as long as there is time; what is skipped is a row too."""
+def layers(setup: Setup, best: Ceilings, groups: Sequence[str]) -> Iterator[Row]:
+    """All layers of some groups, as long as there is time; what is skipped is a row too."""
     by_layer: dict[str, list[Product]] = {}
-    for layer, product in products(setup, group):
-        by_layer.setdefault(layer, []).append(product)
+    for group in groups:
+        for layer, product in products(setup, group):
+            by_layer.setdefault(layer, []).append(product)
     for layer, found in by_layer.items():
         if setup.left_s <= 0:
             row = {"section": "layers", "case": layer, "format": "", "m": 0, "runtime": "", "skipped": "no time left"}
             report(row)
             yield row
             continue
-        yield from _layer(setup, layer, found, best)
+        try:
+            yield from _layer(setup, layer, found, best)
+        except Exception as error:
+            row = {"section": "layers", "case": layer, "format": "", "m": 0, "runtime": "", "missing": reason(error)}
+            report(row)
+            yield row
         if setup.gpu:
             torch.cuda.empty_cache()
 
@@ -119,6 +131,11 @@ def _layer(setup: Setup, layer: str, found: Sequence[Product], best: Ceilings) -
     peers = _peers(setup, layer, n, k)
     for m in rows_of(setup, layer):
         where = {"section": "layers", "case": layer, "n": n, "k": k, "m": m}
+        if setup.left_s <= 0:
+            row = {**where, "format": "", "runtime": "", "skipped": "no time left"}
+            report(row)
+            yield row
+            continue
         x = torch.randn(m, k, device=setup.device, dtype=torch.bfloat16)
         samplers: dict[tuple[str, str], timing.Sampler] = {
             ("bf16", "cuBLAS"): setup.capture([_linear(x, weight) for weight in floats])
@@ -183,6 +200,7 @@ def _peers(
     """For each format, torchao's linear as calls on an activation, or why there is none."""
     if not layer.startswith("8B") or layer.removeprefix("8B ") not in BESIDE_TORCHAO:
         return {}
+    torch._dynamo.reset()
     found: dict[tuple[str, str], Callable[[torch.Tensor], list[Call]] | str] = {}
     for format in ("w4a16", "w8a16", "int8", "fp8"):
         try:
@@ -212,16 +230,20 @@ def _torchao(setup: Setup, format: str, n: int, k: int) -> Callable[[torch.Tenso
         first,
         *(copy.deepcopy(first) for _ in range(setup.copies(n * k // (2 if format == "w4a16" else 1)) - 1)),
     ]
-    run = torch.compile(F.linear) if setup.gpu else F.linear
+    run = torch.compile(_product) if setup.gpu else _product
 
     def calls(x: torch.Tensor) -> list[Call]:
         if len(x) > 1:
-            torch._dynamo.mark_dynamic(x, 0)  # one kernel for all sizes
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # one kernel for all sizes
         with torch.no_grad():
             run(x, weights[0])
         return [_no_grad(run, x, weight) for weight in weights]
 
     return calls
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight)
 
 
 def _no_grad(run: Callable[..., object], x: torch.Tensor, weight: torch.Tensor) -> Call:

@@ -7,6 +7,7 @@ random anyway. Every step is one CUDA graph.
 
 from __future__ import annotations
 
+import gc
 import operator
 import time
 from collections.abc import Callable, Iterator
@@ -230,7 +231,7 @@ class Decoder:
 
 
 def end_to_end(setup: Setup) -> Iterator[Row]:
-    """Decoding of 1 and 16 sequences, and prefill; each format beside bfloat16, measured in turns where both fit."""
+    """Decoding of 1 and 16 sequences, and prefill; each format after bfloat16."""
     sizes = Sizes() if setup.gpu else TINY
     for case, batch, tokens in (("decode", 1, 1), ("prefill", 1, sizes.context), ("decode", 16, 1)):
         base: float | None = None
@@ -252,6 +253,7 @@ def end_to_end(setup: Setup) -> Iterator[Row]:
             yield row
             if setup.gpu:
                 torch._dynamo.reset()
+                gc.collect()  # graphs refer to themselves
                 torch.cuda.empty_cache()
 
 

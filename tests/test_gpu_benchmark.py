@@ -53,5 +53,5 @@ def test_what_there_is_no_time_for_is_said_to_be_skipped():
     pytest.importorskip("PIL")
     rows, tables = trial(0)
     skipped = [r["section"] for r in rows if r.get("skipped") == "no time left"]
-    assert skipped == ["checks", "layers", "end to end", "profile", "networks", "layers of 70B"]
+    assert skipped == ["checks", "layers", "end to end", "profile", "networks", "more layers"]
     assert tables == ["What the chip does", "Not measured"]

@@ -88,6 +88,9 @@ def search(
     last = timing.in_turns({c: samplers[c] for c in finalists}, _LAST_ROUNDS)
     times = first | {c: statistics.median(t) for c, t in last.items()}
     best = min(finalists, key=times.__getitem__)
+    samplers.clear()
+    if x.is_cuda:
+        torch.cuda.empty_cache()  # what the graphs held
     configs.remember(
         gpu or configs.slug(torch.cuda.get_device_name(device)), product.format, m, product.n, product.k, best
     )
