@@ -128,7 +128,11 @@ def _layer(setup: Setup, layer: str, found: Sequence[Product], best: Ceilings) -
     floats = [first, *(first.clone() for _ in range(setup.copies(first.nbytes) - 1))]
     weights = {p: setup.weights(p) for p in found}
     sizes = {"bf16": first.nbytes, **{p.format: p.weight_bytes for p in found}}
-    peers = _peers(setup, layer, n, k)
+    peers, refused = _peers(setup, layer, n, k)
+    for format, why in refused.items():
+        row = {"section": "layers", "case": layer, "m": 0, "format": format, "runtime": "torchao", "missing": why}
+        report(row)
+        yield row
     for m in rows_of(setup, layer):
         where = {"section": "layers", "case": layer, "n": n, "k": k, "m": m}
         if setup.left_s <= 0:
@@ -144,13 +148,11 @@ def _layer(setup: Setup, layer: str, found: Sequence[Product], best: Ceilings) -
         for product in found:
             more[product.format, "torchquant"] = _tuned(setup, product, m, weights[product])
             samplers[product.format, "torchquant"] = setup.capture([_ours(product, x, w) for w in weights[product]])
-        for (format, name), calls in peers.items():
+        for format, calls in peers.items():
             try:
-                if isinstance(calls, str):
-                    raise LookupError(calls)
-                samplers[format, name] = setup.capture(calls(x))
+                samplers[format, "torchao"] = setup.capture(calls(x))
             except Exception as error:
-                row = {**where, "format": format, "runtime": name, "missing": reason(error)}
+                row = {**where, "format": format, "runtime": "torchao", "missing": reason(error)}
                 report(row)
                 yield row
         times = {name: spread(t) for name, t in timing.in_turns(samplers, _SAMPLES).items()}
@@ -194,23 +196,25 @@ def _cut(config: configs.Config) -> str:
 # torchao ---------------------------------------------------------------------------------------------------------
 
 
-def _peers(
-    setup: Setup, layer: str, n: int, k: int
-) -> dict[tuple[str, str], Callable[[torch.Tensor], list[Call]] | str]:
-    """For each format, torchao's linear as calls on an activation, or why there is none."""
+Peer = Callable[[torch.Tensor], list[Call]]  # from an activation, a call for each copy of the weight
+
+
+def _peers(setup: Setup, layer: str, n: int, k: int) -> tuple[dict[str, Peer], dict[str, str]]:
+    """For each format torchao's linear, or why there is none."""
+    found: dict[str, Peer] = {}
+    refused: dict[str, str] = {}
     if not layer.startswith("8B") or layer.removeprefix("8B ") not in BESIDE_TORCHAO:
-        return {}
+        return found, refused
     torch._dynamo.reset()
-    found: dict[tuple[str, str], Callable[[torch.Tensor], list[Call]] | str] = {}
-    for format in ("w4a16", "w8a16", "int8", "fp8"):
+    for format in FORMATS:
         try:
-            found[format, "torchao"] = _torchao(setup, format, n, k)
+            found[format] = _torchao(setup, format, n, k)
         except Exception as error:
-            found[format, "torchao"] = reason(error)
-    return found
+            refused[format] = reason(error)
+    return found, refused
 
 
-def _torchao(setup: Setup, format: str, n: int, k: int) -> Callable[[torch.Tensor], list[Call]]:
+def _torchao(setup: Setup, format: str, n: int, k: int) -> Peer:
     import torchao.quantization as ao
 
     choices = {

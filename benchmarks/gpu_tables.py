@@ -25,8 +25,11 @@ def tables(found: Row) -> list[Table]:
     """All that was measured, section by section."""
     gaps = [r for r in found["rows"] if "skipped" in r or "missing" in r]
     measured = [r for r in found["rows"] if r not in gaps]
-    by_section = {s: [r for r in measured if r["section"] == s] for s in dict.fromkeys(r["section"] for r in measured)}
-    made = [_SECTIONS[s](rows) for s, rows in by_section.items()]
+    by_section = {s: [r for r in measured if r["section"] == s] for s in _SECTIONS}
+    made = [_SECTIONS[s](rows) for s, rows in by_section.items() if rows]
+    profiled = [r for r in measured if r.get("kernels")]
+    if profiled:
+        made.append(_profile(profiled))
     if gaps:
         rows = [[r["section"], r["case"], r["format"], r["runtime"], _rows(r), _why(r)] for r in gaps]
         made.append(Table("Not measured", "", ("section", "case", "format", "runtime", "rows", "why"), rows))
@@ -101,15 +104,7 @@ def _end_to_end(rows: list[Row]) -> Table:
         f"Llama-3-8B's sizes, {', '.join(map(str, layers))} layers, random weights, compiled by torch.compile; each "
         "step is one CUDA graph. The error is that of the lowered block against the converted one."
     )
-    return Table("A Llama end to end", note, head, [*body, *_kernel_rows(rows)])
-
-
-def _kernel_rows(rows: list[Row]) -> list[list[str]]:
-    return [
-        [f"kernels of {r['case']}, {r['m']} tokens", r["format"], _kernels(r), "", "", "", "", ""]
-        for r in rows
-        if r.get("kernels")
-    ]
+    return Table("A Llama end to end", note, head, body)
 
 
 def _kernels(row: Row) -> str:
@@ -117,9 +112,12 @@ def _kernels(row: Row) -> str:
 
 
 def _profile(rows: list[Row]) -> Table:
-    body = [[r["case"], r["format"], _rows(r), f"{r['us']:.1f}", f"{r['bound_us']:.1f}", _kernels(r)] for r in rows]
-    head = ("layer", "format", "rows", "us", "bound us", "kernels")
-    return Table("Furthest from the bound", "Of our products with each number of rows, the worst.", head, body)
+    body = []
+    for r in rows:
+        us, bound = r.get("us", 1e3 * r.get("ms", 0.0)), r.get("bound_us")
+        body.append([r["case"], r["format"], _rows(r), f"{us:.1f}", f"{bound:.1f}" if bound else "", _kernels(r)])
+    note = "A step of the Llama; and of our products with each number of rows, the one that is furthest from its bound."
+    return Table("Where the time goes", note, ("", "format", "rows", "us", "bound us", "kernels"), body)
 
 
 def _networks(rows: list[Row]) -> Table:
@@ -136,6 +134,5 @@ _SECTIONS = {
     "checks": _checks,
     "layers": _layers,
     "end to end": _end_to_end,
-    "profile": _profile,
     "networks": _networks,
 }
