@@ -146,7 +146,7 @@ def _precompiling(setup: Setup, sections: list[str]) -> Any:
 
 def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:
     """The kernels of the layer of ours that is furthest from its bound; steps of the Llama bring their own."""
-    mine = [r for r in rows if r["section"] == "layers" and r["runtime"] == "torchquant"]
+    mine = [r for r in rows if r["section"] == "layers" and r["runtime"] == "torchquant" and "us" in r]
     for m in sorted({r["m"] for r in mine}):
         worst = min((r for r in mine if r["m"] == m), key=lambda r: r["of_bound"])
         product = Product(worst["format"], worst["n"], worst["k"], 128 if worst["format"] == "w4a16" else 0)

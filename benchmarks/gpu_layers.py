@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ SHAPES = {  # (outputs, inputs) of Llama 3; projections that read the same are o
         "down": (4096, 14336),
         "lm_head": (128256, 4096),
     },
-    "8B more": {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096)},
+    "8B more": {"k": (1024, 4096), "gate": (14336, 4096)},
     "70B": {"q k v": (10240, 8192), "o": (8192, 8192), "gate up": (57344, 8192), "down": (8192, 28672)},
     "70B more": {"k": (1024, 8192), "gate": (28672, 8192), "lm_head": (128256, 8192)},
 }
@@ -33,6 +33,7 @@ TINY_SHAPES = {"8B": {"o": (48, 256)}, "70B": {"down": (32, 384)}}
 BESIDE_TORCHAO = ("o", "gate up", "down")  # of the 8B: each compiles anew
 _HEAD_ROWS = 64  # only the last token of a sequence goes through lm_head
 _SAMPLES = 7
+Peer = Callable[[torch.Tensor], list[Call]]  # from an activation, a call for each copy of the weight
 
 
 @dataclass(frozen=True)
@@ -126,43 +127,54 @@ def _layer(setup: Setup, layer: str, found: Sequence[Product], best: Ceilings) -
     print(f"\n{layer}: {n} x {k}; {setup.left_s:.0f} s left", flush=True)
     first = torch.randn(n, k, device=setup.device, dtype=torch.bfloat16)
     floats = [first, *(first.clone() for _ in range(setup.copies(first.nbytes) - 1))]
-    weights = {p: setup.weights(p) for p in found}
-    sizes = {"bf16": first.nbytes, **{p.format: p.weight_bytes for p in found}}
+    weights = {p: tuning.copies_of(p, setup.device, setup.copies(p.weight_bytes)) for p in found}
+    bytes_of = {"bf16": first.nbytes, **{p.format: p.weight_bytes for p in found}}
     peers, refused = _peers(setup, layer, n, k)
-    for format, why in refused.items():
-        row = {"section": "layers", "case": layer, "m": 0, "format": format, "runtime": "torchao", "missing": why}
-        report(row)
-        yield row
-    for m in rows_of(setup, layer):
-        where = {"section": "layers", "case": layer, "n": n, "k": k, "m": m}
-        if setup.left_s <= 0:
-            row = {**where, "format": "", "runtime": "", "skipped": "no time left"}
+    rows = [{"m": 0, "format": format, "runtime": "torchao", "missing": why} for format, why in refused.items()]
+    for m in (0, *rows_of(setup, layer)):
+        if m and setup.left_s <= 0:
+            rows = [{"m": m, "format": "", "runtime": "", "skipped": "no time left"}]
+        elif m:
+            rows = _timed(setup, m, floats, weights, peers)
+        for row in rows:
+            row = {"section": "layers", "case": layer, "n": n, "k": k, **row}
+            if "us" in row:
+                row["bound_us"] = best.us(row["format"], bytes_of[row["format"]], m, n, k)
+                row["of_bound"] = row["bound_us"] / row["us"]
             report(row)
             yield row
-            continue
-        x = torch.randn(m, k, device=setup.device, dtype=torch.bfloat16)
-        samplers: dict[tuple[str, str], timing.Sampler] = {
-            ("bf16", "cuBLAS"): setup.capture([_linear(x, weight) for weight in floats])
-        }
-        more: dict[tuple[str, str], Row] = {}
-        for product in found:
-            more[product.format, "torchquant"] = _tuned(setup, product, m, weights[product])
-            samplers[product.format, "torchquant"] = setup.capture([_ours(product, x, w) for w in weights[product]])
-        for format, calls in peers.items():
-            try:
-                samplers[format, "torchao"] = setup.capture(calls(x))
-            except Exception as error:
-                row = {**where, "format": format, "runtime": "torchao", "missing": reason(error)}
-                report(row)
-                yield row
-        times = {name: spread(t) for name, t in timing.in_turns(samplers, _SAMPLES).items()}
-        base = times["bf16", "cuBLAS"][0]
-        for (format, runtime), (us, iqr) in times.items():
-            row = {**where, "format": format, "runtime": runtime, "us": us, "iqr_us": iqr, "ratio": base / us}
-            bound = best.us(format, sizes[format], m, n, k)
-            row |= {"bound_us": bound, "of_bound": bound / us, **more.get((format, runtime), {})}
-            report(row)
-            yield row
+
+
+def _timed(
+    setup: Setup,
+    m: int,
+    floats: Sequence[torch.Tensor],
+    weights: Mapping[Product, Sequence[Weight]],
+    peers: Mapping[str, Peer],
+) -> list[Row]:
+    """All that multiply m rows by this weight, in turns; what does not run says why."""
+    x = torch.randn(m, floats[0].shape[1], device=setup.device, dtype=torch.bfloat16)
+    rows: dict[tuple[str, str], Row] = {}
+    samplers: dict[tuple[str, str], timing.Sampler] = {}
+
+    def prepare(format: str, runtime: str, make: Callable[[], tuple[Row, Sequence[Call]]]) -> None:
+        row = rows[format, runtime] = {"m": m, "format": format, "runtime": runtime}
+        try:
+            more, calls = make()
+            row |= more
+            samplers[format, runtime] = setup.capture(calls)
+        except Exception as error:
+            row["missing"] = reason(error)
+
+    prepare("bf16", "cuBLAS", lambda: ({}, [_linear(x, weight) for weight in floats]))
+    for p, own in weights.items():
+        prepare(p.format, "torchquant", lambda p=p, own=own: (_tuned(setup, p, m, own), [_ours(p, x, w) for w in own]))
+    for format, calls in peers.items():
+        prepare(format, "torchao", lambda calls=calls: ({}, calls(x)))
+    times = {name: spread(t) for name, t in timing.in_turns(samplers, _SAMPLES).items()}
+    for name, (us, iqr) in times.items():
+        rows[name] |= {"us": us, "iqr_us": iqr, "ratio": times["bf16", "cuBLAS"][0] / us}
+    return list(rows.values())
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> Call:
@@ -194,9 +206,6 @@ def _cut(config: configs.Config) -> str:
 
 
 # torchao ---------------------------------------------------------------------------------------------------------
-
-
-Peer = Callable[[torch.Tensor], list[Call]]  # from an activation, a call for each copy of the weight
 
 
 def _peers(setup: Setup, layer: str, n: int, k: int) -> tuple[dict[str, Peer], dict[str, str]]:

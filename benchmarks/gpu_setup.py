@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from torchquant.ops.gpu import timing
-from torchquant.ops.gpu.products import Product
 
-__all__ = ["KEY", "Call", "Row", "Setup", "reason", "report", "spread"]
+__all__ = ["KEY", "Call", "Row", "Setup", "Weight", "reason", "report", "spread"]
 
 KEY = ("section", "case", "format", "m", "runtime")
 Row = dict[str, Any]
 Call = Callable[[], object]
-Weight = tuple[torch.Tensor, torch.Tensor]
+Weight = tuple[torch.Tensor, torch.Tensor]  # codes and factors, see `products.Product.weight`
 
 
 @dataclass
@@ -57,12 +56,6 @@ class Setup:
         if not self.gpu:
             return 2
         return timing.copies(weight_bytes, torch.cuda.get_device_properties(0).L2_cache_size)
-
-    def weights(self, product: Product) -> list[Weight]:
-        """A weight of the product, again and again in memory of its own."""
-        first = product.weight(self.device)
-        more = self.copies(product.weight_bytes) - 1
-        return [first, *((first[0].clone(), first[1].clone()) for _ in range(more))]
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:

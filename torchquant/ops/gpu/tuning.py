@@ -21,7 +21,7 @@ from torchquant.ops.gpu import configs, timing
 from torchquant.ops.gpu.configs import Config
 from torchquant.ops.gpu.products import GRIDS, Product, relative_error
 
-__all__ = ["Outcome", "products_of", "requests", "search", "tune", "write_table"]
+__all__ = ["Outcome", "copies_of", "products_of", "requests", "search", "tune", "write_table"]
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 MAX_ERROR = 1e-2
@@ -112,10 +112,13 @@ def _multiprocessors(device: str | torch.device) -> int:
     return properties.multi_processor_count if properties else 1 << 30
 
 
-def copies_of(product: Product, device: str | torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A random weight again and again, in memory of its own each time, so that no cache holds them all."""
+def copies_of(
+    product: Product, device: str | torch.device, count: int | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A random weight `count` times, each in memory of its own; if None as often as no cache holds them all."""
     codes, factors = product.weight(device)
-    count = timing.copies(product.weight_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
+    if count is None:
+        count = timing.copies(product.weight_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     return [(codes, factors), *((codes.clone(), factors.clone()) for _ in range(count - 1))]
 
 
