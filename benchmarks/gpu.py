@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def run(setup: Setup, sections: list[str], results: Any) -> list[Row]:
             results.add(parts[name]())
         except Exception as error:
             results.add(iter([_note(name, missing=reason(error))]))
+    if compiling is not None:
+        compiling.wait()
     return results.rows
 
 
@@ -145,7 +148,7 @@ def _precompiling(setup: Setup, sections: list[str]) -> Any:
 
 
 def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:
-    """The kernels of the layer of ours that is furthest from its bound; steps of the Llama bring their own."""
+    """The kernels of our layers that are furthest from their bounds; steps of the Llama bring their own."""
     mine = [r for r in rows if r["section"] == "layers" and r["runtime"] == "torchquant" and "us" in r]
     for m in sorted({r["m"] for r in mine}):
         worst = min((r for r in mine if r["m"] == m), key=lambda r: r["of_bound"])
@@ -180,6 +183,7 @@ def _networks(setup: Setup) -> Iterator[Row]:
             yield row
 
 
+@cache
 def _network(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     if name == "tiny":
         layers = [torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128)]

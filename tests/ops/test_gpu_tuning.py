@@ -166,7 +166,7 @@ def test_products_are_read_from_a_lowered_graph():
             super().__init__()
             codes = torch.randint(-8, 8, (32, 256), dtype=torch.int8)
             self.register_buffer("packed", packing.pack_weight(codes, 4))
-            self.register_buffer("scales", packing.pack_params(torch.rand(32, 2)))
+            self.register_buffer("scales", packing.pack_params(torch.rand(32, 2, dtype=torch.bfloat16)))
             self.register_buffer("codes", torch.randint(-127, 128, (16, 32), dtype=torch.int8))
             self.register_buffer("scale", torch.rand(16))
 
@@ -177,10 +177,10 @@ def test_products_are_read_from_a_lowered_graph():
             rest = (-127.0, 127.0, 1e-9, "none", torch.float32)
             return ops.scaled_linear(y, self.codes, self.scale, None, None, None, None, None, *rest)
 
-    graph = torch.export.export(Net(), (torch.randn(2, 256),)).module()
+    graph = torch.export.export(Net(), (torch.randn(2, 256, dtype=torch.bfloat16),)).module()
     found = tuning.products_of(graph)
     assert found == [
-        Product("w4a16", 32, 256, 128, dtype=torch.float32),
+        Product("w4a16", 32, 256, 128),
         Product("int8", 16, 32, dtype=torch.float32),
     ]
 

@@ -168,7 +168,7 @@ def tune(model: Any, rows: Sequence[int] = ROWS) -> dict[tuple[Product, int], Ou
 
 
 def products_of(graph: GraphModule) -> list[Product]:
-    """The products of a lowered graph, equal ones once."""
+    """The products of a lowered graph that kernels compute, equal ones once."""
     found: dict[Product, None] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function":
@@ -179,7 +179,8 @@ def products_of(graph: GraphModule) -> list[Product]:
             product = _scaled(graph, ops.arguments(node))
         else:
             continue
-        found[product] = None
+        if product.format in GRIDS or product.dtype != torch.float32:  # those are left to PyTorch
+            found[product] = None
     return list(found)
 
 
