@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from torchquant import archive
+from torchquant import archive, dynamo
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError, TorchquantWarning
 from torchquant.files import write_whole
@@ -34,7 +34,7 @@ from torchquant.serialize import export_again
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
-__all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "CudaProgram", "load", "lower", "transform"]
+__all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "CudaProgram", "dynamo_backend", "load", "lower", "transform"]
 
 TARGET = "inductor_cuda"
 _INT8_CHANNEL = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
@@ -114,6 +114,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CALLS = {f"torchquant::{name}" for name in OPS}  # as the profiler names them
 _UNPROVEN = Proof({}, 0, 0, Comparison(-math.inf, math.inf, 0.0), {})
 _ALL = tuple(SCHEMES)
+_DYNAMO_OPTIONS = {"allow_float", "min_sqnr_db", "device", "cuda_graphs", "freezing"}
 _KERNEL_1 = "kernel size 1, one group, no padding: a matrix product"
 CAPABILITIES: tuple[Capability, ...] = (
     Capability("linear", _ALL, "weighted", condition=_whole_groups, reason="whole groups of input features"),
@@ -410,3 +411,19 @@ def _kernels(program: CudaProgram, batch: Any, count: int) -> dict[str, int]:
     if sum(calls.values()) < count:
         raise LoweringError(f"{TARGET}: {count} ops are lowered, and the compiled program calls {dict(calls)} of them")
     return {key.removeprefix("torchquant::"): n for key, n in calls.items()}
+
+
+def dynamo_backend(
+    graph: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`torch.compile(quantized, backend="torchquant_cuda")`: the same lowering, reached through Dynamo.
+
+    Lowers at the first call, and again for each new set of input sizes.
+
+    Args:
+        options: `allow_float`, `min_sqnr_db`, `device`, `cuda_graphs` and `freezing`, as for `lower`.
+
+    Raises:
+        LoweringError: as `lower`; or an unknown option.
+    """
+    return dynamo.backend(lower, _DYNAMO_OPTIONS, graph, options)

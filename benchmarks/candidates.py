@@ -21,9 +21,10 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 import torchquant as tq
 from torchquant import ranges
-from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.fx import ops
 from torchquant.program import Program
+from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 from torchquant.solving import Optimization
@@ -179,6 +180,14 @@ QUANTIZERS: dict[str, Candidate] = {
             strict=True,
         )
         for name, observer in OBSERVERS.items()
+    },
+    **{
+        f"cuda_{scheme}": Candidate(
+            f"CudaQuantizer {scheme}",
+            lambda scheme=scheme: CudaQuantizer(scheme),  # type: ignore[misc]
+            inductor_cuda,
+        )
+        for scheme in inductor_cuda.SCHEMES
     },
     "w4a8": Candidate("W4A8", lambda: LowBitQuantizer(4, 8)),
     "w3a8": Candidate("W3A8", lambda: LowBitQuantizer(3, 8)),

@@ -18,7 +18,7 @@ LAYERS = [
     ["types"],
     ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges"],
     ["fx"],
-    ["benchmark", "calibrate", "scaled", "solved", "verify"],
+    ["benchmark", "calibrate", "dynamo", "scaled", "solved", "verify"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],
     ["solving"],

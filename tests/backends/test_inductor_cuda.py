@@ -393,3 +393,16 @@ def test_a_program_that_computes_something_else_is_refused(monkeypatch):
 
 def _twice(call):
     return lambda self, *args: 2 * call(self, *args)
+
+
+def test_dynamo_reaches_the_same_lowering():
+    torch._dynamo.reset()
+    x = torch.randn(3, 32)
+    model = Call(lambda m, x: m.a(x).relu(), a=nn.Linear(32, 32))
+    graph = converted("dynamic_int8", model, x)
+    run = torch.compile(graph, backend="torchquant_cuda", options={"device": "cpu"})
+    assert tq.sqnr_db(graph(x), run(x)) > 60
+    torch._dynamo.reset()
+    wrong = torch.compile(graph, backend="torchquant_cuda", options={"tune": True})
+    with pytest.raises(Exception, match=r"no options \['tune'\]"):
+        wrong(x)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from torchquant.ops.gpu.configs import Config
+from torchquant.ops.gpu.machine_code import Target
 from torchquant.ops.gpu.products import Product
 
 __all__ = ["Precompiling"]
@@ -79,24 +79,8 @@ def compile_one(product: Product, m: int, config: Config) -> None:
     product.run(product.x(m, "meta"), product.weight("meta"), config)
 
 
-class _NoDriver:
-    """A GPU of which only the architecture is known."""
-
-    def __init__(self, target: int) -> None:
-        self._target = GPUTarget("cuda", target, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-
 def _main() -> None:
-    triton.runtime.driver.set_active(_NoDriver(int(sys.argv[1])))
+    triton.runtime.driver.set_active(Target(int(sys.argv[1])))
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
