@@ -397,6 +397,17 @@ def _row_scale(largest, LOW: tl.constexpr, HIGH: tl.constexpr, EPS: tl.constexpr
 
 
 @triton.jit
+def _largest(x, K: tl.constexpr, WIDE: tl.constexpr):
+    """The largest magnitude of K neighbours, WIDE at a time."""
+    k = tl.arange(0, WIDE)
+    most = tl.zeros((WIDE,), tl.float32)
+    for first in range(0, K, WIDE):
+        part = tl.load(x + first + k, mask=first + k < K, other=0.0)
+        most = tl.maximum(most, tl.abs(part.to(tl.float32)))
+    return tl.max(most, 0)
+
+
+@triton.jit
 def quantize_rows(
     x, codes, scale, K: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, EPS: tl.constexpr, BK: tl.constexpr
 ):
@@ -409,11 +420,7 @@ def quantize_rows(
         by_row = _row_scale(tl.max(tl.abs(values.to(tl.float32)), 0), LOW, HIGH, EPS)
         tl.store(codes + row * K + k, _by_row(values, 1.0 / by_row, D, LOW, HIGH), mask=k < K)
     else:
-        most = tl.zeros((BK,), tl.float32)
-        for first in range(0, K, BK):
-            part = tl.load(x + row * K + first + k, mask=first + k < K, other=0.0)
-            most = tl.maximum(most, tl.abs(part.to(tl.float32)))
-        by_row = _row_scale(tl.max(most, 0), LOW, HIGH, EPS)
+        by_row = _row_scale(_largest(x + row * K, K, BK), LOW, HIGH, EPS)
         for first in range(0, K, BK):
             part = tl.load(x + row * K + first + k, mask=first + k < K, other=0.0)
             at = codes + row * K + first + k
@@ -493,13 +500,12 @@ def scaled_skinny(
     kt = tl.arange(0, S)[:, None, None] * BK + tl.arange(0, BK)[None, :, None]
     rows = m.to(tl.int64) * K
     if x_scale is None:
-        wide = tl.arange(0, WIDE)
-        most = tl.zeros((BM, WIDE), tl.float32)
-        for first in range(0, K, WIDE):
-            inside = (first + wide < K)[None, :] & (m < M)[:, None]
-            part = tl.load(x + rows[:, None] + (first + wide)[None, :], mask=inside, other=0.0)
-            most = tl.maximum(most, tl.abs(part.to(tl.float32)))
-        by_row = _row_scale(tl.max(most, 1), LOW, HIGH, EPS)
+        by_row = tl.full((BM,), EPS, tl.float32)
+        for i in range(0, BM):  # a row at a time: often there is but one
+            row = tl.program_id(1) * BM + i
+            if row < M:
+                most = _row_scale(_largest(x + row.to(tl.int64) * K, K, WIDE), LOW, HIGH, EPS)
+                by_row = tl.where(tl.arange(0, BM) == i, most, by_row)
         inverse = (1.0 / by_row)[None, None, :]
     acc = _accumulator(S, BN, BM, D)
     at = n[None, :, None].to(tl.int64) * K

@@ -191,7 +191,7 @@ def scaled(
     if config.kernel == "library":
         return _by_library(x, weight, *epilogue, out, by_row, activation)
     if config.kernel == "skinny":
-        wide = min(triton.next_power_of_2(k), max(16384 // config.m, 32))
+        wide = min(triton.next_power_of_2(k), 2 * _WIDEST_ROW)
         kernels.scaled_skinny[(_cut(n, config.n), _cut(m, config.m))](
             x,
             weight,
