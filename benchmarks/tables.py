@@ -14,7 +14,7 @@ from typing import Any
 import gpu_tables
 import records
 
-from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.files import write_whole
 from torchquant.types import Capability
 
@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- capabilities -->", "<!-- /capabilities -->")
 ALGORITHM_MARKERS = ("<!-- algorithms -->", "<!-- /algorithms -->")
 MEMORY_MARKERS = ("<!-- memory -->", "<!-- /memory -->")
-TARGETS = {"x86 (Inductor)": inductor_x86.CAPABILITIES, "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES}
+CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
+SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
+TARGETS = {
+    "x86 (Inductor)": inductor_x86.CAPABILITIES,
+    "NVIDIA GPUs (Inductor)": inductor_cuda.CAPABILITIES,
+    "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES,
+}
 Row = dict[str, Any]
 
 
@@ -45,6 +51,9 @@ def main() -> None:
     page = ROOT / "docs" / "algorithms.md"
     text = _between(page.read_text(encoding="utf-8"), ALGORITHM_MARKERS, algorithms(records.read("accuracy")))
     _write(page, _between(text, MEMORY_MARKERS, memory(records.read("memory"))))
+    page = ROOT / "docs" / "gpu.md"
+    text = _between(page.read_text(encoding="utf-8"), SCHEME_MARKERS, gpu_schemes(records.read("accuracy")))
+    _write(page, _between(text, CODE_MARKERS, machine_code(records.read("gpu_code"))))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
@@ -189,6 +198,48 @@ def _algorithm_cells(row: Row) -> list[str]:
         f"{row['seconds']:.0f}",
         f"{peak / 1e9:.2f}" if peak else "",
     ]
+
+
+def gpu_schemes(found: Row) -> str:
+    """What each scheme of `CudaQuantizer` costs, network by network."""
+    mine = "CudaQuantizer "
+    rows = [r for r in found["rows"] if r["quantizer"].startswith(mine) and "metric" in r]
+    head = ["network", "scheme", "algorithms", "quantized ops", "SQNR dB", "metric", "", "to float"]
+    cells = [
+        [
+            r["network"],
+            f"`{r['quantizer'].removeprefix(mine)}`",
+            r["algorithm"],
+            r["coverage"],
+            _number(r["sqnr_db"], ".1f"),
+            r["metric_name"],
+            f"{r['metric']:.2f}",
+            f"{r['delta']:+.2f}",
+        ]
+        for r in rows
+    ]
+    return markdown(head, cells)
+
+
+def machine_code(found: Row) -> str:
+    """What the GPU kernels compile to."""
+    head = ["format", "rows", "kernel", "tile (rows x outputs x inputs)", "registers", "spilled", "shared KB"]
+    head += ["instructions a weight", "tensor core"]
+    cells = [
+        [
+            f"`{r['format']}`",
+            str(r["rows"]),
+            f"`{r['kernel']}`",
+            r["tile"],
+            str(r["registers"]),
+            str(r["spilled_bytes"]),
+            f"{r['shared_bytes'] / 1024:.0f}",
+            f"{r['instructions_a_weight']:.2f}",
+            f"`{r['tensor_core']}`",
+        ]
+        for r in found["rows"]
+    ]
+    return markdown(head, cells)
 
 
 def memory(found: Row) -> str:

@@ -59,11 +59,7 @@ def compiled():
 def weight_only_launch(m, n, k, bits, asymmetric, config, group=128):
     from torchquant.ops.gpu import launch
 
-    packed = (
-        torch.empty(k // 128, n, 32, dtype=torch.int16)
-        if bits == 4
-        else torch.empty(k // 128, 4, n, 32, dtype=torch.int8)
-    )
+    packed = torch.empty(k // 128, *([2] if bits == 8 else []), n, 32, dtype=torch.int16)
     params = torch.empty(k // group, n, 2, dtype=torch.bfloat16)
     x = torch.empty(m, k, dtype=torch.bfloat16)
     return lambda: launch.weight_only(x, packed, params, None, None, bits, group, asymmetric, "none", config)
@@ -171,25 +167,59 @@ def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
         assert not rows.is_constexpr
 
 
-@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 136), (torch.float16, 1032)])
-def test_the_inline_assembly_unpacks_two_codes_at_a_time(dtype, offset):
-    """The assembly's two instructions carried out on all words, since Triton's interpreter leaves them out."""
+def carried_out(text, words):
+    """The registers that a block of inline assembly leaves behind, as int32; `words` (n, 2) int16 go in last."""
+    count = max(int(i) for i in re.findall(r"\$(\d)", text))
+    registers = {f"${count}": words.view(torch.int32)[:, 0].long() & 0xFFFFFFFF}
+
+    def value(operand):
+        return registers[operand] if operand in registers else torch.tensor([int(operand, 0)])
+
+    for line in filter(None, (part.strip() for part in text.split(";"))):
+        name, target, *operands = re.split(r",?\s+", line)
+        if name == "shr.u32":
+            registers[target] = value(operands[0]) >> value(operands[1])
+        elif name == "mov.b32":
+            registers[target] = value(operands[0])
+        elif name == "lop3.b32":
+            both, third = value(operands[0]) & value(operands[1]), value(operands[2])
+            table = {(0xF0 & 0xCC) | 0xAA: both | third, (0xF0 & 0xCC) ^ 0xAA: both ^ third}
+            registers[target] = table[int(operands[3], 16)]
+        elif name == "fma.rn.bf16x2":
+            a, b, c = (value(v).to(torch.int32).view(torch.bfloat16).double() for v in operands)
+            b = b if len(b) == len(a) else b.repeat(len(a) // 2)
+            registers[target] = (a * b + c).bfloat16().view(torch.int32).long()
+        elif name == "add.rn.f16x2":
+            a, b = (value(v).to(torch.int32).view(torch.float16).double() for v in operands)
+            registers[target] = (a + b.repeat(len(a) // 2)).half().view(torch.int32).long()
+        else:
+            assert name == ".reg"
+    return [registers[f"${i}"].to(torch.int32) for i in range(count)]
+
+
+def assembly(constant, outputs):
     from torchquant.ops.gpu import kernels
 
     source = Path(kernels.__file__).read_text()
-    constant = "0x43004300" if dtype == torch.bfloat16 else "0x64006400"
-    (text,) = (block for block in re.findall(r'"""\s*\{(.*?)\}\s*"""', source, re.S) if constant in block)
+    blocks = re.findall(r'"""\s*\{(.*?)\}\s*"""', source, re.S)
+    (text,) = (b for b in blocks if constant in b and f"${outputs}" in b and f"${outputs + 1}" not in b)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "constant", "offset"), [(torch.bfloat16, "0x43004300", 136), (torch.float16, "0x64006400", 1032)]
+)
+def test_the_assembly_unpacks_two_four_bit_codes_at_a_time(dtype, constant, offset):
+    """Carried out here, since Triton's interpreter leaves it out."""
     words = torch.randint(-(2**15), 2**15, (512, 2), dtype=torch.int16)
-    registers = {"$4": words.view(torch.int32)[:, 0].long() & 0xFFFFFFFF}
-    for line in filter(None, (part.strip() for part in text.split(";"))):
-        name, *operands = re.split(r",?\s+", line)
-        if name == "shr.u32":
-            registers[operands[0]] = registers[operands[1]] >> int(operands[2])
-        elif name == "lop3.b32":
-            assert int(operands[4], 16) == (0xF0 & 0xCC) | 0xAA  # (a and b) or c
-            registers[operands[0]] = (registers[operands[1]] & int(operands[2], 16)) | int(operands[3], 16)
-        else:
-            assert line == ".reg .b32 t"
-    for i in range(4):
-        codes = registers[f"${i}"].to(torch.int32).view(dtype).reshape(512, 2)
+    for i, register in enumerate(carried_out(assembly(constant, 4), words)):
+        codes = register.view(dtype).reshape(512, 2)
         assert torch.equal(codes.float(), ((words.int() >> 4 * i) & 15).float() + offset - 8)
+
+
+@pytest.mark.parametrize(("dtype", "constant"), [(torch.bfloat16, "0x43004300"), (torch.float16, "0x64806480")])
+def test_the_assembly_unpacks_two_eight_bit_codes_at_a_time(dtype, constant):
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16).reshape(-1, 2)
+    for i, register in enumerate(carried_out(assembly(constant, 2), words)):
+        codes = register.view(dtype).reshape(-1, 2)
+        assert torch.equal(codes.float(), (words >> 8 * i).to(torch.int8).float())

@@ -134,6 +134,56 @@ def _nibbles(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
         return w0, w1, w2, w3
 
 
+@triton.jit
+def _bytes(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The two signed codes in each int16, as DTYPE.
+
+    A bfloat16's mantissa takes seven bits: the sign chooses between 128 and 256 to subtract. A float16's takes all eight.
+    """
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, u, v, one;
+            mov.b32 one, 0x3F803F80;
+            lop3.b32 t, $2, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 u, $2, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $0, t, one, u;
+            shr.u32 v, $2, 8;
+            lop3.b32 t, v, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 u, v, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $1, t, one, u;
+            }
+            """,
+            "=&r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, v, offset;
+            mov.b32 offset, 0xE480E480;
+            lop3.b32 t, $2, 0x00FF00FF, 0x64806480, 0x6A;
+            add.rn.f16x2 $0, t, offset;
+            shr.u32 v, $2, 8;
+            lop3.b32 t, v, 0x00FF00FF, 0x64806480, 0x6A;
+            add.rn.f16x2 $1, t, offset;
+            }
+            """,
+            "=&r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return words.to(tl.int8).to(DTYPE), (words >> 8).to(tl.int8).to(DTYPE)
+
+
 # weight only: y = x (s (Q - z))^T ------------------------------------------------------------------------------------
 
 
@@ -145,11 +195,9 @@ def _codes(packed, at, block, N, mask, DTYPE: tl.constexpr, BITS: tl.constexpr, 
         w0, w1, w2, w3 = _nibbles(words, DTYPE, ASM)
         return w0, w1, w2, w3
     else:
-        first = packed + block * (N * BLOCK) + at
-        w0 = tl.load(first, mask=mask, other=0).to(DTYPE)
-        w1 = tl.load(first + N * CHUNK, mask=mask, other=0).to(DTYPE)
-        w2 = tl.load(first + 2 * N * CHUNK, mask=mask, other=0).to(DTYPE)
-        w3 = tl.load(first + 3 * N * CHUNK, mask=mask, other=0).to(DTYPE)
+        first = packed + block * (2 * N * CHUNK) + at
+        w0, w1 = _bytes(tl.load(first, mask=mask, other=0), DTYPE, ASM)
+        w2, w3 = _bytes(tl.load(first + N * CHUNK, mask=mask, other=0), DTYPE, ASM)
         return w0, w1, w2, w3
 
 

@@ -60,13 +60,12 @@ class Product:
                 codes = torch.randn(self.n, self.k, dtype=torch.bfloat16, device=device).mul_(most / 4).to(dtype)
             return codes, torch.rand(self.n, device=device) * 0.02 / most + 1e-6
         blocks = -(-self.k // packing.BLOCK)
-        shape = (blocks, self.n, packing.CHUNK) if self.bits == 4 else (blocks, 4, self.n, packing.CHUNK)
-        info = torch.iinfo(torch.int16 if self.bits == 4 else torch.int8)
-        packed = torch.randint(info.min, info.max + 1, shape, dtype=torch.int16, device=device)
+        shape = (blocks, self.n, packing.CHUNK) if self.bits == 4 else (blocks, 2, self.n, packing.CHUNK)
+        packed = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device=device)
         most = 2.0 ** (self.bits - 1)
         scale = (torch.rand(self.n, self.groups, device=device) * 0.1 / most + 1e-4).to(self.dtype)
         zero = torch.randint(-4, 5, scale.shape, device=device) if self.asymmetric else None
-        return packed if self.bits == 4 else packed.to(torch.int8), packing.pack_params(scale, zero)
+        return packed, packing.pack_params(scale, zero)
 
     def x(self, m: int, device: str | torch.device) -> torch.Tensor:
         """Random activations."""
