@@ -198,9 +198,9 @@ def carried_out(text, words):
 
 
 def assembly(constant, outputs):
-    from torchquant.ops.gpu import kernels
+    from torchquant.ops.gpu import kernel_parts
 
-    source = Path(kernels.__file__).read_text()
+    source = Path(kernel_parts.__file__).read_text()
     blocks = re.findall(r'"""\s*\{(.*?)\}\s*"""', source, re.S)
     (text,) = (b for b in blocks if constant in b and f"${outputs}" in b and f"${outputs + 1}" not in b)
     return text

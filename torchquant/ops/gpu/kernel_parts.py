@@ -1,0 +1,163 @@
+"""What the Triton kernels have in common: how products end, and how codes are unpacked."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["activate", "add_splits", "bytes_of", "finish", "nibbles_of", "offset_of"]
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0)
+    elif ACTIVATION == "relu6":
+        y = tl.minimum(tl.maximum(y, 0.0), 6.0)
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    return y
+
+
+@triton.jit
+def finish(y, m, n, mask, bias, residual, out, N, ACTIVATION: tl.constexpr):
+    """Store activation(y + bias + residual); y (BN, BM) float32, out (M, N)."""
+    at = m[None, :].to(tl.int64) * N + n[:, None]
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def add_splits(
+    parts, bias, residual, out, M, N, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """out (M, N) = activation(sum of parts (SPLIT, M, N) + bias + residual), added in order. Grid (N / BN, M / BM)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    at = m[None, :].to(tl.int64) * N + n[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for i in tl.static_range(SPLIT):
+        acc += tl.load(parts + i * (M.to(tl.int64) * N) + at, mask=mask, other=0.0)
+    finish(acc, m, n, mask, bias, residual, out, N, ACTIVATION)
+
+
+@triton.constexpr_function
+def offset_of(dtype):
+    """What `nibbles_of` returns for the signed code 0."""
+    return {tl.bfloat16: 136.0, tl.float16: 1032.0}.get(dtype, 8.0)
+
+
+@triton.jit
+def nibbles_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The four codes in each int16, as DTYPE, each plus `offset_of(DTYPE)`.
+
+    A float with the exponent in which one unit in the last place is 1 (128 in bfloat16, 1024 in float16) takes a
+    nibble in its mantissa: one `and` and `or` for two codes, instead of conversions.
+    """
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        base: tl.constexpr = offset_of(DTYPE) - 8.0
+        w0 = (words & 15).to(DTYPE) + base
+        w1 = ((words >> 4) & 15).to(DTYPE) + base
+        w2 = ((words >> 8) & 15).to(DTYPE) + base
+        w3 = ((words >> 12) & 15).to(DTYPE) + base
+        return w0, w1, w2, w3
+
+
+@triton.jit
+def bytes_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The two signed codes in each int16, as DTYPE.
+
+    A bfloat16's mantissa takes seven bits: the sign chooses between 128 and 256 to subtract. A float16's takes eight.
+    """
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, u, v, one;
+            mov.b32 one, 0x3F803F80;
+            lop3.b32 t, $2, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 u, $2, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $0, t, one, u;
+            shr.u32 v, $2, 8;
+            lop3.b32 t, v, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 u, v, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $1, t, one, u;
+            }
+            """,
+            "=&r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, v, offset;
+            mov.b32 offset, 0xE480E480;
+            lop3.b32 t, $2, 0x00FF00FF, 0x64806480, 0x6A;
+            add.rn.f16x2 $0, t, offset;
+            shr.u32 v, $2, 8;
+            lop3.b32 t, v, 0x00FF00FF, 0x64806480, 0x6A;
+            add.rn.f16x2 $1, t, offset;
+            }
+            """,
+            "=&r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return words.to(tl.int8).to(DTYPE), (words >> 8).to(tl.int8).to(DTYPE)

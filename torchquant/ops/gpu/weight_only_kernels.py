@@ -1,0 +1,219 @@
+"""Triton kernels of products of floats by codes: y = x (s (Q - z))^T; see kernels.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from torchquant.ops.gpu import packing
+from torchquant.ops.gpu.kernel_parts import bytes_of, finish, nibbles_of, offset_of
+
+__all__ = ["dequantize_weight", "weight_only_skinny", "weight_only_tiled"]
+
+_CONSTANT = (
+    int if triton.knobs.runtime.interpret else tl.constexpr
+)  # the interpreter does arithmetic with plain numbers
+CHUNK = _CONSTANT(packing.CHUNK)  # neighbours on K that are packed side by side; see packing.py
+BLOCK = _CONSTANT(packing.BLOCK)  # codes along K in a packed block
+
+
+@triton.jit
+def _codes(packed, at, block, N, mask, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Four chunks of the codes of a packed block as DTYPE, each plus `_shift(DTYPE, BITS)`."""
+    if BITS == 4:
+        words = tl.load(packed + block * (N * CHUNK) + at, mask=mask, other=0)
+        w0, w1, w2, w3 = nibbles_of(words, DTYPE, ASM)
+        return w0, w1, w2, w3
+    else:
+        first = packed + block * (2 * N * CHUNK) + at
+        w0, w1 = bytes_of(tl.load(first, mask=mask, other=0), DTYPE, ASM)
+        w2, w3 = bytes_of(tl.load(first + N * CHUNK, mask=mask, other=0), DTYPE, ASM)
+        return w0, w1, w2, w3
+
+
+@triton.constexpr_function
+def _shift(dtype, bits):
+    return offset_of(dtype) if bits == 4 else 0.0
+
+
+@triton.jit
+def _of_chunk(params, block, i: tl.constexpr, n, N, mask, K: tl.constexpr, G: tl.constexpr):
+    """The words that hold scale and zero point of chunk `i` of a block, for outputs n.
+
+    Of four bytes, since nothing smaller can be copied to shared memory ahead of its use.
+    """
+    k = block * BLOCK + (0 if G % BLOCK == 0 else i * CHUNK)
+    return tl.load(params + (k // G) * N + n, mask=mask & (k < K), other=0)
+
+
+@triton.jit
+def _of_block(params, block, n, N, mask, K: tl.constexpr, G: tl.constexpr):
+    return (
+        _of_chunk(params, block, 0, n, N, mask, K, G),
+        _of_chunk(params, block, 1, n, N, mask, K, G),
+        _of_chunk(params, block, 2, n, N, mask, K, G),
+        _of_chunk(params, block, 3, n, N, mask, K, G),
+    )
+
+
+@triton.jit
+def _scale(words, DTYPE: tl.constexpr):
+    return (words & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _values(w, words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
+    """(w - SHIFT - zero point) scale in w's dtype; `words` has one axis less than w."""
+    if ZERO:
+        w = w - tl.expand_dims(_scale(words >> 16, w.dtype) + SHIFT, -1)  # exact: integers
+    else:
+        w = w - SHIFT
+    return w * tl.expand_dims(_scale(words, w.dtype), -1)
+
+
+@triton.jit(do_not_specialize=["M"])
+def weight_only_skinny(
+    x,
+    packed,
+    qparams,
+    bias,
+    residual,
+    out,
+    M,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ZERO: tl.constexpr,
+    BITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y (M, N). Without zero points the integers are multiplied exactly and each group's sum is scaled in float32.
+
+    x (M, K); packed as `pack_weight` makes it; qparams as `pack_params` makes it; grid (ceil(N / BN), ceil(M / BM)).
+    """
+    D: tl.constexpr = x.dtype.element_ty
+    SHIFT: tl.constexpr = _shift(D, BITS)
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    REGULAR: tl.constexpr = (
+        G % BLOCK == 0 or BLOCK % G == 0
+    )  # groups end where chunks or blocks do, in all blocks alike
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    s = tl.arange(0, S)
+    j = tl.arange(0, CHUNK)
+    at = n[None, :, None] * CHUNK + j[None, None, :]
+    rows = m[None, None, :].to(tl.int64) * K
+    acc = tl.zeros((S, BN, BM), tl.float32)
+    ahead = (s < BLOCKS)[:, None] & (n < N)[None, :]
+    p0, p1, p2, p3 = _of_block(qparams, s[:, None], n[None, :], N, ahead, K, G)
+    for first in range(0, BLOCKS, S):
+        block = first + s
+        mask = (block < BLOCKS)[:, None] & (n < N)[None, :]
+        w0, w1, w2, w3 = _codes(packed, at, block[:, None, None], N, mask[:, :, None], D, BITS, ASM)
+        ahead = (block + S < BLOCKS)[:, None] & (n < N)[None, :]
+        q0, q1, q2, q3 = _of_block(qparams, (block + S)[:, None], n[None, :], N, ahead, K, G)
+        part = tl.zeros((S, BN, BM), tl.float32)
+        for i in tl.static_range(4):
+            w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
+            k = block[:, None, None] * BLOCK + i * CHUNK + j[None, :, None]
+            values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, None, :], other=0.0)
+            if ZERO:
+                words = _of_chunk(qparams, block[:, None], i, n[None, :], N, mask, K, G)
+                acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
+            else:
+                part = tl.dot(w - SHIFT, values, part)
+                if i == 3 or (i + 1) * CHUNK % G == 0 or not REGULAR:
+                    words = p0 if i == 0 else (p1 if i == 1 else (p2 if i == 2 else p3))
+                    acc += part * _scale(words, D).to(tl.float32)[:, :, None]
+                    part = tl.zeros((S, BN, BM), tl.float32)
+        p0, p1, p2, p3 = q0, q1, q2, q3
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    finish(tl.sum(acc, 0), m, n, mask, bias, residual, out, N, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["M"])
+def weight_only_tiled(
+    x,
+    packed,
+    qparams,
+    bias,
+    residual,
+    out,
+    M,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ZERO: tl.constexpr,
+    BITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """As `weight_only_skinny`, by tiles; weights are scaled in x's dtype, before the product.
+
+    Grid (ceil(N / BN) * ceil(M / BM), SPLIT). With SPLIT > 1 `out` is a float32 workspace (SPLIT, M, N).
+    """
+    D: tl.constexpr = x.dtype.element_ty
+    SHIFT: tl.constexpr = _shift(D, BITS)
+    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    tiles_m = tl.cdiv(M, BM)
+    n = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
+    m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
+    j = tl.arange(0, CHUNK)
+    at = n[:, None] * CHUNK + j[None, :]
+    rows = m[None, :].to(tl.int64) * K
+    mask_n = n < N
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(0, (BLOCKS + SPLIT - 1) // SPLIT):
+        block = step * SPLIT + tl.program_id(1)
+        mask_w = mask_n if BLOCKS % SPLIT == 0 else mask_n & (block < BLOCKS)
+        w0, w1, w2, w3 = _codes(packed, at, block, N, mask_w[:, None], D, BITS, ASM)
+        for i in tl.static_range(4):
+            w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
+            words = _of_chunk(qparams, block, i, n, N, mask_w, K, G)
+            k = (block * BLOCK + i * CHUNK + j)[:, None]
+            values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, :], other=0.0)
+            acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
+    mask = mask_n[:, None] & (m < M)[None, :]
+    if SPLIT == 1:
+        finish(acc, m, n, mask, bias, residual, out, N, ACTIVATION)
+    else:
+        part = out + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=mask)
+
+
+@triton.jit
+def dequantize_weight(
+    packed,
+    qparams,
+    out,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ZERO: tl.constexpr,
+    BITS: tl.constexpr,
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """out (N, K) = (Q - z) s in out's dtype, for products with so many rows that this costs little.
+
+    Grid (ceil(N / BN), ceil(K / 128)).
+    """
+    D: tl.constexpr = out.dtype.element_ty
+    SHIFT: tl.constexpr = _shift(D, BITS)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    j = tl.arange(0, CHUNK)
+    block = tl.program_id(1)
+    mask_n = n < N
+    w0, w1, w2, w3 = _codes(packed, n[:, None] * CHUNK + j[None, :], block, N, mask_n[:, None], D, BITS, ASM)
+    for i in tl.static_range(4):
+        w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
+        words = _of_chunk(qparams, block, i, n, N, mask_n, K, G)
+        k = (block * BLOCK + i * CHUNK + j)[None, :]
+        tl.store(out + n[:, None].to(tl.int64) * K + k, _values(w, words, SHIFT, ZERO), mask=mask_n[:, None] & (k < K))
