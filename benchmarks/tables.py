@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import records
 
 from torchquant.backends import executorch_xnnpack, inductor_x86
@@ -37,6 +38,7 @@ def main() -> None:
                 *_accuracy(records.read("accuracy")),
                 *_latency(records.read("cpu")),
                 *_profile(records.read("profile")),
+                *_gpu(records.read("gpu")),
             ]
         ),
     )
@@ -270,7 +272,21 @@ def _share(part: float, whole: float | None) -> str:
     return f"{100 * part / whole:.0f} %" if whole else ""
 
 
-# both ---------------------------------------------------------------------------------------------------------
+# GPU ----------------------------------------------------------------------------------------------------------
+
+
+def _gpu(found: Row) -> list[str]:
+    """Everything of `results/gpu.json`; nothing where no GPU was measured."""
+    if not found["rows"]:
+        return []
+    parts = [f"## On an {found['gpu']}", f"{_about(found, 'gpu')} Triton {found['triton']}."]
+    for table in gpu_tables.tables(found):
+        parts += [f"### {table.title}", *([table.note] if table.note else [])]
+        parts += [markdown(table.head, table.rows)] if table.head else []
+    return parts
+
+
+# all ----------------------------------------------------------------------------------------------------------
 
 
 def _about(found: Row, name: str) -> str:

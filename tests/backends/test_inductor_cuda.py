@@ -216,6 +216,7 @@ def test_grids_of_four_bits_are_packed_in_four_wherever_they_lie(low):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # they leave ops without a word
 def test_graphs_of_other_quantizers_are_lowered_alike(name):
     torch.manual_seed(0)
     make, kind, count = FOREIGN[name]
@@ -244,6 +245,7 @@ def test_every_kind_of_spec_is_lowered_or_refused_by_name():
     assert len(our_ops(lowered)) == 6
 
 
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # they leave ops without a word
 def test_products_of_two_quantized_activations_are_refused():
     batch = nets.token_batch()
     quantizer = SpecQuantizer({"linear", "matmul"}, per_tensor(), per_channel())

@@ -19,7 +19,7 @@ import torch
 from torchquant.files import write_whole
 from torchquant.ops import native
 
-__all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug"]
+__all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "table"]
 
 WEIGHT_ONLY = ("w4a16", "w8a16")
 _PACKAGED = Path(__file__).parent / "measured"
@@ -188,8 +188,7 @@ def choose(format: str, m: int, n: int, k: int, device: torch.device, *, library
 @functools.cache
 def _chosen(format: str, m: int, n: int, k: int, device: torch.device) -> Config:
     properties = torch.cuda.get_device_properties(device)
-    table = _table(slug(properties.name))
-    measured = table.get(format, {}).get(f"{n}x{k}", {}).get(str(m))
+    measured = table(slug(properties.name)).get(format, {}).get(f"{n}x{k}", {}).get(str(m))
     if measured is not None:
         return Config(**measured)
     shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", 49152)
@@ -208,24 +207,24 @@ def _own_folder() -> Path:
 
 
 @functools.cache
-def _table(gpu: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+def table(gpu: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """format -> `NxK` -> rows -> Config, of one GPU."""
-    table: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    known: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for folder in (_PACKAGED, _own_folder()):
         file = folder / f"{gpu}.json"
         if file.is_file():
             for format, sizes in json.loads(file.read_text()).items():
                 for size, rows in sizes.items():
-                    table.setdefault(format, {}).setdefault(size, {}).update(rows)
-    return table
+                    known.setdefault(format, {}).setdefault(size, {}).update(rows)
+    return known
 
 
 def remember(gpu: str, format: str, m: int, n: int, k: int, config: Config) -> Path:
     """Keep what was measured on this machine; products from now on use it."""
     file = _own_folder() / f"{gpu}.json"
-    table = json.loads(file.read_text()) if file.is_file() else {}
-    table.setdefault(format, {}).setdefault(f"{n}x{k}", {})[str(bucket(m))] = asdict(config)
-    write_whole(file, lambda part: part.write_text(json.dumps(table, indent=1, sort_keys=True)))
-    _table.cache_clear()
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known.setdefault(format, {}).setdefault(f"{n}x{k}", {})[str(bucket(m))] = asdict(config)
+    write_whole(file, lambda part: part.write_text(json.dumps(known, indent=1, sort_keys=True)))
+    table.cache_clear()
     _chosen.cache_clear()
     return file

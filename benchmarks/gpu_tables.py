@@ -1,0 +1,138 @@
+"""What `tables.py` says of `results/gpu.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Table", "tables"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what to know about the numbers, and the numbers; no columns: text alone."""
+
+    title: str
+    note: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+def tables(found: Row) -> list[Table]:
+    """All that was measured, section by section."""
+    gaps = [r for r in found["rows"] if "skipped" in r or "missing" in r]
+    measured = [r for r in found["rows"] if r not in gaps]
+    by_section = {s: [r for r in measured if r["section"] == s] for s in _SECTIONS}
+    made = [_SECTIONS[s](rows) for s, rows in by_section.items() if rows]
+    profiled = [r for r in measured if r.get("kernels")]
+    if profiled:
+        made.append(_profile(profiled))
+    if gaps:
+        rows = [[r["section"], r["case"], r["format"], r["runtime"], _rows(r), _why(r)] for r in gaps]
+        made.append(Table("Not measured", "", ("section", "case", "format", "runtime", "rows", "why"), rows))
+    return made
+
+
+def _rows(row: Row) -> str:
+    return str(row["m"] or "")
+
+
+def _why(row: Row) -> str:
+    return str(row.get("skipped") or row["missing"]).replace("|", "\\|")
+
+
+def _ceilings(rows: list[Row]) -> Table:
+    parts = [
+        f"copying {r['per_s'] / 1e12:.2f} TB/s (read and written)"
+        if r["case"] == "copy"
+        else f"{r['case']} products {r['per_s'] / 1e12:.0f} T operations/s"
+        for r in rows
+    ]
+    return Table("What the chip does", f"Measured in the same run: {', '.join(parts)}.")
+
+
+def _checks(rows: list[Row]) -> Table:
+    body = []
+    for format in dict.fromkeys(r["format"] for r in rows):
+        mine = [r for r in rows if r["format"] == format]
+        wrong = [r["case"] for r in mine if not r.get("right")]
+        worst = max(float(r["worst_error"]) for r in mine)
+        body.append([format, ", ".join(r["case"] for r in mine), f"{worst:.1e}", ", ".join(wrong) or "none"])
+    note = "The largest relative error of any row of an output, against float64 on the same codes; 1e-2 is allowed."
+    return Table("Checks", note, ("format", "inputs", "worst error", "wrong"), body)
+
+
+def _layers(rows: list[Row]) -> Table:
+    sizes = sorted({r["m"] for r in rows})
+    body = []
+    for layer, format, runtime in dict.fromkeys((r["case"], r["format"], r["runtime"]) for r in rows):
+        mine = {r["m"]: r for r in rows if (r["case"], r["format"], r["runtime"]) == (layer, format, runtime)}
+        first = next(iter(mine.values()))
+        cells = [_layer_cell(mine[m]) if m in mine else "" for m in sizes]
+        body.append([f"{layer} ({first['n']} x {first['k']})", format, runtime, *cells])
+    note = (
+        "Microseconds; how many times as fast as cuBLAS in bfloat16; how much of the bound. The bound is the longer of "
+        "bytes at the speed of copying and operations at that of a large product. Columns: rows of activations."
+    )
+    return Table("Layers of Llama 3", note, ("layer", "format", "runtime", *map(str, sizes)), body)
+
+
+def _layer_cell(row: Row) -> str:
+    return f"{row['us']:.1f}; {row['ratio']:.2f}x; {100 * row['of_bound']:.0f} %"
+
+
+def _end_to_end(rows: list[Row]) -> Table:
+    head = ("", "format", "tokens/s", "ms", "to bfloat16", "weights GB", "seconds to quantize", "block's error")
+    body = [
+        [
+            f"{r['case']}, {r['m']} tokens",
+            r["format"],
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['ms']:.3f}",
+            f"{r['ratio']:.2f}x",
+            f"{r['weight_bytes'] / 1e9:.2f}",
+            f"{r['quantize_s']:.1f}" if r["format"] != "bf16" else "",
+            f"{r['error']:.1e}" if r["format"] != "bf16" else "",
+        ]
+        for r in rows
+    ]
+    layers = {r["layers"] for r in rows}
+    note = (
+        f"Llama-3-8B's sizes, {', '.join(map(str, layers))} layers, random weights, compiled by torch.compile; each "
+        "step is one CUDA graph. The error is that of the lowered block against the converted one."
+    )
+    return Table("A Llama end to end", note, head, body)
+
+
+def _kernels(row: Row) -> str:
+    return "; ".join(f"`{k['name']}` {k['count']} times, {k['us']:.0f} us" for k in row["kernels"][:5])
+
+
+def _profile(rows: list[Row]) -> Table:
+    body = []
+    for r in rows:
+        us, bound = r.get("us", 1e3 * r.get("ms", 0.0)), r.get("bound_us")
+        body.append([r["case"], r["format"], _rows(r), f"{us:.1f}", f"{bound:.1f}" if bound else "", _kernels(r)])
+    note = "A step of the Llama; and of our products with each number of rows, the one that is furthest from its bound."
+    return Table("Where the time goes", note, ("", "format", "rows", "us", "bound us", "kernels"), body)
+
+
+def _networks(rows: list[Row]) -> Table:
+    body = [
+        [r["case"], r["format"], str(r["products"]), f"{r['sqnr_db']:.1f}", f"{r['sqnr_to_float_db']:.1f}"]
+        for r in rows
+    ]
+    head = ("network", "format", "products", "SQNR to converted, dB", "SQNR to float, dB")
+    return Table("Whole networks", "bfloat16, on the GPU.", head, body)
+
+
+_SECTIONS = {
+    "ceilings": _ceilings,
+    "checks": _checks,
+    "layers": _layers,
+    "end to end": _end_to_end,
+    "networks": _networks,
+}
