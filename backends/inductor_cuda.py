@@ -103,7 +103,9 @@ def _has_kernel(node: Node, scheme: str) -> str | None:
     if ops.arguments(node).get("groups", 1) != 1:
         return "a grouped convolution is bound by memory, and no matrix product"
     if SCHEMES[scheme].activation is None and not window_of(node, kernel[2:]).one_pixel:  # type: ignore[arg-type]
-        return "only a matrix product (kernel size 1, no padding) has a kernel that unpacks weights; choose an int8 scheme"
+        return (
+            "only a matrix product (kernel size 1, no padding) has a kernel that unpacks weights; quantize activations too"
+        )
     return _whole_groups(node, scheme)
 
 
@@ -186,8 +188,8 @@ class CudaProgram(Program):
 
         `torch._inductor.aoti_load_package` runs it in Python once `torchquant.backends.inductor_cuda` is imported: the
         packed ops are called through torch's dispatcher, where that import puts them. A C++ process has to register ops
-        of the same names and schemas (`torchquant::weight_only_linear`, `torchquant::scaled_linear`, `torchquant::scaled_conv2d`)
-        itself, with `TORCH_LIBRARY`; Triton's kernels are not inside the package.
+        of the same names and schemas (`torchquant::weight_only_linear`, `torchquant::scaled_linear`,
+        `torchquant::scaled_conv2d`) itself, with `TORCH_LIBRARY`; Triton's kernels are not inside the package.
 
         Raises:
             LoweringError: Inductor cannot compile the graph.

@@ -13,8 +13,9 @@ class CudaQuantizer(CapabilityQuantizer):
     dimensions with one group; where weights alone are quantized, only those of kernel size 1 without padding.
 
     `dynamic_int8` (the default): int8 weights per channel, int8 activations with a scale for each token, chosen at run
-    time (for each pixel of a convolution of kernel size 1, for the whole input of a larger one). It needs no data and no float8 hardware, is close to float on most networks, and is faster than bfloat16
-    both for one token (half the bytes) and for many (twice the operations).
+    time; for each pixel of a convolution of kernel size 1, and for the whole input of a larger one. It needs no data
+    and no float8 hardware, is close to float on most networks, and is faster than bfloat16 both for one token (half the
+    bytes) and for many (twice the operations).
 
     `w4a16`, `w4a16_g64`, `w4a16_g32` and `w4a16_asymmetric`, `..._g64`, `..._g32`: int4 weights in groups of 128, 64 or
     32 input features, for generation token by token; use AdaRound or another solver with them.

@@ -20,8 +20,8 @@ __all__ = ["Input", "Layer", "Weight", "read_input", "read_layer"]
 
 _CODES = {torch.int8: torch.int8, torch.uint8: torch.int8, torch.float8_e4m3fn: torch.float8_e4m3fn}
 _WINDOW = (
-    "a convolution that is no matrix product (kernel size 1, no padding) takes activations in 8 bits with one scale, and "
-    "a weight of their dtype with a scale for each output channel and no zero points"
+    "a convolution that is no matrix product (kernel size 1, no padding) takes activations in 8 bits with one scale, "
+    "and a weight of their dtype with a scale for each output channel and no zero points"
 )
 _PER_TOKEN = "choose_qparams_per_token_asymmetric"
 

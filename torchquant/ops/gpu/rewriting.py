@@ -148,9 +148,10 @@ class _Rewriting:
             return None
         left, right = user.args[:2]
         other = right if left is node else left
-        in_place = user in self.writers and left is not node  # would write into the other addend
-        if in_place or other is node or not isinstance(other, Node) or not ops.is_float(other):
+        if other is node or not isinstance(other, Node) or not ops.is_float(other):
             return None
+        if user in self.writers and left is not node and not (other in self.new.values() and _only_user(other)):
+            return None  # it writes into the other addend, which others may read
         value, addend, total = (n.meta.get("val") for n in (node, other, user))
         if value is None or addend is None or total is None:
             return None
@@ -303,13 +304,14 @@ def _fusible_rounding(model: GraphModule) -> None:
 def _reshapes(model: GraphModule) -> None:
     """Views as reshapes, which may copy: what is channels last now was not when the graph was exported."""
     for node in model.graph.nodes:
-        if node.target is aten.view.default and not any(_writes(user, n) for n in (node, node.args[0]) for user in n.users):
+        if node.target is aten.view.default and not _is_written(node) and not _is_written(node.args[0]):
             node.target = aten.reshape.default
 
 
-def _writes(user: Node, node: Node) -> bool:
-    schema = ops.schema_of(user)
-    return schema is not None and schema.is_mutable and user.args[0] is node
+def _is_written(node: Node) -> bool:
+    """Whether an op writes into the node's value."""
+    schemas = [ops.schema_of(user) for user in node.users if user.args[0] is node]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _only_user(node: Node) -> Node | None:
