@@ -103,9 +103,7 @@ def _has_kernel(node: Node, scheme: str) -> str | None:
     if ops.arguments(node).get("groups", 1) != 1:
         return "a grouped convolution is bound by memory, and no matrix product"
     if SCHEMES[scheme].activation is None and not window_of(node, kernel[2:]).one_pixel:  # type: ignore[arg-type]
-        return (
-            "only a matrix product (kernel size 1, no padding) has a kernel that unpacks weights; quantize activations too"
-        )
+        return "only a matrix product (kernel size 1, no padding) has a kernel that unpacks weights: quantize both"
     return _whole_groups(node, scheme)
 
 

@@ -9,8 +9,9 @@ __all__ = ["CudaQuantizer"]
 
 
 class CudaQuantizer(CapabilityQuantizer):
-    """Annotates for `torchquant.backends.inductor_cuda`: linears, and convolutions in one and two
-    dimensions with one group; where weights alone are quantized, only those of kernel size 1 without padding.
+    """Annotates for `torchquant.backends.inductor_cuda`: linears, and 1-D and 2-D convolutions of one group.
+
+    Where weights alone are quantized, convolutions have kernel size 1 and no padding: they are matrix products then.
 
     `dynamic_int8` (the default): int8 weights per channel, int8 activations with a scale for each token, chosen at run
     time; for each pixel of a convolution of kernel size 1, and for the whole input of a larger one. It needs no data

@@ -404,7 +404,16 @@ def test_between_convolutions_codes_are_written_once_in_the_order_they_are_read(
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # they leave ops without a word
-@pytest.mark.parametrize("make", [torchaos, lambda: XnnpackQuantizer("static_int8"), lambda: X86Quantizer()])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torchaos,
+        lambda: XnnpackQuantizer("static_int8"),
+        lambda: XnnpackQuantizer("dynamic_int8"),
+        X86Quantizer,
+        lambda: SpecQuantizer({"conv2d"}, dynamic(), per_channel()),
+    ],
+)
 def test_convolutions_of_other_quantizers_are_lowered_alike(make):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
