@@ -27,6 +27,7 @@ from torchquant.errors import ArtifactError, LoweringError, TorchquantWarning
 from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
+from torchquant.fx.windows import window_of
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
@@ -68,7 +69,7 @@ SCHEMES = {
     )
 }
 
-_NO_CONVOLUTION = "torch exposes no int8 or float8 convolution on GPUs"
+_NO_CONVOLUTION = "neither torch nor torchquant has an int8 or float8 kernel of this convolution for GPUs"
 _TWO_ACTIVATIONS = "it multiplies two activations; float16 and bfloat16 run on tensor cores as they are"
 _FLOAT = {
     "conv3d": _NO_CONVOLUTION,
@@ -94,19 +95,15 @@ def _whole_groups(node: Node, scheme: str) -> str | None:
     return f"its {shape[1]} input features are no multiple of the group size {size}; choose smaller groups, or w8a16"
 
 
-def _is_product(node: Node, scheme: str) -> str | None:
-    """A convolution of kernel size 1 is a matrix product; no other is."""
+def _has_kernel(node: Node, scheme: str) -> str | None:
+    """A convolution of one group multiplies codes by codes; with weights alone only where it is a matrix product."""
     kernel, image = (ops.shape_of(n) for n in node.args[:2][::-1])  # type: ignore[arg-type]
-    given = ops.arguments(node)
-    if kernel is None or any(size != 1 for size in kernel[2:]):
-        return f"{_NO_CONVOLUTION}, only a matrix product for a kernel of size 1"
-    if given.get("groups", 1) != 1:
-        return "a grouped convolution is bound by memory, and no matrix product"
-    padding = given.get("padding", 0)
-    if padding not in ("same", "valid") and any(padding if isinstance(padding, (list, tuple)) else [padding]):
-        return "a padded convolution of kernel size 1 is no matrix product"
-    if image is None or len(image) != len(kernel):
+    if kernel is None or image is None or len(image) != len(kernel):
         return "its input has no batch dimension"
+    if ops.arguments(node).get("groups", 1) != 1:
+        return "a grouped convolution is bound by memory, and no matrix product"
+    if SCHEMES[scheme].activation is None and not window_of(node, kernel[2:]).one_pixel:  # type: ignore[arg-type]
+        return "only a matrix product (kernel size 1, no padding) has a kernel that unpacks weights: quantize both"
     return _whole_groups(node, scheme)
 
 
@@ -115,11 +112,11 @@ _CALLS = {f"torchquant::{name}" for name in OPS}  # as the profiler names them
 _UNPROVEN = Proof({}, 0, 0, Comparison(-math.inf, math.inf, 0.0), {})
 _ALL = tuple(SCHEMES)
 _DYNAMO_OPTIONS = {"allow_float", "min_sqnr_db", "device", "cuda_graphs", "freezing"}
-_KERNEL_1 = "kernel size 1, one group, no padding: a matrix product"
+_ONE_GROUP = "one group; kernel size 1 and no padding where weights alone are quantized"
 CAPABILITIES: tuple[Capability, ...] = (
     Capability("linear", _ALL, "weighted", condition=_whole_groups, reason="whole groups of input features"),
-    Capability("conv1d", _ALL, "weighted", condition=_is_product, reason=_KERNEL_1),
-    Capability("conv2d", _ALL, "weighted", condition=_is_product, reason=_KERNEL_1),
+    Capability("conv1d", _ALL, "weighted", condition=_has_kernel, reason=_ONE_GROUP),
+    Capability("conv2d", _ALL, "weighted", condition=_has_kernel, reason=_ONE_GROUP),
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
     *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
 )
@@ -190,8 +187,8 @@ class CudaProgram(Program):
 
         `torch._inductor.aoti_load_package` runs it in Python once `torchquant.backends.inductor_cuda` is imported: the
         packed ops are called through torch's dispatcher, where that import puts them. A C++ process has to register ops
-        of the same names and schemas (`torchquant::weight_only_linear`, `torchquant::scaled_linear`) itself, with
-        `TORCH_LIBRARY`; Triton's kernels are not inside the package.
+        of the same names and schemas (`torchquant::weight_only_linear`, `torchquant::scaled_linear`,
+        `torchquant::scaled_conv2d`) itself, with `TORCH_LIBRARY`; Triton's kernels are not inside the package.
 
         Raises:
             LoweringError: Inductor cannot compile the graph.
@@ -217,7 +214,7 @@ class CudaProgram(Program):
 
 
 def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> GraphModule:
-    """The converted graph with each quantized linear and 1x1 convolution as one op on packed weights; a new graph.
+    """The converted graph with each quantized linear and convolution as one op on packed weights; a new graph.
 
     It may be exported, compiled or run as it is, on any device. Linears that read the same values in the same way
     become one op; an addend and an activation behind a product are computed in its kernel. Codes that are multiplied by

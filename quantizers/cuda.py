@@ -9,11 +9,14 @@ __all__ = ["CudaQuantizer"]
 
 
 class CudaQuantizer(CapabilityQuantizer):
-    """Annotates for `torchquant.backends.inductor_cuda`: linears and convolutions of kernel size 1.
+    """Annotates for `torchquant.backends.inductor_cuda`: linears, and 1-D and 2-D convolutions of one group.
+
+    Where weights alone are quantized, convolutions have kernel size 1 and no padding: they are matrix products then.
 
     `dynamic_int8` (the default): int8 weights per channel, int8 activations with a scale for each token, chosen at run
-    time. It needs no data and no float8 hardware, is close to float on most networks, and is faster than bfloat16
-    both for one token (half the bytes) and for many (twice the operations).
+    time; for each pixel of a convolution of kernel size 1, and for the whole input of a larger one. It needs no data
+    and no float8 hardware, is close to float on most networks, and is faster than bfloat16 both for one token (half the
+    bytes) and for many (twice the operations).
 
     `w4a16`, `w4a16_g64`, `w4a16_g32` and `w4a16_asymmetric`, `..._g64`, `..._g32`: int4 weights in groups of 128, 64 or
     32 input features, for generation token by token; use AdaRound or another solver with them.

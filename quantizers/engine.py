@@ -23,6 +23,7 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops, passes
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import is_observer, note
+from torchquant.fx.windows import window_of
 from torchquant.observers import (
     ActivationMinMax,
     DynamicActivation,
@@ -169,8 +170,8 @@ class CapabilityQuantizer(Quantizer):
         kind = ops.BY_NAME[row.op]
         spec = self.schemes[scheme]
         tensor = spec.activation
-        if tensor is not None and tensor.granularity == "token" and not tensor.symmetric and row.op != "linear":
-            tensor = replace(tensor, granularity="tensor")  # affine rows are tokens for a linear only
+        if tensor is not None and tensor.granularity == "token" and not _has_tokens(node, row, tensor):
+            tensor = replace(tensor, granularity="tensor")
         activation = self._spec(tensor, -1 if row.op == "linear" else 1) if tensor is not None else None
         inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
         if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
@@ -210,21 +211,22 @@ class CapabilityQuantizer(Quantizer):
     def _spec(self, tensor: TensorSpec, axis: int = 0, *, is_weight: bool = False) -> QuantizationSpec:
         """torchao's spec for a tensor of ours; `axis` is a weight's channel axis or the axis that makes up a token."""
         per_channel, by_token = tensor.granularity == "channel", tensor.granularity == "token"
-        own_chain = by_token or (tensor.dynamic and tensor.format.is_float)
+        own_chain = by_token or (tensor.dynamic and tensor.symmetric)
         return QuantizationSpec(
             dtype=tensor.format.dtype,
             observer_or_fake_quant_ctr=self._observer(tensor, axis, is_weight),
             quant_min=tensor.format.quant_min,
             quant_max=tensor.format.quant_max,
             qscheme=tensor.qscheme,
-            ch_axis=axis if per_channel else None,
+            # torchao shares an observer between users whose specs are alike, and takes no negative axis
+            ch_axis=axis % 64 if per_channel or by_token else None,
             is_dynamic=tensor.dynamic and not own_chain,  # torchao's passes know one form of dynamic chain only
         )
 
     def _observer(self, tensor: TensorSpec, axis: int, is_weight: bool) -> Any:
         """Constructor of the observer or fake quantizer."""
         per_channel, is_float = tensor.granularity == "channel", tensor.format.is_float
-        if tensor.dynamic and (is_float or (tensor.granularity == "token" and tensor.symmetric)):
+        if tensor.dynamic and tensor.symmetric:
             return ScaledDynamicActivation.with_args(axis=axis if tensor.granularity == "token" else None)
         if tensor.dynamic:
             return PerTokenActivation if tensor.granularity == "token" else DynamicActivation
@@ -239,6 +241,14 @@ class CapabilityQuantizer(Quantizer):
             extra = {"ch_axis": axis} if per_channel else {}
             return FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
         return PerChannelWeight if per_channel else self.observer
+
+
+def _has_tokens(node: Node, row: Capability, tensor: TensorSpec) -> bool:
+    """Whether vectors of the activation may have a scale each: rows of a linear, pixels that are read one by one."""
+    if row.op == "linear":
+        return True
+    kernel = ops.shape_of(node.args[1])[2:] if row.op.startswith("conv") else ()  # type: ignore[arg-type,index]
+    return tensor.symmetric and (not kernel or window_of(node, kernel).one_pixel)  # type: ignore[arg-type]
 
 
 def _trainable(scheme: Scheme) -> bool:

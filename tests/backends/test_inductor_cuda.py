@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from foreign import EveryKind, EverySpec, SpecQuantizer, calibrated, dynamic, groupwise, per_channel, per_tensor
 from nets import Call
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
 from torchao.quantization.pt2e.observer import MappingType
@@ -48,7 +49,11 @@ def converted(quantizer, model, batch, **options):
 
 
 def our_ops(graph):
-    return [n for n in graph.graph.nodes if "linear.default" in str(n.target) and "torchquant" in str(n.target)]
+    return [n for n in graph.graph.nodes if str(n.target).split(".")[1:2] in ([name] for name in inductor_cuda.OPS)]
+
+
+def convolutions(graph):
+    return [n for n in our_ops(graph) if "scaled_conv2d" in str(n.target)]
 
 
 def endings(graph):
@@ -235,14 +240,15 @@ def test_every_kind_of_spec_is_lowered_or_refused_by_name():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 4, 4)
     graph = convert_pt2e(calibrated(EveryKind(), [(x,)], EverySpec()))
-    with pytest.raises(tq.LoweringError, match=r"conv2d conv2d \(conv\).*kernel size 1.*allow_float=\['node:conv2d'\]"):
+    refused = r"conv_transpose2d conv_transpose2d \(up\).*only linears.*allow_float=\['node:conv_transpose2d'\]"
+    with pytest.raises(tq.LoweringError, match=refused):
         inductor_cuda.transform(graph)
     with pytest.raises(tq.LoweringError, match=r"linear_3 \(rows\).*along axis 1"):
-        inductor_cuda.transform(graph, allow_float=["conv", "up"])
+        inductor_cuda.transform(graph, allow_float=["up"])
     with pytest.raises(tq.LoweringError, match=r"linear_4 \(group\).*groups of 8"):
-        inductor_cuda.transform(graph, allow_float=["conv", "up", "rows"])
-    lowered = inductor_cuda.transform(graph, allow_float=["conv", "up", "rows", "group"])
-    assert len(our_ops(lowered)) == 6
+        inductor_cuda.transform(graph, allow_float=["up", "rows"])
+    lowered = inductor_cuda.transform(graph, allow_float=["up", "rows", "group"])
+    assert len(our_ops(lowered)) == 7
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # they leave ops without a word
@@ -259,7 +265,7 @@ def test_a_network_of_convolutions_keeps_what_stays_float():
     image = torch.randn(2, 3, 16, 16)
     graph = converted("static_int8", nets.Mobile().eval(), image)
     lowered = inductor_cuda.transform(graph)
-    assert endings(lowered) == [("relu6", False), ("none", True), ("none", False)]
+    assert endings(lowered) == [("relu6", False), ("relu6", False), ("none", True), ("none", False)]
     assert agree(graph, lowered, image) > 60
 
 
@@ -278,6 +284,170 @@ def test_one_row_and_strided_convolutions(layer, shape, scheme):
     lowered = inductor_cuda.transform(graph)
     assert len(our_ops(lowered)) == 1
     assert agree(graph, lowered, x) > 100
+
+
+# convolutions of codes by codes ---------------------------------------------------------------------------------------
+
+CODES = ["dynamic_int8", "static_int8", "dynamic_fp8", "static_fp8_tensor"]
+
+
+class Bottleneck(nn.Module):
+    """As in a ResNet: three channels first, a strided block with in-place sums and activations, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.first, self.second = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.down, self.same = nn.Conv2d(16, 24, 1, stride=2), nn.Conv2d(24, 24, 3, padding=2, dilation=2)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.stem(x), 3, 2, 1)
+        y = self.second(F.relu(self.first(x)))
+        y += self.down(x)
+        y = F.relu_(y)
+        y = F.relu(self.same(y) + y)
+        return self.head(F.adaptive_avg_pool2d(y, 1).view(y.shape[0], -1))
+
+
+@pytest.mark.parametrize("scheme", CODES)
+def test_a_residual_network_becomes_ops_with_their_endings_at_any_size(scheme):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 32)
+    graph = converted(scheme, Bottleneck().eval(), x, dynamic_shapes=({0: ANY, 2: ANY, 3: ANY},))
+    lowered = inductor_cuda.transform(graph)
+    down = ("relu", True)
+    assert endings(lowered) == [
+        ("relu", False),
+        ("relu", False),
+        ("none", False),
+        down,
+        ("relu", True),
+        ("none", False),
+    ]
+    assert len(convolutions(lowered)) == 4
+    assert not [n for n in lowered.graph.nodes if ops.is_dequantize(n)]
+    for shape in ((1, 3, 33, 47), (3, 3, 24, 64)):
+        assert agree(graph, lowered, torch.randn(shape)) > 60
+
+
+SHAPES = {
+    "rgb": (nn.Conv2d(3, 8, 7, stride=2, padding=3), (2, 3, 19, 17), "scaled_conv2d"),
+    "dilated": (nn.Conv2d(16, 8, 3, padding=(2, 1), dilation=(2, 3), bias=False), (2, 16, 9, 9), "scaled_conv2d"),
+    "same, even": (nn.Conv2d(16, 8, (4, 3), padding="same"), (2, 16, 9, 7), "scaled_conv2d"),
+    "same, even, dilated": (nn.Conv2d(16, 8, (2, 4), padding="same", dilation=(3, 1)), (2, 16, 9, 7), "scaled_conv2d"),
+    "valid": (nn.Conv2d(16, 8, 3, padding="valid"), (2, 16, 9, 7), "scaled_conv2d"),
+    "reflected": (nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect"), (2, 16, 9, 7), "scaled_conv2d"),
+    "padded pixel": (nn.Conv2d(16, 8, 1, padding=1), (2, 16, 9, 7), "scaled_conv2d"),
+    "same pixel": (nn.Conv2d(16, 8, 1, padding="same"), (2, 16, 9, 7), "scaled_linear"),
+    "line": (nn.Conv1d(16, 8, 5, stride=2, padding=2, dilation=2), (2, 16, 19), "scaled_conv2d"),
+    "line, same, even": (nn.Conv1d(16, 8, 4, padding="same"), (2, 16, 9), "scaled_conv2d"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("scheme", CODES)
+def test_windows_of_every_shape(name, scheme):
+    torch.manual_seed(0)
+    layer, shape, op = SHAPES[name]
+    x = torch.randn(shape) + 0.5  # so that zero points are not 0
+    graph = converted(scheme, layer, x)
+    (found,) = our_ops(lowered := inductor_cuda.transform(graph))
+    assert op in str(found.target)
+    assert agree(graph, lowered, x) > 100
+
+
+def test_lines_have_residuals_too():
+    x = torch.randn(2, 8, 9)
+    layers = {"a": nn.Conv1d(8, 16, 3, padding=1), "b": nn.Conv1d(16, 8, 3, padding="same")}
+    model = Call(lambda m, x: F.relu(m.b(F.silu(m.a(x))) + x), **layers)
+    graph = converted("static_int8", model, x)
+    lowered = inductor_cuda.transform(graph)
+    assert endings(lowered) == [("silu", False), ("relu", True)]
+    assert agree(graph, lowered, x) > 100
+
+
+def test_windows_and_pixels_read_the_same_image_each_with_scales_of_its_own():
+    x = torch.randn(2, 8, 6, 6)
+    layers = {"a": nn.Conv2d(8, 8, 1), "b": nn.Conv2d(8, 8, 3, padding=1), "c": nn.Conv2d(8, 8, 5, padding=2)}
+    graph = converted("dynamic_int8", Call(lambda m, x: m.a(x) + m.b(x) * m.c(x) + m.b(m.a(x)), **layers), x)
+    lowered = inductor_cuda.transform(graph)
+    assert len(convolutions(lowered)) == 3
+    first, second = (ops.arguments(n)["x"] for n in convolutions(lowered)[:2])
+    assert first is second  # one image of codes
+    assert agree(graph, lowered, x) > 60
+
+
+def test_an_image_that_is_written_in_place_is_read_again():
+    def forward(m, x):
+        image = x + 1
+        part = image[:, :8]
+        first = m.a(part)
+        image.mul_(2)
+        return first - m.b(part)
+
+    x = torch.randn(2, 9, 6, 6)
+    graph = converted("w8a16", Call(forward, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1)), x)
+    assert agree(graph, inductor_cuda.transform(graph), x) > 100
+
+
+def test_between_convolutions_codes_are_written_once_in_the_order_they_are_read():
+    x = torch.randn(2, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    lowered = inductor_cuda.transform(converted("static_int8", model.eval(), x))
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(lowered), x)
+    assert code.count("= async_compile") == 2  # a kernel that quantizes, for each convolution
+    assert code.count("= torch.ops.torchquant.scaled_conv2d") == 2
+    assert "transpose" not in code
+
+
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # they leave ops without a word
+@pytest.mark.parametrize(
+    "make",
+    [
+        torchaos,
+        lambda: XnnpackQuantizer("static_int8"),
+        lambda: XnnpackQuantizer("dynamic_int8"),
+        X86Quantizer,
+        lambda: SpecQuantizer({"conv2d"}, dynamic(), per_channel()),
+    ],
+)
+def test_convolutions_of_other_quantizers_are_lowered_alike(make):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    layers = (
+        nn.Conv2d(3, 8, 3, 2, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU6(),
+    )
+    graph = convert_pt2e(calibrated(nn.Sequential(*layers), [(x,)], make()))
+    lowered = inductor_cuda.transform(graph)
+    assert [e[0] for e in endings(lowered)] == ["relu", "relu6"]
+    assert len(convolutions(lowered)) == 2
+    assert agree(graph, lowered, x) > 60
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "activation", "weight", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), (2, 4, 6, 6), per_tensor(), per_channel(), "one group"),
+        (nn.Conv2d(4, 4, 3), (4, 6, 6), per_tensor(), per_channel(), "no batch dimension"),
+        (nn.Conv2d(4, 4, 1), (4, 6, 6), per_tensor(), per_channel(), "no batch dimension"),
+        (nn.Conv2d(4, 4, 3), (2, 4, 6, 6), None, per_channel(), "no matrix product.*8 bits with one scale"),
+        (nn.Conv2d(4, 4, 3), (2, 4, 6, 6), per_tensor(torch.int16, -(2**15), 2**15 - 1), per_channel(), "8 bits"),
+        (nn.Conv2d(4, 4, 3), (2, 4, 6, 6), per_tensor(), per_channel(symmetric=False), "no zero points"),
+        (nn.Conv2d(4, 4, 3), (2, 4, 6, 6), per_tensor(), per_channel(axis=1), "along axis 1"),
+    ],
+)
+def test_convolutions_without_a_kernel_are_refused_by_name(layer, shape, activation, weight, reason):
+    x, quantizer = torch.randn(shape), SpecQuantizer({"conv2d"}, activation, weight)
+    graph = convert_pt2e(calibrated(Call(lambda m, x: m.inner(x), inner=layer), [(x,)], quantizer))
+    with pytest.raises(tq.LoweringError, match=rf"conv2d conv2d \(inner\).*{reason}.*node:conv2d"):
+        inductor_cuda.transform(graph)
 
 
 def test_a_saved_converted_graph_is_lowered_like_the_one_saved(tmp_path):
@@ -347,6 +517,18 @@ def test_a_saved_program_computes_the_same(program, tmp_path):
     assert loaded.proof == lowered.proof
     assert loaded.size_bytes == lowered.size_bytes <= passes.weight_bytes(graph)
     assert "7/7" in str(tq.report(graph, loaded))
+
+
+def test_a_program_of_convolutions_proves_and_packages_them(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 24, 24)
+    graph = converted("static_int8", Bottleneck().eval(), x, dynamic_shapes=({0: ANY},))
+    lowered = inductor_cuda.lower(graph, x, device="cpu")
+    assert lowered.proof.kernels == {"scaled_conv2d": 4, "scaled_linear": 2}
+    loaded = inductor_cuda.load(lowered.save(tmp_path / "program.pt2"), device="cpu")
+    x = torch.randn(5, 3, 24, 24)
+    assert torch.equal(loaded(x), lowered(x))
+    assert agree(graph, lowered, x) > 60
 
 
 def test_freezing_and_settings_concern_one_program():

@@ -148,11 +148,11 @@ def test_a_convolution_has_one_scale_for_each_pixel():
 @pytest.mark.parametrize(
     ("layer", "shape", "reason"),
     [
-        (nn.Conv2d(32, 32, 3), (2, 32, 8, 8), "kernel of size 1"),
+        (nn.Conv2d(32, 32, 3, groups=2), (2, 32, 8, 8), "grouped"),
         (nn.Conv2d(32, 32, 1, groups=32), (2, 32, 8, 8), "grouped"),
-        (nn.Conv2d(32, 32, 1, padding=1), (2, 32, 8, 8), "padded"),
         (nn.Conv2d(32, 32, 1), (32, 8, 8), "no batch dimension"),
-        (nn.ConvTranspose2d(32, 4, 1), (2, 32, 8, 8), "no int8 or float8 convolution"),
+        (nn.ConvTranspose2d(32, 4, 1), (2, 32, 8, 8), "has an int8 or float8 kernel"),
+        (nn.Conv3d(8, 8, 1), (2, 8, 4, 4, 4), "has an int8 or float8 kernel"),
         (nn.Embedding(8, 4), (2, 3), "lookup"),
         (nn.LSTM(8, 4), (2, 3, 8), "recurrent"),
     ],
@@ -163,6 +163,32 @@ def test_what_runs_in_float_says_why(scheme, layer, shape, reason):
     compute = [s for s in tq.report(prepared).sites if s.compute]
     assert compute
     assert all(s.status == "unsupported" and reason in s.reason for s in compute)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(32, 8, 3), nn.Conv2d(32, 8, 1, padding=1)])
+def test_weights_alone_are_quantized_only_where_a_convolution_is_a_matrix_product(layer):
+    x = torch.randn(2, 32, 8, 8)
+    model = Call(lambda m, x: m.inner(x), inner=layer)
+    for scheme in ("w4a16_g32", "w8a16"):
+        (site,) = sites(tq.prepare(tq.export(model, x), CudaQuantizer(scheme)), "conv2d")
+        assert site.status == "unsupported"
+        assert "unpacks weights" in site.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if SCHEMES[s].activation])
+def test_convolutions_with_windows_have_one_scale_for_their_input(scheme, dtype):
+    torch.manual_seed(0)
+    layers = {"line": nn.Conv1d(16, 16, 5, padding="same"), "image": nn.Conv2d(8, 8, 3, stride=2, padding=1)}
+    x = torch.randn(2, 16, 32).to(dtype)
+    model = Call(lambda m, x: m.image(m.line(x).unflatten(1, (8, 2))), **layers).to(dtype).eval()
+    graph = quantized(scheme, model, x)
+    for site in (s for s in tq.report(graph).sites if s.compute):
+        assert site.status == "quantized"
+        assert not site.activation.token
+        assert site.activation.dynamic == SCHEMES[scheme].activation.dynamic
+        assert site.weight.scale.numel() == _scales(SCHEMES[scheme].weight, codes_of(graph)[site.node])
+    assert tq.sqnr_db(model(x).float(), graph(x).float()) > (24 if "fp8" in scheme else 34)
 
 
 def test_input_features_that_are_no_whole_groups_stay_float_with_the_reason():

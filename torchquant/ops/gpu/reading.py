@@ -1,4 +1,4 @@
-"""What a linear or a convolution of kernel size 1 of a converted graph multiplies, whoever wrote the Quantizer."""
+"""What a linear or a convolution of a converted graph multiplies, whoever wrote the Quantizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from torchquant.dialect import EPS
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
 from torchquant.fx.sites import qparams_of, source_of
+from torchquant.fx.windows import Window, window_of
 from torchquant.types import DTYPE_RANGE
 
 __all__ = ["Input", "Layer", "Weight", "read_input", "read_layer"]
 
 _CODES = {torch.int8: torch.int8, torch.uint8: torch.int8, torch.float8_e4m3fn: torch.float8_e4m3fn}
+_WINDOW = (
+    "a convolution that is no matrix product (kernel size 1, no padding) takes activations in 8 bits with one scale, "
+    "and a weight of their dtype with a scale for each output channel and no zero points"
+)
 _PER_TOKEN = "choose_qparams_per_token_asymmetric"
 
 
@@ -50,7 +55,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight's codes (out, in), signed integers or float8; scale and zero point (None: 0) float32 (out, groups)."""
+    """A weight's codes (out, in), signed integers or float8; scale and zero point (None: 0) float32 (out, groups).
+
+    A convolution's `in` is its kernel's pixels, each with all channels.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -74,7 +82,7 @@ class Layer:
         node: the linear or convolution.
         input, weight, bias: what it reads; the bias float, or None.
         scaled: multiplies codes by codes; otherwise floats by unpacked weights.
-        stride: of a convolution; None for a linear.
+        window: where a convolution reads; None for a linear.
     """
 
     node: Node
@@ -82,13 +90,13 @@ class Layer:
     weight: Weight
     bias: torch.Tensor | None
     scaled: bool
-    stride: tuple[int, ...] | None
+    window: Window | None
 
     def kind(self) -> tuple[Any, ...]:
         """Layers of the same kind can be computed as one, side by side."""
         weight = self.weight
         weights = (weight.codes.dtype, weight.bits, weight.group_size, weight.zero_point is None)
-        return (self.input, self.scaled, self.stride, *(weights if not self.scaled else ()))
+        return (self.input, self.scaled, self.window, *(weights if not self.scaled else ()))
 
 
 def read_layer(model: GraphModule, node: Node) -> Layer:
@@ -112,35 +120,36 @@ class _NoKernelError(Exception):
 
 
 def _read(model: GraphModule, node: Node) -> Layer:
-    op, given = ops.op_name(node), ops.arguments(node)
+    op = ops.op_name(node)
     if op not in ("linear", "conv1d", "conv2d"):
-        raise _NoKernelError("only linears and convolutions of kernel size 1 have kernels that multiply codes")
-    weight = _read_weight(model, node, op)
+        raise _NoKernelError("only linears and convolutions in one or two dimensions have kernels that multiply codes")
+    weight, window = _read_weight(model, node, op)
     values = ops.argument(node, 0)
     assert values is not None
     read = read_input(model, values)
     along = -1 if op == "linear" else 1
     rows = read.how != "dynamic" or read.axis is None or read.axis in (along, _rank(values) + along)
     scaled = rows and read.how != "float" and read.dtype == weight.codes.dtype and weight.per_channel()
-    if not scaled:
+    if window is not None and not window.one_pixel:
+        if not scaled or read.axis is not None:
+            raise _NoKernelError(_WINDOW)
+    elif not scaled:
         _check_weight_only(weight)
         read = Input(values)
     bias = ops.argument(node, 2)
     if bias is not None and not ops.is_constant(bias):
         raise _NoKernelError("its bias is computed at run time")
-    stride = None if op == "linear" else _each(given.get("stride", 1), 1 if op == "conv1d" else 2)
-    return Layer(node, read, weight, None if bias is None else ops.constant_value(model, bias), scaled, stride)
+    return Layer(node, read, weight, None if bias is None else ops.constant_value(model, bias), scaled, window)
 
 
-def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
+def _read_weight(model: GraphModule, node: Node, op: str) -> tuple[Weight, Window | None]:
     values = ops.argument(node, 1)
     grid = qparams_of(model, values)
     if values is None or grid is None or not ops.is_dequantize(values) or not ops.is_constant(values):
         raise _NoKernelError("its weight is not stored as codes with a dequantize op right behind them")
     codes = ops.constant_value(model, values.args[0])  # type: ignore[arg-type]
-    if op != "linear":
-        _check_convolution(ops.arguments(node), codes)
-    codes = codes.reshape(codes.shape[:2])
+    window = None if op == "linear" else _read_window(node, codes)
+    codes = codes.movedim(1, -1).flatten(1)
     domain = ops.arguments(values).get("zero_point_domain", "INT")
     if getattr(domain, "name", domain) != "INT":
         raise _NoKernelError("its weight has zero points that are no integers")
@@ -148,13 +157,15 @@ def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
         raise _NoKernelError(f"its weight is stored in {codes.dtype}; kernels take 4 and 8 bits")
     if grid.axis not in (None, 0):
         raise _NoKernelError(f"its weight has scales along axis {grid.axis}, and kernels scale output channels")
+    if window is not None and not window.one_pixel and grid.group_size:
+        raise _NoKernelError(_WINDOW)
     n, k = codes.shape
     if grid.group_size and k % grid.group_size:
         raise _NoKernelError(f"its {k} input features are no whole groups of {grid.group_size}")
     groups = k // grid.group_size if grid.group_size else 1
     scale = grid.scale.detach().float().reshape(-1, groups).expand(n, groups).contiguous()
     if codes.dtype.is_floating_point:
-        return Weight(codes, scale, None, 8)
+        return Weight(codes, scale, None, 8), window
     low, high = _limits(grid.dtype, grid.quant_min, grid.quant_max)
     offset = 0 if low < 0 else 8 if high <= 15 else 128
     zero_point = None
@@ -164,14 +175,15 @@ def _read_weight(model: GraphModule, node: Node, op: str) -> Weight:
         zero_point = torch.full_like(scale, -offset)
     if offset:
         codes = (codes.to(torch.int16) - offset).to(torch.int8)
-    return Weight(codes, scale, zero_point, 4 if low - offset >= -8 and high - offset <= 7 else 8)
+    return Weight(codes, scale, zero_point, 4 if low - offset >= -8 and high - offset <= 7 else 8), window
 
 
-def _check_convolution(given: dict[str, Any], codes: torch.Tensor) -> None:
-    padding = given.get("padding", 0)
-    padded = not isinstance(padding, str) and any(padding if isinstance(padding, (list, tuple)) else [padding])
-    if any(size != 1 for size in codes.shape[2:]) or given.get("groups", 1) != 1 or padded:
-        raise _NoKernelError("only a convolution of kernel size 1, one group and no padding is a matrix product")
+def _read_window(node: Node, codes: torch.Tensor) -> Window:
+    if ops.arguments(node).get("groups", 1) != 1:
+        raise _NoKernelError("kernels take convolutions of one group")
+    if (shape := ops.shape_of(node)) is not None and len(shape) != codes.dim():
+        raise _NoKernelError("its input has no batch dimension; give it one of size 1")
+    return window_of(node, codes.shape[2:])
 
 
 def _check_weight_only(weight: Weight) -> None:
@@ -251,8 +263,3 @@ def _rank(node: Node) -> int:
     while ops.shape_of(node) is None and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return len(ops.shape_of(node) or ())
-
-
-def _each(value: Any, rank: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values * rank if len(values) == 1 else values

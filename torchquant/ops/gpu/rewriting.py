@@ -1,26 +1,27 @@
-"""A converted graph with each quantized product as one op of `linears.py`, and with it what follows in its kernel."""
+"""A converted graph with each quantized product as one op of ours, and with it what follows in its kernel."""
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-import torchquant.ops.gpu.linears  # noqa: F401 - registers the ops
+import torchquant.ops.gpu.convolutions  # noqa: F401 - registers the ops, as does linears.py that it imports
 from torchquant.fx import ops, passes
+from torchquant.fx.windows import Window
 from torchquant.ops.gpu import packing
 from torchquant.ops.gpu.reading import Input, Layer, read_input, read_layer
 
 __all__ = ["OPS", "rewrite"]
 
 aten = torch.ops.aten
-OPS = ("weight_only_linear", "scaled_linear")
+OPS = ("weight_only_linear", "scaled_linear", "scaled_conv2d")
 
 
 def rewrite(model: GraphModule, names: set[str]) -> int:
@@ -41,6 +42,7 @@ def rewrite(model: GraphModule, names: set[str]) -> int:
         else:
             work.alone(group[0])
     _fusible_rounding(model)
+    _reshapes(model)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
@@ -55,7 +57,7 @@ def _siblings(work: _Rewriting, layers: Sequence[Layer]) -> list[list[Layer]]:
         alike[layer.kind()].append(layer)
     groups = []
     for group in alike.values():
-        together = group[0].stride is None and not work.written(group[0].node, group[-1].node)
+        together = group[0].window is None and not work.written(group[0].node, group[-1].node)
         groups += [group] if together else [[layer] for layer in group]
     return sorted(groups, key=lambda group: work.place[group[0].node])
 
@@ -69,6 +71,9 @@ class _Ending:
     activation: str = "none"
 
 
+_Operand = tuple[Node, Node | None, Node | None]  # values, and of codes their scale and zero point (None: 0)
+
+
 class _Rewriting:
     """Nodes of a graph replaced one by one, in graph order."""
 
@@ -77,7 +82,7 @@ class _Rewriting:
         self.place = {node: i for i, node in enumerate(model.graph.nodes)}
         self.writers = {n for n in self.place if (s := ops.schema_of(n)) is not None and s.is_mutable}
         self.new: dict[Node, Node] = {}
-        self.codes: dict[Input, tuple[Node, Node, Node | None]] = {}
+        self.operands: dict[tuple[Input, tuple[int, ...] | None], tuple[Node, _Operand]] = {}  # and its first reader
 
     def written(self, first: Node, last: Node, apart_from: Sequence[Node] = ()) -> bool:
         """Whether something is written in place between two nodes, so that neither may move to the other."""
@@ -143,9 +148,10 @@ class _Rewriting:
             return None
         left, right = user.args[:2]
         other = right if left is node else left
-        in_place = user in self.writers and left is not node  # would write into the other addend
-        if in_place or other is node or not isinstance(other, Node) or not ops.is_float(other):
+        if other is node or not isinstance(other, Node) or not ops.is_float(other):
             return None
+        if user in self.writers and left is not node and not (other in self.new.values() and _only_user(other)):
+            return None  # it writes into the other addend, which others may read
         value, addend, total = (n.meta.get("val") for n in (node, other, user))
         if value is None or addend is None or total is None:
             return None
@@ -157,18 +163,17 @@ class _Rewriting:
 
     def _product(self, layers: Sequence[Layer], ending: _Ending) -> Node:
         lead, call = layers[0], self.graph.call_function
-        x, x_scale, zero_point = self._operand(lead.input, lead.weight.codes.device)
-        one_scale = lead.input.how == "static" or lead.input.axis is None
-        x = self._rows(lead, x)
-        if x_scale is not None and not one_scale:
-            x_scale = self._rows(lead, x_scale)
-            zero_point = None if zero_point is None else self._rows(lead, zero_point)
-        residual = None if ending.residual is None else self._rows(lead, ending.residual, strided=False)
-        dtype, name = lead.node.meta["val"].dtype, lead.node.name
+        dtype, name, window = lead.node.meta["val"].dtype, lead.node.name, lead.window
+        x, x_scale, zero_point = self._operand(lead)
+        residual = ending.residual
+        if residual is not None and window is not None:
+            residual = self._channels_last(residual)
         codes = torch.cat([layer.weight.codes for layer in layers])
         scale = torch.cat([layer.weight.scale for layer in layers])
         bias = self._bias(layers)
-        if lead.scaled:
+        if window is not None and not window.one_pixel:
+            y = self._convolution(lead, window.planar(), (x, x_scale, zero_point), bias, residual, ending.activation)
+        elif lead.scaled:
             total = codes.sum(1, dtype=torch.int32) if zero_point is not None else None
             grid = (float(lead.input.low), float(lead.input.high), lead.input.eps)
             stored = (self._stored(f"{name}_weight", codes), self._stored(f"{name}_scale", scale.flatten()))
@@ -182,28 +187,69 @@ class _Rewriting:
             params = self._stored(f"{name}_params", packing.pack_params(scale.to(dtype), offsets))
             form = (weight.bits, weight.group_size, offsets is not None, ending.activation)
             y = call(torch.ops.torchquant.weight_only_linear.default, (x, packed, params, bias, residual, *form))
-        return y if lead.stride is None else call(aten.permute.default, (y, _channels_second(len(lead.stride) + 2)))
+        return y if window is None else call(aten.permute.default, (y, _channels_second(len(window.kernel) + 2)))
 
-    def _rows(self, layer: Layer, x: Node, *, strided: bool = True) -> Node:
-        """An image as rows of channels; a linear's input as it is."""
-        if layer.stride is None:
-            return x
-        for axis, step in enumerate(layer.stride, start=2):
-            if strided and step != 1:
-                x = self.graph.call_function(aten.slice.Tensor, (x, axis, 0, torch.iinfo(torch.int64).max, step))
-        rank = len(layer.stride) + 2
-        rows = self.graph.call_function(aten.permute.default, (x, [0, *range(2, rank), 1]))
-        return self.graph.call_function(aten.contiguous.default, (rows,))  # by what makes x, not in the kernel's launch
+    def _convolution(
+        self, layer: Layer, window: Window, x: _Operand, bias: Node | None, residual: Node | None, activation: str
+    ) -> Node:
+        """Codes behind windows on an image, channels last; a line is an image of height 1."""
+        call, name, weight = self.graph.call_function, layer.node.name, layer.weight
+        line = layer.window is not window
+        values, x_scale, zero_point = x
+        if line:
+            values = call(aten.unsqueeze.default, (values, 1))
+            residual = None if residual is None else call(aten.unsqueeze.default, (residual, 1))
+        codes = weight.codes.reshape(len(weight.codes), *window.kernel, -1)
+        total = codes.sum(-1, dtype=torch.int32).flatten(1) if zero_point is not None else None
+        stored = (self._stored(f"{name}_weight", codes), self._stored(f"{name}_scale", weight.scale.flatten()))
+        factors = (x_scale, zero_point, self._stored(f"{name}_sum", total), bias, residual)
+        padding = [min(pair) for pair in window.padding]  # the rest is there already
+        form = (list(window.stride), padding, list(window.dilation), activation, layer.node.meta["val"].dtype)
+        y = call(torch.ops.torchquant.scaled_conv2d.default, (values, *stored, *factors, *form))
+        return call(aten.squeeze.dim, (y, 1)) if line else y
 
-    def _operand(self, given: Input, device: torch.device) -> tuple[Node, Node | None, Node | None]:
-        """What the kernel reads: codes with scale and zero point, or floats that it quantizes by rows."""
-        source = self._now(given.source)
+    def _operand(self, layer: Layer) -> _Operand:
+        """What the kernel reads, of an image channels last: codes, or floats that it quantizes by rows."""
+        given, window = layer.input, layer.window
+        uneven = None if window is None else window.uneven
+        known = self.operands.get((given, uneven))
+        if known is None or self.written(known[0], layer.node):
+            known = layer.node, self._read(given, uneven, layer.weight.codes.device)
+            self.operands[given, uneven] = known
+        x, scale, zero_point = known[1]
+        if window is None or not window.one_pixel:
+            return x, scale, zero_point
+        if scale is None or given.how == "static" or given.axis is None:
+            return self._strided(x, window), scale, zero_point
+        points = None if zero_point is None else self._strided(zero_point, window)
+        return self._strided(x, window), self._strided(scale, window), points
+
+    def _read(self, given: Input, uneven: tuple[int, ...] | None, device: torch.device) -> _Operand:
+        """The operand of every layer that reads `given` so; ops of an image see it channels last, as they write it."""
+        x, call = self._now(given.source), self.graph.call_function
+        if uneven is not None:
+            x = call(aten.permute.default, (x, [0, *range(2, len(uneven) + 2), 1]))
+            given = replace(given, axis=None if given.axis is None else -1)
+            if any(uneven):
+                x = call(aten.constant_pad_nd.default, (x, [0, 0, *(n for more in uneven[::-1] for n in (0, more))]))
+        scale = zero_point = None
         by_rows = given.how == "dynamic" and given.symmetric and given.axis is not None
-        if given.how == "float" or by_rows:
-            return source, None, None
-        if given not in self.codes:
-            self.codes[given] = _quantized(self.model, source, given, device)
-        return self.codes[given]
+        if given.how != "float" and not by_rows:
+            x, scale, zero_point = _quantized(self.model, x, given, device)
+        return x if uneven is None else call(aten.contiguous.default, (x,)), scale, zero_point
+
+    def _strided(self, x: Node, window: Window) -> Node:
+        """The pixels that a convolution of one pixel each reads."""
+        for axis, step in enumerate(window.stride, start=1):
+            if step != 1:
+                x = self.graph.call_function(aten.slice.Tensor, (x, axis, 0, torch.iinfo(torch.int64).max, step))
+        return x if set(window.stride) == {1} else self.graph.call_function(aten.contiguous.default, (x,))
+
+    def _channels_last(self, image: Node) -> Node:
+        """Laid out by what makes it, not in the kernel's launch."""
+        rank = len(ops.shape_of(image) or ())
+        rows = self.graph.call_function(aten.permute.default, (image, [0, *range(2, rank), 1]))
+        return self.graph.call_function(aten.contiguous.default, (rows,))
 
     def _bias(self, layers: Sequence[Layer]) -> Node | None:
         if all(layer.bias is None for layer in layers):
@@ -253,6 +299,19 @@ def _fusible_rounding(model: GraphModule) -> None:
         return ops.is_dequantize(node) and ops.qdq_name(node) != "dequantize_scaled" and not ops.is_constant(node)
 
     passes.replace_each(model, foreign, rewrite_one)
+
+
+def _reshapes(model: GraphModule) -> None:
+    """Views as reshapes, which may copy: what is channels last now was not when the graph was exported."""
+    for node in model.graph.nodes:
+        if node.target is aten.view.default and not _is_written(node) and not _is_written(node.args[0]):
+            node.target = aten.reshape.default
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an op writes into the node's value."""
+    schemas = [ops.schema_of(user) for user in node.users if user.args[0] is node]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -298,7 +298,7 @@ def scaled_convolution(
         acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
     if x_zero_point is not None:
         zero = tl.load(x_zero_point)
-        for tap in tl.static_range(KH * KW):
+        for tap in range(KH * KW):  # not unrolled: the windows of patches are large
             y, z = top + tap // KW * dilation_h, left + tap % KW * dilation_w
             inside = (y >= 0) & (y < H) & (z >= 0) & (z < W)
             sums = tl.load(weight_sum + n * (KH * KW) + tap, mask=n < N, other=0) * zero
