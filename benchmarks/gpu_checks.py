@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from gpu_setup import Row, Setup, Weight, reason, report
 
-from torchquant.ops.gpu import configs, linears
+from torchquant.ops.gpu import configs, convolutions, linears
 from torchquant.ops.gpu.products import EPS, GRIDS, Product
 
 __all__ = ["MAX_ERROR", "checks", "requests"]
@@ -164,7 +164,28 @@ def _quantized_rows(format: str) -> Callable[[Setup, int, int, int], float]:
     return error
 
 
+def _convolution(format: str) -> Callable[[Setup, int, int, int], float]:
+    """A window of 3 x 3 over small images, uneven strides, zeros around them; with a zero point for integers."""
+    dtype, most = GRIDS[format]
+
+    def error(setup: Setup, m: int, n: int, k: int) -> float:
+        shapes = (2, 7 + m % 9, 10, k % 96 + 8), (n, 3, 3, k % 96 + 8)
+        integer = dtype == torch.int8
+        x, weight = (torch.randn(s, device=setup.device).mul_(most / 4).clamp(-most, most).to(dtype) for s in shapes)
+        factors = torch.rand(n, device=setup.device) * 1e-2, torch.full((1,), 0.02, device=setup.device)
+        zero = torch.full((1,), 9, dtype=torch.int32, device=setup.device) if integer else None
+        sums = weight.sum(3, dtype=torch.int32).flatten(1) if integer else None
+        arguments = (x, weight, *factors, zero, sums, torch.randn(n, device=setup.device), None)
+        form = ((2, 1), (1, 1), (1, 1), "none")
+        expected = convolutions.scaled_conv2d_reference(*arguments, *form, torch.float64)
+        return worst_row(convolutions.scaled_conv2d(*arguments, *form, torch.bfloat16), expected)
+
+    return error
+
+
 _MORE = {
+    "int8, convolution with zero point": _convolution("int8"),
+    "fp8, convolution": _convolution("fp8"),
     "int8, static with zero point": _static_int8,
     "fp8, static by tensor": _static_fp8,
     "quantize_rows int8": _quantized_rows("int8"),
