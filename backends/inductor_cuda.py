@@ -92,7 +92,7 @@ def _whole_groups(node: Node, scheme: str) -> str | None:
     size = weight.group_size if weight is not None else None
     if size is None or shape is None or shape[1] % size == 0:
         return None
-    return f"its {shape[1]} input features are no multiple of the group size {size}; choose smaller groups, or w8a16"
+    return f"its {shape[1]} input features are no multiple of the group size {size} nor of 32; choose w8a16"
 
 
 def _has_kernel(node: Node, scheme: str) -> str | None:

@@ -1,8 +1,10 @@
 """CudaQuantizer: what NVIDIA GPUs run with packed weights, in int8 or in float8."""
 
 import torch
+from torch.fx import Node
 
 from torchquant.backends.inductor_cuda import CAPABILITIES, SCHEMES, TARGET
+from torchquant.fx import ops
 from torchquant.quantizers.engine import CapabilityQuantizer
 
 __all__ = ["CudaQuantizer"]
@@ -19,7 +21,8 @@ class CudaQuantizer(CapabilityQuantizer):
     bytes) and for many (twice the operations).
 
     `w4a16`, `w4a16_g64`, `w4a16_g32` and `w4a16_asymmetric`, `..._g64`, `..._g32`: int4 weights in groups of 128, 64 or
-    32 input features, for generation token by token; use AdaRound or another solver with them.
+    32 input features, for generation token by token; use AdaRound or another solver with them. A layer whose input is
+    no multiple of the group gets the largest smaller group that fits, and the report says so.
     `w8a16`: int8 weights alone. `static_int8`: activations per tensor, with ranges from calibration.
     `dynamic_fp8`, `dynamic_fp8_tensor`, `static_fp8`, `static_fp8_tensor`: float8 (e4m3) weights and activations,
     scaled by row or by tensor; activations' scales at run time or from calibration (the largest magnitude, whatever
@@ -33,3 +36,23 @@ class CudaQuantizer(CapabilityQuantizer):
     schemes = SCHEMES
     default_scheme = "dynamic_int8"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
+        """The same with smaller groups where the input is no whole groups."""
+        weight = SCHEMES[scheme].weight
+        if ops.op_name(node) not in ("linear", "conv1d", "conv2d") or weight is None or weight.group_size is None:
+            return scheme, ""
+        shape = ops.shape_of(node.args[1])  # type: ignore[arg-type]
+        if shape is None or shape[1] % weight.group_size == 0:
+            return scheme, ""
+        alike = {
+            s.weight.group_size: s.name
+            for s in SCHEMES.values()
+            if s.weight is not None
+            and s.weight.group_size is not None
+            and (s.weight.format, s.weight.symmetric) == (weight.format, weight.symmetric)
+        }
+        fitting = [size for size in alike if size < weight.group_size and shape[1] % size == 0]
+        if not fitting:
+            return scheme, ""
+        return alike[max(fitting)], f"its {shape[1]} inputs are no multiple of {weight.group_size}"

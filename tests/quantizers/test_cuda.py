@@ -191,13 +191,21 @@ def test_convolutions_with_windows_have_one_scale_for_their_input(scheme, dtype)
     assert tq.sqnr_db(model(x).float(), graph(x).float()) > (24 if "fp8" in scheme else 34)
 
 
-def test_input_features_that_are_no_whole_groups_stay_float_with_the_reason():
-    prepared = tq.prepare(tq.export(nn.Linear(96, 8), torch.randn(2, 96)), CudaQuantizer("w4a16"))
-    (site,) = sites(prepared)
+@pytest.mark.parametrize(("inputs", "group"), [(96, 32), (192, 64), (256, 128)])
+def test_input_features_that_are_no_whole_groups_get_smaller_ones(inputs, group):
+    for scheme in ("w4a16", "w4a16_asymmetric"):
+        (site,) = sites(tq.prepare(tq.export(nn.Linear(inputs, 8), torch.randn(2, inputs)), CudaQuantizer(scheme)))
+        assert site.status == "quantized"
+        assert site.weight.group_size == group
+        assert (f"its {inputs} inputs are no multiple of 128" in site.reason) == (group < 128)
+    (fine,) = sites(tq.prepare(tq.export(nn.Linear(256, 8), torch.randn(2, 256)), CudaQuantizer("w4a16_g32")))
+    assert fine.weight.group_size == 32
+
+
+def test_input_features_that_no_group_divides_stay_float_with_the_reason():
+    (site,) = sites(tq.prepare(tq.export(nn.Linear(40, 8), torch.randn(2, 40)), CudaQuantizer("w4a16")))
     assert site.status == "unsupported"
     assert "no multiple of the group size 128" in site.reason
-    prepared = tq.prepare(tq.export(nn.Linear(96, 8), torch.randn(2, 96)), CudaQuantizer("w4a16_g32"))
-    assert sites(prepared)[0].weight.describe() == "int8[-8,7] per group of 32"
 
 
 def test_a_transformers_products_of_activations_stay_float_and_everything_has_a_reason():

@@ -181,7 +181,7 @@ def _status(
     recorded = (node.meta.get("custom") or {}).get(NOTE)
     if weight is not None:
         why = recorded["reason"] if recorded and ": " in recorded["reason"] else ""
-        return "quantized", why if activation is not None else "weight only"
+        return "quantized", why or ("weight only" if activation is None else "")
     if recorded is not None and recorded["status"] != "quantized":
         return recorded["status"], recorded["reason"]
     if recorded is not None and not compute:
