@@ -244,7 +244,7 @@ class Decoder(nn.Module):
     def forward(self, x):
         y = self.before(x)
         q, k, v = (p(y).unflatten(2, (-1, self.size)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.frequencies
         q, k = self._turned(q, angles), self._turned(k, angles)
         k, v = (t.repeat_interleave(self.repeats, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
