@@ -204,6 +204,8 @@ def gpu_schemes(found: Row) -> str:
     """What each scheme of `CudaQuantizer` costs, network by network."""
     mine = "CudaQuantizer "
     rows = [r for r in found["rows"] if r["quantizer"].startswith(mine) and "metric" in r]
+    networks = list(dict.fromkeys(r["network"] for r in rows))
+    rows.sort(key=lambda r: networks.index(r["network"]))
     head = ["network", "scheme", "algorithms", "quantized ops", "SQNR dB", "metric", "", "to float"]
     cells = [
         [
