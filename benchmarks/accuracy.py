@@ -6,6 +6,7 @@ python benchmarks/accuracy.py [--network lite0] [--quantizer x86] [--algorithm a
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import resource
 import time
@@ -44,6 +45,7 @@ def main() -> None:
             for row in _rows(network, reference, QUANTIZERS[key], algorithm, shapes, options.lower):
                 records.write("accuracy", [row], KEY)
                 print(_line(row), flush=True)
+            gc.collect()  # graphs are cycles, and the next one needs the memory
 
 
 def _options() -> argparse.Namespace:

@@ -207,6 +207,12 @@ def cases():
                     Scaled(5, 40, 130, dtype, "affine", config, "relu", bias=True),
                     Scaled(5, 20, 130, dtype, "rows", config, even=False),
                 ]
+        library = Config("library")
+        found += [
+            Scaled(20, 48, 64, dtype, "rows", library, "silu", bias=True, residual=True),
+            Scaled(20, 48, 64, dtype, "codes", library, bias=True),
+            Scaled(20, 48, 64, dtype, "tensor", library, "relu"),
+        ]
         tile = Config(TILED, 16, 32, 32)
         found += [
             Convolution((2, 7, 9, 5), 24, (3, 3), dtype, tile, (2, 1), (1, 1), activation="relu", residual=True),

@@ -34,7 +34,10 @@ def interpreted():
 
 @pytest.mark.parametrize("case", gpu_cases.cases(), ids=str)
 def test_a_kernel_computes_its_reference(interpreted, case):
-    assert interpreted[str(case)] < 1e-3
+    through_bfloat16 = (
+        case.config.kernel == "library" and case.dtype == torch.float8_e4m3fn
+    )  # what `_scaled_mm` returns
+    assert interpreted[str(case)] < (4e-3 if through_bfloat16 else 1e-3)
 
 
 def test_rows_are_quantized_to_the_reference_codes(interpreted):
