@@ -88,6 +88,18 @@ def test_a_program_for_gpus_is_recognized_by_what_it_holds(tmp_path):
     assert "annotated compute ops run quantized: 1/1" in result.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is proven there")
+def test_a_program_for_gpus_is_built_where_there_is_none(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    out = tmp_path / "program.pt2"
+    result = run(
+        "quantize", "users_net:model", "--calibration", "users_net:batches", "--backend", "inductor_cuda", "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    assert "torch sees no GPU here" in result.output
+    assert inductor_cuda.load(out, device="cpu").proof.annotated > 0
+
+
 def test_targets_lists_every_op_with_its_schemes_or_reason():
     text = run("targets").output
     for name, (_, backend, _) in cli.TARGETS.items():

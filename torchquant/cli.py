@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from torchquant import archive, flow, serialize, sources
@@ -108,7 +109,7 @@ def quantize(
         float_model, batches[0], batches, quantizer=quantizers, algorithms=_algorithms(algorithm or ["bias-correction"])
     )
     for name, graph in zip(chosen, converted, strict=True):
-        program = _target(name)[1].lower(graph, batches[0])
+        program = _lower(name, graph, batches[0])
         program.save(paths[name])
         accuracy = compare(float_model, program, batches[:8])
         print(make_report(graph, program))
@@ -180,6 +181,15 @@ def _dynamic_first(batch: Any) -> Any:
 
 def _first(value: Any) -> dict[int, Any] | None:
     return {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
+
+
+def _lower(name: str, graph: GraphModule, batch: Any) -> Program:
+    """The artefact; one for GPUs is proven by its kernels' references where there is none."""
+    options = {"device": "cpu"} if name == inductor_cuda.TARGET and not torch.cuda.is_available() else {}
+    if options:
+        print(f"{name}: torch sees no GPU here, so the program is checked with reference kernels on the CPU")
+    program: Program = _target(name)[1].lower(graph, batch, **options)
+    return program
 
 
 def _load(path: Path) -> Program:

@@ -34,13 +34,13 @@ class Comparison:
 def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(|ref|^2 / |ref - out|^2), infinite if equal.
 
-    NaN and infinities must stand in the same places, else it is minus infinity.
+    NaN and infinities must stand in the same places, else it is minus infinity. They may lie on different devices.
 
     Raises:
         InputError: the shapes differ.
     """
     _check_outputs([reference], [output])
-    return _db(*_signal_and_noise(reference, output)[:2])
+    return _db(*_signal_and_noise(reference, output.to(reference.device))[:2])
 
 
 def _signal_and_noise(reference: torch.Tensor, output: torch.Tensor) -> tuple[float, float, float]:
@@ -76,6 +76,7 @@ def compare(reference: Callable[..., Any], candidate: Callable[..., Any], batche
         with torch.no_grad():
             expected, got = _tensors(data.call(reference, batch)), _tensors(data.call(candidate, batch))
         _check_outputs(expected, got)
+        got = [b.to(a.device) for a, b in zip(expected, got, strict=True)]
         for a, b in zip(expected, got, strict=True):
             energy, error, largest = _signal_and_noise(a, b)
             signal, noise, max_abs = signal + energy, noise + error, max(max_abs, largest)
