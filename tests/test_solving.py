@@ -373,3 +373,10 @@ def test_a_weight_without_an_integer_grid_is_refused_with_its_site(batches, algo
 def test_a_generator_of_batches_is_enough(batches):
     prepared = calibrated(nets.mlp(), batches, LINEAR)
     assert tq.optimize(prepared, iter(batches), [SeqMSE(8), tq.BiasCorrection()], progress=False).spans
+
+
+def test_a_graph_that_is_not_on_the_cpu_is_refused_with_the_way_out(model, batches):
+    prepared = calibrated(model, batches, LINEAR)
+    prepared.register_buffer("elsewhere", torch.empty(1, device="meta"))
+    with pytest.raises(tq.InputError, match=r"lies on meta.*algorithms=\(\)"):
+        tq.optimize(prepared, batches, [AdaRound()], progress=False)

@@ -165,6 +165,12 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
             )
     if budget_s is not None and budget_s <= 0:
         raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
+    elsewhere = {t.device.type for t in (*prepared.parameters(), *prepared.buffers())} - {"cpu"}
+    if algorithms and elsewhere:
+        raise InputError(
+            f"the graph lies on {', '.join(sorted(elsewhere))}, and algorithms compute on the CPU: quantize the model "
+            "there (lower moves the result to its device), or pass algorithms=() for plain rounding"
+        )
 
 
 # transforms -------------------------------------------------------------------------------------------------------

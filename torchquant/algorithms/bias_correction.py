@@ -64,7 +64,7 @@ def output_moments(task: Task, flow: Flow = "quantized") -> OutputMoments:
     for batch in range(task.count):
         y = task.targets(batch)[place].movedim(axis, 0).flatten(1).double()
         yq = task.outputs(batch, evaluator, flow)[place].movedim(axis, 0).flatten(1).double()
-        count = torch.full((len(y),), y.shape[1], dtype=torch.float64)
+        count = y.new_full((len(y),), y.shape[1])
         sums = sums + torch.stack([count, y.sum(1), yq.sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
     total_(sums)
     mean, mean_q, square, product = sums[1:] / sums[0].clamp(min=1)

@@ -339,7 +339,7 @@ def _random_gradients(
 ) -> Iterator[tuple[Node, torch.Tensor]]:
     """Gradients of (outputs . r), r standard normal: their products have the mean JT J."""
     floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
-    loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in floats)
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in floats)
     if isinstance(loss, torch.Tensor):
         found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
         yield from ((node, g) for node, g in zip(measured, found, strict=True) if g is not None)
@@ -354,7 +354,7 @@ class _OutputMetric:
 
     def add(self, gradient: torch.Tensor) -> None:
         rows = gradient.movedim(self._axis, 0).flatten(1).float()
-        self._sums += rows @ rows.T
+        self._sums = self._sums.to(rows.device) + rows @ rows.T
 
     def shrunk(self, samples: float) -> torch.Tensor:
         """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
