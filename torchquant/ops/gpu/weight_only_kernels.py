@@ -21,11 +21,11 @@ BLOCK = _CONSTANT(packing.BLOCK)  # codes along K in a packed block
 def _codes(packed, at, block, N, mask, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Four chunks of the codes of a packed block as DTYPE, each plus `_shift(DTYPE, BITS)`."""
     if BITS == 4:
-        words = tl.load(packed + block * (N * CHUNK) + at, mask=mask, other=0)
+        words = tl.load(packed + block.to(tl.int64) * (N * CHUNK) + at, mask=mask, other=0)
         w0, w1, w2, w3 = nibbles_of(words, DTYPE, ASM)
         return w0, w1, w2, w3
     else:
-        first = packed + block * (2 * N * CHUNK) + at
+        first = packed + block.to(tl.int64) * (2 * N * CHUNK) + at
         w0, w1 = bytes_of(tl.load(first, mask=mask, other=0), DTYPE, ASM)
         w2, w3 = bytes_of(tl.load(first + N * CHUNK, mask=mask, other=0), DTYPE, ASM)
         return w0, w1, w2, w3
