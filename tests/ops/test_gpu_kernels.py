@@ -83,7 +83,7 @@ def launch_for(format, m, n, k, config, asymmetric=False):
     return scaled_launch(m, n, k, torch.int8 if format == "int8" else torch.float8_e4m3fn, config)
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 256])
+@pytest.mark.parametrize("m", [1, 16, 64, 256, 1024])
 @pytest.mark.parametrize(
     ("format", "capability"),
     [("w4a16", 80), ("int8", 80), ("fp8", 89), ("w4a16", 90), ("w8a16", 90), ("int8", 90), ("fp8", 90)],

@@ -23,6 +23,7 @@ __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "tabl
 
 WEIGHT_ONLY = ("w4a16", "w8a16")
 _PACKAGED = Path(__file__).parent / "measured"
+_HOPPER_BYTES = 200 * 1024  # of shared memory: no earlier chip lets a program have so much
 _LARGEST = 8192  # rows: more are cut like this many
 
 
@@ -141,7 +142,8 @@ def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int
     elif format in WEIGHT_ONLY:
         if m > 1024:
             return Config("dequantize")
-        tile = 64 if m <= 64 else 128 if m <= 256 else 256
+        # before Hopper tensor cores took both operands from registers, of which wide tiles have too few
+        tile = 64 if m <= 64 else 128 if m <= 256 or shared_bytes < _HOPPER_BYTES else 256
         found = Config("tiled", tile, 128, warps=4 if tile == 64 else 8, stages=3)
         while found.slices < 8 and -(-n // 128) * -(-m // tile) * found.slices < multiprocessors:
             found = replace(found, slices=2 * found.slices)
