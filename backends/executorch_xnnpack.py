@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
@@ -23,6 +22,7 @@ from torchquant.fx.decompose import decompose
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
 from torchquant.program import Program, Proof
 from torchquant.serialize import export_again
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import Capability, Scheme, Site, TensorSpec
 
 __all__ = ["CAPABILITIES", "SCHEMES", "XnnpackProgram", "load", "lower"]
@@ -155,8 +155,7 @@ class XnnpackProgram(Program):
 
     target = TARGET
 
-    def __init__(self, buffer: bytes, structure: pytree.TreeSpec | None = None) -> None:
-        self._structure = structure  # of the outputs; a .pte holds them flat
+    def __init__(self, buffer: bytes, signature: Signature | None = None) -> None:
         executorch = _executorch()
         try:
             self._program = executorch.runtime.get().load_program(
@@ -166,12 +165,12 @@ class XnnpackProgram(Program):
         except RuntimeError as error:
             raise LoweringError(f"ExecuTorch cannot load the program: {error}") from error
         self._buffer = buffer
+        self.signature = signature or _signature_of(self)
+        self.inputs = self.signature.tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._method.execute([t.contiguous() for t in data.arrange(self.inputs, args, kwargs)])
-        if self._structure is not None:
-            return pytree.tree_unflatten(found, self._structure)
-        return found[0] if len(found) == 1 else tuple(found)
+        found = self._method.execute([t.contiguous() for t in self.signature.tensors_of(args, kwargs)])
+        return self.signature.outputs(found)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the `.pte`; any ExecuTorch runtime with the XNNPACK delegate runs it."""
@@ -217,15 +216,16 @@ def lower(
     passes.make_float(reference, allowed)
     passes.per_token_linears(reference)  # what the delegate makes of a dynamic linear, whatever the graph says
     batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
-    data.check(data.input_specs(quantized), batch, "example_inputs")
+    signature = Signature.of(quantized)
+    data.leaves_of(signature, batch, "example_inputs")
     edge = _delegate(executorch, reference, batch)
     kernels, fused = _prove_delegated(edge, wanted)
     try:
         buffer = bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
-    program = XnnpackProgram(buffer, getattr(quantized, "_out_spec", None))
-    program.inputs, program.sites = data.input_specs(quantized), sites
+    program = XnnpackProgram(buffer, signature)
+    program.sites = sites
     found = hold_against(reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
     program.proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
     return program
@@ -238,8 +238,8 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         MissingDependencyError, LoweringError: as `lower`.
     """
     buffer = bytes(_delegate(_executorch(), exported, example_inputs).to_executorch().buffer)
-    program = XnnpackProgram(buffer)
-    program.inputs, program.sites, program.proof = data.input_specs(exported), (), None
+    program = XnnpackProgram(buffer, Signature.of(exported))
+    program.sites, program.proof = (), None
     return program, len(buffer)
 
 
@@ -259,17 +259,16 @@ def load(path: str | os.PathLike[str]) -> XnnpackProgram:
         program = XnnpackProgram(content)
     except (LoweringError, RuntimeError) as error:
         raise ArtifactError(f"{file} is truncated or from another ExecuTorch: {error}") from error
-    program.inputs, program.sites, program.proof = _inputs_of(program), (), None
+    program.sites, program.proof = (), None
     return program
 
 
-def _inputs_of(program: XnnpackProgram) -> tuple[data.InputSpec, ...]:
-    """The input specs that the runtime reports: of a program with dynamic sizes, the largest ones."""
+def _signature_of(program: XnnpackProgram) -> Signature:
+    """What the runtime reports of the inputs: of a program with dynamic sizes, the largest ones."""
     about = program._method.metadata
     found = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
-    return tuple(
-        data.InputSpec(f"input {i}", str(_DTYPES.get(m.dtype(), m.dtype())), tuple(m.sizes()))
-        for i, m in enumerate(found)
+    return Signature.flat(
+        InputSpec(f"input {i}", str(_DTYPES.get(m.dtype(), m.dtype())), tuple(m.sizes())) for i, m in enumerate(found)
     )
 
 

@@ -32,6 +32,7 @@ from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, le
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
@@ -137,18 +138,17 @@ class CudaProgram(Program):
     def __init__(self, graph: GraphModule, about: Metadata, device: torch.device, settings: Mapping[str, Any]) -> None:
         self.graph, self.device, self.settings = _moved(graph, device), device, dict(settings)
         self._about = about
-        self.inputs, self.sites, self.proof = about.inputs, about.sites, about.proof
-        self._structure = pytree.treespec_loads(about.structure)
+        self.inputs, self.sites, self.proof = about.signature.tensors, about.sites, about.proof
         self._run: Callable[..., Any] = torch.compile(self.graph, options=self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = data.arrange(self.inputs, args, kwargs)
-        tensors = [self._placed(value, spec.shape) for value, spec in zip(given, self.inputs, strict=True)]
-        if self._structure.num_leaves == len(tensors):
-            args, kwargs = pytree.tree_unflatten(tensors, self._structure)
-        else:
-            placed = dict(zip(map(id, given), tensors, strict=True))
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: placed[id(t)], (args, kwargs))
+        signature = self._about.signature
+        leaves = signature.leaves(args, kwargs)
+        placed = [
+            self._placed(value, spec.shape) if isinstance(spec, InputSpec) else value
+            for value, spec in zip(leaves, signature.inputs, strict=True)
+        ]
+        args, kwargs = signature.arguments(placed)
         with torch.no_grad():
             if not self.settings.get("triton.cudagraphs"):
                 return self._run(*args, **kwargs)
@@ -294,12 +294,11 @@ def lower(
     made = _transform(quantized, allow_float)
     _check_device(place, made)
     batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
-    inputs = data.input_specs(quantized)
-    data.check(inputs, batch, "example_inputs")
+    signature = Signature.of(quantized)
+    data.leaves_of(signature, batch, "example_inputs")
     batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), batch)
-    structure = str(pytree.treespec_dumps(pytree.tree_structure(data.split(batch))))
     settings = _settings(place, cuda_graphs, freezing, options)
-    about = Metadata(inputs, made.sites, _UNPROVEN, structure=structure)
+    about = Metadata(signature, made.sites, _UNPROVEN)
     program = CudaProgram(made.graph, about, place, settings)
     reference = _moved(quantized, place)
     passes.make_float(reference, made.allowed)
@@ -380,8 +379,8 @@ def _moved(graph: GraphModule, device: torch.device) -> GraphModule:
 
 
 def _example(graph: GraphModule, device: torch.device) -> Any:
-    """A batch to export with, below the upper bounds of sizes that vary."""
-    batch = data.below_bounds(graph, data.example_of(graph))
+    """A batch to export with."""
+    batch = data.example_of(graph)
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
 
 

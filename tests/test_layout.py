@@ -16,7 +16,7 @@ FOLDERS = {
 LAYERS = [
     ["errors"],
     ["types"],
-    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges"],
+    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
     ["fx"],
     ["benchmark", "calibrate", "dynamo", "scaled", "solved", "verify"],
     ["algorithms", "lowering", "ops", "program", "serialize"],

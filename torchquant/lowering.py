@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from torchquant import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx import ops
 from torchquant.fx.patterns import match
-from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites
+from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites, refuse_lost_writes
+from torchquant.signature import Signature
 from torchquant.types import Site
 from torchquant.verify import Comparison, compare
 
@@ -38,6 +38,7 @@ def accountable_sites(graph: GraphModule, allow_float: Sequence[str]) -> tuple[t
     if not isinstance(graph, GraphModule) or not is_converted(graph):
         state = "prepared: run convert_pt2e first" if isinstance(graph, GraphModule) and is_prepared(graph) else "not"
         raise InputError(f"lower takes a converted graph, with dequantize ops in it; this one is {state}")
+    refuse_lost_writes(graph)
     allowed = {n.name for pattern in allow_float for n in match(graph, pattern)}
     sites = tuple(read_sites(graph))
     missed = [s for s in sites if s.status == "missed" and s.node not in allowed]
@@ -105,7 +106,7 @@ class Perturbed(Interpreter):
         self._noise = torch.Generator().manual_seed(seed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*data.in_order(self.graph_module, kwargs if kwargs and not args else (*args, *kwargs.values())))
+        return self.run(*Signature.of(self.graph_module).leaves(args, kwargs))
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
