@@ -19,8 +19,9 @@ from torchquant.files import write_whole
 from torchquant.formats import INT8, INT8_NARROW
 from torchquant.fx import ops, passes
 from torchquant.fx.decompose import decompose
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
+from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.program import Program, Proof
+from torchquant.proof import hold_against
 from torchquant.serialize import export_again
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import Capability, Scheme, Site, TensorSpec
@@ -186,7 +187,7 @@ def lower(
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
-    min_sqnr_db: float = MIN_SQNR_DB,
+    min_sqnr_db: float | None = None,
 ) -> XnnpackProgram:
     """Build a `.pte` from a converted graph, load and run it, and prove that its int8 ops are delegated.
 
@@ -196,8 +197,8 @@ def lower(
         quantized: what `convert_pt2e` returned, of any Quantizer. Its dead float weights are removed.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
-        min_sqnr_db: how close the program must be to the converted graph on `example_inputs`; where the
-            graph itself is less reproducible than that, see `torchquant.lowering.hold_against`.
+        min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
+            `torchquant.proof.hold_against` says.
 
     Raises:
         MissingDependencyError: ExecuTorch is not installed.
@@ -206,7 +207,7 @@ def lower(
             delegated, or the program cannot be built, loaded or run, or its output is off.
     """
     executorch = _executorch()
-    sites, allowed = accountable_sites(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
     _refuse_unrunnable(wanted)
     _refuse_unshared(quantized)
@@ -226,8 +227,8 @@ def lower(
         raise LoweringError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
     program = XnnpackProgram(buffer, signature)
     program.sites = sites
-    found = hold_against(reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
-    program.proof = Proof(kernels, len(wanted), fused, found, left_float(sites, allowed))
+    verdict = hold_against(reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
+    program.proof = Proof.of(verdict, kernels, len(wanted), fused, left_float(sites, allowed))
     return program
 
 

@@ -28,9 +28,10 @@ from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
 from torchquant.fx.windows import window_of
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float
+from torchquant.lowering import accountable_sites, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
+from torchquant.proof import hold_against
 from torchquant.serialize import export_again
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
@@ -245,7 +246,7 @@ class _Transformed:
 
 
 def _transform(quantized: GraphModule, allow_float: Sequence[str]) -> _Transformed:
-    sites, allowed = accountable_sites(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     wanted = tuple(s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed)
     graph = passes.copy_graph(quantized)
     passes.make_float(graph, allowed)
@@ -265,7 +266,7 @@ def lower(
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
-    min_sqnr_db: float = MIN_SQNR_DB,
+    min_sqnr_db: float | None = None,
     device: str | torch.device | None = None,
     cuda_graphs: bool = False,
     freezing: bool = False,
@@ -279,7 +280,8 @@ def lower(
         quantized: what `convert_pt2e` returned, of any Quantizer.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
-        min_sqnr_db: how close the program must be to the converted graph on `example_inputs`.
+        min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
+            `torchquant.proof.hold_against` says.
         device: where it runs; the current GPU if None. "cpu" runs the kernels' references, as a check.
         cuda_graphs: record a call once and replay it: for few rows, where launches take longer than kernels.
         freezing: let Inductor fold and rearrange the float weights that are left.
@@ -303,10 +305,10 @@ def lower(
     reference = _moved(quantized, place)
     passes.make_float(reference, made.allowed)
     kernels = _kernels(program, batch, made.count)
-    found = hold_against(
+    verdict = hold_against(
         reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_op_error(quantized), target=TARGET
     )
-    proof = Proof(kernels, len(made.wanted), len(made.wanted), found, left_float(made.sites, made.allowed))
+    proof = Proof.of(verdict, kernels, len(made.wanted), len(made.wanted), left_float(made.sites, made.allowed))
     program.prove(replace(about, proof=proof))
     return program
 

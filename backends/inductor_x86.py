@@ -31,10 +31,11 @@ from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
+from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import native, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
+from torchquant.proof import hold_against
 from torchquant.serialize import export_again
 from torchquant.signature import InputSpec
 from torchquant.types import Capability, Scheme, Site, TensorSpec
@@ -151,7 +152,7 @@ def lower(
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
-    min_sqnr_db: float = MIN_SQNR_DB,
+    min_sqnr_db: float | None = None,
     own_kernels: bool = True,
     tune: bool = True,
     compare_float: bool = False,
@@ -164,7 +165,8 @@ def lower(
         quantized: what `convert_pt2e` returned, of any Quantizer. Its dead float weights are removed.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
-        min_sqnr_db: how close the package must be to the converted graph on `example_inputs`.
+        min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
+            `torchquant.proof.hold_against` says.
         own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
         tune: measure on this machine how our kernels should cut each product (some runs of the model; remembered
             by CPU and sizes in the cache folder); False chooses by the sizes alone.
@@ -177,7 +179,7 @@ def lower(
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
             run, or its output is off.
     """
-    sites, allowed = accountable_sites(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
     passes.remove_dead_weights(quantized)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
@@ -208,15 +210,16 @@ def lower(
         left |= {f"{len(wanted)} annotated ops": reason}
         warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
     run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
-    found = hold_against(
+    verdict = hold_against(
         reference.graph,
         run,
         cases,
         min_sqnr_db=min_sqnr_db,
         op_error=torch.finfo(torch.float32).eps,
         target=TARGET,
+        build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
     )
-    proof = Proof(kernels, len(wanted), fused, found, left)
+    proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
     return X86Program(package, folder)
@@ -239,6 +242,14 @@ def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
                 later = reference.split(reference.graph(*_copies(cases[-1])))[1]
                 cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
     return cases
+
+
+def _built(graph: GraphModule, tensors: Sequence[torch.Tensor], folder: Path, own_kernels: bool) -> Callable[..., Any]:
+    """A package of a graph with further outputs."""
+    raw, regions = _compile(graph, tensors, folder / "deep.raw.pt2", own_kernels)
+    package = folder / "deep.pt2"
+    _pack(raw, package, regions)
+    return _OnCopies(torch._inductor.aoti_load_package(str(package)))
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ LAYERS = [
     ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
     ["fx"],
     ["benchmark", "calibrate", "dynamo", "scaled", "solved", "verify"],
+    ["proof"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],
     ["solving"],

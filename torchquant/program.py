@@ -16,9 +16,10 @@ import torch
 
 from torchquant import archive
 from torchquant.errors import InputError
+from torchquant.proof import Verdict
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import QParams, Site
-from torchquant.verify import Comparison
+from torchquant.verify import Comparison, OutputComparison
 
 __all__ = ["Metadata", "Program", "Proof", "State", "read_metadata", "write_metadata"]
 
@@ -34,6 +35,8 @@ class Proof:
         annotated: compute ops that the converted graph quantizes; `fused`: those the artefact runs so.
         comparison: the artefact's output against the converted graph's.
         left_float: for each group of ops that run in float (`3 softmax`), why.
+        outcome: `holds`, or `undecided`: nothing speaks against the artefact, and not enough for it.
+        reason: how that was decided, where the outputs alone did not do it.
     """
 
     kernels: Mapping[str, int]
@@ -41,6 +44,15 @@ class Proof:
     fused: int
     comparison: Comparison
     left_float: Mapping[str, str]
+    outcome: str = "holds"
+    reason: str = ""
+
+    @staticmethod
+    def of(
+        verdict: Verdict, kernels: Mapping[str, int], annotated: int, fused: int, left_float: Mapping[str, str]
+    ) -> Proof:
+        """What was counted, with what comparing found."""
+        return Proof(kernels, annotated, fused, verdict.comparison, left_float, verdict.outcome, verdict.reason)
 
 
 @dataclass(frozen=True)
@@ -141,10 +153,14 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
 def read_metadata(package: Path, target: str) -> Metadata:
     """What `write_metadata` stored; raises ArtifactError if `package` is no archive of `target`."""
     found = archive.read(package, target)
-    proof = {**found["proof"], "comparison": Comparison(**found["proof"]["comparison"])}
+    proof = {**found["proof"], "comparison": _comparison_of(found["proof"]["comparison"])}
     sites = tuple(_site_of(s) for s in found["sites"])
     signature, returns = Signature.from_json(found["signature"]), tuple(found["returns"])
     return Metadata(signature, sites, Proof(**proof), found["overwrites_inputs"], _states_in(package), returns)
+
+
+def _comparison_of(stored: Mapping[str, Any]) -> Comparison:
+    return Comparison(**{**stored, "outputs": tuple(OutputComparison(**o) for o in stored["outputs"])})
 
 
 def _states_in(package: Path) -> dict[str, torch.Tensor]:
