@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
 from torchquant.proof import hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import Capability, Scheme, Site, TensorSpec
 
 __all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
@@ -108,10 +109,16 @@ class X86Program(Program):
 
     target = TARGET
 
-    def __init__(self, package: Path, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self,
+        package: Path,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+        signature: Signature | None = None,  # with types that cannot be stored
+    ) -> None:
         self._package = package
         self._folder = folder  # deleted with the program
-        self._about = read_metadata(package, TARGET)
+        stored = read_metadata(package, TARGET)
+        self._about = stored if signature is None else replace(stored, signature=signature)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
         self._state = State(self._about.states)
@@ -222,7 +229,7 @@ def lower(
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
-    return X86Program(package, folder)
+    return X86Program(package, folder, reference.signature)
 
 
 def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
