@@ -15,12 +15,13 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.algorithms.contract import Algorithm
-from torchquant.calibrate import calibrate
+from torchquant.calibration import calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
 from torchquant.fx.states import own_states
+from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
@@ -46,6 +47,9 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     args, kwargs = data.split(example_inputs)
+    if isinstance(model, GraphModule) and all("val" in n.meta for n in placeholders(model)):
+        signature = Signature.of(model)
+        args, kwargs = signature.arguments(data.leaves_of(signature, example_inputs, "example_inputs"))
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
