@@ -76,6 +76,8 @@ def _hint(error: str, leaves: list[Any]) -> str:
             "\nThe model returns a cache that grows, which torch.export cannot capture: call it with use_cache=False, "
             "or export it with a static cache (transformers.integrations.executorch)."
         )
+    if "positional argument" in error and len(leaves) > 1:
+        return "\nIf a batch holds a label too, leave it out, e.g. [x for x, _ in loader]."
     sizes_of_one = any(isinstance(v, torch.Tensor) and 1 in v.shape for v in leaves)
     if sizes_of_one and ("onstraints violated" in error or "specialized" in error):
         return "\ntorch.export makes a size of 1 a constant: give an example with two samples or more."
