@@ -32,7 +32,7 @@ from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
-from torchquant.ops import native, tuning
+from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
 from torchquant.serialize import export_again, functional
@@ -109,6 +109,7 @@ class X86Program(Program):
         self._package = package
         self._folder = folder  # deleted with the program
         self._about = read_metadata(package, TARGET)
+        saturation.check_package(package)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.inputs, self._about.sites, self._about.proof
         self._run = load_package(str(package), num_runners=_RUNNERS)
@@ -182,7 +183,7 @@ def lower(
     try:
         fused = _prove_integer(wanted, kernels)
     except LoweringError:
-        if not regions:
+        if not regions or saturation.saturating(saturation.unsafe_products(reference)):
             raise
         # between our regions Inductor may lose a pattern that it finds in the whole graph
         raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels=False)
@@ -342,6 +343,8 @@ def _compile(
             regions = replace_regions(graph)
             if regions and tune:
                 _tune(graph, given, regions)
+        unsafe = saturation.unsafe_products(graph)
+        saturation.refuse(unsafe, own_kernels)
         passes.flatten_quantized_linears(graph)  # what is left to Inductor
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
@@ -354,6 +357,7 @@ def _compile(
         ):
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+        saturation.note(package, unsafe)
     except LoweringError:
         raise
     except Exception as error:

@@ -299,7 +299,7 @@ def test_nan_from_a_dynamic_range_reaches_floats_bytes_and_pools():
             )
             case = Compared(model, torch.randn(3, 9))
             for rows in (1, 2, 6, 12, 13):
-                for wild in with_wild(torch.randn(rows, 9))[1:]:
+                for wild in with_wild(torch.randn(rows, 9)):
                     case.check(wild)
 
 
