@@ -166,7 +166,7 @@ def lower(
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
-            run, or its output is off.
+            run, or its output is off; or oneDNN would run a product on which it saturates on this CPU.
     """
     sites, allowed = accountable_sites(quantized, allow_float)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])

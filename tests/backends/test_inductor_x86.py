@@ -19,7 +19,7 @@ import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.formats import UINT7
 from torchquant.fx import ops
-from torchquant.ops import native, saturation
+from torchquant.ops import saturation
 from torchquant.ops.regions import Finder
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
@@ -363,7 +363,7 @@ def test_what_is_not_finite_comes_out_as_from_the_graph(name, request):
                 assert not finite.any() or tq.sqnr_db(expected[finite], found[finite]) > 30
 
 
-# CPUs without VNNI: oneDNN's int8 products saturate ---------------------------------------------------------------------
+# CPUs without VNNI: oneDNN's int8 products saturate -------------------------------------------------------------------
 
 
 class SevenBits(X86Quantizer):
@@ -411,7 +411,8 @@ def test_a_program_with_onednns_products_is_not_loaded_where_they_saturate(monke
 
 WITHOUT_VNNI = """
 import torch, torchquant as tq
-from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, inductor_x86, native, saturation
+from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, inductor_x86, saturation
+from torchquant.ops import native
 assert torch.uint8 not in saturation.exact_dtypes()
 quantized, x = half_quantized(X86Quantizer())
 with native.use("avx2" if "avx2" in native.instruction_sets() else "portable"):
@@ -427,7 +428,11 @@ print(tq.sqnr_db(quantized(x), inductor_x86.lower(quantized, x, own_kernels=Fals
 
 def test_a_cpu_without_vnni_gets_right_results_or_a_reason():
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    environment = {
+        **os.environ,
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_VNNI]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,7 +47,8 @@ def exact(dtype, top, heaviest):
                 expected = torch.nn.functional.conv2d(image.double(), window.double(), padding=1)
                 same &= torch.equal(conv(image, window).double(), expected)
     return same
-cases = [(torch.uint8, 255, 127), (torch.uint8, 127, 127), (torch.uint8, 255, 64), (torch.int8, 127, 127), (torch.int8, 127, 64)]
+u8, s8 = torch.uint8, torch.int8
+cases = [(u8, 255, 127), (u8, 127, 127), (u8, 255, 64), (s8, 127, 127), (s8, 127, 64)]
 measured = [str(d) for d in saturation.exact_dtypes()]
 print(json.dumps([measured, [exact(*case) for case in cases]]))
 """
@@ -125,7 +126,7 @@ def test_a_package_knows_what_is_exact_only_with_vnni(monkeypatch, tmp_path):
     monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
     saturation.check_package(path)
     saturation.note(path, saturation.unsafe_products(unsafe_graph()))
-    with pytest.raises(ArtifactError, match=r"VNNI.*linear linear \(a\); linear linear_1 \(b\).*Lower the model on this"):
+    with pytest.raises(ArtifactError, match=r"VNNI.*linear \(a\); linear linear_1 \(b\).*Lower the model on this"):
         saturation.check_package(path)
     monkeypatch.setattr(saturation, "exact_dtypes", lambda: {torch.uint8, torch.int8})
     saturation.check_package(path)
@@ -135,14 +136,20 @@ def test_a_package_knows_what_is_exact_only_with_vnni(monkeypatch, tmp_path):
 def test_products_of_others_keep_their_quantized_values(shared, monkeypatch):
     """Inductor must see them behind dequantize ops, and what our kernels read on the same grid stays in the region."""
     can = Finder._can_conv2d
-    monkeypatch.setattr(Finder, "_can_conv2d", lambda self, node: can(self, node) and ops.arguments(node).get("groups", 1) == 1)
+    monkeypatch.setattr(
+        Finder, "_can_conv2d", lambda self, node: can(self, node) and ops.arguments(node).get("groups", 1) == 1
+    )
 
     def f(m, x):
         y = m.first.grid(m.first(x).relu())
         z = m.theirs(y)
         return (m.last(y), z) if shared else m.last(z)
 
-    layers = {"first": conv(3, 12), "theirs": conv(12, 12, 1, grid=None, groups=3), "last": conv(12, 4, 1, grid=None if shared else UINT8)}
+    layers = {
+        "first": conv(3, 12),
+        "theirs": conv(12, 12, 1, grid=None, groups=3),
+        "last": conv(12, 4, 1, grid=None if shared else UINT8),
+    }
     inputs = (torch.randn(2, 3, 9, 11),)
     graph = exported(Call(f, **layers), inputs)
     expected = graph(*inputs)

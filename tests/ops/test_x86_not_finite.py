@@ -197,7 +197,11 @@ def activated(channels):
 
     def forward(m, x):
         values = {name: f(x) for name, f in ACTIVATIONS.items()}
-        return values, {name: m.u(y) for name, y in values.items()}, {name: m.s(f(x)) for name, f in ACTIVATIONS.items()}
+        return (
+            values,
+            {name: m.u(y) for name, y in values.items()},
+            {name: m.s(f(x)) for name, f in ACTIVATIONS.items()},
+        )
 
     case = Compared(Call(forward, **layers), torch.randn(3, channels))
     assert not {"gelu", "relu", "hardtanh", "silu", "sigmoid"} & {ops.op_name(n) for n in case.replaced.graph.nodes}
@@ -233,7 +237,9 @@ def test_activations_of_infinity(name):
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 20, 33, 64, 70, 80])
-@pytest.mark.parametrize(("kernel", "options"), [(2, {}), (3, {"stride": 2, "padding": 1}), (3, {"stride": 1, "dilation": 2, "padding": 1})])
+@pytest.mark.parametrize(
+    ("kernel", "options"), [(2, {}), (3, {"stride": 2, "padding": 1}), (3, {"stride": 1, "dilation": 2, "padding": 1})]
+)
 def test_a_max_pool_keeps_nan(channels, kernel, options):
     def pool(x):
         return F.max_pool2d(x, kernel, **options)

@@ -1,8 +1,9 @@
 """Whether oneDNN's int8 products are exact on this CPU, and which products of a graph are so on no other.
 
-Without VNNI oneDNN multiplies unsigned by signed bytes with `vpmaddubsw`, which adds two neighbouring products in 16 bits
-and saturates (oneDNN's developer guide, "Nuances of int8 computations"). Codes so small that no such sum leaves 16 bits
-are multiplied exactly everywhere: activations of 7 bits by any int8 weight, or weights of up to 64 by any activation.
+Without VNNI oneDNN multiplies unsigned by signed bytes with `vpmaddubsw`, which adds two neighbouring products in 16
+bits and saturates (oneDNN's developer guide, "Nuances of int8 computations"). Codes so small that no such sum leaves 16
+bits are multiplied exactly everywhere: activations of 7 bits by any int8 weight, or weights of up to 64 by any
+activation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -49,7 +51,7 @@ def _is_exact(dtype: torch.dtype) -> bool:
     codes = torch.full((rows, depth), largest, dtype=dtype)
     packed = torch.ops.onednn.qlinear_prepack(torch.full((columns, depth), weight, dtype=torch.int8), [rows, depth])
     scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
-    form = (None, 1.0, 0, torch.float32, "none", [], "")
+    form: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
     found = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scales, zeros, *form)
     return bool((found == float(depth * largest * weight)).all())
 
@@ -92,8 +94,8 @@ def refuse(unsafe: Mapping[torch.dtype, Sequence[Node]], own_kernels: bool) -> N
     theirs = "torchquant's own kernels do not take" if own_kernels else "own_kernels=False leaves to it"
     first = "" if own_kernels else "pass own_kernels=True, "
     raise LoweringError(
-        f"this CPU has no VNNI{limited}: oneDNN's int8 products saturate there, and would give wrong results for what {theirs}: "
-        f"{_names(nodes)}. To run this model here, {first}{_REMEDY}."
+        f"this CPU has no VNNI{limited}: oneDNN's int8 products saturate there, and would give wrong results for "
+        f"what {theirs}: {_names(nodes)}. To run this model here, {first}{_REMEDY}."
     )
 
 
@@ -115,12 +117,11 @@ def note(package: Path, unsafe: Mapping[torch.dtype, Sequence[Node]]) -> None:
 def check_package(package: Path) -> None:
     """Raise ArtifactError if a package has products that oneDNN would get wrong on this CPU."""
     with zipfile.ZipFile(package) as source:
-        for name in source.namelist():
-            if not name.endswith(f"extra/{_NOTE}"):
-                continue
-            wrong = [names for dtype, names in json.loads(source.read(name)).items() if getattr(torch, dtype) not in exact_dtypes()]
-            if wrong:
-                raise ArtifactError(
-                    f"{package} was lowered on a CPU with VNNI, which this one lacks: oneDNN's int8 products saturate "
-                    f"here, and would give wrong results for {'; '.join(wrong)}. Lower the model on this CPU."
-                )
+        notes = [json.loads(source.read(n)) for n in source.namelist() if n.endswith(f"extra/{_NOTE}")]
+    exact = {str(dtype).removeprefix("torch.") for dtype in exact_dtypes()} if notes else set()
+    wrong = [names for found in notes for dtype, names in found.items() if dtype not in exact]
+    if wrong:
+        raise ArtifactError(
+            f"{package} was lowered on a CPU with VNNI, which this one lacks: oneDNN's int8 products saturate here, "
+            f"and would give wrong results for {'; '.join(wrong)}. Lower the model on this CPU."
+        )

@@ -463,12 +463,13 @@ class _Translator:
         return self.largest.get(pool.all_input_nodes[0], math.inf) < _FINITE
 
     def _largest(self, node: Node) -> float:
-        """A bound on the magnitude of a node's values, from those of the nodes in front of it; infinity if it has none."""
+        """A bound on the magnitude of a node's values, from those of what it reads; infinity if there is none."""
         name = ops.op_name(node)
         if ops.is_dequantize(node):
             grid = matching.grid_of(self.graph, node)
-            steps = max(grid.high - grid.zero_point, grid.zero_point - grid.low) if isinstance(grid, Quantization) else 0
-            return steps * grid.scale if isinstance(grid, Quantization) else math.inf
+            if not isinstance(grid, Quantization):
+                return math.inf
+            return 255 * grid.scale
         inputs = [self.largest.get(n, math.inf) for n in matching.tensors_of(node) if n not in self.constants]
         if name in matching.PRODUCTS:
             return self._largest_sum(node, inputs[0])
@@ -477,8 +478,10 @@ class _Translator:
         if activation := matching.activation_of(node):
             bounds = (activation["low"], activation["high"])
             return max([inputs[0] + 1, *(abs(b) for b in bounds if math.isfinite(b))])
-        if name in ("add", "mul"):
-            return sum(inputs * 2 if len(inputs) == 1 else inputs) if name == "add" else max(inputs) ** 2
+        if name == "add":
+            return 2 * max(inputs)
+        if name == "mul":
+            return max(inputs) * max(inputs)
         kept = self._is_alias(node) or name in ("pad", "max_pool2d", "mean", "adaptive_avg_pool2d")
         return inputs[0] if kept else math.inf
 
@@ -488,7 +491,8 @@ class _Translator:
         assert weight is not None
         bias = self._bias(given, len(weight.codes))
         sums = weight.codes.reshape(len(weight.codes), -1).double().abs().sum(1) * weight.scale.abs()
-        return float((sums * largest + bias.abs()).max())
+        found = float((sums * largest + bias.abs()).max())
+        return found if math.isfinite(found) else math.inf
 
     def _step_max_pool2d(self, node: Node, source: Value | None = None) -> Step:
         window = matching.window_of(node)

@@ -56,7 +56,7 @@ def _row_scale(largest, LOW: tl.constexpr, HIGH: tl.constexpr, EPS: tl.constexpr
 
 @triton.jit
 def _magnitude(x):
-    """The bits of |x|: integers in the order of the magnitudes, NaN above infinity, where a maximum of floats drops it."""
+    """The bits of |x|: integers in the order of magnitudes, NaN above infinity; a maximum of floats would drop it."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 

@@ -155,22 +155,14 @@ struct Tile {
 
 enum Operand { kAbsent, kFloats, kBytes };
 
-// The byte of NaN where `y` is NaN.
-__attribute__((noinline)) void mend(uint8_t* p, const float* y, int64_t n, int nan) {
-  for (int64_t i = 0; i < n; ++i)
-    if (y[i] != y[i]) p[i] = static_cast<uint8_t>(nan);
+// The byte of NaN wherever `y` is NaN; what is stored first has 0 there.
+void mend(uint8_t* p, const float* y, int64_t n, int nan) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int bad = unordered(load(y + i)); bad; bad &= bad - 1) p[i + __builtin_ctz(bad)] = static_cast<uint8_t>(nan);
 }
-// As store_quantized of the bytes from 0 on, and NaN becomes `nan`.
-template <int NV>
-TQ_INLINE void store_checked(uint8_t* p, const F* y, int zero, int nan) {
-  store_quantized<NV>(p, y, zero);
-  if (!nan) return;
-  int bad = 0;
-  TQ_EACH_OF(NV, v) bad |= unordered(y[v]); });
-  if (!bad) return;
-  alignas(64) float t[NV * kLanes];
-  TQ_EACH_OF(NV, v) store(t + v * kLanes, y[v]); });
-  mend(p, t, NV * kLanes, nan);
+// The same for the rows of a tile; apart from the tile's own code, whose sums would not stay in registers around a call.
+__attribute__((noinline)) void mend_rows(const Tile& t, int rows, int64_t n, int nan) {
+  for (int r = 0; r < rows; ++r) mend(t.places[r].byte + t.at, t.places[r].number + t.at, n, nan);
 }
 
 // From sums to what is stored, where an addend and a clamp are all that follows.
@@ -185,7 +177,8 @@ void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
   F least = set(clamped ? op.after_low : -INFINITY), most = set(clamped ? op.after_high : INFINITY);
   F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
   F scale = set(op.other_scale), zero = set(static_cast<float>(op.other_zero_point));
-  int zero_point = op.zero_point, nan = op.nan_byte;
+  int zero_point = op.zero_point, nan = byte ? op.nan_byte : 0;
+  alignas(64) float line[NV * kLanes];
   for (int r = 0; r < rows; ++r, sums += NV * kLanes) {
     const Place& p = t.places[r];
     F y[NV];
@@ -197,7 +190,11 @@ void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
       if (number) store(p.number + t.at + v * kLanes, y[v]);
       if (byte) y[v] = clamp(mul(y[v], inverse), low, high);
     });
-    if (byte) store_checked<NV>(p.byte + t.at, y, zero_point, nan);
+    if (byte) store_quantized<NV>(p.byte + t.at, y, zero_point);
+    if (nan) {
+      TQ_EACH_OF(NV, v) store(line + v * kLanes, y[v]); });
+      mend(p.byte + t.at, line, NV * kLanes, nan);
+    }
   }
 }
 using PlainRows = void (*)(const Op&, const Tile&, const int32_t*, int);
@@ -267,7 +264,7 @@ void tile(const Op& op, const Tile& t) {
       b[v] = load(t.bias + v * kLanes);
     });
     F least = set(op.after == tq::kClamp ? op.after_low : -INFINITY), inverse = set(op.inverse), high = set(op.high);
-    int zero = op.zero_point, nan = op.nan_byte;
+    int zero = op.zero_point;
     TQ_EACH_OF(MR, r)
       Place p = t.places[r];
       float* number = p.number + t.at;
@@ -281,8 +278,9 @@ void tile(const Op& op, const Tile& t) {
         store(number + v * kLanes, y[v]);
         if (bytes) y[v] = min(high, mul(y[v], inverse));
       });
-      if (bytes) store_checked<NV>(byte, y, zero, nan);
+      if (bytes) store_quantized<NV>(byte, y, zero);
     });
+    if (bytes && op.nan_byte) mend_rows(t, MR, NV * kLanes, op.nan_byte);
     return;
   }
   if (op.direct) {
