@@ -33,7 +33,7 @@ from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.lowering import accountable_sites, left_float, names
-from torchquant.ops import native, tuning
+from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
 from torchquant.proof import hold_against
@@ -119,6 +119,7 @@ class X86Program(Program):
         self._folder = folder  # deleted with the program
         stored = read_metadata(package, TARGET)
         self._about = stored if signature is None else replace(stored, signature=signature)
+        saturation.check_package(package)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
         self._state = State(self._about.states)
@@ -184,7 +185,7 @@ def lower(
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
-            run, or its output is off.
+            run, or its output is off; or oneDNN would run a product on which it saturates on this CPU.
     """
     sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
@@ -202,7 +203,7 @@ def lower(
     try:
         fused = _prove_integer(wanted, kernels)
     except LoweringError:
-        if not regions:
+        if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
             raise
         # between our regions Inductor may lose a pattern that it finds in the whole graph
         raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
@@ -402,6 +403,8 @@ def _compile(
             regions = replace_regions(graph)
             if regions and tune:
                 _tune(graph, batch, regions)
+        unsafe = saturation.unsafe_products(graph)
+        saturation.refuse(unsafe, own_kernels)
         passes.flatten_quantized_linears(graph)  # what is left to Inductor
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
@@ -414,6 +417,7 @@ def _compile(
         ):
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+        saturation.note(package, unsafe)
     except LoweringError:
         raise
     except Exception as error:
