@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
-from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -28,6 +27,8 @@ from torchquant.observers import (
     ActivationMinMax,
     DynamicActivation,
     GroupWeight,
+    MovingActivation,
+    MovingWeight,
     PerChannelWeight,
     PerTokenActivation,
 )
@@ -237,9 +238,7 @@ class CapabilityQuantizer(Quantizer):
         if tensor.granularity == "group":
             return GroupWeight.with_args(group_size=tensor.group_size, symmetric=tensor.symmetric)
         if self.is_qat:
-            inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
-            extra = {"ch_axis": axis} if per_channel else {}
-            return FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
+            return _fake_quantizer(per_channel, axis)
         return PerChannelWeight if per_channel else self.observer
 
 
@@ -249,6 +248,14 @@ def _has_tokens(node: Node, row: Capability, tensor: TensorSpec) -> bool:
         return True
     kernel = ops.shape_of(node.args[1])[2:] if row.op.startswith("conv") else ()  # type: ignore[arg-type,index]
     return tensor.symmetric and (not kernel or window_of(node, kernel).one_pixel)  # type: ignore[arg-type]
+
+
+def _fake_quantizer(per_channel: bool, axis: int) -> Any:
+    """Constructor of a fake quantizer. torch's fused kernel trains per channel along the first axis only."""
+    if not per_channel:
+        return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingActivation)
+    made = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
+    return made.with_args(observer=MovingWeight, ch_axis=axis)
 
 
 def _trainable(scheme: Scheme) -> bool:

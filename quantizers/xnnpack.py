@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from torchquant.backends.executorch_xnnpack import CAPABILITIES, SCHEMES, TARGET
+from torchquant.backends.executorch_xnnpack import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
 from torchquant.fx import ops
 from torchquant.quantizers.engine import CapabilityQuantizer, has_quantized_output
+from torchquant.quantizers.floors import set_floors
 from torchquant.types import Scheme
 
 __all__ = ["XnnpackQuantizer"]
@@ -40,6 +41,11 @@ class XnnpackQuantizer(CapabilityQuantizer):
         chosen = recommended_scheme(model)
         self._resolved = {_AUTO: chosen, **{name: name for name in SCHEMES}}
         return super().annotate(model)
+
+    def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]) -> None:
+        """Also keep scales where XNNPACK's int32 biases and requantization factors do not overflow."""
+        super().prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
+        set_floors(model, edge_or_node_to_obs_or_fq, REQUANTIZATION_LIMIT)
 
     def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
         """`auto` resolved; dynamic for a linear that feeds a float residual sum."""
