@@ -35,7 +35,7 @@ from torchquant.observers import (
 from torchquant.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
 from torchquant.types import Capability, Scheme, TensorSpec
 
-__all__ = ["CapabilityQuantizer", "has_quantized_output"]
+__all__ = ["CapabilityQuantizer", "has_quantized_output", "is_annotated"]
 
 
 class CapabilityQuantizer(Quantizer):
@@ -102,7 +102,7 @@ class CapabilityQuantizer(Quantizer):
         wanted = self._wanted(model)
         data = ops.data_nodes(model)
         for node in [n for n in model.graph.nodes if n in data and ops.is_op(n)]:
-            if not _annotated(node):
+            if not is_annotated(node):
                 self._annotate(node, wanted, data)
         return model
 
@@ -191,7 +191,7 @@ class CapabilityQuantizer(Quantizer):
         tail = node
         while len(tail.users) == 1:
             user = next(iter(tail.users))
-            if ops.op_name(user) not in fuses or _annotated(user) or user in excluded or ops.kind_of(user) is None:
+            if ops.op_name(user) not in fuses or is_annotated(user) or user in excluded or ops.kind_of(user) is None:
                 break
             tail = user
             if ops.op_name(user) != "batch_norm":
@@ -264,7 +264,7 @@ def _trainable(scheme: Scheme) -> bool:
     return not any(s.format.is_float or s.granularity == "group" for s in specs)
 
 
-def _annotated(node: Node) -> bool:
+def is_annotated(node: Node) -> bool:
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     return annotation is not None and annotation._annotated
 
@@ -275,7 +275,7 @@ def _mark(node: Node, inputs: dict[Node, Any], output: Any) -> None:
 
 def has_quantized_output(node: Node) -> bool:
     """Whether the node's output is annotated to be quantized."""
-    return _annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
+    return is_annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
 
 
 def _describe_place(producer: Node, user: Node | None) -> str:

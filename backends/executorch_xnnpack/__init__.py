@@ -18,10 +18,11 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_unrunnable,
     refuse_unshared,
 )
+from torchquant.backends.executorch_xnnpack.patterns import prepare
 from torchquant.backends.executorch_xnnpack.program import XnnpackProgram, executorch_modules, load
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed
 from torchquant.errors import LoweringError
-from torchquant.fx import ops, passes
+from torchquant.fx import passes
 from torchquant.fx.decompose import decompose
 from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float
 from torchquant.program import Proof
@@ -87,7 +88,7 @@ _IN_FLOAT = "annotated, yet XNNPACK computes it in float"
 def _refuse(quantized: GraphModule, wanted: Sequence[Site], allowed: set[str]) -> None:
     compute = [s for s in wanted if s.compute]
     refuse_unrunnable(compute)
-    refuse_unshared(quantized)
+    refuse_unshared(quantized, {s.node for s in wanted})
     refuse_narrow(quantized, allowed)
     refuse_overflow(quantized, compute)
 
@@ -117,23 +118,19 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         graph = passes.copy_graph(quantized)
         mark_sites(graph)
         decompose(graph)
-        _give_each_user_its_dequantize(graph)
+        prepare(graph)
         passes.duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
         return executorch.lower(export_again(graph, batch), partitioner=[executorch.partitioner()])
     except Exception as error:
-        raise LoweringError(f"ExecuTorch cannot lower the converted graph: {str(error)[:2000]}") from error
+        raise LoweringError(f"ExecuTorch cannot lower the converted graph: {_with_causes(error)}") from error
 
 
-def _give_each_user_its_dequantize(graph: GraphModule) -> None:
-    """One dequantize op for each place that reads it.
-
-    The delegate marks a dequantize op as part of the int8 op that reads it; a float op beside it would read int8 too.
-    """
-    for node in [n for n in graph.graph.nodes if ops.is_dequantize(n) and not ops.is_constant(n)]:
-        for user in list(node.users)[1:]:
-            with graph.graph.inserting_before(user):
-                copied = graph.graph.node_copy(node)
-            user.replace_input_with(node, copied)
-    graph.graph.lint()
-    graph.recompile()
+def _with_causes(error: BaseException) -> str:
+    """The messages of an error and of what it was raised from; ExecuTorch's passes hide theirs there."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(texts) < 4:
+        texts.append(f"{type(cause).__name__}: {str(cause)[:1000]}")
+        cause = cause.__cause__
+    return "; from ".join(texts)

@@ -14,7 +14,7 @@ from torchquant.fx import ops
 from torchquant.fx.sites import qparams_of
 from torchquant.types import QParams, Site
 
-__all__ = ["refuse_narrow", "refuse_overflow", "refuse_unrunnable", "refuse_unshared"]
+__all__ = ["refuse_narrow", "refuse_overflow", "refuse_unrunnable", "refuse_unshared", "unshared"]
 
 _INT32 = 2.0**31 - 1
 
@@ -70,25 +70,31 @@ def _activation_problem(site: Site) -> str:
 _SHARED = ("cat", "max_pool2d", "slice")
 
 
-def refuse_unshared(graph: GraphModule) -> None:
-    """Raise LoweringError for cat, max_pool2d and slice with other qparams behind than before: they load nowhere.
+def unshared(graph: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
+    """Ops that XNNPACK runs in int8 with one scale only, and have another one behind: op, dequantize, quantize.
 
-    Only where every operand is int8; with a float one the delegate computes in float, whatever the qparams.
+    The delegate takes them as int8 where every operand is, and a program with that fails to load.
     """
     for node in graph.graph.nodes:
         if ops.op_name(node) not in _SHARED or ops.kind_of(node) is None:
             continue
         before = node.all_input_nodes
         behind = [u for u in node.users if ops.is_quantize(u)]
-        if len(behind) != 1 or len(node.users) != 1 or not all(ops.is_dequantize(n) for n in before):
-            continue
-        for dequantize in before:
-            if behind[0].args[1:3] != dequantize.args[1:3]:
-                raise LoweringError(
-                    f"{ops.op_name(node)} {node.name} changes scale or zero point from {dequantize.args[1:3]} to "
-                    f"{behind[0].args[1:3]}, and XNNPACK's programs with that fail to load. Give its inputs and "
-                    f"output one SharedQuantizationSpec, exclude it, or pass allow_float=['node:{node.name}']."
-                )
+        if len(behind) == len(node.users) == 1 and all(ops.is_dequantize(n) for n in before):
+            differing = [n for n in before if behind[0].args[1:3] != n.args[1:3]]
+            if differing:
+                yield node, differing[0], behind[0]
+
+
+def refuse_unshared(graph: GraphModule, annotated: set[str]) -> None:
+    """Raise LoweringError for an annotated op of these: its spec cannot be honoured in int8."""
+    for node, dequantize, quantize in unshared(graph):
+        if node.name in annotated:
+            raise LoweringError(
+                f"{ops.op_name(node)} {node.name} changes scale or zero point from {dequantize.args[1:3]} to "
+                f"{quantize.args[1:3]}, and XNNPACK's programs with that fail to load. Give its inputs and "
+                f"output one SharedQuantizationSpec, exclude it, or pass allow_float=['node:{node.name}']."
+            )
 
 
 def refuse_narrow(graph: GraphModule, allowed: set[str]) -> None:
