@@ -28,10 +28,12 @@ from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
 from torchquant.fx.windows import window_of
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float
+from torchquant.lowering import accountable_sites, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
+from torchquant.proof import hold_against
 from torchquant.serialize import export_again
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
@@ -137,18 +139,17 @@ class CudaProgram(Program):
     def __init__(self, graph: GraphModule, about: Metadata, device: torch.device, settings: Mapping[str, Any]) -> None:
         self.graph, self.device, self.settings = _moved(graph, device), device, dict(settings)
         self._about = about
-        self.inputs, self.sites, self.proof = about.inputs, about.sites, about.proof
-        self._structure = pytree.treespec_loads(about.structure)
+        self.inputs, self.sites, self.proof = about.signature.tensors, about.sites, about.proof
         self._run: Callable[..., Any] = torch.compile(self.graph, options=self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = data.arrange(self.inputs, args, kwargs)
-        tensors = [self._placed(value, spec.shape) for value, spec in zip(given, self.inputs, strict=True)]
-        if self._structure.num_leaves == len(tensors):
-            args, kwargs = pytree.tree_unflatten(tensors, self._structure)
-        else:
-            placed = dict(zip(map(id, given), tensors, strict=True))
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: placed[id(t)], (args, kwargs))
+        signature = self._about.signature
+        leaves = signature.leaves(args, kwargs)
+        placed = [
+            self._placed(value, spec.shape) if isinstance(spec, InputSpec) else value
+            for value, spec in zip(leaves, signature.inputs, strict=True)
+        ]
+        args, kwargs = signature.arguments(placed)
         with torch.no_grad():
             if not self.settings.get("triton.cudagraphs"):
                 return self._run(*args, **kwargs)
@@ -245,7 +246,7 @@ class _Transformed:
 
 
 def _transform(quantized: GraphModule, allow_float: Sequence[str]) -> _Transformed:
-    sites, allowed = accountable_sites(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     wanted = tuple(s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed)
     graph = passes.copy_graph(quantized)
     passes.make_float(graph, allowed)
@@ -265,7 +266,7 @@ def lower(
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
-    min_sqnr_db: float = MIN_SQNR_DB,
+    min_sqnr_db: float | None = None,
     device: str | torch.device | None = None,
     cuda_graphs: bool = False,
     freezing: bool = False,
@@ -279,7 +280,8 @@ def lower(
         quantized: what `convert_pt2e` returned, of any Quantizer.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
-        min_sqnr_db: how close the program must be to the converted graph on `example_inputs`.
+        min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
+            `torchquant.proof.hold_against` says.
         device: where it runs; the current GPU if None. "cpu" runs the kernels' references, as a check.
         cuda_graphs: record a call once and replay it: for few rows, where launches take longer than kernels.
         freezing: let Inductor fold and rearrange the float weights that are left.
@@ -294,20 +296,19 @@ def lower(
     made = _transform(quantized, allow_float)
     _check_device(place, made)
     batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
-    inputs = data.input_specs(quantized)
-    data.check(inputs, batch, "example_inputs")
+    signature = Signature.of(quantized)
+    data.leaves_of(signature, batch, "example_inputs")
     batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), batch)
-    structure = str(pytree.treespec_dumps(pytree.tree_structure(data.split(batch))))
     settings = _settings(place, cuda_graphs, freezing, options)
-    about = Metadata(inputs, made.sites, _UNPROVEN, structure=structure)
+    about = Metadata(signature, made.sites, _UNPROVEN)
     program = CudaProgram(made.graph, about, place, settings)
     reference = _moved(quantized, place)
     passes.make_float(reference, made.allowed)
     kernels = _kernels(program, batch, made.count)
-    found = hold_against(
+    verdict = hold_against(
         reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_op_error(quantized), target=TARGET
     )
-    proof = Proof(kernels, len(made.wanted), len(made.wanted), found, left_float(made.sites, made.allowed))
+    proof = Proof.of(verdict, kernels, len(made.wanted), len(made.wanted), left_float(made.sites, made.allowed))
     program.prove(replace(about, proof=proof))
     return program
 
@@ -380,8 +381,8 @@ def _moved(graph: GraphModule, device: torch.device) -> GraphModule:
 
 
 def _example(graph: GraphModule, device: torch.device) -> Any:
-    """A batch to export with, below the upper bounds of sizes that vary."""
-    batch = data.below_bounds(graph, data.example_of(graph))
+    """A batch to export with."""
+    batch = data.example_of(graph)
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
 
 

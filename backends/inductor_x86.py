@@ -23,7 +23,6 @@ import torch
 import torch._inductor
 from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from torchquant import archive, dynamo
 from torchquant import batches as data
@@ -31,11 +30,14 @@ from torchquant.errors import ArtifactError, LoweringError
 from torchquant.files import write_whole
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
-from torchquant.lowering import MIN_SQNR_DB, accountable_sites, hold_against, left_float, names
+from torchquant.fx.flat import Flat, flat
+from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import native, tuning
 from torchquant.ops.translation import Built, replace_regions
-from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
-from torchquant.serialize import export_again, functional
+from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
+from torchquant.proof import hold_against
+from torchquant.serialize import export_again
+from torchquant.signature import InputSpec
 from torchquant.types import Capability, Scheme, Site, TensorSpec
 
 __all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
@@ -95,6 +97,7 @@ _INTEGER = {
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
+_STEPS = 3  # calls of a program with state after which it is proven again
 _ROUNDS = 15  # of calls to compare them by
 _RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
@@ -110,17 +113,25 @@ class X86Program(Program):
         self._folder = folder  # deleted with the program
         self._about = read_metadata(package, TARGET)
         _load_kernels(package)
-        self.inputs, self.sites, self.proof = self._about.inputs, self._about.sites, self._about.proof
+        self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
+        self._state = State(self._about.states)
         self._run = load_package(str(package), num_runners=_RUNNERS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
-        tensors = [self._own(t) for t in data.arrange(self.inputs, args, kwargs)]
-        structure = pytree.treespec_loads(self._about.structure)
-        if structure.num_leaves == len(tensors):
-            args, kwargs = pytree.tree_unflatten(tensors, structure)
+        tensors = self._about.signature.tensors_of(args, kwargs)
+        before = list(self._state.values.values())
         with torch.no_grad():
-            return self._run(*args, **kwargs)
+            found = list(self._run(*map(self._own, (*tensors, *before))))
+        count = len(found) - len(before) - len(self._about.returns)
+        outputs, after, returned = found[:count], found[count : count + len(before)], found[count + len(before) :]
+        for position, value in zip(self._about.returns, returned, strict=True):
+            tensors[position].copy_(value)
+        if before:
+            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
+            kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
+            self._state.values = dict(zip(self._state.values, kept, strict=True))
+        return self._about.signature.outputs(outputs)
 
     def _own(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
@@ -141,7 +152,7 @@ def lower(
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
-    min_sqnr_db: float = MIN_SQNR_DB,
+    min_sqnr_db: float | None = None,
     own_kernels: bool = True,
     tune: bool = True,
     compare_float: bool = False,
@@ -154,7 +165,8 @@ def lower(
         quantized: what `convert_pt2e` returned, of any Quantizer. Its dead float weights are removed.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
-        min_sqnr_db: how close the package must be to the converted graph on `example_inputs`.
+        min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
+            `torchquant.proof.hold_against` says.
         own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
         tune: measure on this machine how our kernels should cut each product (some runs of the model; remembered
             by CPU and sizes in the cache folder); False chooses by the sizes alone.
@@ -167,16 +179,17 @@ def lower(
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
             run, or its output is off.
     """
-    sites, allowed = accountable_sites(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
     passes.remove_dead_weights(quantized)
-    batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
-    inputs = data.input_specs(quantized)
-    data.check(inputs, batch, "example_inputs")
+    batch = data.example_of(quantized) if example_inputs is None else example_inputs
     folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)
-    reference = passes.copy_graph(quantized)
-    passes.make_float(reference, allowed)
-    raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels, tune)
+    raw_file = Path(folder.name) / "raw.pt2"
+    floats = passes.copy_graph(quantized)
+    passes.make_float(floats, allowed)
+    reference = flat(floats)
+    cases = _cases(reference, batch)
+    raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
     kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
     try:
@@ -185,38 +198,72 @@ def lower(
         if not regions:
             raise
         # between our regions Inductor may lose a pattern that it finds in the whole graph
-        raw, regions = _compile(reference, batch, Path(folder.name) / "raw.pt2", own_kernels=False)
+        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
         kernels = _kernels(raw, regions)
         fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
     _pack(raw, package, regions)
     left = left_float(sites, allowed)
-    if compare_float and (faster := _faster_float(quantized, sites, batch, package)):
+    if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
         reference, package, kernels, reason = faster
         fused = 0
         left |= {f"{len(wanted)} annotated ops": reason}
         warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
     run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
-    found = hold_against(
-        reference,
+    verdict = hold_against(
+        reference.graph,
         run,
-        _sizes(quantized, batch),
+        cases,
         min_sqnr_db=min_sqnr_db,
         op_error=torch.finfo(torch.float32).eps,
         target=TARGET,
+        build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
     )
-    proof = Proof(kernels, len(wanted), fused, found, left)
-    write_metadata(package, TARGET, Metadata(inputs, sites, proof, run.overwrote, _structure(batch)))
+    proof = Proof.of(verdict, kernels, len(wanted), fused, left)
+    about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
+    write_metadata(package, TARGET, about)
     return X86Program(package, folder)
+
+
+def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
+    """What to prove the package with: the batch, where the first size varies one sample too, and each with state
+    as it is at first and as some calls leave it."""
+    signature, states = reference.signature, list(reference.initial.values())
+    leaves = data.leaves_of(signature, batch, "example_inputs")
+    one = data.with_first_sizes(signature, leaves, 1)
+    cases = []
+    for given in (leaves, one):
+        if given is not None:
+            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
+            cases.append((*tensors, *states))
+    if states:
+        with torch.no_grad():
+            for _ in range(_STEPS):
+                later = reference.split(reference.graph(*_copies(cases[-1])))[1]
+                cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
+    return cases
+
+
+def _built(graph: GraphModule, tensors: Sequence[torch.Tensor], folder: Path, own_kernels: bool) -> Callable[..., Any]:
+    """A package of a graph with further outputs."""
+    raw, regions = _compile(graph, tensors, folder / "deep.raw.pt2", own_kernels)
+    package = folder / "deep.pt2"
+    _pack(raw, package, regions)
+    return _OnCopies(torch._inductor.aoti_load_package(str(package)))
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone() for t in tensors]
 
 
 def _faster_float(
     quantized: GraphModule, sites: Sequence[Site], batch: Any, package: Path
-) -> tuple[GraphModule, Path, dict[str, int], str] | None:
+) -> tuple[Flat, Path, dict[str, int], str] | None:
     """The graph in float32, its package beside `package`, its kernels, and why it is preferred; None if it is not."""
-    floats = passes.copy_graph(quantized)
-    passes.make_float(floats, {s.node for s in sites if s.status == "quantized"})
-    raw, _ = _compile(floats, batch, package.with_name("raw.pt2"), own_kernels=False)
+    graph = passes.copy_graph(quantized)
+    passes.make_float(graph, {s.node for s in sites if s.status == "quantized"})
+    floats = flat(graph)
+    raw, _ = _compile(floats.graph, batch, package.with_name("raw.pt2"), own_kernels=False)
     kernels, found = _kernels(raw, []), package.with_name("float.pt2")
     _pack(raw, found, [])
     integer, float_ = _race([package, found], batch)
@@ -235,21 +282,16 @@ def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
 
 def _race(packages: Sequence[Path], batch: Any) -> list[float]:
     """Median milliseconds of a call of each, called in turns."""
-    args, kwargs = data.split(pytree.tree_map_only(torch.Tensor, torch.clone, batch))  # a package may write into them
+    args = _copies(batch)  # a package may write into them
     runs = [torch._inductor.aoti_load_package(str(p)) for p in packages]
     times: list[list[float]] = [[] for _ in runs]
     with torch.no_grad():
         for _ in range(_ROUNDS + 1):
             for run, found in zip(runs, times, strict=True):
                 start = time.perf_counter()
-                run(*args, **kwargs)
+                run(*args)
                 found.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(found[1:]) for found in times]
-
-
-def _structure(batch: Any) -> str:
-    """The pytree of the arguments, with None and numbers as what they are and tensors as leaves."""
-    return str(pytree.treespec_dumps(pytree.tree_structure(data.split(batch))))
 
 
 class _OnCopies:
@@ -261,12 +303,15 @@ class _OnCopies:
     def __init__(self, run: Callable[..., Any]) -> None:
         self._run, self.overwrote = run, False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = pytree.tree_map_only(torch.Tensor, lambda t: t.contiguous().clone(), (args, kwargs))
-        found = self._run(*given[0], **given[1])
-        pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(given), strict=True)
-        self.overwrote |= any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        given = [t.contiguous().clone() for t in tensors]
+        found = self._run(*given)
+        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, given, strict=True))
         return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
 def load(path: str | os.PathLike[str]) -> X86Program:
@@ -287,11 +332,20 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     Raises:
         LoweringError: Inductor cannot compile it.
     """
+    pure = flat(exported)
+    cases = _cases(pure, example_inputs)
     with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
-        raw, _ = _compile(exported, example_inputs, Path(folder) / "raw.pt2", own_kernels=False)
+        raw, _ = _compile(pure.graph, cases[0], Path(folder) / "raw.pt2", own_kernels=False)
         package = Path(folder) / "model.pt2"
         _repack(raw, package)
-        return torch._inductor.aoti_load_package(str(package)), package.stat().st_size
+        run = torch._inductor.aoti_load_package(str(package))
+        size_bytes = package.stat().st_size
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
+        return pure.signature.outputs(found[: pure.count])
+
+    return call, size_bytes
 
 
 def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
@@ -336,17 +390,16 @@ def _compile(
     regions: list[Built] = []
     try:
         graph = passes.copy_graph(quantized)
-        given = data.below_bounds(graph, batch)
         if own_kernels and native.supported():
-            graph = functional(export_again(graph, given)).module()
+            graph = export_again(graph, batch).module()
             regions = replace_regions(graph)
             if regions and tune:
-                _tune(graph, given, regions)
+                _tune(graph, batch, regions)
         passes.flatten_quantized_linears(graph)  # what is left to Inductor
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
         passes.rename_folded_weights(graph)
-        exported = export_again(graph, given)
+        exported = export_again(graph, batch)
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -362,10 +415,9 @@ def _compile(
 
 
 def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
-    args, kwargs = data.split(batch)
-    sizes = "x".join(str(s) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) for s in t.shape)
+    sizes = "x".join(str(s) for t in batch for s in t.shape)
     with torch.no_grad():
-        tuning.tune(lambda: graph(*args, **kwargs), regions, sizes)
+        tuning.tune(lambda: graph(*_copies(batch)), regions, sizes)
 
 
 def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
@@ -431,16 +483,6 @@ def _stripped(library: bytes) -> bytes:
         file.write_bytes(library)
         done = subprocess.run([strip, str(file)], capture_output=True, check=False)
         return file.read_bytes() if done.returncode == 0 else library
-
-
-def _sizes(quantized: GraphModule, batch: Any) -> list[Any]:
-    """The batch, and where the first size is dynamic a smaller one too: kernels differ by size."""
-    specs = data.input_specs(quantized)
-    if not all(s.shape and s.shape[0] is None for s in specs) or isinstance(batch, dict):
-        return [batch]
-    args, _ = data.split(batch)
-    smaller = tuple(a[:1] if isinstance(a, torch.Tensor) else a for a in args)
-    return [batch] if all(len(a) == 1 for a in args if isinstance(a, torch.Tensor)) else [batch, smaller]
 
 
 def dynamo_backend(

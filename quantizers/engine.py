@@ -20,8 +20,9 @@ from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 
 from torchquant.errors import SchemeError
 from torchquant.fx import ops, passes
+from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
-from torchquant.fx.sites import is_observer, note
+from torchquant.fx.sites import CONSTANT, is_observer, note
 from torchquant.fx.windows import window_of
 from torchquant.observers import (
     ActivationMinMax,
@@ -90,8 +91,10 @@ class CapabilityQuantizer(Quantizer):
     # torchao's interface -------------------------------------------------------------------------------------
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Make hidden ops visible: inline no_grad regions, write constant matmuls as linear."""
-        if passes.inline_grad_regions(model) and not self.is_qat:
+        """Make ops visible: no_grad regions inlined, constant matmuls as linear, writes in place as values."""
+        inlined = passes.inline_regions(model)
+        functionalize(model)
+        if inlined and not self.is_qat:
             _fuse_conv_bn_(model)
             _fuse_linear_bn_(model)
         passes.constant_matmul_to_linear(model)
@@ -101,7 +104,8 @@ class CapabilityQuantizer(Quantizer):
         """Annotate in graph order; ops that another Quantizer has annotated are left to it."""
         wanted = self._wanted(model)
         data = ops.data_nodes(model)
-        for node in [n for n in model.graph.nodes if n in data and ops.is_op(n)]:
+        self._derived = ops.derived_nodes(model)
+        for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:
             if not is_annotated(node):
                 self._annotate(node, wanted, data)
         return model
@@ -154,7 +158,9 @@ class CapabilityQuantizer(Quantizer):
         if scheme not in row.schemes:
             return f"{self.target} runs {row.op} in {', '.join(row.schemes)}, not in {scheme}"
         inputs = ops.data_inputs(node, kind)
-        if not inputs or any(n not in data for n in inputs):
+        if row.role == "weighted" and any(n not in self._derived for n in inputs):
+            return CONSTANT
+        if not inputs or (row.role != "weighted" and any(n not in data for n in inputs)):
             return "an operand does not depend on the model's data (a mask, a position, a constant)"
         if any(n.meta["val"].dtype not in self.dtypes for n in inputs if "val" in n.meta):
             names = " or ".join(str(d).removeprefix("torch.") for d in self.dtypes)
@@ -264,7 +270,13 @@ def _trainable(scheme: Scheme) -> bool:
     return not any(s.format.is_float or s.granularity == "group" for s in specs)
 
 
+def _is_compute(node: Node) -> bool:
+    kind = ops.kind_of(node)
+    return kind is not None and kind.compute
+
+
 def is_annotated(node: Node) -> bool:
+    """Whether a Quantizer has annotated the node."""
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     return annotation is not None and annotation._annotated
 

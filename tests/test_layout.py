@@ -16,9 +16,10 @@ FOLDERS = {
 LAYERS = [
     ["errors"],
     ["types"],
-    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges"],
+    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
     ["fx"],
     ["benchmark", "calibrate", "dynamo", "scaled", "solved", "verify"],
+    ["proof"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],
     ["solving"],

@@ -6,7 +6,8 @@ import torch
 from foreign import SpecQuantizer, per_channel, per_tensor
 
 import torchquant as tq
-from torchquant.lowering import accountable_sites, hold_against
+from torchquant.lowering import accountable_sites
+from torchquant.proof import hold_against
 from torchquant.quantizers.x86 import X86Quantizer
 
 
@@ -61,14 +62,14 @@ def test_our_own_missed_op_stops_a_lowering_and_a_foreign_one_warns():
         tq.calibrate(foreign, [x], progress=False)
     foreign = tq.convert(foreign)
     with pytest.warns(tq.TorchquantWarning, match=r"1 compute ops were left float without a reason: linear linear_1"):
-        accountable_sites(foreign, [])
-    assert accountable_sites(foreign, ["node:linear_1"])[1] == {"linear_1"}
+        accountable_sites(foreign, [], ())
+    assert accountable_sites(foreign, ["node:linear_1"], ())[1] == {"linear_1"}
     ours = tq.quantize(nets.mlp(), x, [x], quantizer=X86Quantizer(exclude=["2"]), algorithms=(), progress=False)
     for node in ours.graph.nodes:
         if node.name == "linear_1":
             node.meta["custom"] = {}
     with pytest.raises(tq.LoweringError, match="linear_1"):
-        accountable_sites(ours, [])
+        accountable_sites(ours, [], ())
 
 
 def _first_only():
@@ -91,7 +92,7 @@ def test_lowering_takes_a_converted_graph_only(state):
     graph = tq.export(nets.mlp(), x)
     graph = tq.prepare(graph, X86Quantizer()) if state == "prepared" else graph
     with pytest.raises(tq.InputError, match="converted graph"):
-        accountable_sites(graph, [])
+        accountable_sites(graph, [], ())
 
 
 BOUND = {"min_sqnr_db": 40.0, "op_error": 1e-7, "target": "test"}
@@ -100,10 +101,11 @@ BOUND = {"min_sqnr_db": 40.0, "op_error": 1e-7, "target": "test"}
 def test_an_artefact_off_its_reference_is_refused_and_a_close_one_is_not():
     x = torch.randn(4, 8)
     graph = tq.export(nets.mlp(), x)
-    assert hold_against(graph, graph, [x], **BOUND).sqnr_db > 100
-    assert hold_against(graph, lambda v: graph(v) * 1.001, [x], **BOUND).sqnr_db == pytest.approx(60, abs=0.1)
+    assert hold_against(graph, graph, [x], **BOUND).comparison.sqnr_db > 100
+    found = hold_against(graph, lambda v: graph(v) * 1.001, [x], **BOUND)
+    assert found.comparison.sqnr_db == pytest.approx(60, abs=0.1)
     for wrong in (lambda v: graph(v) * 1.1, lambda v: graph(v) * float("nan"), lambda v: graph(v)[:1]):
-        with pytest.raises(tq.LoweringError, match=r"test: the artefact"):
+        with pytest.raises(tq.LoweringError, match=r"the artefact"):
             hold_against(graph, wrong, [x], **BOUND)
 
 

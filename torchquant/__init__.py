@@ -10,6 +10,7 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
+from torchquant.batches import Steps
 from torchquant.calibrate import calibrate
 from torchquant.errors import (
     ArtifactError,
@@ -53,6 +54,7 @@ __all__ = [
     "SchemeError",
     "SeqMSE",
     "SmoothQuant",
+    "Steps",
     "TorchquantError",
     "TorchquantWarning",
     "calibrate",

@@ -15,7 +15,7 @@ from torchquant.errors import ArtifactError
 
 __all__ = ["FORMAT", "NAME", "compress", "read", "read_any", "text_of", "versions"]
 
-FORMAT = 1  # raised when an older reader could not make sense of what is written
+FORMAT = 2  # raised when an older reader could not make sense of what is written
 NAME = "torchquant.json"
 
 

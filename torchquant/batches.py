@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,30 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchquant.errors import CalibrationError, InputError
+from torchquant.signature import InputSpec, Signature, placeholders
 
 Batch = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Batches that follow one another in time, for a model with state: it starts anew before the first of them.
+
+    Each other batch starts from the state that the model was exported with.
+    """
+
+    batches: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A batch as a graph takes it: leaves in the order of its placeholders, and the state that it starts from.
+
+    `state`: name of a buffer -> value; empty: what the graph holds.
+    """
+
+    leaves: tuple[Any, ...]
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -23,125 +45,70 @@ def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(batch), {}
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
+    hint = "; wrap arrays with torch.from_numpy" if type(batch).__module__ == "numpy" else ""
     raise InputError(
-        f"a batch is a tensor, a tuple of arguments or a dict of keyword arguments, not {type(batch).__name__}"
+        f"a batch is a tensor, a tuple of arguments or a dict of keyword arguments, not {type(batch).__name__}{hint}"
     )
 
 
-def call(model: Any, batch: Any) -> Any:
-    """Run a model on one batch."""
-    args, kwargs = split(batch)
-    return model(*args, **kwargs)
-
-
 def flatten(batch: Any) -> list[Any]:
-    """The batch's leaves in argument order (keyword arguments as given)."""
+    """The batch's leaves as they come; `leaves_of` gives them in the order of a graph's inputs."""
     return pytree.tree_leaves(split(batch))
 
 
-def in_order(model: GraphModule, batch: Any) -> list[Any]:
-    """The batch's leaves in the order of the graph's placeholders."""
-    if isinstance(batch, dict):
-        names = [str(n.target) for n in placeholders(model)]
-        if set(names) == set(batch):
-            return [batch[n] for n in names]
-    return flatten(batch)
+def call(model: Any, batch: Any) -> Any:
+    """Run a model on one batch; a graph takes its arguments in any order of names and keys."""
+    if isinstance(model, GraphModule):
+        signature = Signature.of(model)
+        args, kwargs = signature.arguments(given(signature, batch).leaves)
+    else:
+        args, kwargs = split(batch)
+    return model(*args, **kwargs)
 
 
-def placeholders(model: GraphModule) -> list[Node]:
-    return [n for n in model.graph.nodes if n.op == "placeholder"]
+def leaves_of(signature: Signature, batch: Any, name: str = "the input") -> list[Any]:
+    """The batch's leaves in the order of the graph's placeholders; raises InputError if it does not fit."""
+    args, kwargs = split(batch)
+    return signature.leaves(args, kwargs, name)
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What one input of a graph or program must be: a tensor of `dtype` and `shape` (None: any size)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    def check(self, value: Any, batch: str) -> None:
-        """Raise InputError unless `value` is such a tensor."""
-        where = f"{batch}, input {self.name!r}"
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{where}: expected a tensor, got {type(value).__name__}")
-        if str(value.dtype) != self.dtype:
-            raise InputError(f"{where}: expected {self.dtype}, got {value.dtype}; convert the data, or export with it")
-        if len(value.shape) != len(self.shape) or any(
-            want not in (None, got) for want, got in zip(self.shape, value.shape, strict=True)
-        ):
-            wanted = ", ".join("any" if s is None else str(s) for s in self.shape)
-            raise InputError(
-                f"{where}: expected shape ({wanted}), got {tuple(value.shape)}. To accept several sizes, export "
-                "with dynamic_shapes, e.g. {'x': {0: torch.export.Dim('batch')}}."
-            )
+def given(signature: Signature, batch: Any, name: str = "the input") -> Given:
+    """The batch as the graph takes it; raises InputError if it does not fit."""
+    return batch if isinstance(batch, Given) else Given(tuple(leaves_of(signature, batch, name)))
 
 
 def input_specs(model: GraphModule) -> tuple[InputSpec, ...]:
     """One InputSpec for each placeholder that is a tensor, in order."""
-    fakes = [(str(n.target), n.meta.get("val")) for n in placeholders(model)]
-    return tuple(
-        InputSpec(name, str(v.dtype), tuple(s if isinstance(s, int) else None for s in v.shape))
-        for name, v in fakes
-        if isinstance(v, torch.Tensor)
-    )
+    return Signature.of(model).tensors
 
 
-def arrange(specs: Sequence[InputSpec], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The tensors of a call in the order of `specs`: positional ones first, the others by name.
-
-    Raises:
-        InputError: too many, too few, an unknown name, or a tensor that does not fit.
-    """
-    names = [spec.name for spec in specs]
-    given = [v for v in pytree.tree_leaves(tuple(args)) if isinstance(v, torch.Tensor)]
-    rest = names[len(given) :]
-    if kwargs and set(kwargs) == set(rest):
-        given += [kwargs[name] for name in rest]
-    else:
-        unknown = sorted(set(kwargs) - set(names))
-        if unknown and all(isinstance(v, torch.Tensor) for v in kwargs.values()):
-            raise InputError(f"the model has no inputs {', '.join(unknown)}; it takes {', '.join(names)}")
-        given += [v for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, torch.Tensor)]
-    if len(given) != len(specs):
-        raise InputError(f"the input has {len(given)} tensors, the model takes {len(specs)}: {', '.join(names)}")
-    for value, spec in zip(given, specs, strict=True):
-        spec.check(value, "the input")
-    return given
-
-
-def check(specs: Sequence[InputSpec], batch: Any, name: str = "the input") -> None:
-    """Raise InputError if `batch` does not fit: count, type, dtype, rank or a static size."""
-    names = [spec.name for spec in specs]
-    if isinstance(batch, dict) and set(batch) == set(names):
-        given = [batch[n] for n in names]
-    else:
-        given = [v for v in flatten(batch) if v is not None and not isinstance(v, (bool, int, float, str))]
-    if len(given) != len(specs):
-        raise InputError(f"{name} has {len(given)} tensors, the model takes {len(specs)}: {', '.join(names)}")
-    for value, spec in zip(given, specs, strict=True):
-        spec.check(value, name)
-
-
-def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches one by one, each checked against the graph.
+def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Given | Steps]:
+    """The batches one by one, each checked against the graph, as the graph takes them.
 
     Raises:
         InputError: `batches` is a single tensor or not iterable, or a batch does not fit.
         CalibrationError: there is no batch at all, or one holds NaN.
     """
-    if isinstance(batches, (torch.Tensor, dict, str)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (torch.Tensor, dict, str, Steps)) or not isinstance(batches, Iterable):
         raise InputError(f"batches is an iterable of batches, not a single {type(batches).__name__}; wrap it: [batch]")
-    count, specs = 0, input_specs(model)
+    count, signature = 0, Signature.of(model)
     for count, batch in enumerate(batches, start=1):
-        check(specs, batch, f"batch {count - 1}")
-        for value in flatten(batch):
-            # infinity is refused where it is observed: a mask of minus infinity is a legitimate input
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
-                raise CalibrationError(f"batch {count - 1} holds NaN")
-        yield batch
+        name = f"batch {count - 1}"
+        if isinstance(batch, Steps):
+            steps = [_finite(given(signature, b, f"{name}, step {i}"), name) for i, b in enumerate(batch.batches)]
+            yield Steps(steps)
+        else:
+            yield _finite(given(signature, batch, name), name)
     if count == 0:
         raise CalibrationError("there is no calibration batch: the iterable is empty (or was used up before)")
+
+
+def _finite(batch: Given, name: str) -> Given:
+    # infinity is refused where it is observed: a mask of minus infinity is a legitimate input
+    for value in batch.leaves:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            raise CalibrationError(f"{name} holds NaN")
+    return batch
 
 
 def example_of(model: GraphModule) -> Any:
@@ -150,11 +117,7 @@ def example_of(model: GraphModule) -> Any:
     Raises:
         InputError: an input has no recorded shape.
     """
-    leaves = [_example_value(node) for node in placeholders(model)]
-    spec = getattr(model, "_in_spec", None)
-    if spec is None:
-        return tuple(leaves)
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    args, kwargs = Signature.of(model).arguments([_example_value(node) for node in placeholders(model)])
     if args and kwargs:
         return (*args, *kwargs.values())
     return kwargs or args
@@ -163,11 +126,9 @@ def example_of(model: GraphModule) -> Any:
 def _example_value(node: Node) -> Any:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
-        if fake is None or isinstance(fake, (int, float, bool, str)):
-            return fake
-        raise InputError(f"input {node.name!r} has no recorded shape; pass example_inputs")
+        return fake
     shape = [s if isinstance(s, int) else s.node.hint or 2 for s in fake.shape]
-    if fake.is_floating_point():
+    if fake.is_floating_point() or fake.is_complex():
         return torch.randn(shape, dtype=fake.dtype, generator=torch.Generator().manual_seed(0))
     return torch.ones(shape, dtype=fake.dtype)
 
@@ -177,39 +138,61 @@ def contiguous(batch: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, batch)
 
 
-def below_bounds(model: GraphModule, batch: Any) -> Any:
-    """The batch cut by one wherever a dynamic size is at its upper bound: there a compiler may fix the size."""
-    leaves, structure = pytree.tree_flatten(batch)
-    nodes = placeholders(model)
-    if len(leaves) != len(nodes) or isinstance(batch, dict):
-        return batch
-    return pytree.tree_unflatten([_below(v, n.meta.get("val")) for v, n in zip(leaves, nodes, strict=True)], structure)
+# sizes that vary -----------------------------------------------------------------------------------------------------
 
 
-def _below(value: Any, fake: Any) -> Any:
-    if not isinstance(value, torch.Tensor) or not isinstance(fake, torch.Tensor):
-        return value
-    for axis, size in enumerate(fake.shape):
-        if isinstance(size, torch.SymInt) and value.shape[axis] > 2:
-            upper = size.node.shape_env.bound_sympy(size.node.expr).upper
-            if upper == value.shape[axis]:
-                value = value.narrow(axis, 0, value.shape[axis] - 1)
-    return value.contiguous()
+def to_export(signature: Signature, leaves: Sequence[Any]) -> list[Any]:
+    """The leaves with other sizes where exporting on these would fix a size that varies.
+
+    torch.export and compilers take sizes of 0 and 1, and one at its upper bound, for constants. Tensors are repeated or
+    cut, so that what indexes stays an index.
+    """
+    sizes = [s for spec in signature.tensors for s in spec.sizes if s is not None]
+    largest = {s.symbol: s.symbol_at(s.maximum) for s in sizes if s.maximum is not None}
+    wanted: dict[str, int] = {}
+    for value, spec in zip(leaves, signature.inputs, strict=True):
+        for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):
+            if size is not None and (given := size.symbol_at(value.shape[axis])) is not None:
+                most = largest.get(size.symbol)
+                given = given - 1 if given == most and given > 2 else given
+                wanted[size.symbol] = max(given, 2) if most is None or most >= 2 else given
+    return [_resized(v, spec, wanted) for v, spec in zip(leaves, signature.inputs, strict=True)]
 
 
-def dynamic_shapes_of(model: GraphModule, batch: Any) -> Any:
-    """The `dynamic_shapes` that exporting the graph on `batch` again needs to keep its dynamic sizes."""
-    leaves = [_dynamic_dims(node) for node in placeholders(model)]
+def with_first_sizes(signature: Signature, leaves: Sequence[Any], value: int) -> list[Any] | None:
+    """The leaves with `value` for the first size that varies; None if none does, or it may not be that."""
+    sizes = [s for spec in signature.tensors for s in spec.sizes[:1] if s is not None]
+    if not sizes:
+        return None
+    chosen = [s for spec in signature.tensors for s in spec.sizes if s is not None and s.symbol == sizes[0].symbol]
+    if any(s.at(value) < s.minimum or s.at(value) > (s.maximum or s.at(value)) for s in chosen):
+        return None
+    return [_resized(v, spec, {sizes[0].symbol: value}) for v, spec in zip(leaves, signature.inputs, strict=True)]
+
+
+def _resized(value: Any, spec: Any, wanted: dict[str, int]) -> Any:
+    """A tensor with the sizes that go with the symbols' wanted values."""
+    for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):
+        if size is not None and size.symbol in wanted:
+            target, present = size.at(wanted[size.symbol]), value.shape[axis]
+            if present and target != present:
+                value = value.index_select(axis, torch.arange(target, device=value.device) % present)
+    return value
+
+
+def dynamic_shapes_of(signature: Signature) -> Any:
+    """The `dynamic_shapes` that exporting the graph again needs to keep the sizes that vary, and their bounds."""
+    leaves = [_dims_of(spec) if isinstance(spec, InputSpec) else None for spec in signature.inputs]
     if not any(leaves):
         return None
-    args, kwargs = split(batch)
-    structure = pytree.tree_structure((args, kwargs))
-    dims_args, dims_kwargs = pytree.tree_unflatten(leaves, structure)
-    return {**dims_kwargs} if kwargs and not args else tuple(dims_args)
+    args, kwargs = signature.arguments(leaves)
+    return dict(zip(signature.parameters, (*args, *kwargs.values()), strict=True)) if kwargs else tuple(args)
 
 
-def _dynamic_dims(node: Node) -> dict[int, Any]:
-    fake = node.meta.get("val")
-    if not isinstance(fake, torch.Tensor):
-        return {}
-    return {i: torch.export.Dim.AUTO for i, s in enumerate(fake.shape) if not isinstance(s, int)}
+def _dims_of(spec: InputSpec) -> dict[int, Any]:
+    dims = {}
+    for axis, (fixed, size) in enumerate(zip(spec.shape, spec.sizes, strict=True)):
+        if fixed is None:
+            maximum = size.maximum if size is not None else None
+            dims[axis] = torch.export.Dim.AUTO if maximum is None else torch.export.Dim.AUTO(max=maximum)
+    return dims

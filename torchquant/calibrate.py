@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
 from torchquant.fx import merging
-from torchquant.fx.sites import is_observer, observers, read_sites
+from torchquant.fx.sites import is_observer, observers, read_sites, refuse_lost_writes
+from torchquant.fx.states import own_inputs, restored, set_states, states_of
 from torchquant.observers import check_finite, reset
 from torchquant.parallel import is_parallel
+from torchquant.signature import Signature
 
 __all__ = ["Recorder", "calibrate", "recalibrate"]
 
@@ -32,7 +35,8 @@ def calibrate(
 
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
-        batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments.
+        batches: an iterable of batches; each a tensor, a tuple of arguments or a dict of keyword arguments. Each starts
+            from the state that the model was exported with; batches that follow one another are one `Steps`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -51,10 +55,11 @@ def calibrate(
     reached: set[int] = set()
     hooks = [h for model in models for h in _watch(model, reached)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
+            initial = [stack.enter_context(restored(model)) for model in models]
             for batch in shown:
-                for model in models:
-                    data.call(model, batch)
+                for model, state in zip(models, initial, strict=True):
+                    _observe(model, batch, state)
     finally:
         for hook in hooks:
             hook.remove()
@@ -62,6 +67,14 @@ def calibrate(
         merging.merge(models, reached)
     for model in models:
         _check_reached(model, reached)
+
+
+def _observe(model: GraphModule, batch: data.Given | data.Steps, initial: Mapping[str, torch.Tensor]) -> None:
+    """Run one batch from the initial state, or batches that follow one another, on copies of what the graph writes."""
+    for i, step in enumerate(batch.batches if isinstance(batch, data.Steps) else [batch]):
+        if i == 0 or step.state:
+            set_states(model, {**initial, **step.state})
+        data.call(model, own_inputs(model, step))
 
 
 def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool = True) -> None:
@@ -88,8 +101,14 @@ class Recorder(Interpreter):
         super().__init__(prepared)
         self._prepared, self._statistics, self._observe = prepared, statistics, observe
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*data.in_order(self._prepared, kwargs if kwargs and not args else (*args, *kwargs.values())))
+    def __call__(self, batch: Any) -> Any:
+        """Run one batch; neither it nor the graph's state is changed."""
+        given = own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
+        self._states = {n: given.state.get(n, v).clone() for n, v in states_of(self._prepared).items()}
+        return self.run(*given.leaves)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._states[target] if target in self._states else super().get_attr(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         skip = not self._observe and is_observer(self.fetch_attr(target))
@@ -109,6 +128,7 @@ def _check_prepared(model: GraphModule) -> None:
             "the graph has no observers: the Quantizer annotated nothing, or this is not what prepare_pt2e "
             "returned. torchquant.report(graph) lists every op and why it stays float."
         )
+    refuse_lost_writes(model)
     missed = [s for s in read_sites(model) if s.status == "missed"]
     if missed:
         names = ", ".join(f"{s.op} {s.node}" + (f" ({s.module})" if s.module else "") for s in missed[:8])

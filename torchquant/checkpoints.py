@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.fx import GraphModule
 
-from torchquant import batches as data
 from torchquant.algorithms.contract import Algorithm
 from torchquant.errors import ArtifactError
 from torchquant.files import write_whole
@@ -86,7 +85,7 @@ def _fingerprint(
                 found.update(name.encode())
                 _digest(found, value)
     for batch in batches:
-        for leaf in data.flatten(batch):
+        for leaf in (*batch.leaves, *batch.state.values()):
             _digest(found, leaf)
     for algorithm in algorithms:
         found.update(_description(algorithm).encode())

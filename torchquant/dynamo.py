@@ -9,9 +9,9 @@ import torch
 import torch._dynamo
 from torch.fx import GraphModule, Node
 
-from torchquant import batches as data
 from torchquant.errors import LoweringError
 from torchquant.fx import passes
+from torchquant.signature import placeholders
 
 __all__ = ["backend"]
 
@@ -32,7 +32,7 @@ def backend(
     if unknown:
         raise LoweringError(f"the torchquant backend has no options {sorted(unknown)}; it has {sorted(known)}")
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    lifted = [_is_lifted(node) for node in data.placeholders(graph)]
+    lifted = [_is_lifted(node) for node in placeholders(graph)]
 
     def run(*inputs: Any) -> Any:
         given = [v for v, constant in zip(inputs, lifted, strict=True) if not constant and isinstance(v, torch.Tensor)]
@@ -56,7 +56,7 @@ def _bind(graph: GraphModule, inputs: Sequence[Any], lifted: Sequence[bool]) -> 
     for node in bound.graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
-    for i, (node, value) in enumerate(zip(data.placeholders(bound), inputs, strict=True)):
+    for i, (node, value) in enumerate(zip(placeholders(bound), inputs, strict=True)):
         if isinstance(value, torch.Tensor) and not lifted[i]:
             node.meta["val"] = value
             continue

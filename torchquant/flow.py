@@ -18,7 +18,9 @@ from torchquant.algorithms.contract import Algorithm
 from torchquant.calibrate import calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
-from torchquant.fx.sites import is_converted, is_prepared, read_sites
+from torchquant.fx.functional import functionalize
+from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
+from torchquant.fx.states import own_states
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
@@ -27,7 +29,9 @@ __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
 def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> GraphModule:
     """`torch.export` a float model into the graph that Quantizers annotate.
 
-    Ops inside `torch.no_grad()` regions are inlined, so that Quantizers see them.
+    Ops inside `torch.no_grad()` regions are inlined, so that Quantizers see them, and writes in place become values
+    (`fx/functional.py`), so that none is lost between quantized copies of a tensor. Buffers that the graph writes (its
+    state) are copies: running the graph does not change the model.
 
     Args:
         model: a float module; put in eval mode (and back) if it is in training mode.
@@ -39,19 +43,24 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     """
     if isinstance(model, GraphModule) and (is_prepared(model) or is_converted(model)):
         raise InputError("the model is prepared or converted already; export the float model")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     args, kwargs = data.split(example_inputs)
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
             module.training = False
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
+        with torch.no_grad():  # autograd refuses writes through views that are right without it
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
     except Exception as error:
         raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_lines(error)}") from error
     finally:
         for module, training in modes.items():
             module.training = training
     assert isinstance(exported, GraphModule)
-    passes.inline_grad_regions(exported)
+    passes.inline_regions(exported)
+    functionalize(exported)
+    own_states(exported)
     return exported
 
 
@@ -80,6 +89,7 @@ def convert(prepared: GraphModule) -> GraphModule:
 def _refuse_uncalibrated(prepared: GraphModule) -> None:
     if not is_prepared(prepared):
         raise CalibrationError("convert takes a prepared graph; this one has no observers")
+    refuse_lost_writes(prepared)
     for node, observer in passes.static_observers(prepared):
         low = getattr(observer, "min_val", None)
         if isinstance(low, torch.Tensor) and (low.numel() == 0 or bool(torch.isinf(low).any())):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import threading
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from torchquant import archive
-from torchquant.batches import InputSpec
+from torchquant.errors import InputError
+from torchquant.proof import Verdict
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import QParams, Site
-from torchquant.verify import Comparison
+from torchquant.verify import Comparison, OutputComparison
 
-__all__ = ["Metadata", "Program", "Proof", "read_metadata", "write_metadata"]
+__all__ = ["Metadata", "Program", "Proof", "State", "read_metadata", "write_metadata"]
+
+_STATES = "states/initial.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Proof:
         annotated: compute ops that the converted graph quantizes; `fused`: those the artefact runs so.
         comparison: the artefact's output against the converted graph's.
         left_float: for each group of ops that run in float (`3 softmax`), why.
+        outcome: `holds`, or `undecided`: nothing speaks against the artefact, and not enough for it.
+        reason: how that was decided, where the outputs alone did not do it.
     """
 
     kernels: Mapping[str, int]
@@ -36,30 +44,63 @@ class Proof:
     fused: int
     comparison: Comparison
     left_float: Mapping[str, str]
+    outcome: str = "holds"
+    reason: str = ""
+
+    @staticmethod
+    def of(
+        verdict: Verdict, kernels: Mapping[str, int], annotated: int, fused: int, left_float: Mapping[str, str]
+    ) -> Proof:
+        """What was counted, with what comparing found."""
+        return Proof(kernels, annotated, fused, verdict.comparison, left_float, verdict.outcome, verdict.reason)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a program knows about itself: its inputs, the sites of its graph, its proof.
+    """What a program knows about itself: how it is called, the sites of its graph, its proof.
 
-    `overwrites_inputs`: the artefact writes into the tensors it is given, so a call must hand it copies.
-    `structure`: the pytree of (args, kwargs) that it was exported with, serialized.
+    Args:
+        overwrites_inputs: the artefact writes into the tensors it is given, so a call must hand it copies.
+        states: name -> initial value of what one call hands to the next: inputs and outputs behind the model's own.
+        returns: positions among the input tensors whose new values are returned last, because the model writes them.
     """
 
-    inputs: tuple[InputSpec, ...]
+    signature: Signature
     sites: tuple[Site, ...]
     proof: Proof
     overwrites_inputs: bool = False
-    structure: str = ""
+    states: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    returns: tuple[int, ...] = ()
+
+
+class State(threading.local):
+    """What a program hands from one call to the next; each thread has its own, from the initial values on."""
+
+    def __init__(self, initial: Mapping[str, torch.Tensor]) -> None:
+        self.initial = initial
+        self.values = {name: value.clone() for name, value in initial.items()}
+
+    def set(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take other values; raises InputError unless they have the names, dtypes and shapes of the initial ones."""
+        if not isinstance(values, Mapping) or set(values) != set(self.initial):
+            raise InputError(f"the state of this program is {sorted(self.initial)}, each a tensor; got {values!r:.200}")
+        for name, wanted in self.initial.items():
+            InputSpec(name, str(wanted.dtype), tuple(wanted.shape)).check(values[name], "the state")
+        self.values = {name: values[name].detach().clone() for name in self.initial}
 
 
 class Program(ABC):
-    """A lowered model: call it like the model, save it, ask what it holds."""
+    """A lowered model: call it like the model, save it, ask what it holds.
+
+    A model that keeps state in buffers (a cache, a filter) is a program with `state`: each call starts from what the
+    last call in the same thread left, the first from what the model held when it was exported.
+    """
 
     target: str
     inputs: tuple[InputSpec, ...]
     sites: tuple[Site, ...]
     proof: Proof | None
+    _state: State = State({})
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,29 +115,58 @@ class Program(ABC):
     def size_bytes(self) -> int:
         """Size of the artefact as saved."""
 
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of this thread's state, by the names of the model's buffers; empty where the model keeps none.
+
+        Assign what was read before to go on with another stream of inputs.
+        """
+        return {name: value.clone() for name, value in self._state.values.items()}
+
+    @state.setter
+    def state(self, values: Mapping[str, torch.Tensor]) -> None:
+        self._state.set(values)
+
+    def reset(self) -> None:
+        """Go back to the initial state, in this thread."""
+        self._state.set(self._state.initial)
+
 
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
     """Add what a program knows about itself to its archive."""
     sites = [{**asdict(replace(s, activation=None, weight=None)), **_tensors_of(s)} for s in about.sites]
     payload = {
-        "inputs": [asdict(i) for i in about.inputs],
+        "signature": about.signature.to_json(),
         "sites": sites,
         "proof": asdict(about.proof),
         "overwrites_inputs": about.overwrites_inputs,
-        "structure": about.structure,
+        "returns": list(about.returns),
     }
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
         root = out.namelist()[0].partition("/")[0]
         out.writestr(f"{root}/extra/{archive.NAME}", archive.text_of(target, payload))
+        if about.states:
+            stored = {name: value.contiguous() for name, value in about.states.items()}
+            out.writestr(f"{root}/{_STATES}", safetensors.torch.save(stored))
 
 
 def read_metadata(package: Path, target: str) -> Metadata:
     """What `write_metadata` stored; raises ArtifactError if `package` is no archive of `target`."""
     found = archive.read(package, target)
-    proof = {**found["proof"], "comparison": Comparison(**found["proof"]["comparison"])}
-    inputs = tuple(InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in found["inputs"])
+    proof = {**found["proof"], "comparison": _comparison_of(found["proof"]["comparison"])}
     sites = tuple(_site_of(s) for s in found["sites"])
-    return Metadata(inputs, sites, Proof(**proof), found["overwrites_inputs"], found["structure"])
+    signature, returns = Signature.from_json(found["signature"]), tuple(found["returns"])
+    return Metadata(signature, sites, Proof(**proof), found["overwrites_inputs"], _states_in(package), returns)
+
+
+def _comparison_of(stored: Mapping[str, Any]) -> Comparison:
+    return Comparison(**{**stored, "outputs": tuple(OutputComparison(**o) for o in stored["outputs"])})
+
+
+def _states_in(package: Path) -> dict[str, torch.Tensor]:
+    with zipfile.ZipFile(package) as archive_:
+        names = [n for n in archive_.namelist() if n.endswith(f"/{_STATES}")]
+        return safetensors.torch.load(archive_.read(names[0])) if names else {}
 
 
 def _tensors_of(site: Site) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def program_text(program: Program) -> str:
         f"  annotated compute ops run quantized: {proof.fused}/{proof.annotated}",
         f"  against the converted graph: {proof.comparison.sqnr_db:.1f} dB, "
         f"largest difference {proof.comparison.max_abs:.3g}",
+        *([f"  proof: {proof.outcome}: {proof.reason}"] if proof.reason else []),
     ]
     lines += [f"  float: {op}: {why}" for op, why in sorted(proof.left_float.items())]
     return "\n".join(lines)

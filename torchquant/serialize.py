@@ -15,10 +15,11 @@ from torchquant import archive
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, InputError
 from torchquant.files import write_whole
-from torchquant.fx import ops, passes
+from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
+from torchquant.signature import Signature
 
-__all__ = ["export_again", "functional", "is_graph", "load", "save"]
+__all__ = ["export_again", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
@@ -51,17 +52,17 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
 
 
 def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export.ExportedProgram:
-    """Export a graph once more, with the dynamic sizes it has."""
+    """Export a graph once more, with the dynamic sizes it has, whatever the sizes of the example.
+
+    Raises:
+        InputError: the example does not fit the graph.
+    """
+    signature = Signature.of(graph)
     batch = data.example_of(graph) if example_inputs is None else example_inputs
-    args, kwargs = data.split(batch)
-    return torch.export.export(graph, args, kwargs, dynamic_shapes=data.dynamic_shapes_of(graph, batch))
-
-
-def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without ops that write in place; the very same if it has none."""
-    schemas = [ops.schema_of(n) for n in exported.graph.nodes]
-    writes = any(schema is not None and schema.is_mutable for schema in schemas)
-    return exported.run_decompositions({}) if writes else exported
+    leaves = data.to_export(signature, data.leaves_of(signature, batch, "example_inputs"))
+    args, kwargs = signature.arguments(leaves)
+    with torch.no_grad():
+        return torch.export.export(graph, args, kwargs, dynamic_shapes=data.dynamic_shapes_of(signature))
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:

@@ -24,7 +24,7 @@ from torchquant.fx import patterns
 from torchquant.fx.blocks import Span
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.sites import observers
-from torchquant.fx.stream import Stream, Task
+from torchquant.fx.stream import Stream, Task, given_to
 from torchquant.parallel import anywhere, everywhere
 from torchquant.solved import SolvedActivation, SolvedWeight, apply
 
@@ -112,7 +112,7 @@ def run(
 ) -> Optimization:
     """See `torchquant.optimize`."""
     _check(prepared, algorithms, budget_s)
-    kept = list(data.checked(prepared, batches))
+    kept = given_to(prepared, list(data.checked(prepared, batches)))
     settings = _Settings(
         math.inf if budget_s is None else budget_s,
         memory_bytes,

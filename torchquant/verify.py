@@ -1,10 +1,10 @@
-"""Float against converted against lowered: how close two callables are on the same batches."""
+"""Float against converted against lowered: how close two callables are on the same batches, output by output."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,22 +13,49 @@ from torch.utils import _pytree as pytree
 from torchquant import batches as data
 from torchquant.errors import InputError
 
-__all__ = ["Comparison", "compare", "sqnr_db"]
+__all__ = ["Comparison", "OutputComparison", "compare", "compare_tensors", "sqnr_db"]
+
+_CONCENTRATED = 100.0  # times the error of the median channel, per element, in a channel that is lost
+_LOST_DB = 10.0
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How one output follows its reference over all batches.
+
+    Args:
+        is_float: whether it holds floats; integers and bools are compared for equality.
+        sqnr_db: of floats: 10 log10(sum ref^2 / sum (ref - out)^2) over the finite elements; NaN for others.
+        max_abs: largest absolute difference.
+        agreement: share of rows with the largest element at the same place (of floats) or of equal elements.
+        compared: elements that were compared: those that are finite in the reference.
+        lost_channel: a channel whose values are lost (below 10 dB) though the error of most others is far smaller.
+    """
+
+    is_float: bool
+    sqnr_db: float
+    max_abs: float
+    agreement: float
+    compared: int
+    lost_channel: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an output follows its reference over all batches.
+    """How the outputs follow their reference over all batches.
 
     Args:
-        sqnr_db: 10 log10(sum ref^2 / sum (ref - out)^2) in dB; infinite if equal.
+        sqnr_db: 10 log10(sum ref^2 / sum (ref - out)^2) in dB over all floating-point outputs; infinite if equal.
         max_abs: largest absolute difference.
-        agreement: share of rows whose largest element of the first output is at the same place.
+        agreement: of the first output: the share of rows (of images: pixels) whose largest element is at the same
+            place, or if it holds integers the share of equal elements.
+        outputs: each output by itself.
     """
 
     sqnr_db: float
     max_abs: float
     agreement: float
+    outputs: tuple[OutputComparison, ...] = ()
 
 
 def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
@@ -39,20 +66,108 @@ def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
     Raises:
         InputError: the shapes differ.
     """
-    _check_outputs([reference], [output])
-    return _db(*_signal_and_noise(reference, output.to(reference.device))[:2])
+    if reference.shape != output.shape:
+        raise InputError(f"the tensors differ in shape: {tuple(reference.shape)} against {tuple(output.shape)}")
+    tally = _Tally(reference)
+    tally.add(reference, output.to(reference.device))
+    return _db(tally.signal, tally.noise)
 
 
-def _signal_and_noise(reference: torch.Tensor, output: torch.Tensor) -> tuple[float, float, float]:
-    """Energies of reference and difference, and the largest difference; non-finite elements must be the same."""
-    finite = reference.isfinite()
-    if not torch.equal(finite, output.isfinite()) or not torch.equal(
-        reference[~finite].nan_to_num(), output[~finite].nan_to_num()
-    ):
-        return 1.0, math.inf, math.inf
-    kept, difference = reference[finite].double(), (reference[finite].double() - output[finite].double()).abs()
-    largest = float(difference.max()) if difference.numel() else 0.0
-    return float(kept.square().sum()), float(difference.square().sum()), largest
+def compare(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> Comparison:
+    """Run both on every batch and compare all outputs that are tensors or numbers.
+
+    Each gets its own copy of the batch, so that a model that writes into its inputs changes nothing.
+
+    Raises:
+        InputError: no batch, or outputs of different structure, shape or type.
+    """
+
+    def outputs_of(model: Callable[..., Any], batch: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return _tensors(data.call(model, _copy(batch)))
+
+    return compare_tensors((outputs_of(reference, b), outputs_of(candidate, b)) for b in batches)
+
+
+def compare_tensors(pairs: Iterable[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]) -> Comparison:
+    """As `compare`, of the outputs of the reference and of the candidate for each batch."""
+    tallies: list[_Tally] = []
+    for expected, got in pairs:
+        _check_outputs(expected, got)
+        tallies = tallies or [_Tally(t) for t in expected]
+        for tally, a, b in zip(tallies, expected, got, strict=True):
+            tally.add(a.detach(), b.detach().to(a.device))
+    if not tallies:
+        raise InputError("there is no batch to compare on")
+    outputs = tuple(t.result() for t in tallies)
+    floats = [t for t in tallies if t.is_float]
+    total = _db(sum(t.signal for t in floats), sum(t.noise for t in floats)) if floats else math.nan
+    return Comparison(total, max(o.max_abs for o in outputs), outputs[0].agreement, outputs)
+
+
+@dataclass
+class _Tally:
+    """Sums over the batches for one output."""
+
+    example: torch.Tensor
+    signal: float = 0.0
+    noise: float = 0.0
+    max_abs: float = 0.0
+    same: int = 0
+    rows: int = 0
+    compared: int = 0
+    by_channel: list[torch.Tensor] = field(default_factory=list)  # signal, noise, elements
+
+    @property
+    def is_float(self) -> bool:
+        return self.example.is_floating_point()
+
+    @property
+    def axis(self) -> int:
+        """Channels of images are on axis 1, all others' last."""
+        return 1 if self.example.ndim >= 4 else -1
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Count one batch."""
+        if not self.is_float:
+            equal = a == b
+            self.same, self.rows = self.same + int(equal.sum()), self.rows + a.numel()
+            self.compared += a.numel()
+            self.max_abs = max(self.max_abs, float((a.double() - b.double()).abs().max()) if a.numel() else 0.0)
+            return
+        finite = a.isfinite()
+        self.compared += int(finite.sum())
+        if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+            self.signal, self.noise, self.max_abs = self.signal + 1.0, math.inf, math.inf
+        else:
+            self._add_errors(torch.where(finite, a, 0).double(), torch.where(finite, b, 0).double(), finite)
+        if a.ndim >= 2 and a.shape[self.axis] > 0:
+            matches = a.argmax(self.axis) == b.argmax(self.axis)
+            self.same, self.rows = self.same + int(matches.sum()), self.rows + matches.numel()
+
+    def _add_errors(self, a: torch.Tensor, b: torch.Tensor, finite: torch.Tensor) -> None:
+        error = a - b
+        self.signal, self.noise = self.signal + float(a.square().sum()), self.noise + float(error.square().sum())
+        self.max_abs = max(self.max_abs, float(error.abs().max()) if error.numel() else 0.0)
+        if a.ndim >= 2:
+            sums = [t.movedim(self.axis, 0).flatten(1).sum(1) for t in (a.square(), error.square(), finite.double())]
+            known = self.by_channel if self.by_channel and len(self.by_channel[0]) == len(sums[0]) else []
+            self.by_channel = [x + y for x, y in zip(known, sums, strict=True)] if known else sums
+
+    def result(self) -> OutputComparison:
+        agreement = self.same / self.rows if self.rows else math.nan
+        db = _db(self.signal, self.noise) if self.is_float else math.nan
+        return OutputComparison(self.is_float, db, self.max_abs, agreement, self.compared, self._lost_channel())
+
+    def _lost_channel(self) -> int | None:
+        if not self.by_channel or len(self.by_channel[0]) < 2:
+            return None
+        signal, noise, count = self.by_channel
+        error = noise / count.clamp(min=1)
+        lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (error > _CONCENTRATED * error.median()) & (noise > 0)
+        # a channel that is zero but for rounding is lost to nobody
+        lost &= signal > 1e-12 * signal.max()
+        return int(lost.nonzero()[0]) if bool(lost.any()) else None
 
 
 def _db(signal: float, noise: float) -> float:
@@ -63,39 +178,25 @@ def _db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def compare(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> Comparison:
-    """Run both on every batch and compare all floating-point outputs.
-
-    Raises:
-        InputError: no batch, or outputs of different structure or shape.
-    """
-    signal = noise = max_abs = 0.0
-    same = rows = count = 0
-    for batch in batches:
-        count += 1
-        with torch.no_grad():
-            expected, got = _tensors(data.call(reference, batch)), _tensors(data.call(candidate, batch))
-        _check_outputs(expected, got)
-        got = [b.to(a.device) for a, b in zip(expected, got, strict=True)]
-        for a, b in zip(expected, got, strict=True):
-            energy, error, largest = _signal_and_noise(a, b)
-            signal, noise, max_abs = signal + energy, noise + error, max(max_abs, largest)
-        if expected and expected[0].ndim >= 2 and expected[0].shape[-1] > 0:
-            matches = expected[0].argmax(-1) == got[0].argmax(-1)
-            same, rows = same + int(matches.sum()), rows + matches.numel()
-    if count == 0:
-        raise InputError("there is no batch to compare on")
-    return Comparison(_db(signal, noise), max_abs, same / rows if rows else math.nan)
+def _copy(batch: Any) -> Any:
+    if isinstance(batch, data.Given):
+        return data.Given(tuple(_copy(v) for v in batch.leaves), batch.state)
+    return pytree.tree_map_only(torch.Tensor, torch.clone, batch)
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
-    leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-    return [x.detach().float() for x in leaves if x.is_floating_point()]
+    leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, (torch.Tensor, bool, int, float))]
+    found = [torch.as_tensor(x).detach() for x in leaves]
+    found = [torch.view_as_real(x) if x.is_complex() else x for x in found]
+    return [x.float() if x.is_floating_point() else x for x in found]
 
 
-def _check_outputs(expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:
-    shapes, other = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in got]
-    if shapes != other:
-        raise InputError(f"the outputs differ in shape: {shapes} against {other}")
-    if not shapes:
-        raise InputError("the model returns no floating-point tensor, so there is nothing to compare")
+def _check_outputs(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> None:
+    kinds, others = (
+        [("float" if t.is_floating_point() else "integer", tuple(t.shape)) for t in outputs]
+        for outputs in (expected, got)
+    )
+    if kinds != others:
+        raise InputError(f"the outputs differ in shape or type: {kinds} against {others}")
+    if not kinds:
+        raise InputError("the model returns no tensor, so there is nothing to compare")

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, TARGET
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
 from torchquant.fx.sites import qparams_of
+from torchquant.signature import Signature
 from torchquant.types import QParams, Site
 
-__all__ = ["refuse_narrow", "refuse_overflow", "refuse_unrunnable", "refuse_unshared", "unshared"]
+__all__ = ["refuse_narrow", "refuse_overflow", "refuse_unbounded", "refuse_unrunnable", "refuse_unshared", "unshared"]
 
 _INT32 = 2.0**31 - 1
 
@@ -67,6 +69,19 @@ def _activation_problem(site: Site) -> str:
     return ""
 
 
+def refuse_unbounded(signature: Signature) -> None:
+    """Raise LoweringError for a size without an upper bound: ExecuTorch plans its memory for the largest."""
+    for spec in signature.tensors:
+        sizes = spec.sizes or (None,) * len(spec.shape)
+        for axis, (fixed, size) in enumerate(zip(spec.shape, sizes, strict=True)):
+            if fixed is None and (size is None or size.maximum is None):
+                raise LoweringError(
+                    f"input {spec.name!r}: the size of axis {axis} has no upper bound, and ExecuTorch plans its memory "
+                    "for the largest size. Export with one in dynamic_shapes, e.g. "
+                    f"{{{axis}: torch.export.Dim('size', max=64)}}."
+                )
+
+
 _SHARED = ("cat", "max_pool2d", "slice")
 
 
@@ -86,10 +101,11 @@ def unshared(graph: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
                 yield node, differing[0], behind[0]
 
 
-def refuse_unshared(graph: GraphModule, annotated: set[str]) -> None:
+def refuse_unshared(graph: GraphModule, allowed: set[str]) -> None:
     """Raise LoweringError for an annotated op of these: its spec cannot be honoured in int8."""
     for node, dequantize, quantize in unshared(graph):
-        if node.name in annotated:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is not None and annotation.input_qspec_map and node.name not in allowed:
             raise LoweringError(
                 f"{ops.op_name(node)} {node.name} changes scale or zero point from {dequantize.args[1:3]} to "
                 f"{quantize.args[1:3]}, and XNNPACK's programs with that fail to load. Give its inputs and "

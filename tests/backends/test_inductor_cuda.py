@@ -138,7 +138,7 @@ def test_an_addend_and_an_activation_end_in_the_kernel(activation):
         (lambda m, x: m.inner(x) + x.double(), ("none", False)),  # a sum of another dtype
         (lambda m, x: (y := m.inner(x)).relu() + y, ("none", False)),  # read twice
         (lambda m, x: F.hardtanh(m.inner(x), 0.0, 5.0), ("none", False)),
-        (lambda m, x: x.add_(m.inner(x)), ("none", False)),  # writes into the addend
+        (lambda m, x: x.add_(m.inner(x)), ("none", True)),  # the sum is copied into the addend
         (lambda m, x: m.inner(x).relu_(), ("relu", False)),
         (lambda m, x: m.inner(x).clamp(min=0), ("relu", False)),
         (lambda m, x: m.inner(x).clamp(0, 6), ("relu6", False)),

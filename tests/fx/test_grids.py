@@ -22,6 +22,7 @@ from torchquant.fx.sites import observers
 from torchquant.fx.stream import Evaluator, Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.signature import Signature, placeholders
 
 QDQ = torch.ops.quantized_decomposed
 
@@ -95,7 +96,7 @@ def flows(prepared, batches):
     converted = convert_pt2e(passes.copy_graph(prepared))
     evaluator, output = Evaluator(prepared, "quantized"), next(iter(reversed(prepared.graph.nodes)))
     for batch in batches:
-        env = dict(zip(data.placeholders(prepared), data.in_order(prepared, batch), strict=True))
+        env = dict(zip(placeholders(prepared), data.given(Signature.of(prepared), batch).leaves, strict=True))
         with torch.no_grad():
             evaluator.run(data_order(prepared), env)
             wanted = data.call(converted, batch)

@@ -21,11 +21,11 @@ def test_nested_no_grad_regions_are_inlined_with_the_same_result():
     x, model = torch.randn(2, 3, 8, 8), NoGrad().eval()
     graph = torch.export.export(model, (x,)).module()
     assert any("wrap_with_set_grad_enabled" in name for name in names(graph))
-    assert passes.inline_grad_regions(graph)
+    assert passes.inline_regions(graph)
     assert not any("wrap" in name for name in names(graph))
     assert names(graph).count("linear") == 2
     assert torch.allclose(graph(x), model(x), atol=1e-6)
-    assert not passes.inline_grad_regions(graph)
+    assert not passes.inline_regions(graph)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,13 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
+from torchquant.fx.flat import flat
 from torchquant.ops import native, tuning
 from torchquant.ops.plan import Dynamic
 from torchquant.ops.translation import replace_regions
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.serialize import export_again, functional
+from torchquant.serialize import export_again
 
 EPS = 2.0**-23
 
@@ -348,7 +349,7 @@ def test_a_dynamic_convolution_is_no_region():
 
 def test_a_range_for_each_token_is_no_region():
     x = torch.randn(4, 8)
-    graph = functional(export_again(quantized(nets.mlp(), x, XnnpackQuantizer("dynamic_int8")), x)).module()
+    graph = export_again(flat(quantized(nets.mlp(), x, XnnpackQuantizer("dynamic_int8"))).graph, x).module()
     assert replace_regions(graph) == []
 
 
@@ -390,7 +391,7 @@ def quantized(model, x, quantizer, **options):
 def test_all_linears_of_an_encoder_are_in_regions(name):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 32)
-    graph = functional(export_again(quantized(Encoder().eval(), x, QUANTIZERS[name]()), x)).module()
+    graph = export_again(flat(quantized(Encoder().eval(), x, QUANTIZERS[name]())).graph, x).module()
     expected = graph(x)
     built = replace_regions(graph)
     assert sorted(len(b.products) for b in built) == [1, 1, 1, 3]

@@ -16,11 +16,12 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.errors import LoweringError
+from torchquant.fx.flat import flat
 from torchquant.ops import native
 from torchquant.ops import plan as plans
 from torchquant.ops.plan import Quantization, Step, Value
 from torchquant.ops.translation import replace_regions
-from torchquant.serialize import export_again, functional
+from torchquant.serialize import export_again
 
 # threads ------------------------------------------------------------------------------------------------------------
 
@@ -535,7 +536,7 @@ IN_PLACE = {
 def test_writing_in_place_is_unharmed(name):
     x = torch.randn(2, 5, 7, 6)
     graph = exported(Call(IN_PLACE[name], a=conv(5, 16), b=conv(16, 4, 1), c=conv(5, 16)), (x,))
-    replaced = functional(export_again(graph, x.clone())).module()
+    replaced = export_again(flat(graph).graph, x.clone()).module()
     assert replace_regions(replaced)
     expected, found = leaves(graph(x.clone())), leaves(replaced(x.clone()))
     assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, found, strict=True))

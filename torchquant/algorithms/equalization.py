@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import Smallest
 from torchquant.calibrate import Recorder
@@ -95,7 +94,7 @@ class CrossLayerEqualization:
             return set()
         with torch.no_grad():
             for batch in batches:
-                data.call(recorder, batch)
+                recorder(batch)
         changed = set()
         for pair in pairs:
             if pair.second not in spans or (low := smallest[spans[pair.second][0]].value) is None:

@@ -25,7 +25,6 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import MinMaxObserver
 
-from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelSample, Fold
 from torchquant.algorithms.tied_factors import smooth_ties
@@ -154,7 +153,7 @@ class SmoothQuant:
         )
         with torch.no_grad():
             for batch in batches:
-                data.call(recorder, batch)
+                recorder(batch)
         return samples
 
     def _smooth(self, prepared: GraphModule, group: Group, sample: ChannelSample) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelMoments
 from torchquant.calibrate import Recorder
@@ -164,7 +163,7 @@ def _measure(prepared: GraphModule, ties: list[Tie], batches: Sequence[Any], see
     recorder = Recorder(prepared, moments, observe=False)
     with torch.no_grad():
         for batch in batches:
-            data.call(recorder, batch)
+            recorder(batch)
     flowing = set(data_order(prepared))
     axes = {v: tie.axis for tie in ties for v in tie.observers.values() if v in flowing}
     axes |= {r.layer: channel_axis(r.layer) for tie in ties for r in tie.layers if r.layer in flowing}
@@ -185,7 +184,7 @@ def _derivatives(
             if ("sensitivity", node, 0) in stream.store:
                 value = stream.store.get(("sensitivity", node, 0)).movedim(axis, -1)
                 found[node] = found.get(node, 0) + value.reshape(-1, value.shape[-1]).sum(0)
-        seen += max(len(v) for v in data.flatten(batch) if isinstance(v, torch.Tensor) and v.ndim)
+        seen += max(len(v) for v in batch.leaves if isinstance(v, torch.Tensor) and v.ndim)
         if seen >= _SAMPLES:
             break
     return found

@@ -50,6 +50,8 @@ def data_order(prepared: GraphModule) -> list[Node]:
     constant: set[Node] = set()
     found = []
     for node in prepared.graph.nodes:
+        if node.op == "get_attr" and ops.is_overwritten(node):
+            continue  # an input like any other
         if node.op == "get_attr" or (node.all_input_nodes and all(n in constant for n in node.all_input_nodes)):
             constant.add(node)
         elif node.op not in ("placeholder", "output"):

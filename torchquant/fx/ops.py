@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,16 @@ def arguments(node: Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def written(node: Node) -> list[Node]:
+    """The arguments that an operator call writes into."""
+    schema = schema_of(node)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = arguments(node)
+    values = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [n for n in pytree.tree_leaves(values) if isinstance(n, Node)]
+
+
 def qdq_name(node: Node) -> str:
     """The name of an op that quantizes, dequantizes or chooses qparams, in any dialect; else empty."""
     schema = schema_of(node)
@@ -214,21 +225,63 @@ def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
 
 
 def is_constant(node: Node) -> bool:
-    """Whether the value comes from parameters and buffers alone (`get_attr`, possibly through pure ops)."""
-    if node.op == "get_attr":
+    """Whether the value comes from parameters and buffers alone (`get_attr`, possibly through pure ops).
+
+    A buffer that the graph writes is none: it is state.
+    """
+    known: dict[Node, bool] = {}
+    stack = [node]
+    while stack:
+        at = stack[-1]
+        if at in known:
+            stack.pop()
+            continue
+        inputs = at.all_input_nodes
+        if at.op == "get_attr":
+            known[at] = not is_overwritten(at)
+        elif at.op != "call_function" or not inputs or any(not known.get(n, True) for n in inputs):
+            known[at] = False
+        elif unknown := [n for n in inputs if n not in known]:
+            stack += unknown[:1]
+        else:
+            known[at] = True
+    return known[node]
+
+
+def is_overwritten(node: Node) -> bool:
+    """Whether an op of the graph writes into the node's memory, through views or not."""
+    return any(node in written(user) or (_views(user) and is_overwritten(user)) for user in node.users)
+
+
+def _views(node: Node) -> bool:
+    """Whether an op may return its first argument's memory."""
+    schema = schema_of(node)
+    if node.target is operator.getitem:
         return True
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
+    alias = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
+    return alias is not None and not alias.is_write
 
 
 def constant_value(model: GraphModule, node: Node) -> torch.Tensor:
     """The value of a node that depends on parameters and buffers alone (see `is_constant`)."""
-    if node.op == "get_attr":
-        value: torch.Tensor = operator.attrgetter(str(node.target))(model)
-        return value.detach()
-    load: Any = torch.fx.node.map_arg
-    args, kwargs = (load(a, lambda n: constant_value(model, n)) for a in (node.args, node.kwargs))
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    values: dict[Node, Any] = {}
+    stack = [node]
+    while stack:
+        at = stack[-1]
+        missing = [n for n in at.all_input_nodes if n not in values]
+        if missing:
+            stack += missing
+            continue
+        stack.pop()
+        if at.op == "get_attr":
+            values[at] = operator.attrgetter(str(at.target))(model).detach()
+            continue
+        target: Any = at.target
+        given: Any = torch.fx.node.map_arg((at.args, at.kwargs), values.__getitem__)
+        with torch.no_grad():
+            values[at] = target(*given[0], **given[1])
+    found: torch.Tensor = values[node]
+    return found
 
 
 def module_path(node: Node) -> str:
@@ -243,26 +296,75 @@ def module_path(node: Node) -> str:
 
 
 def data_nodes(model: GraphModule) -> set[Node]:
-    """Nodes whose float value depends on the model's data.
+    """Nodes whose float value is data: observed, it gives a range that calibration can know.
 
-    Float inputs, embeddings and whatever is computed from them; not masks and positions that come from
-    integers, `ones`, `arange`, `cumsum` or from shapes: observing those wastes range or ruins it.
+    Float, complex and uint8 inputs, embeddings, state, and whatever is computed from them; not masks and positions that
+    come from integers, bools, `ones`, `arange`, `cumsum` or from shapes: observing those wastes range or ruins it. What
+    a matrix product makes of them is data again.
     """
-    found: set[Node] = set()
+    return _flowing(model)[0]
+
+
+def derived_nodes(model: GraphModule) -> set[Node]:
+    """Nodes whose value depends on what the model is given: data, and masks, positions and one-hot codes as well."""
+    data, derived = _flowing(model)
+    return data | derived
+
+
+def _flowing(model: GraphModule) -> tuple[set[Node], set[Node]]:
+    data: set[Node] = set()
+    derived: set[Node] = set()
     for node in model.graph.nodes:
-        if node.op == "placeholder":
-            if is_float(node):
-                found.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            if node.op == "placeholder" or is_overwritten(node):
+                (data if _is_data(node) else derived).add(node)
             continue
-        name = op_name(node)
-        looked_up = name == "embedding"
-        if name.endswith("_like") or name in ("new_zeros", "new_ones", "new_full", "new_empty"):
+        if _makes_new(node):
             continue
-        if looked_up or (any(n in found for n in node.all_input_nodes) and _may_carry_data(node)):
-            found.add(node)
-    return found
+        inputs = node.all_input_nodes
+        follows = any(n in data for n in inputs)
+        looked_up = _looks_up(node) or (_is_product(node) and any(n in derived for n in inputs))
+        if (follows or looked_up) and _may_carry_data(node):
+            data.add(node)
+        elif (follows or looked_up or any(n in derived for n in inputs)) and _is_tensor(node):
+            derived.add(node)
+    return data, derived
+
+
+def _is_data(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.uint8
+    )
+
+
+def _makes_new(node: Node) -> bool:
+    """Whether the op makes a tensor of which it takes no more than the shape and dtype of another."""
+    name = op_name(node)
+    return name.endswith("_like") or name in ("new_zeros", "new_ones", "new_full", "new_empty")
+
+
+def _looks_up(node: Node) -> bool:
+    """Whether the op reads rows of a constant table, by whatever integers."""
+    name = op_name(node)
+    if name == "embedding":
+        return True
+    table = argument(node, 0) if name in ("index", "index_select", "gather", "take_along_dim") else None
+    unknown = table is not None and "val" not in table.meta  # of an attribute that a pass made
+    return table is not None and is_constant(table) and (unknown or _is_data(table)) and not is_constant(node)
+
+
+def _is_product(node: Node) -> bool:
+    kind = kind_of(node)
+    return kind is not None and kind.compute
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val", ())  # observers and quantize ops carry none
+    return isinstance(value, (torch.Tensor, list, tuple))
 
 
 def _may_carry_data(node: Node) -> bool:
-    value = node.meta.get("val", ())  # observers and quantize ops carry none
-    return isinstance(value, (list, tuple)) or is_float(node) or is_quantize(node)
+    value = node.meta.get("val", ())
+    complex_ = isinstance(value, torch.Tensor) and value.is_complex()
+    return isinstance(value, (list, tuple)) or is_float(node) or complex_ or is_quantize(node)

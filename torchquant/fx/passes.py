@@ -21,22 +21,33 @@ from torchquant.observers import per_token
 aten = torch.ops.aten
 
 
-def inline_grad_regions(model: GraphModule) -> bool:
-    """Inline the subgraphs that `torch.no_grad()` inside a forward leaves in an exported graph.
+def inline_regions(model: GraphModule) -> bool:
+    """Inline the subgraphs that `torch.no_grad()` and `torch.autocast(enabled=False)` inside a forward leave behind.
 
-    No Quantizer looks into them, so such a model would be left float without a word (executorch#22069).
+    No Quantizer looks into them, so such a model would be left float without a word (executorch#22069). A region in
+    which autocast is on computes something else than its ops say, and stays.
     Returns whether there were any; works in place.
     """
-    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
-    regions = [n for n in model.graph.nodes if n.op == "call_function" and n.target is hop]
-    for node in regions:
-        _inline(model, node, body=node.args[1], arguments=node.args[2:])
+    regions = [(n, body) for n in model.graph.nodes if (body := _body_of(n)) is not None]
+    for node, position in regions:
+        _inline(model, node, body=node.args[position], arguments=node.args[position + 1 :])
     if regions:
         model.delete_all_unused_submodules()
-        inline_grad_regions(model)  # regions nest
+        inline_regions(model)  # regions nest
         model.graph.lint()
         model.recompile()
     return bool(regions)
+
+
+def _body_of(node: Node) -> int | None:
+    """The position among a node's arguments of a subgraph that may be inlined, or None."""
+    higher_order = torch.ops.higher_order
+    if node.op != "call_function":
+        return None
+    if node.target is higher_order.wrap_with_set_grad_enabled:
+        return 1
+    is_off = node.target is higher_order.wrap_with_autocast and node.args[2] is False
+    return 4 if is_off else None
 
 
 def _inline(model: GraphModule, node: Node, body: Node, arguments: tuple[Node, ...]) -> None:
@@ -52,6 +63,7 @@ def _inline(model: GraphModule, node: Node, body: Node, arguments: tuple[Node, .
             values[inner_node] = copy = model.graph.node_copy(inner_node, lambda n: values[n])
             if inner_node.op == "get_attr":
                 copy.target = f"{body.target}.{inner_node.target}"
+            _refresh(copy)
     for user in list(node.users):
         if user.target is operator.getitem:
             result = values[results[user.args[1]]]
@@ -62,6 +74,16 @@ def _inline(model: GraphModule, node: Node, body: Node, arguments: tuple[Node, .
         model.graph.erase_node(node)
         if not body.users:
             model.graph.erase_node(body)
+
+
+def _refresh(node: Node) -> None:
+    """Give a node the fake value that it has here, so that views share memory with what they are views of."""
+    inputs = [n.meta.get("val") for n in node.all_input_nodes]
+    mode: Any = next((getattr(v, "fake_mode", None) for v in inputs if hasattr(v, "fake_mode")), None)
+    if ops.is_op(node) and mode is not None and all(v is not None for v in inputs):
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def constant_matmul_to_linear(model: GraphModule) -> int:

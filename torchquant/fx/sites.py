@@ -11,8 +11,10 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
+from torchquant.fx.functional import refuse_stale_copies
 from torchquant.types import QParams, Site, Status
 
+CONSTANT = "it does not depend on the model's inputs"
 NOTE = "torchquant"  # key in node.meta["custom"], which torch.export keeps when retracing and saving
 
 
@@ -50,6 +52,13 @@ def is_prepared(model: GraphModule) -> bool:
 def is_converted(model: GraphModule) -> bool:
     """Whether the graph holds dequantize ops."""
     return any(ops.is_dequantize(node) for node in model.graph.nodes)
+
+
+def refuse_lost_writes(model: GraphModule) -> None:
+    """Raise ExportError if a prepared or converted graph reads a quantized copy of what is written in place later."""
+    refuse_stale_copies(
+        model, lambda n: observer_of(model, n) is not None or ops.is_quantize(n) or ops.is_dequantize(n)
+    )
 
 
 def source_of(node: Node) -> Node:
@@ -142,7 +151,7 @@ def _value(model: GraphModule, value: Any) -> torch.Tensor | None:
 
 
 def read_sites(model: GraphModule) -> list[Site]:
-    """Every op of a prepared or converted graph that computes on data, with its status.
+    """Every op of a prepared or converted graph that computes on data, with its status, and every matrix product.
 
     Quantize, dequantize and observer nodes, shape arithmetic and mere getters are no sites. Reshapes and
     slices move data and are no sites either.
@@ -151,19 +160,25 @@ def read_sites(model: GraphModule) -> list[Site]:
     return [
         _site(model, node)
         for node in model.graph.nodes
-        if node in data and node.op == "call_function" and _computes(node)
+        if node.op == "call_function" and _computes(node) and (node in data or _is_compute(node))
     ]
 
 
 def _computes(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or ops.qdq_name(node):
         return isinstance(node.target, torch._ops.HigherOrderOperator)
-    return ops.op_name(node) not in ("reshape", "slice", "sym_size", "choose_qparams", "to", "_to_copy")
+    return ops.op_name(node) not in ("reshape", "slice", "sym_size", "choose_qparams", "to", "_to_copy", "copy_")
+
+
+def _is_compute(node: Node) -> bool:
+    """Whether the op multiplies matrices, looks up weights, or may hide ops that do."""
+    kind = ops.kind_of(node)
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or (kind is not None and kind.compute)
 
 
 def _site(model: GraphModule, node: Node) -> Site:
     kind = ops.kind_of(node)
-    compute = isinstance(node.target, torch._ops.HigherOrderOperator) or (kind is not None and kind.compute)
+    compute = _is_compute(node)
     weight, activation = None, None
     if kind is not None:
         inputs = ops.data_inputs(node, kind)
@@ -192,6 +207,8 @@ def _status(
         return "quantized", ""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return "missed", f"the ops inside {node.target} are hidden from every Quantizer"
+    if compute and ops.is_constant(node):
+        return "unsupported", CONSTANT
     return ("missed", "the Quantizer did not annotate it") if compute else ("unsupported", "not annotated")
 
 

@@ -17,12 +17,15 @@ from torch.utils import _pytree as pytree
 from torchquant import batches as data
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
+from torchquant.fx.functional import functionalize
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.sites import observer_of
+from torchquant.fx.states import state_nodes
 from torchquant.fx.store import Store
 from torchquant.parallel import total, total_
+from torchquant.signature import Signature, placeholders
 
-__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task"]
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
@@ -188,11 +191,12 @@ class Stream:
     """
 
     def __init__(self, prepared: GraphModule, batches: Sequence[Any], *, budget_bytes: int | None = None) -> None:
-        _read_mutated(prepared)
-        self.prepared, self.count = prepared, len(batches)
+        functionalize(prepared)
+        self.prepared = prepared
         self.store = Store(budget_bytes)
-        inputs = data.placeholders(prepared)
-        self._given = [dict(zip(inputs, data.in_order(prepared, b), strict=True)) for b in batches]
+        inputs = [*placeholders(prepared), *state_nodes(prepared)]
+        self._given = [_values(prepared, g) for g in given_to(prepared, batches)]
+        self.count = len(self._given)
         self._order = data_order(prepared)
         self._place = {node: i for i, node in enumerate(self._order)}
         self._inputs = set(inputs)
@@ -374,14 +378,32 @@ def _first_size(given: Mapping[Node, Any]) -> int:
     return next((len(v) for v in given.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
-def _read_mutated(prepared: GraphModule) -> None:
-    """Let whoever reads a tensor after an in-place op on it read that op's result: the stream keeps values."""
-    place = {node: i for i, node in enumerate(prepared.graph.nodes)}
-    for node in prepared.graph.nodes:
-        if _mutates(node) and isinstance(node.args[0], Node):
-            mutated = node.args[0]
-            for user in [u for u in mutated.users if place[u] > place[node]]:
-                user.replace_input_with(mutated, node)
+def given_to(prepared: GraphModule, batches: Sequence[Any]) -> list[data.Given]:
+    """The batches as the graph takes them, steps one by one with the state that the float function has there."""
+    signature, found = Signature.of(prepared), []
+    for batch in batches:
+        if not isinstance(batch, data.Steps):
+            found.append(data.given(signature, batch))
+            continue
+        state: dict[str, torch.Tensor] = {}
+        for step in batch.batches:
+            found.append(data.Given(data.given(signature, step).leaves, state))
+            state = _state_after(prepared, found[-1])
+    return found
+
+
+def _state_after(prepared: GraphModule, given: data.Given) -> dict[str, torch.Tensor]:
+    """What the float function leaves in the buffers that the graph writes."""
+    with torch.no_grad():
+        env = Evaluator(prepared, "float").run(data_order(prepared), dict(_values(prepared, given)))
+    kept = [n for n in env if _mutates(n) and n.args[0].op == "get_attr"]  # type: ignore[union-attr]
+    return {str(n.args[0].target): env[n].clone() for n in kept}  # type: ignore[union-attr]
+
+
+def _values(prepared: GraphModule, given: data.Given) -> Env:
+    """Input node -> value of one batch; a buffer that the graph writes is an input too."""
+    states = {n: given.state.get(str(n.target), _attribute(prepared, str(n.target))) for n in state_nodes(prepared)}
+    return {**dict(zip(placeholders(prepared), given.leaves, strict=True)), **states}
 
 
 def _mutates(node: Node) -> bool:

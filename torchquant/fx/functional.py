@@ -1,0 +1,412 @@
+"""Writes in place, through views or not, as values: `x[:, :4] = y` becomes `x = slice_scatter(x, y, 1, 0, 4)`.
+
+PT2E puts a quantize and a dequantize op, which copy, between a tensor and its readers: whoever reads the copy does not
+see what is written into the tensor later. A graph without writes has no such order to lose.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from torchquant.errors import ExportError
+from torchquant.fx import ops
+
+__all__ = ["functionalize", "memory_of", "refuse_stale_copies", "writes_in_place"]
+
+aten = torch.ops.aten
+_KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
+_GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_")  # write no value
+
+
+def writes_in_place(model: GraphModule) -> bool:
+    """Whether any op of the graph writes into a tensor."""
+    return any(ops.written(node) for node in model.graph.nodes)
+
+
+def functionalize(model: GraphModule) -> int:
+    """Rewrite every write in place as a value; changes the graph, whose function stays the same.
+
+    What a buffer or an input holds at the end is copied into it by the last ops of the graph. Ops of other namespaces
+    than torch's own stay as they are.
+
+    Returns:
+        How many writes there were.
+
+    Raises:
+        ExportError: an op that writes has no form without the write, or writes through a view of an unknown kind.
+    """
+    if not writes_in_place(model):
+        return 0
+    _merge_reads(model)
+    done = _Functionalized(model).run()
+    model.graph.eliminate_dead_code()
+    model.graph.lint()
+    model.recompile()
+    return done
+
+
+def _merge_reads(model: GraphModule) -> None:
+    """One node for each attribute that the graph reads: each write must be seen by all readers."""
+    first: dict[str, Node] = {}
+    for node in [n for n in model.graph.nodes if n.op == "get_attr"]:
+        known = first.setdefault(str(node.target), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            model.graph.erase_node(node)
+
+
+class _Functionalized:
+    """One walk over the graph, in which every node that shares memory knows whose memory it shares and how old it is.
+
+    The nodes of these tables are those of the graph as it came; `now` names the new ones.
+    """
+
+    def __init__(self, model: GraphModule) -> None:
+        self.model, self.graph = model, model.graph
+        self.parent: dict[Node, Node] = {}  # what a node is a view of
+        self.arguments: dict[Node, tuple[Any, Any]] = {}  # of a view
+        self.now: dict[Node, Node] = {}  # the node that holds the present value
+        self.age: dict[Node, int] = {}  # writes into the memory that this value has seen
+        self.writes: dict[Node, int] = {}  # root of the memory -> writes so far
+        self.at: Node = next(iter(model.graph.nodes))
+
+    def run(self) -> int:
+        writers: list[Node] = []
+        sources = {node: source_of(node) for node in self.graph.nodes}
+        for node, source in sources.items():
+            self.at = node
+            if node.op == "output":
+                self._keep()
+            targets, given = _written_by_aten(node), (node.args, node.kwargs)
+            node.args, node.kwargs = (torch.fx.node.map_arg(a, self.current) for a in given)
+            if _name(node) in _GEOMETRY:
+                _rename(node)
+            elif targets:
+                self._write(node, targets)
+                writers.append(node)
+                continue
+            self.now[node] = node
+            if source is not None:
+                self.parent[node], self.arguments[node] = source, given
+            self.age[node] = self.writes.get(self.root(node), 0)
+        for node in reversed(writers):
+            self.graph.erase_node(node)
+        return len(writers)
+
+    # reading -----------------------------------------------------------------------------------------------------
+
+    def root(self, node: Node) -> Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def current(self, node: Node) -> Node:
+        """The node that holds the value that a read of `node` sees at this place."""
+        writes = self.writes.get(self.root(node), 0)
+        if self.age[node] != writes:  # something was written since: look at the memory again
+            self.now[node] = self._again(node, self.current(self.parent[node]))
+            self.age[node] = writes
+        return self.now[node]
+
+    def _again(self, view: Node, source: Node) -> Node:
+        if view not in self.arguments:  # the result of a write, which is what was written into
+            return source
+        parent = self.parent[view]
+        args, kwargs = torch.fx.node.map_arg(self.arguments[view], lambda n: source if n is parent else self.current(n))
+        return self.call(view.target, *args, like=view, **kwargs)
+
+    # writing -----------------------------------------------------------------------------------------------------
+
+    def _write(self, node: Node, targets: list[Node]) -> None:
+        """Put the value of the op without its write into every view and into the memory itself."""
+        if len(targets) != 1:
+            raise ExportError(f"{_where(node)} writes into {len(targets)} tensors at once; write it without the write")
+        target = targets[0]
+        self._assign(target, self._shaped(self._value(node), self.current(target)))
+        self.parent[node], self.now[node] = target, self.now[target]
+        self.age[node] = self.age[target]
+
+    def _value(self, node: Node) -> Any:
+        """What the op writes."""
+        name, given = _name(node), ops.arguments(node)
+        if name == "copy_":
+            return given["src"]
+        if name in ("fill_", "zero_"):
+            return given.get("value", 0)
+        found, kwargs = _without_write(node.target), {k: v for k, v in node.kwargs.items() if k != "out"}
+        if found is None:
+            raise ExportError(
+                f"{_where(node)} writes in place, and has no form without the write; use one in the model's forward"
+            )
+        return self.call(found, *node.args, like=node, **kwargs)
+
+    def _shaped(self, value: Any, held: Node) -> Node:
+        """`value` with the dtype and shape of the tensor that it is written into."""
+        wanted = self._fake(held)
+        if not isinstance(value, Node):
+            return self.call(aten.full_like.default, held, value)
+        fake = self._fake(value)
+        if fake.dtype != wanted.dtype or fake.device != wanted.device:
+            value = self.call(aten._to_copy.default, value, dtype=wanted.dtype, device=wanted.device)
+        return value if _same_shape(fake, wanted) else self.call(aten.expand.default, value, self.sizes(held))
+
+    def _assign(self, view: Node, value: Node) -> None:
+        """`value` stands in `view` now: put it into what that is a view of, up to the memory."""
+        chain = [(view, value)]
+        while chain[-1][0] in self.parent:
+            node, new = chain[-1]
+            chain.append((self.parent[node], self._put(node, new)))
+        root = chain[-1][0]
+        self.writes[root] = self.writes.get(root, 0) + 1
+        for node, new in chain:
+            if not isinstance(node.meta.get("val"), (list, tuple)):  # those are taken apart again when they are read
+                self.now[node], self.age[node] = new, self.writes[root]
+
+    def _put(self, view: Node, value: Node) -> Node:
+        """The value of what `view` shows a part of, with `value` in that part."""
+        if view not in self.arguments or isinstance(view.meta.get("val"), (list, tuple)):
+            return value
+        if view.target is operator.getitem:
+            return self._put_part(view, value)
+        whole, name, given = self.current(self.parent[view]), _name(view), ops.arguments(view)
+        if name in _SCATTER:
+            rest = {k: v for k, v in given.items() if k != "self"}
+            return self.call(_SCATTER[name], whole, value, **rest)
+        if name == "narrow" and isinstance(given["start"], int):
+            dim, start = given["dim"], given["start"]
+            end = start + given["length"] or torch.iinfo(torch.int64).max
+            return self.call(aten.slice_scatter.default, whole, value, dim, start, end)
+        if name in _INVERSE:
+            return _INVERSE[name](self, whole, value, given)
+        if name in _SAME and _same_shape(view.meta["val"], self._fake(whole)):
+            return value
+        if name in _RESHAPING:
+            return self.call(aten.reshape.default, value, self.sizes(whole))
+        raise ExportError(f"{_where(view)} makes a view through which is written, and torchquant knows no such views")
+
+    def _put_part(self, part: Node, value: Node) -> Node:
+        """As `_put`, for one of the results of chunk, split or unbind."""
+        several = self.parent[part]
+        whole, index, name = self.current(self.parent[several]), part.args[1], _name(several)
+        dim = ops.arguments(several).get("dim", 0)
+        assert isinstance(index, int)
+        if name == "unbind":
+            return self.call(aten.select_scatter.default, whole, value, dim, index)
+        sizes = [t.shape[dim] for t in several.meta["val"]]
+        index %= len(sizes)
+        if name not in _PARTS or not all(isinstance(s, int) for s in sizes[: index + 1]):
+            raise ExportError(f"{_where(several)} makes views, through which is written; slice the tensor instead")
+        start = sum(sizes[:index])
+        return self.call(aten.slice_scatter.default, whole, value, dim, start, start + sizes[index])
+
+    def _keep(self) -> None:
+        """Copy what buffers and inputs shall hold into them."""
+        roots = [r for r in self.writes if r.op in ("get_attr", "placeholder")]
+        values = [self.now[root] for root in roots]
+        for i, (root, value) in enumerate(zip(roots, values, strict=True)):
+            below = memory_of(value)
+            if below in roots and below is not root:  # read before that is written
+                values[i] = self.call(aten.clone.default, value)
+        for root, value in zip(roots, values, strict=True):
+            with self.graph.inserting_before(self.at):
+                kept = self.graph.call_function(aten.copy_.default, (root, value))
+            kept.meta = {"val": root.meta.get("val")}
+
+    # building ----------------------------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+        """A new node in front of the present one, with its fake value."""
+        with self.graph.inserting_before(self.at):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in (like or self.at).meta.items() if k in _KEPT_META}
+        values = torch.fx.node.map_arg((args, kwargs), self._fake)
+        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if hasattr(v, "fake_mode")), None)
+        with mode or torch.no_grad(), torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def _fake(self, node: Node) -> Any:
+        if node.meta.get("val") is None and node.op == "get_attr":
+            value: Any = operator.attrgetter(str(node.target))(self.model)
+            mode = next((v.fake_mode for n in self.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None)
+            node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value.detach()
+        if node.meta.get("val") is None and node.all_input_nodes and (node.op == "call_module" or ops.qdq_name(node)):
+            return self._fake(node.all_input_nodes[0])  # observers, and what convert makes of them
+        if node.meta.get("val") is None:
+            raise ExportError(f"{node.name} has no recorded shape, and a tensor near it is written in place")
+        return node.meta["val"]
+
+    def sizes(self, node: Node) -> list[Any]:
+        """The sizes of a node's value, as numbers and nodes."""
+        shape = self._fake(node).shape
+        return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, i) for i, s in enumerate(shape)]
+
+
+# views ---------------------------------------------------------------------------------------------------------------
+
+
+def _permuted(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+    dims = [d % len(given["dims"]) for d in given["dims"]]
+    return f.call(aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
+
+
+def _transposed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+    first, second = given.get("dim0", given.get("axis0")), given.get("dim1", given.get("axis1"))
+    return f.call(aten.transpose.int, value, first, second)
+
+
+def _moved(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+    overload = aten.movedim.int if isinstance(given["source"], int) else aten.movedim.intlist
+    return f.call(overload, value, given["destination"], given["source"])
+
+
+def _reversed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+    return f.call(aten.permute.default, value, list(range(value.meta["val"].ndim))[::-1])
+
+
+_SCATTER: dict[str, Any] = {
+    "slice": aten.slice_scatter.default,
+    "select": aten.select_scatter.default,
+    "diagonal": aten.diagonal_scatter.default,
+    "as_strided": aten.as_strided_scatter.default,
+}
+_INVERSE: dict[str, Callable[[_Functionalized, Node, Node, dict[str, Any]], Node]] = {
+    "permute": _permuted,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transposed),
+    "movedim": _moved,
+    **dict.fromkeys(("t", "numpy_T"), _reversed),
+    "view_as_real": lambda f, whole, value, given: f.call(aten.view_as_complex.default, value),
+    "view_as_complex": lambda f, whole, value, given: f.call(aten.view_as_real.default, value),
+    "real": lambda f, whole, value, given: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
+    "imag": lambda f, whole, value, given: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
+}
+_PARTS = ("chunk", "split", "split_with_sizes", "tensor_split")
+_SAME = ("alias", "detach", "dropout", "lift_fresh", "to", "_to_copy", "expand", "expand_as")
+_RESHAPING = (
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "contiguous", "view_as", "reshape_as"),
+    *("squeeze", "squeeze_", "unsqueeze", "unsqueeze_"),
+)
+
+
+def _name(node: Node) -> str:
+    """The bare name of the operator that a node calls, e.g. `slice`; empty for everything else."""
+    schema = ops.schema_of(node)
+    return "" if schema is None else schema.name.split("::")[-1]
+
+
+def _where(node: Node) -> str:
+    module = ops.module_path(node)
+    return f"{_name(node)} ({node.name}" + (f" in {module})" if module else ")")
+
+
+def _written_by_aten(node: Node) -> list[Node]:
+    """What torch's own ops write into; an op of somebody else's stays as it is."""
+    target = node.target
+    return ops.written(node) if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" else []
+
+
+def _without_write(target: Any) -> Any:
+    """The overload that computes what `target` writes: `add_.Tensor` -> `add.Tensor`, `add.out` -> `add.Tensor`."""
+    name = target._schema.name.split("::")[-1]
+    if name.endswith("_"):
+        return getattr(getattr(aten, name[:-1], None), target._overloadname, None)
+    given = [(a.name, str(a.type)) for a in target._schema.arguments if a.alias_info is None]
+    packet = target._overloadpacket
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    return next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == given), None)
+
+
+def _rename(node: Node) -> None:
+    """Make a view of `unsqueeze_` and its like, which write no value; all later readers read the node already."""
+    target: Any = node.target
+    node.target = getattr(getattr(aten, _name(node)[:-1]), target._overloadname)
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.ndim == b.ndim and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def source_of(node: Node) -> Node | None:
+    """The node whose memory the node's value shares, if it shares any."""
+    if node.target is operator.getitem:
+        several = node.args[0]
+        return several if isinstance(several, Node) and source_of(several) is not None else None
+    schema = ops.schema_of(node)
+    first = next(iter(node.all_input_nodes), None)
+    if schema is None or first is None:
+        return None
+    made, given = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
+    if made and given:
+        return first if made & given else None
+    viewed = schema.arguments[0].alias_info
+    return first if viewed is not None and not viewed.is_write else None
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory a node's value shares in the end; itself if it has its own."""
+    while (source := source_of(node)) is not None:
+        node = source
+    return node
+
+
+def _storages(value: Any) -> set[int]:
+    return {t.untyped_storage()._cdata for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)}
+
+
+# observers of a graph that has writes --------------------------------------------------------------------------------
+
+
+def refuse_stale_copies(model: GraphModule, is_copy: Callable[[Node], bool]) -> None:
+    """Raise ExportError if a quantized copy of a tensor is read after a write that only one of the two sees.
+
+    Args:
+        is_copy: whether a node is an observer, or a quantize or dequantize op: convert makes copies there.
+    """
+    if not writes_in_place(model):
+        return
+    place = {node: i for i, node in enumerate(model.graph.nodes)}
+    parents = {n: n.all_input_nodes[0] if is_copy(n) and n.all_input_nodes else source_of(n) for n in place}
+    for writer in place:
+        for target in ops.written(writer):
+            for reader, copy in _stale_reads(writer, target, place, parents, is_copy):
+                raise ExportError(
+                    f"{_where(writer)} writes in place into a tensor that {copy.name} has quantized before, and "
+                    f"{_where(reader) if reader.op == 'call_function' else reader.name} reads it afterwards: the "
+                    "converted graph would lose the write. Export the model with torchquant.export, or use one of "
+                    "torchquant's Quantizers: both rewrite such writes. Or compute a new tensor in the model's "
+                    "forward, with torch.cat or torch.where."
+                )
+
+
+def _stale_reads(
+    writer: Node,
+    target: Node,
+    place: dict[Node, int],
+    parents: dict[Node, Node | None],
+    is_copy: Callable[[Node], bool],
+) -> Iterator[tuple[Node, Node]]:
+    """Readers behind a write, with the copy that stands between what they read and what was written."""
+    root, copies = _way_up(target, parents, is_copy)
+    for member in [n for n in place if place[n] < place[writer]]:
+        other, between = _way_up(member, parents, is_copy)
+        if other is not root:
+            continue
+        made = [c for c in between ^ copies if place[c] < place[writer]]
+        readers = [u for u in member.users if place[u] > place[writer] and (u.users or u.op == "output")]
+        if made and readers:
+            yield readers[0], made[0]
+
+
+def _way_up(node: Node, parents: dict[Node, Node | None], is_copy: Callable[[Node], bool]) -> tuple[Node, set[Node]]:
+    """The root of a node's memory, and the copies on the way."""
+    copies = set()
+    while (parent := parents[node]) is not None:
+        copies |= {node} if is_copy(node) else set()
+        node = parent
+    return node, copies
