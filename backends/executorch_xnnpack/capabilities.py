@@ -129,7 +129,8 @@ def _moved(node: Node, scheme: str) -> str | None:
         return None
     if op not in _STATIC_RESHAPES:
         return f"XNNPACK has no int8 {op}"
-    return None if _static(node) else f"XNNPACK has {op} only for sizes known beforehand"
+    unknown = [s for s in ops.shape_of(node) or () if not isinstance(s, int)]
+    return None if len(unknown) <= 1 else f"XNNPACK has {op} with at most one size that varies"
 
 
 def _sliced(node: Node, scheme: str) -> str | None:

@@ -20,6 +20,7 @@ def prepare(graph: GraphModule) -> None:
     _join_pads(graph)
     _separate_scales(graph)
     _shield_pads(graph)
+    _infer_sizes(graph)
     _copy_permuted(graph)
     _give_each_user_its_dequantize(graph)
     graph.graph.eliminate_dead_code()
@@ -107,6 +108,19 @@ def _copy_permuted(graph: GraphModule) -> None:
     """
     for node in [n for n in graph.graph.nodes if n.target is aten.permute.default and not ops.is_constant(n)]:
         node.target = aten.permute_copy.default
+
+
+_RESHAPES = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int)
+
+
+def _infer_sizes(graph: GraphModule) -> None:
+    """Reshapes with one unknown size as views that infer it: the delegate takes no sizes that are computed."""
+    for node in [n for n in graph.graph.nodes if n.target in _RESHAPES]:
+        shape, x = ops.shape_of(node) or (), node.args[0]
+        unknown = [s for s in shape if not isinstance(s, int)]
+        if len(unknown) == 1 and x.meta["val"].is_contiguous():
+            node.target = aten.view.default
+            node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
 
 
 def _give_each_user_its_dequantize(graph: GraphModule) -> None:

@@ -300,9 +300,10 @@ def spatial_mean(b: _Builder, node: Node) -> Node | None:
     if not isinstance(x, Node) or not ops.is_float(x) or x.meta["val"].ndim != 4 or node.kwargs.get("dtype"):
         return None
     keep = len(node.args) > 2 and bool(node.args[2])
-    if sorted(d % 4 for d in dims or ()) != [2, 3] or keep or not _static(node):  # type: ignore[union-attr,operator]
+    channels = x.meta["val"].shape[1]
+    if sorted(d % 4 for d in dims or ()) != [2, 3] or keep or not isinstance(channels, int):  # type: ignore
         return None
-    return b.call(aten.reshape.default, b.call(aten.mean.dim, x, [2, 3], True), list(node.meta["val"].shape))
+    return b.call(aten.reshape.default, b.call(aten.mean.dim, x, [2, 3], True), [-1, channels])
 
 
 def whole_pool(b: _Builder, node: Node) -> Node | None:
