@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
-from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -29,13 +28,15 @@ from torchquant.observers import (
     ActivationMinMax,
     DynamicActivation,
     GroupWeight,
+    MovingActivation,
+    MovingWeight,
     PerChannelWeight,
     PerTokenActivation,
 )
 from torchquant.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
 from torchquant.types import Capability, Scheme, TensorSpec
 
-__all__ = ["CapabilityQuantizer", "has_quantized_output"]
+__all__ = ["CapabilityQuantizer", "has_quantized_output", "is_annotated"]
 
 
 class CapabilityQuantizer(Quantizer):
@@ -107,7 +108,7 @@ class CapabilityQuantizer(Quantizer):
         for node in [n for n, scheme in wanted.items() if scheme is None and ops.is_higher_order(n)]:
             note(node, "excluded", "excluded by the user")
         for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:
-            if not _annotated(node):
+            if not is_annotated(node):
                 self._annotate(node, wanted, data)
         return model
 
@@ -198,7 +199,7 @@ class CapabilityQuantizer(Quantizer):
         tail = node
         while len(tail.users) == 1:
             user = next(iter(tail.users))
-            if ops.op_name(user) not in fuses or _annotated(user) or user in excluded or ops.kind_of(user) is None:
+            if ops.op_name(user) not in fuses or is_annotated(user) or user in excluded or ops.kind_of(user) is None:
                 break
             tail = user
             if ops.op_name(user) != "batch_norm":
@@ -245,9 +246,7 @@ class CapabilityQuantizer(Quantizer):
         if tensor.granularity == "group":
             return GroupWeight.with_args(group_size=tensor.group_size, symmetric=tensor.symmetric)
         if self.is_qat:
-            inner: Any = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
-            extra = {"ch_axis": axis} if per_channel else {}
-            return FusedMovingAvgObsFakeQuantize.with_args(observer=inner, **extra)
+            return _fake_quantizer(per_channel, axis)
         return PerChannelWeight if per_channel else self.observer
 
 
@@ -257,6 +256,14 @@ def _has_tokens(node: Node, row: Capability, tensor: TensorSpec) -> bool:
         return True
     kernel = ops.shape_of(node.args[1])[2:] if row.op.startswith("conv") else ()  # type: ignore[arg-type,index]
     return tensor.symmetric and (not kernel or window_of(node, kernel).one_pixel)  # type: ignore[arg-type]
+
+
+def _fake_quantizer(per_channel: bool, axis: int) -> Any:
+    """Constructor of a fake quantizer. torch's fused kernel trains per channel along the first axis only."""
+    if not per_channel:
+        return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingActivation)
+    made = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
+    return made.with_args(observer=MovingWeight, ch_axis=axis)
 
 
 def _trainable(scheme: Scheme) -> bool:
@@ -270,7 +277,8 @@ def _is_compute(node: Node) -> bool:
     return kind is not None and kind.compute
 
 
-def _annotated(node: Node) -> bool:
+def is_annotated(node: Node) -> bool:
+    """Whether a Quantizer has annotated the node."""
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     return annotation is not None and annotation._annotated
 
@@ -281,7 +289,7 @@ def _mark(node: Node, inputs: dict[Node, Any], output: Any) -> None:
 
 def has_quantized_output(node: Node) -> bool:
     """Whether the node's output is annotated to be quantized."""
-    return _annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
+    return is_annotated(node) and node.meta[Q_ANNOTATION_KEY].output_qspec is not None
 
 
 def _describe_place(producer: Node, user: Node | None) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from torchquant.backends.executorch_xnnpack import CAPABILITIES, SCHEMES, TARGET
+from torchquant.backends.executorch_xnnpack import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
 from torchquant.fx import ops
-from torchquant.quantizers.engine import CapabilityQuantizer, has_quantized_output
+from torchquant.fx.decompose import normalize
+from torchquant.quantizers.engine import CapabilityQuantizer, has_quantized_output, is_annotated
+from torchquant.quantizers.floors import set_floors
 from torchquant.types import Scheme
 
 __all__ = ["XnnpackQuantizer"]
@@ -35,16 +38,40 @@ class XnnpackQuantizer(CapabilityQuantizer):
     schemes: ClassVar[Mapping[str, Scheme]] = {**SCHEMES, _AUTO: replace(SCHEMES["static_int8"], name=_AUTO)}
     default_scheme = _AUTO
 
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Also write clamps, chunks, selects, shuffles and means in the forms that XNNPACK runs in int8."""
+        model = super().transform_for_annotation(model)
+        normalize(model)
+        return model
+
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Resolve `auto` for this model, then annotate."""
+        """Resolve `auto` for this model, then annotate; again, while a linear turns out to feed a float sum.
+
+        Whether a sum is float is known only once the whole graph is annotated: both its operands may be linears.
+        """
         chosen = recommended_scheme(model)
         self._resolved = {_AUTO: chosen, **{name: name for name in SCHEMES}}
-        return super().annotate(model)
+        self._joining: set[Node] = set()
+        before = {n: (n.meta.get(Q_ANNOTATION_KEY), n.meta.get("custom")) for n in model.graph.nodes}
+        while True:
+            super().annotate(model)
+            found = {n for n in model.graph.nodes if ops.op_name(n) == "linear" and _joins_float_sum(n)}
+            if found <= self._joining:
+                return model
+            self._joining |= found
+            for node, (annotation, custom) in before.items():
+                _restore(node, Q_ANNOTATION_KEY, annotation)
+                _restore(node, "custom", custom)
+
+    def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]) -> None:
+        """Also keep scales where XNNPACK's int32 biases and requantization factors do not overflow."""
+        super().prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
+        set_floors(model, edge_or_node_to_obs_or_fq, REQUANTIZATION_LIMIT)
 
     def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
         """`auto` resolved; dynamic for a linear that feeds a float residual sum."""
         scheme = self._resolved[scheme]
-        if scheme == "static_int8" and ops.op_name(node) == "linear" and _joins_float_sum(node):
+        if scheme == "static_int8" and node in self._joining:
             return "dynamic_int8", "its output joins a float residual sum, whose outliers a static int8 output loses"
         return scheme, ""
 
@@ -61,9 +88,14 @@ def _has_rms_norm(kinds: set[str]) -> bool:
 
 
 def _joins_float_sum(node: Node) -> bool:
-    for user in node.users:
-        if ops.op_name(user) == "add":
-            others = [n for n in user.all_input_nodes if n is not node]
-            if others and not all(has_quantized_output(n) for n in others):
-                return True
-    return False
+    """Whether a linear with a static int8 output is added to what is float."""
+    if not has_quantized_output(node):
+        return False
+    return any(ops.op_name(user) == "add" and not is_annotated(user) for user in node.users)
+
+
+def _restore(node: Node, key: str, value: Any) -> None:
+    if value is None:
+        node.meta.pop(key, None)
+    else:
+        node.meta[key] = value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torchao.quantization.pt2e.observer import (
     HistogramObserver,
     MappingType,
     MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
 )
@@ -26,10 +30,14 @@ __all__ = [
     "ActivationHistogram",
     "ActivationMinMax",
     "DynamicActivation",
+    "Floor",
     "GroupWeight",
+    "MovingActivation",
+    "MovingWeight",
     "PerChannelWeight",
     "PerTokenActivation",
     "check_finite",
+    "least_scale",
     "per_token",
     "reset",
 ]
@@ -80,7 +88,85 @@ def _keeps_statistics(observer: torch.nn.Module) -> bool:
     return not constant and any(True for _ in observer.buffers())
 
 
-class Checked:
+@dataclass(frozen=True)
+class Floor:
+    """What a scale must be at least, for a target whose integers would overflow below: factor * times / over.
+
+    Args:
+        factor: a number, or one for each channel (channels,).
+        times, over: observers; the largest scale of their min-max range stands for each. While one of them has seen
+            nothing there is no floor.
+    """
+
+    factor: Any
+    times: tuple[Any, ...] = ()
+    over: tuple[Any, ...] = ()
+
+    def value(self) -> torch.Tensor | None:
+        """The least scale, () or (channels,) float32."""
+        found = torch.as_tensor(self.factor, dtype=torch.float32)
+        for observer in self.times:
+            scale = _widest_scale(observer)
+            if scale is None:
+                return None
+            found = found * scale
+        for observer in self.over:
+            scale = _widest_scale(observer)
+            if scale is None:
+                return None
+            found = found / scale
+        return found
+
+
+def _widest_scale(observer: Any) -> float | None:
+    """The largest scale of what an observer saw, as min-max and quotient floors have it; None if it saw nothing."""
+    inner = getattr(observer, "activation_post_process", observer)
+    low, high = getattr(inner, "min_val", None), getattr(inner, "max_val", None)
+    if low is None or high is None or low.numel() == 0 or not bool(low.isfinite().all() & high.isfinite().all()):
+        return None
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    symmetric = inner.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+    extent = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scale = torch.maximum(extent / (inner.quant_max - inner.quant_min), inner.eps.to(extent.device))
+    floor = _highest(f for f in getattr(inner, "floors", ()) if not f.times)
+    return max(float(scale.max()), 0.0 if floor is None else float(floor.max()))
+
+
+def _highest(floors: Iterable[Floor]) -> torch.Tensor | None:
+    values = [value for floor in floors if (value := floor.value()) is not None]
+    found = None
+    for value in values:
+        found = value if found is None else torch.maximum(found, value)
+    return found
+
+
+def least_scale(observer: Any) -> float:
+    """The least scale that a per-tensor observer may choose: its `eps`, or what its target's integers need."""
+    inner = getattr(observer, "activation_post_process", observer)
+    eps = getattr(inner, "eps", None)
+    floor = _highest(getattr(inner, "floors", ()))
+    known = [float(v.max()) for v in (eps, floor) if isinstance(v, torch.Tensor)]
+    return max(known, default=0.0)
+
+
+class Floored:
+    """Raises a scale to what the target's integers need; a Quantizer sets `floors`."""
+
+    eps: torch.Tensor
+    floors: tuple[Floor, ...] = ()
+
+    def _calculate_qparams(self, min_val: torch.Tensor, max_val: torch.Tensor) -> Any:
+        floor, kept = _highest(self.floors), self.eps
+        if floor is None:
+            return super()._calculate_qparams(min_val, max_val)  # type: ignore[misc]
+        self.eps = torch.maximum(kept, floor.to(kept.device))
+        try:
+            return super()._calculate_qparams(min_val, max_val)  # type: ignore[misc]
+        finally:
+            self.eps = kept
+
+
+class Checked(Floored):
     """Refuses non-finite data when observing, and missing data when asked for qparams."""
 
     site = "a tensor of the prepared graph"  # set by the Quantizer once the place is known
@@ -119,6 +205,18 @@ class PerChannelWeight(Checked, PerChannelMinMaxObserver):
     """
 
     observes_weight = True
+
+    def calculate_qparams(self) -> Any:
+        scale, zero_point = super().calculate_qparams()
+        return torch.maximum(scale, scale.max() * 2**-16), zero_point
+
+
+class MovingActivation(Floored, MovingAverageMinMaxObserver):
+    """Per-tensor range of an activation in training: moving averages of the smallest and the largest value."""
+
+
+class MovingWeight(Floored, MovingAveragePerChannelMinMaxObserver):
+    """Per-channel range of a weight in training, no scale under 2**-16 of the largest, as `PerChannelWeight` has it."""
 
     def calculate_qparams(self) -> Any:
         scale, zero_point = super().calculate_qparams()

@@ -14,6 +14,7 @@ from torchquant.fx import ops, passes
 from torchquant.fx.blocks import weight_of
 from torchquant.fx.grids import Grid
 from torchquant.fx.stream import FLOAT_BIAS
+from torchquant.observers import least_scale
 
 __all__ = ["Solution", "SolvedActivation", "SolvedWeight", "apply"]
 
@@ -106,8 +107,18 @@ class SolvedActivation(ObserverBase):
         self.quant_min, self.quant_max = int(original.quant_min), int(original.quant_max)
         self.qscheme, self.original = original.qscheme, original
         self.site = getattr(original, "site", "a tensor")
+        scale, zero_point = self._raised(scale, zero_point, least_scale(original))
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
+
+    def _raised(self, scale: float, zero_point: int, least: float) -> tuple[float, int]:
+        """No scale below what the target's integers take; the same low end with the larger scale."""
+        if scale >= least:
+            return scale, zero_point
+        if self.qscheme == torch.per_tensor_symmetric:
+            return least, zero_point
+        moved = round(self.quant_min - (self.quant_min - zero_point) * scale / least)
+        return least, min(max(moved, self.quant_min), self.quant_max)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor as it is, like any observer."""

@@ -41,13 +41,16 @@ def test_a_clamp_is_observed_behind_and_not_before_it():
 @pytest.mark.parametrize("op", ["cat", "max_pool2d", "pad", "slice", "reshape"])
 def test_what_moves_data_keeps_its_inputs_qparams(op):
     moves = {
-        "cat": lambda a, b: torch.cat([a, b], 1),
-        "max_pool2d": lambda a, b: F.max_pool2d(a, 2),
-        "pad": lambda a, b: F.pad(a, (1, 1)),
-        "slice": lambda a, b: a[:, :, 1:3],
-        "reshape": lambda a, b: a.permute(0, 1, 3, 2),
+        "cat": lambda m, a, b: torch.cat([a, b], 1),
+        "max_pool2d": lambda m, a, b: F.max_pool2d(a, 2),
+        "pad": lambda m, a, b: m.after(F.pad(a, (1, 1))),
+        "slice": lambda m, a, b: a[:, :, 1:3],
+        "reshape": lambda m, a, b: a.permute(0, 1, 3, 2),
     }
-    model = Call(lambda m, x: moves[op](m.left(x), m.right(x) * 100), left=nn.Conv2d(3, 4, 1), right=nn.Conv2d(3, 4, 1))
+    layers = {name: nn.Conv2d(i, 4, 1) for name, i in (("left", 3), ("right", 3), ("after", 4))}
+    with torch.no_grad():
+        layers["right"].weight.mul_(100)
+    model = Call(lambda m, x: moves[op](m, m.left(x), m.right(x)), **layers)
     image = torch.randn(1, 3, 8, 8)
     quantized = tq.quantize(
         model, image, [image], quantizer=XnnpackQuantizer("static_int8"), algorithms=(), progress=False
@@ -81,10 +84,12 @@ def test_static_runs_a_linear_that_joins_a_float_residual_sum_dynamically_and_sa
     ("model", "words"),
     [
         (Call(lambda m, x: torch.add(m.inner(x), m.inner(x), alpha=2), inner=nn.Conv2d(3, 4, 1)), "alpha = 1"),
-        (Call(lambda m, x: F.max_pool2d(m.inner(x), 3, ceil_mode=True), inner=nn.Conv2d(3, 4, 1)), "ceil_mode"),
+        (Call(lambda m, x: F.max_pool2d(m.inner(x), 2, 3), inner=nn.Conv2d(3, 4, 1)), "no stride over its window"),
+        (Call(lambda m, x: F.relu(m.inner(x) + 2.0), inner=nn.Conv2d(3, 4, 1)), "operand is a number"),
         (Call(lambda m, x: F.adaptive_avg_pool2d(m.inner(x), 2), inner=nn.Conv2d(3, 4, 1)), "1 x 1"),
-        (Call(lambda m, x: m.inner(x).mean((2, 3)), inner=nn.Conv2d(3, 4, 1)), "last two axes, kept"),
-        (Call(lambda m, x: F.pad(m.inner(x), (1, 1), value=2.0), inner=nn.Conv2d(3, 4, 1)), "constant zero"),
+        (Call(lambda m, x: m.inner(x).mean((1, 2)), inner=nn.Conv2d(3, 4, 1)), "only the last two axes"),
+        (Call(lambda m, x: F.pad(m.inner(x), (1, 1), value=2.0), inner=nn.Conv2d(3, 4, 1)), "with zeros"),
+        (Call(lambda m, x: F.pad(m.inner(x), (1, 1)), inner=nn.Conv2d(3, 4, 1)), "in front of a convolution"),
         (Call(lambda m, x: m.inner(x), inner=nn.ConvTranspose2d(3, 6, 2, groups=3)), "grouped transposed"),
         (Call(lambda m, x: F.softmax(m.inner(x), -1), inner=nn.Conv2d(3, 4, 1)), "in float"),
     ],
@@ -92,3 +97,32 @@ def test_static_runs_a_linear_that_joins_a_float_residual_sum_dynamically_and_sa
 def test_what_the_delegate_cannot_do_in_int8_stays_float_with_the_reason(model, words):
     prepared = tq.prepare(tq.export(model, torch.randn(1, 3, 8, 8)), XnnpackQuantizer("static_int8"))
     assert [s for s in tq.report(prepared).sites if s.status == "unsupported" and words in s.reason]
+
+
+def test_two_linears_that_are_added_stay_static_like_two_convolutions():
+    model = Call(lambda m, x: m.c(F.relu(m.a(x) + m.b(x))), a=nn.Linear(8, 16), b=nn.Linear(8, 16), c=nn.Linear(16, 4))
+    sites = tq.report(tq.prepare(tq.export(model, torch.randn(4, 8)), XnnpackQuantizer("static_int8"))).sites
+    assert {s.status for s in sites} == {"quantized"}
+    assert not any(s.activation is not None and s.activation.dynamic for s in sites)
+
+
+def test_a_linear_added_to_a_float_tensor_stays_dynamic_beside_a_sum_of_two():
+    model = Call(lambda m, x: x + m.c(F.relu(m.a(x) + m.b(x))), **{k: nn.Linear(8, 8) for k in "abc"})
+    sites = {
+        s.module: s
+        for s in tq.report(tq.prepare(tq.export(model, torch.randn(4, 8)), XnnpackQuantizer("static_int8"))).sites
+    }
+    assert sites["c"].activation.dynamic
+    assert not sites["a"].activation.dynamic
+
+
+def test_what_another_quantizer_annotated_before_survives_the_second_pass():
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    model = Call(lambda m, x: x + m.a(m.b(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    graph = tq.export(model, torch.randn(4, 8))
+    first = next(n for n in graph.graph.nodes if ops.op_name(n) == "linear")
+    first.meta[Q_ANNOTATION_KEY] = theirs = QuantizationAnnotation({}, None, _annotated=True)
+    XnnpackQuantizer("static_int8").annotate(graph)
+    assert first.meta[Q_ANNOTATION_KEY] is theirs

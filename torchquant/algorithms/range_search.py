@@ -26,6 +26,7 @@ from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import Grid, grid_of, per_tensor
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Evaluator, Stream, Task
+from torchquant.observers import least_scale
 from torchquant.parallel import total
 from torchquant.solved import Solution
 
@@ -79,13 +80,14 @@ class RangeSearch:
         low = float((grid.quant_min - grid.zero_point) * grid.scale)
         high = float((grid.quant_max - grid.zero_point) * grid.scale)
         low, high = _widened(observer, low, high)
+        least = least_scale(observer)
         if grid.symmetric:
-            chosen = _scaled(grid, self._shrink(lambda f: judge.error(_scaled(grid, f)), clock))
+            chosen = _scaled(grid, self._shrink(lambda f: judge.error(_scaled(grid, f, least)), clock), least)
         else:
-            ends = self._shrink_ends(lambda a, b: judge.error(_between(grid, a, b)), low, high, clock)
+            ends = self._shrink_ends(lambda a, b: judge.error(_between(grid, a, b, least)), low, high, clock)
             if ends == (low, high):
                 return Solution()
-            chosen = _between(grid, *ends)
+            chosen = _between(grid, *ends, least)
         return Solution(activations={str(node.target): (float(chosen.scale), int(chosen.zero_point))})
 
     def error(self, task: Task) -> float:
@@ -185,10 +187,10 @@ def _is_float(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _between(grid: Grid, low: float, high: float) -> Grid:
-    """The grid whose ends are `low` and `high`, zero among its values."""
+def _between(grid: Grid, low: float, high: float, least: float) -> Grid:
+    """The grid whose ends are `low` and `high`, zero among its values, its scale at least `least`."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / (grid.quant_max - grid.quant_min), torch.finfo(torch.float32).eps)
+    scale = max((high - low) / (grid.quant_max - grid.quant_min), least, torch.finfo(torch.float32).eps)
     zero_point = min(max(round(grid.quant_min - low / scale), grid.quant_min), grid.quant_max)
     return grid.with_scale(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
 
@@ -202,8 +204,8 @@ def _widened(observer: Any, low: float, high: float) -> tuple[float, float]:
     return min(low, float(seen[0])), max(high, float(seen[1]))  # type: ignore[arg-type]
 
 
-def _scaled(grid: Grid, share: float) -> Grid:
-    return grid.with_scale(grid.scale * share)
+def _scaled(grid: Grid, share: float, least: float) -> Grid:
+    return grid.with_scale((grid.scale * share).clamp(min=least))
 
 
 def _source(node: Node) -> Node:

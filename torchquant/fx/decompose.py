@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ class _Builder:
 
     def __init__(self, model: GraphModule, at: Node) -> None:
         self.model, self.at = model, at
+        self.made: set[Node] = set()
 
     def call(self, target: Any, *args: Any) -> Node:
         with self.model.graph.inserting_before(self.at):
             node = self.model.graph.call_function(target, args)
+        self.made.add(node)
         node.meta = {k: v for k, v in self.at.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
         fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         mode = next((t.fake_mode for t in pytree.tree_leaves(fakes) if hasattr(t, "fake_mode")), None)
@@ -77,6 +79,12 @@ def _static(*nodes: Any) -> bool:
         and all(isinstance(s, int) for s in v.shape)
         for n in nodes
     )
+
+
+def _is_float32(node: Any) -> bool:
+    """Whether it is a node of a float32 tensor, of whatever shape."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
 def _is_last(dims: Any, x: Node) -> bool:
@@ -181,22 +189,209 @@ def vector_norm(b: _Builder, node: Node) -> Node | None:
 def scalar_operand(b: _Builder, node: Node) -> Node | None:
     """`x + 2` and its like with the number as a tensor."""
     x, number = node.args[0], node.args[1]
-    if not _static(x) or isinstance(number, Node) or node.kwargs or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
+    if not _is_float32(x) or isinstance(number, Node) or node.kwargs or x.meta["val"].ndim == 0:  # type: ignore
         return None
     return b.call(_TENSOR_FORM.get(node.target, node.target), x, b.scalar(float(number)))  # type: ignore
+
+
+def hard_sigmoid(b: _Builder, node: Node) -> Node | None:
+    """Hard sigmoid as relu6(x + 3) / 6 with the numbers as tensors of its own dtype."""
+    x = node.args[0]
+    if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
+        return None
+    clipped = b.call(aten.hardtanh.default, b.call(aten.add.Tensor, x, b.scalar(3.0)), 0.0, 6.0)
+    return b.call(aten.mul.Tensor, clipped, b.scalar(1 / 6))
+
+
+def softplus(b: _Builder, node: Node) -> Node | None:
+    """log(1 + exp(beta x)) / beta as (relu(z) + log(1 + exp(-|z|))) / beta with z = beta x, which overflows nowhere.
+
+    PyTorch takes x itself above the threshold; from 15 on the difference is below float32's resolution.
+    """
+    given = ops.arguments(node)
+    x, beta, threshold = given["self"], given.get("beta", 1), given.get("threshold", 20)
+    if not _is_float32(x) or x.meta["val"].ndim == 0 or threshold < 15 or beta <= 0:
+        return None
+    if beta == 1:
+        return _softplus(b, x)
+    scaled = b.call(aten.mul.Tensor, x, b.scalar(float(beta)))
+    return b.call(aten.mul.Tensor, _softplus(b, scaled), b.scalar(1 / beta))
+
+
+def _softplus(b: _Builder, x: Node) -> Node:
+    decay = b.call(aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)))
+    tail = b.call(aten.log.default, b.call(aten.add.Tensor, decay, b.scalar(1.0)))
+    return b.call(aten.add.Tensor, b.call(aten.relu.default, x), tail)
+
+
+def mish(b: _Builder, node: Node) -> Node | None:
+    """x tanh(softplus(x))."""
+    x = node.args[0]
+    if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
+        return None
+    return b.call(aten.mul.Tensor, x, b.call(aten.tanh.default, _softplus(b, x)))  # type: ignore[arg-type]
+
+
+def log_sigmoid(b: _Builder, node: Node) -> Node | None:
+    """-softplus(-x)."""
+    x = node.args[0]
+    if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
+        return None
+    return b.call(aten.neg.default, _softplus(b, b.call(aten.neg.default, x)))
 
 
 def reversed_subtraction(b: _Builder, node: Node) -> Node | None:
     """`2 - x` with the number as a tensor."""
     x, number = node.args[0], node.args[1]
-    if not _static(x) or isinstance(number, Node) or len(node.args) > 2 or x.meta["val"].ndim == 0:  # type: ignore
+    if not _is_float32(x) or isinstance(number, Node) or len(node.args) > 2 or x.meta["val"].ndim == 0:  # type: ignore
         return None
     return b.call(aten.sub.Tensor, b.scalar(float(number)), x)  # type: ignore[arg-type]
 
 
-def unsqueeze(b: _Builder, node: Node) -> Node | None:
-    """A new axis as a reshape."""
+def reshaped(b: _Builder, node: Node) -> Node | None:
+    """Axes of size one added or removed, as a reshape."""
     return b.call(aten.reshape.default, node.args[0], list(node.meta["val"].shape)) if _static(node) else None
+
+
+def select(b: _Builder, node: Node) -> Node | None:
+    """One position of an axis, as a slice and a reshape."""
+    x, axis, index = node.args
+    if not _static(x, node) or not isinstance(index, int):
+        return None
+    size = x.meta["val"].shape[axis]  # type: ignore[union-attr]
+    part = b.call(aten.slice.Tensor, x, axis, index % size, index % size + 1)
+    return b.call(aten.reshape.default, part, list(node.meta["val"].shape))
+
+
+def stack(b: _Builder, node: Node) -> Node | None:
+    """Tensors stacked on a new axis, as a concatenation of reshaped ones."""
+    tensors = list(node.args[0])  # type: ignore[arg-type]
+    if not _static(node, *tensors):
+        return None
+    shape = list(node.meta["val"].shape)
+    axis = int(ops.arguments(node).get("dim", 0)) % len(shape)
+    shape[axis] = 1
+    return b.call(aten.cat.default, [b.call(aten.reshape.default, t, shape) for t in tensors], axis)
+
+
+def single(b: _Builder, node: Node) -> Node | None:
+    """A concatenation of one tensor."""
+    tensors = node.args[0]
+    return tensors[0] if isinstance(tensors, (list, tuple)) and len(tensors) == 1 else None  # type: ignore[return-value]
+
+
+def clamp(b: _Builder, node: Node) -> Node | None:
+    """A clamp by numbers as ReLU or hardtanh, which delegates compute in the kernel of the op before."""
+    given = ops.arguments(node)
+    x, low, high = given["self"], given.get("min"), given.get("max")
+    numbers = all(v is None or isinstance(v, (int, float)) for v in (low, high))
+    if not isinstance(x, Node) or not ops.is_float(x) or not ops.is_float(node) or not numbers or _is_aliased(node):
+        return None
+    if low == 0 and high is None:
+        return b.call(aten.relu.default, x)
+    limit = torch.finfo(x.meta["val"].dtype).max
+    low, high = -limit if low is None else float(low), limit if high is None else float(high)
+    return b.call(aten.hardtanh.default, x, low, high) if -limit <= low <= high <= limit else None
+
+
+def spatial_mean(b: _Builder, node: Node) -> Node | None:
+    """A mean over the two last axes of an image, with these axes kept for the pooling kernel."""
+    x, dims = node.args[0], node.args[1]
+    if not isinstance(x, Node) or not ops.is_float(x) or x.meta["val"].ndim != 4 or node.kwargs.get("dtype"):
+        return None
+    keep = len(node.args) > 2 and bool(node.args[2])
+    channels = x.meta["val"].shape[1]
+    if sorted(d % 4 for d in dims or ()) != [2, 3] or keep or not isinstance(channels, int):  # type: ignore
+        return None
+    return b.call(aten.reshape.default, b.call(aten.mean.dim, x, [2, 3], True), [-1, channels])
+
+
+def whole_pool(b: _Builder, node: Node) -> Node | None:
+    """An average pool whose window is the whole image, as a mean."""
+    given = ops.arguments(node)
+    x = given["self"]
+    if not _static(x) or x.meta["val"].ndim != 4 or given.get("divisor_override"):
+        return None
+    height, width = _pair(given["kernel_size"])
+    whole = (height, width) == tuple(x.meta["val"].shape[2:]) and not any(_pair(given.get("padding", 0)))
+    return b.call(aten.mean.dim, x, [2, 3], True) if whole else None
+
+
+def _is_aliased(node: Node) -> bool:
+    """Whether a write in place is seen by others than the users of its result."""
+    schema, x = ops.schema_of(node), node.args[0]
+    if schema is None or not schema.is_mutable:
+        return False
+    made_here = isinstance(x, Node) and x.op == "call_function" and len(x.users) == 1
+    return not made_here or ops.schema_of(x) is None or any(r.alias_info for r in ops.schema_of(x).returns)  # type: ignore
+
+
+def _needs_copies(model: GraphModule) -> bool:
+    """Whether an op writes in place or reads strides, so that copies may not be left out."""
+    schemas = [ops.schema_of(n) for n in model.graph.nodes]
+    strided = any(n.target in (aten.as_strided.default, aten.view.dtype) for n in model.graph.nodes)
+    return strided or any(schema is not None and schema.is_mutable for schema in schemas)
+
+
+def viewed(b: _Builder, node: Node) -> Node | None:
+    """A view to the same shape left out, and any other as a reshape, whatever the strides are by then."""
+    return needless(b, node) or b.call(aten.reshape.default, *node.args)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return (values[0], values[-1]) if values else (0, 0)
+
+
+def shuffle(b: _Builder, node: Node) -> Node | None:
+    """Pixels or channels moved around: a reshape, a permute and a reshape."""
+    x = node.args[0]
+    if not _static(x, node) or x.meta["val"].ndim != 4:  # type: ignore[union-attr]
+        return None
+    n, c, h, w = x.meta["val"].shape  # type: ignore[union-attr]
+    r: Any = node.args[1]
+    if node.target is aten.pixel_shuffle.default:
+        inner, order = [n, c // r**2, r, r, h, w], [0, 1, 4, 2, 5, 3]
+    elif node.target is aten.pixel_unshuffle.default:
+        inner, order = [n, c, h // r, r, w // r, r], [0, 1, 3, 5, 2, 4]
+    else:
+        inner, order = [n, r, c // r, h, w], [0, 2, 1, 3, 4]
+    moved = b.call(aten.permute.default, b.call(aten.reshape.default, x, inner), order)
+    return b.call(aten.reshape.default, moved, list(node.meta["val"].shape))
+
+
+def cropped(b: _Builder, node: Node) -> Node | None:
+    """A pad with negative sizes: slices, then a pad of what is left."""
+    given = ops.arguments(node)
+    x, sizes = given["self"], list(given["pad"])
+    if not _static(x, node) or all(s >= 0 for s in sizes) or given.get("mode", "constant") != "constant":
+        return None
+    rank = x.meta["val"].ndim
+    for i in range(len(sizes) // 2):
+        axis, before, behind = rank - 1 - i, max(-sizes[2 * i], 0), max(-sizes[2 * i + 1], 0)
+        if before or behind:
+            x = b.call(aten.slice.Tensor, x, axis, before, x.meta["val"].shape[axis] - behind)
+    left = [max(s, 0) for s in sizes]
+    return b.call(aten.constant_pad_nd.default, x, left, float(given.get("value") or 0.0)) if any(left) else x
+
+
+def needless(b: _Builder, node: Node) -> Node | None:
+    """What leaves its input as it is: a copy, a dropout in eval mode, a reshape or a slice to the same shape."""
+    x = node.args[0]
+    if not isinstance(x, Node) or not isinstance(x.meta.get("val"), torch.Tensor):
+        return None
+    before, behind = x.meta["val"], node.meta.get("val")
+    if (
+        not isinstance(behind, torch.Tensor)
+        or before.dtype != behind.dtype
+        or any(u.op == "output" for u in node.users)
+    ):
+        return None
+    if node.target is aten.dropout.default:
+        return None if node.args[2] else x
+    if node.target in _COPIES and _needs_copies(b.model):
+        return None
+    return x if _static(x, node) and before.shape == behind.shape else None
 
 
 def transpose(b: _Builder, node: Node) -> Node | None:
@@ -229,15 +424,47 @@ _TENSOR_FORM: dict[Any, Any] = {
     aten.sub.Scalar: aten.sub.Tensor,
     aten.div.Scalar: aten.div.Tensor,
 }
-RULES: dict[Any, Callable[[_Builder, Node], Node | None]] = {
+Rule = Callable[[_Builder, Node], Node | None]
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
+_NEEDLESS = (
+    *_COPIES,
+    aten.dropout.default,
+    aten.slice.Tensor,
+    aten.reshape.default,
+)
+_RESHAPES = (
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+# forms that are one and the same to a Quantizer: applied before it annotates
+FORMS: dict[Any, Rule] = {
+    **dict.fromkeys((aten.clamp.default, aten.clamp_.default, aten.clamp_min.default, aten.clamp_max.default), clamp),
+    **dict.fromkeys(_RESHAPES, reshaped),
+    **dict.fromkeys(_NEEDLESS, needless),
+    **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default), shuffle),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), cropped),
+    aten.view.default: viewed,
+    aten.select.int: select,
+    aten.stack.default: stack,
+    aten.cat.default: single,
+    aten.mean.dim: spatial_mean,
+    aten.avg_pool2d.default: whole_pool,
+}
+RULES: dict[Any, Rule] = {
+    **FORMS,
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: attention,
-    aten.mean.dim: mean,
+    aten.mean.dim: lambda b, node: spatial_mean(b, node) or mean(b, node),
     aten.sum.dim_IntList: total,
     aten.linalg_vector_norm.default: vector_norm,
     aten.rsub.Scalar: reversed_subtraction,
-    aten.unsqueeze.default: unsqueeze,
+    aten.hardsigmoid.default: hard_sigmoid,
+    aten.softplus.default: softplus,
+    aten.mish.default: mish,
+    aten.log_sigmoid.default: log_sigmoid,
     aten.transpose.int: transpose,
     aten.expand.default: expand,
     aten.expand_as.default: expand,
@@ -249,15 +476,30 @@ def decompose(model: GraphModule) -> int:
     """Apply every rule where it fits, fold what depends on constants alone; returns how many nodes changed."""
     _fill_values(model)
     fold_constants(model)
-    done = 0
+    return _apply(model, RULES)
+
+
+def normalize(model: GraphModule) -> int:
+    """Write ops that have several forms in the one that a Quantizer and its target know; returns how many changed.
+
+    A clamp becomes a ReLU or a hardtanh, a chunk slices, a select or squeeze a reshape, a pixel shuffle reshapes and a
+    permute; copies and dropout vanish. The last node that stands for another keeps its name.
+    """
+    return _apply(model, FORMS)
+
+
+def _apply(model: GraphModule, rules: Mapping[Any, Rule]) -> int:
+    done = _split_chunks(model)
     for node in list(model.graph.nodes):
-        rule = RULES.get(node.target) if node.op == "call_function" else None
-        replacement = rule(_Builder(model, node), node) if rule is not None else None
+        rule = rules.get(node.target) if node.op == "call_function" else None
+        builder = _Builder(model, node)
+        replacement = rule(builder, node) if rule is not None else None
         if replacement is not None:
             node.replace_all_uses_with(replacement)
             model.graph.erase_node(node)
+            if replacement in builder.made:
+                replacement.name = node.name
             done += 1
-    done += _split_chunks(model)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
@@ -274,22 +516,45 @@ def _fill_values(model: GraphModule) -> None:
                 node.meta["val"] = value
 
 
+_SPLITS = (
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+    aten.unbind.int,
+)
+
+
 def _split_chunks(model: GraphModule) -> int:
-    """Each used part of a chunk or split as a slice."""
-    targets = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+    """Each used part of a chunk, split or unbind as a slice."""
     done = 0
-    for node in [n for n in model.graph.nodes if n.op == "call_function" and n.target in targets]:
-        parts = node.meta.get("val")
-        if not _static(node.args[0]) or not isinstance(parts, (list, tuple)):
+    for node in [n for n in model.graph.nodes if n.op == "call_function" and n.target in _SPLITS]:
+        parts, x = node.meta.get("val"), node.args[0]
+        axis = ops.arguments(node).get("dim", 0)
+        if (
+            not isinstance(parts, (list, tuple))
+            or not isinstance(axis, int)
+            or not isinstance(x.meta.get("val"), torch.Tensor)
+        ):
             continue
-        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        ends = torch.tensor([p.shape[axis] for p in parts]).cumsum(0).tolist()
+        unbound = node.target is aten.unbind.int
+        sizes = [1 if unbound else p.shape[axis] for p in parts]
+        if not all(isinstance(size, int) for size in sizes) or (unbound and not _static(x)):
+            continue
+        ends = torch.tensor(sizes).cumsum(0).tolist()
         for user in [u for u in node.users if u.target is operator.getitem]:
-            end = ends[user.args[1]]
+            i = user.args[1]
             b = _Builder(model, user)
-            part = b.call(aten.slice.Tensor, node.args[0], axis, end - parts[user.args[1]].shape[axis], end)
+            part = b.call(aten.slice.Tensor, x, axis, ends[i] - sizes[i], ends[i])
+            if unbound:
+                part = b.call(aten.reshape.default, part, list(parts[i].shape))
             user.replace_all_uses_with(part)
             model.graph.erase_node(user)
+            part.name = user.name
         done += 1
     return done
 

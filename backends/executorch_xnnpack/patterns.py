@@ -1,0 +1,135 @@
+"""A converted graph written in the patterns that the XNNPACK partitioner takes as int8."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.backends.executorch_xnnpack.capabilities import is_spatial_pad
+from torchquant.backends.executorch_xnnpack.limits import unshared
+from torchquant.fx import ops
+
+__all__ = ["prepare"]
+
+aten = torch.ops.aten
+
+
+def prepare(graph: GraphModule) -> None:
+    """Rewrite a converted graph in place; its function stays the same, bit by bit."""
+    _separate_repeats(graph)
+    _join_pads(graph)
+    _separate_scales(graph)
+    _shield_pads(graph)
+    _infer_sizes(graph)
+    _copy_permuted(graph)
+    _give_each_user_its_dequantize(graph)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _separate_repeats(graph: GraphModule) -> None:
+    """A concatenation of a tensor with itself, whose operands the partitioner counts once, with one node for each."""
+    for node in [n for n in graph.graph.nodes if n.target is aten.cat.default]:
+        operands = list(node.args[0])
+        for i, operand in enumerate(operands):
+            if operand in operands[:i]:
+                with graph.graph.inserting_before(node):
+                    operands[i] = _another(graph, operand)
+        node.args = (operands, *node.args[1:])
+
+
+def _another(graph: GraphModule, node: Node) -> Node:
+    """A second node with the same value."""
+    return graph.graph.node_copy(node) if ops.is_dequantize(node) else _reshaped(graph, node)
+
+
+def _reshaped(graph: GraphModule, node: Node) -> Node:
+    """A view of the node to its own shape, which the delegate keeps; itself where two sizes are unknown."""
+    shape = ops.shape_of(node) or ()
+    unknown = [i for i, s in enumerate(shape) if not isinstance(s, int)]
+    if not shape or len(unknown) > 1:
+        return node
+    copied = graph.graph.call_function(aten.view.default, (node, [s if isinstance(s, int) else -1 for s in shape]))
+    copied.meta = dict(node.meta)
+    return copied
+
+
+def _separate_scales(graph: GraphModule) -> None:
+    """A reshape between a cat, pool or slice and a quantize op of another scale, so that it is computed in float."""
+    for node, _, quantize in list(unshared(graph)):
+        with graph.graph.inserting_before(quantize):
+            quantize.replace_input_with(node, _another(graph, node))
+
+
+def _join_pads(graph: GraphModule) -> None:
+    """A pad of zeros between int8 tensors, in front of convolutions: read by them without a quantize op between.
+
+    XNNPACK pads in int8 only so; each convolution gets a pad of its own.
+    """
+    for node in [n for n in graph.graph.nodes if ops.op_name(n) == "pad"]:
+        source = node.args[0]
+        quantize = next(iter(node.users)) if len(node.users) == 1 else None
+        if quantize is None or not ops.is_dequantize(source) or not ops.is_quantize(quantize):
+            continue
+        readers = [(d, user) for d in quantize.users for user in d.users]
+        same = source.args[1:6] == quantize.args[1:6]
+        if not same or not all(_is_integer_convolution(u) for _, u in readers) or not is_spatial_pad(node):
+            continue
+        for dequantize, user in readers:
+            with graph.graph.inserting_before(user):
+                padded = graph.graph.node_copy(node)
+            user.replace_input_with(dequantize, padded)
+
+
+def _is_integer_convolution(node: Node) -> bool:
+    weight = ops.argument(node, 1)
+    return ops.op_name(node) in ("conv1d", "conv2d") and weight is not None and ops.is_dequantize(weight)
+
+
+def _shield_pads(graph: GraphModule) -> None:
+    """A reshape between a dequantize op and a pad that no convolution reads.
+
+    ExecuTorch gives every pad of zeros behind a dequantize op an int8 output, also where its input stays float, and
+    such a program fails to load.
+    """
+    for node in [n for n in graph.graph.nodes if ops.op_name(n) in ("pad", "im2col")]:
+        source = node.args[0]
+        read = all(_is_integer_convolution(user) for user in node.users) and is_spatial_pad(node)
+        if ops.is_dequantize(source) and not read:
+            with graph.graph.inserting_before(node):
+                node.replace_input_with(source, _reshaped(graph, source))
+
+
+def _copy_permuted(graph: GraphModule) -> None:
+    """Permutes whose result is contiguous, as the delegate makes it: else a reshape behind one is a copy and a view.
+
+    The copy between them would keep the delegate from computing the reshape in int8.
+    """
+    for node in [n for n in graph.graph.nodes if n.target is aten.permute.default and not ops.is_constant(n)]:
+        node.target = aten.permute_copy.default
+
+
+_RESHAPES = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int)
+
+
+def _infer_sizes(graph: GraphModule) -> None:
+    """Reshapes with one unknown size as views that infer it: the delegate takes no sizes that are computed."""
+    for node in [n for n in graph.graph.nodes if n.target in _RESHAPES]:
+        shape, x = ops.shape_of(node) or (), node.args[0]
+        unknown = [s for s in shape if not isinstance(s, int)]
+        if len(unknown) == 1 and x.meta["val"].is_contiguous():
+            node.target = aten.view.default
+            node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
+
+
+def _give_each_user_its_dequantize(graph: GraphModule) -> None:
+    """One dequantize op for each place that reads it.
+
+    The delegate marks a dequantize op as part of the int8 op that reads it; a float op beside it would read int8 too.
+    """
+    for node in [n for n in graph.graph.nodes if ops.is_dequantize(n) and not ops.is_constant(n)]:
+        for user in list(node.users)[1:]:
+            with graph.graph.inserting_before(user):
+                copied = graph.graph.node_copy(node)
+            user.replace_input_with(node, copied)

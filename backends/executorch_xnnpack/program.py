@@ -1,0 +1,176 @@
+"""A `.pte`: loaded, called, saved, read again.
+
+What torchquant knows of a program (how it is called, its report, its proof, the first state) stands behind the program
+in the same file, as a zip archive: ExecuTorch's runtimes read the program by the sizes in its header and ignore it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from torchquant.backends.executorch_xnnpack.capabilities import TARGET
+from torchquant.backends.executorch_xnnpack.quiet import undisturbed
+from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
+from torchquant.files import write_whole
+from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
+from torchquant.signature import InputSpec, Signature
+
+__all__ = ["Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
+
+_HEADER = slice(8, 12)  # of the extended header: its name, then its length, 4 bytes, and three sizes of 8
+# ExecuTorch's scalar type numbers
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+
+
+def executorch_modules() -> SimpleNamespace:
+    """ExecuTorch's modules, imported when first needed.
+
+    Raises:
+        MissingDependencyError: ExecuTorch is not installed.
+    """
+    try:
+        with undisturbed():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+            from executorch.runtime import Runtime, Verification
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ExecuTorch is not installed ({error}): pip install 'torchquant[executorch]'"
+        ) from error
+    return SimpleNamespace(
+        partitioner=XnnpackPartitioner,
+        lower=to_edge_transform_and_lower,
+        runtime=Runtime,
+        verification=Verification,
+    )
+
+
+class Method:
+    """The `forward` of a `.pte`: tensors in, a tuple of tensors out, one call at a time.
+
+    Raises:
+        LoweringError: ExecuTorch cannot load it.
+    """
+
+    def __init__(self, buffer: bytes) -> None:
+        executorch = executorch_modules()
+        try:
+            self._program = executorch.runtime.get().load_program(
+                buffer, verification=executorch.verification.InternalConsistency
+            )
+            self._method = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise LoweringError(f"ExecuTorch cannot load the program: {error}") from error
+        self._lock = threading.Lock()
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        given = [t.detach().contiguous() for t in tensors]
+        with self._lock:
+            return tuple(self._method.execute(given))
+
+    def signature(self) -> Signature:
+        """What the runtime reports of the inputs: of a program with dynamic sizes, the largest ones."""
+        about = self._method.metadata
+        found = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
+        return Signature.flat(
+            InputSpec(f"input {i}", str(_DTYPES.get(m.dtype(), m.dtype())), tuple(m.sizes()))
+            for i, m in enumerate(found)
+        )
+
+
+class XnnpackProgram(Program):
+    """A `.pte` for the XNNPACK delegate, run through ExecuTorch's Python runtime.
+
+    State is what the program takes behind its inputs and returns behind its outputs, in the order of `state`.
+    """
+
+    target = TARGET
+
+    def __init__(self, buffer: bytes, about: Metadata | None = None) -> None:
+        self._buffer, self._method = buffer, Method(buffer)
+        self._signature = self._method.signature() if about is None else about.signature
+        self._returns = () if about is None else about.returns
+        self.inputs = self._signature.tensors
+        self.sites = () if about is None else about.sites
+        self.proof = None if about is None else about.proof
+        self._state = State({} if about is None else about.states)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = self._signature.tensors_of(args, kwargs)
+        before = list(self._state.values.values())
+        found = self._method(*tensors, *before)
+        count = len(found) - len(before) - len(self._returns)
+        outputs, after, returned = found[:count], found[count : count + len(before)], found[count + len(before) :]
+        with torch.no_grad():
+            for position, value in zip(self._returns, returned, strict=True):
+                tensors[position].copy_(value)
+        self._state.values = dict(zip(self._state.values, after, strict=True))
+        return self._signature.outputs(outputs)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the `.pte`; any ExecuTorch runtime with the XNNPACK delegate runs it."""
+        return write_whole(path, lambda part: part.write_bytes(self._buffer))
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._buffer)
+
+
+def with_metadata(buffer: bytes, about: Metadata) -> bytes:
+    """The program with what torchquant knows of it behind it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.pte")
+        file.write_bytes(buffer)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr("torchquant/about", "what torchquant knows of the program before this archive\n")
+        write_metadata(file, TARGET, about)
+        return file.read_bytes()
+
+
+def load(path: str | os.PathLike[str]) -> XnnpackProgram:
+    """Read a saved `.pte`: the program as it was lowered, with its inputs, state, report and proof.
+
+    One that torchquant did not write has none of that: it takes tensors by position, of the sizes that the runtime
+    reports.
+
+    Raises:
+        ArtifactError: no such file, truncated, or not a program that this ExecuTorch loads.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArtifactError(f"{file} is not a file")
+    content = file.read_bytes()
+    if content[4:6] != b"ET":
+        raise ArtifactError(f"{file} is truncated or not an ExecuTorch program (.pte)")
+    about = read_metadata(file, TARGET) if content[_end_of(content) :][:2] == b"PK" else None
+    try:
+        return XnnpackProgram(content, about)
+    except (LoweringError, RuntimeError) as error:
+        raise ArtifactError(f"{file} is truncated or from another ExecuTorch: {error}") from error
+
+
+def _end_of(content: bytes) -> int:
+    """Where the program ends, by its header: behind its last segment."""
+    if content[_HEADER] != b"eh00":
+        return len(content)
+    program, segments, size = (int.from_bytes(content[at : at + 8], "little") for at in (16, 24, 32))
+    return segments + size if segments else program

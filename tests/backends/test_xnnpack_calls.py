@@ -1,0 +1,176 @@
+"""Calls of XNNPACK programs: numbers, None, names, nesting, sizes that vary, state; and all of it from a `.pte`."""
+
+import pytest
+import torch
+from nets import Call
+from torch import nn
+
+import torchquant as tq
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+
+pytest.importorskip("executorch")
+from torchquant.backends import executorch_xnnpack
+
+
+def lowered(model, batch, example=None, dynamic_shapes=None, scheme="static_int8"):
+    torch.manual_seed(0)
+    quantized = tq.quantize(
+        model.eval(),
+        batch,
+        [batch],
+        quantizer=XnnpackQuantizer(scheme),
+        algorithms=(),
+        dynamic_shapes=dynamic_shapes,
+        progress=False,
+    )
+    return executorch_xnnpack.lower(quantized, batch if example is None else example)
+
+
+@pytest.fixture(params=["lowered", "loaded"])
+def form(request, tmp_path):
+    """The program as it was lowered, or saved and loaded again."""
+    if request.param == "lowered":
+        return lambda program: program
+    return lambda program: executorch_xnnpack.load(program.save(tmp_path / "model.pte"))
+
+
+class Options(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, scale: float = 1.0, flag: bool = False, mask=None):
+        x = self.up(x).relu() * scale
+        return self.down(x + 1 if flag else x)
+
+
+@pytest.mark.parametrize("rest", [(0.5,), (1.0, True), (1.0, False, None)], ids=str)
+def test_numbers_bools_and_none_among_the_arguments_are_constants_that_a_call_must_repeat(rest, form):
+    batch = (torch.randn(4, 8), *rest)
+    model = Options()
+    program = form(lowered(model, batch))
+    assert tq.sqnr_db(model(*batch).detach(), program(*batch)) > 25
+    with pytest.raises(tq.InputError, match="constant"):
+        program(batch[0], 3.0, *rest[1:])
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, inputs, pair):
+        a, b = self.left(inputs["a"]), self.right(inputs["b"])
+        return {"sum": a + b, "rest": (pair[0], a.relu(), 3)}
+
+
+def test_dicts_in_any_order_nested_inputs_and_outputs_of_any_tree_work(form):
+    model, (a, b) = Nested(), torch.randn(2, 4, 8)
+    pair = (torch.randn(2), torch.randn(3))
+    program = form(lowered(model, ({"a": a, "b": b}, pair)))
+    found, expected = program({"b": b, "a": a}, pair), model({"a": a, "b": b}, pair)
+    assert list(found) == ["sum", "rest"]
+    assert tq.sqnr_db(expected["sum"].detach(), found["sum"]) > 25
+    assert torch.equal(found["rest"][0], pair[0])
+    assert found["rest"][2] == 3
+    assert torch.equal(program(pair=pair, inputs={"a": a, "b": b})["sum"], found["sum"])
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def images(n):
+    return (torch.randn(n, 3, 8, 8),)
+
+
+def test_a_batch_that_varies_stays_so_when_lowered_with_one_sample(form):
+    model = net()
+    varying = lowered(model, images(4), images(1), ({0: torch.export.Dim("batch", max=8)},))
+    assert varying.proof.kernels["delegate calls"] == 1
+    program = form(varying)
+    assert [i.shape for i in program.inputs] == [(None, 3, 8, 8)]
+    for n in (1, 3, 8):
+        assert program(*images(n)).shape == (n, 3)
+    with pytest.raises(tq.InputError, match=r"9.*<= 8"):
+        program(*images(9))
+
+
+def test_a_size_without_a_bound_is_refused_with_the_remedy():
+    with pytest.raises(tq.LoweringError, match=r"axis 0 has no upper bound.*Dim\('size', max=64\)"):
+        lowered(net(), images(4), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+class Running(nn.Module):
+    """A filter with memory, not zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.register_buffer("memory", torch.full((2, 8), 0.5))
+
+    def forward(self, x):
+        self.memory.mul_(0.5).add_(x)
+        return self.mix(self.memory)
+
+
+def test_state_goes_from_call_to_call_from_its_first_value_and_can_be_reset(form):
+    model = Running()
+    x = torch.randn(2, 8)
+    program = form(lowered(model, (x,), scheme="dynamic_int8"))
+    model.memory.fill_(0.5)
+    for _ in range(3):
+        assert tq.sqnr_db(model(x).detach(), program(x)) > 20
+    assert torch.allclose(program.state["memory"], model.memory)
+    program.reset()
+    assert torch.equal(program.state["memory"], torch.full((2, 8), 0.5))
+
+
+def test_a_model_that_writes_into_its_input_does_so(form):
+    def forward(m, x):
+        x.add_(1.0)
+        return m.mix(x)
+
+    model = Call(forward, mix=nn.Linear(8, 4))
+    program = form(lowered(model, (torch.randn(2, 8),)))
+    x = torch.randn(2, 8)
+    before = x.clone()
+    program(x)
+    assert torch.allclose(x, before + 1)
+
+
+def test_a_loaded_program_has_the_report_and_the_proof(tmp_path):
+    program = lowered(net(), images(2))
+    again = executorch_xnnpack.load(program.save(tmp_path / "model.pte"))
+    assert [(s.node, s.op, s.status) for s in again.sites] == [(s.node, s.op, s.status) for s in program.sites]
+    assert again.proof == program.proof
+    assert again.size_bytes == program.size_bytes
+
+
+def test_any_runtime_runs_the_file_and_a_file_of_another_writer_loads(tmp_path):
+    from executorch.extension.pybindings import portable_lib
+
+    batch = images(2)
+    program = lowered(net(), batch)
+    path = program.save(tmp_path / "model.pte")
+    (plain,) = portable_lib._load_for_executorch(str(path)).forward(list(batch))
+    assert torch.equal(plain, program(*batch))
+    content = path.read_bytes()
+    foreign = tmp_path / "foreign.pte"
+    foreign.write_bytes(content[: executorch_xnnpack.program._end_of(content)])
+    again = executorch_xnnpack.load(foreign)
+    assert torch.equal(again(*batch), plain)
+    assert (again.proof, again.sites) == (None, ())
+    assert [i.shape for i in again.inputs] == [(2, 3, 8, 8)]
+
+
+def test_a_file_cut_or_damaged_in_what_torchquant_wrote_is_refused(tmp_path):
+    content = lowered(net(), images(2)).save(tmp_path / "model.pte").read_bytes()
+    end = executorch_xnnpack.program._end_of(content)
+    for name, bad in {
+        "cut": content[: end + 40],
+        "changed": content[: (end + len(content)) // 2] + b"\0\0\0\0" + content[(end + len(content)) // 2 + 4 :],
+    }.items():
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(tq.ArtifactError):
+            executorch_xnnpack.load(tmp_path / name)
