@@ -202,7 +202,10 @@ class _Depth:
             raise LoweringError(
                 f"{fault}. Its kernels compute something else: report this, or exclude the sites at fault."
             )
-        deep = build(_with_outputs(self.reference, taps))
+        try:
+            deep = build(_with_outputs(self.reference, taps))
+        except LoweringError as error:
+            raise LoweringError(f"{fault}, and it cannot be built such that one can look into it: {error}") from error
         runs = [self._run(deep, taps, batch) for batch in self.batches]
         for part in parts:
             self._hold(part, runs, fault)
@@ -316,7 +319,10 @@ def _with_outputs(graph: GraphModule, taps: Sequence[Node]) -> GraphModule:
     twin = passes.copy_graph(graph)
     twins = dict(zip(graph.graph.nodes, twin.graph.nodes, strict=True))
     output = next(n for n in twin.graph.nodes if n.op == "output")
-    output.args = ((*_returned(twin), *(twins[n] for n in taps)),)
+    with twin.graph.inserting_before(output):
+        # a dequantize op of its own, since delegates take one that has one reader
+        seen = [twin.graph.node_copy(twins[n]) if ops.is_dequantize(n) else twins[n] for n in taps]
+    output.args = ((*_returned(twin), *seen),)
     twin.recompile()
     return twin
 
@@ -328,7 +334,8 @@ def _parts(graph: GraphModule) -> list[_Part]:
     """
     data_ = ops.derived_nodes(graph)
     nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    decisions = [_decision(n) for n in _returned(graph) if isinstance(n, Node) and n in nodes and not ops.is_float(n)]
+    integers = [n for n in _returned(graph) if isinstance(n, Node) and "val" in n.meta and not ops.is_float(n)]
+    decisions = [_decision(n) for n in integers if n in nodes]
     decided = {n for part in decisions for n in part.nodes}
     kept = {n for part in decisions for n in part.reads} | set(_returned(graph)) - decided
     nodes = [n for n in nodes if n not in decided]
@@ -367,8 +374,8 @@ def _may_cut(crossing: Sequence[Node], place: dict[Node, int], at: int) -> bool:
         return False
     for node in crossing:
         later = [u for u in node.users if place.get(u, -1) > at]
-        if any(ops.is_quantize(u) for u in later) or ops.is_quantize(node):
-            return False
+        if ops.is_quantize(node) or any(ops.is_quantize(v) for u in later for v in (u, *u.users)):
+            return False  # a kernel may end in an activation and the quantize op behind it
         if not (ops.is_dequantize(node) or ops.is_float(node)):
             return False
     return True

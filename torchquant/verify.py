@@ -15,8 +15,8 @@ from torchquant.errors import InputError
 
 __all__ = ["Comparison", "OutputComparison", "compare", "compare_tensors", "sqnr_db"]
 
-_CONCENTRATED = 100.0  # times the error of the median channel, per element, in a channel that is lost
 _LOST_DB = 10.0
+_FEW = 16  # elements of a channel that tell nothing
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class OutputComparison:
         max_abs: largest absolute difference.
         agreement: share of rows with the largest element at the same place (of floats) or of equal elements.
         compared: elements that were compared: those that are finite in the reference.
-        lost_channel: a channel whose values are lost (below 10 dB) though the error of most others is far smaller.
+        lost_channel: a channel whose values are lost: below 10 dB, most of them off by half and more.
     """
 
     is_float: bool
@@ -116,7 +116,7 @@ class _Tally:
     same: int = 0
     rows: int = 0
     compared: int = 0
-    by_channel: list[torch.Tensor] = field(default_factory=list)  # signal, noise, elements
+    by_channel: list[torch.Tensor] = field(default_factory=list)  # signal, noise, elements, those off by half
 
     @property
     def is_float(self) -> bool:
@@ -150,7 +150,9 @@ class _Tally:
         self.signal, self.noise = self.signal + float(a.square().sum()), self.noise + float(error.square().sum())
         self.max_abs = max(self.max_abs, float(error.abs().max()) if error.numel() else 0.0)
         if a.ndim >= 2:
-            sums = [t.movedim(self.axis, 0).flatten(1).sum(1) for t in (a.square(), error.square(), finite.double())]
+            off = (error.abs() > 0.5 * a.abs()).double()
+            parts = (a.square(), error.square(), finite.double(), off)
+            sums = [t.movedim(self.axis, 0).flatten(1).sum(1) for t in parts]
             known = self.by_channel if self.by_channel and len(self.by_channel[0]) == len(sums[0]) else []
             self.by_channel = [x + y for x, y in zip(known, sums, strict=True)] if known else sums
 
@@ -162,11 +164,10 @@ class _Tally:
     def _lost_channel(self) -> int | None:
         if not self.by_channel or len(self.by_channel[0]) < 2:
             return None
-        signal, noise, count = self.by_channel
-        error = noise / count.clamp(min=1)
-        lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (error > _CONCENTRATED * error.median()) & (noise > 0)
+        signal, noise, count, off = self.by_channel
+        lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (2 * off > count) & (count >= _FEW)
         # a channel that is zero but for rounding is lost to nobody
-        lost &= signal > 1e-12 * signal.max()
+        lost &= torch.maximum(signal, noise) > 1e-12 * signal.max()
         return int(lost.nonzero()[0]) if bool(lost.any()) else None
 
 
