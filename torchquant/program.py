@@ -9,17 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 
 from torchquant import archive
 from torchquant.errors import InputError
-from torchquant.proof import Verdict
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import QParams, Site
 from torchquant.verify import Comparison, OutputComparison
+
+if TYPE_CHECKING:
+    from torchquant.proof import Verdict
 
 __all__ = ["Metadata", "Program", "Proof", "State", "read_metadata", "write_metadata"]
 
