@@ -377,6 +377,7 @@ class SevenBits(X86Quantizer):
 
 
 def half_quantized(quantizer):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(36, 5)).eval()
     x = torch.randn(2, 3, 5, 5)
     return tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False), x
