@@ -117,6 +117,19 @@ class Program(ABC):
     def size_bytes(self) -> int:
         """Size of the artefact as saved."""
 
+    def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], found: Sequence[Any]) -> Any:
+        """The model's outputs, of all that the artefact returned for `tensors`; the rest goes where it belongs."""
+        states = len(about.states)
+        count = len(found) - states - len(about.returns)
+        outputs, after, returned = found[:count], found[count : count + states], found[count + states :]
+        for position, value in zip(about.returns, returned, strict=True):
+            tensors[position].copy_(value)
+        if states:  # a caller may write into what it is given
+            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
+            kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
+            self._state.values = dict(zip(about.states, kept, strict=True))
+        return about.signature.outputs(outputs)
+
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of this thread's state, by the names of the model's buffers; empty where the model keeps none.

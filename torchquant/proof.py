@@ -20,15 +20,17 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchquant import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx import ops, passes
-from torchquant.signature import Signature
+from torchquant.fx.flat import Flat
+from torchquant.signature import InputSpec, Signature
 from torchquant.verify import Comparison, OutputComparison, compare, compare_tensors
 
-__all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "hold_against"]
+__all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "cases_of", "hold_against"]
 
 MIN_SQNR_DB = 30.0  # at which an output needs no further proof
 FLOOR_DB = 20.0  # below which its irreproducibility is no excuse
 MARGIN_DB = 6.0  # that an artefact may be worse than the reference reproduces itself
 _SAME_DB = 60.0  # between the artefact and the one built to look into
+_STEPS = 3  # calls after which an artefact with state is looked at again
 _PARTS = 16  # that a graph is cut into, at most
 _MOST_CROSSING = 4  # values from one part to the next
 _EQUAL = 0.99  # share of integers
@@ -49,6 +51,28 @@ class Verdict:
     comparison: Comparison
     outcome: Literal["holds", "undecided"] = "holds"
     reason: str = ""
+
+
+def cases_of(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
+    """What to prove an artefact with: tensors and states for the batch, and where the first size varies for one sample.
+
+    Each is taken with the state as it is at first, and the last one as some calls leave it too.
+
+    Raises:
+        InputError: the batch does not fit.
+    """
+    signature, states = reference.signature, list(reference.initial.values())
+    leaves = data.leaves_of(signature, batch, "example_inputs")
+    cases: list[tuple[torch.Tensor, ...]] = []
+    for given in (leaves, data.with_first_sizes(signature, leaves, 1)):
+        if given is not None:
+            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
+            cases.append((*tensors, *states))
+    with torch.no_grad():
+        for _ in range(_STEPS if states else 0):
+            later = reference.split(reference.graph(*(t.clone() for t in cases[-1])))[1]
+            cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
+    return cases
 
 
 def hold_against(

@@ -33,9 +33,8 @@ from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
-from torchquant.proof import hold_against
+from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec
 from torchquant.types import Site
 
 __all__ = ["dynamo_backend", "lower", "lower_float"]
@@ -49,7 +48,6 @@ _INTEGER = {
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
-_STEPS = 3  # calls of a program with state after which it is proven again
 _ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
@@ -95,7 +93,7 @@ def lower(
     floats = passes.copy_graph(quantized)
     passes.make_float(floats, allowed)
     reference = flat(floats)
-    cases = _cases(reference, batch)
+    cases = cases_of(reference, batch)
     raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
     kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
@@ -130,25 +128,6 @@ def lower(
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
     return X86Program(package, folder, reference.signature)
-
-
-def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
-    """What to prove the package with: the batch, where the first size varies one sample too, and each with state
-    as it is at first and as some calls leave it."""
-    signature, states = reference.signature, list(reference.initial.values())
-    leaves = data.leaves_of(signature, batch, "example_inputs")
-    one = data.with_first_sizes(signature, leaves, 1)
-    cases = []
-    for given in (leaves, one):
-        if given is not None:
-            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
-            cases.append((*tensors, *states))
-    if states:
-        with torch.no_grad():
-            for _ in range(_STEPS):
-                later = reference.split(reference.graph(*_copies(cases[-1])))[1]
-                cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
-    return cases
 
 
 def _built(graph: GraphModule, tensors: Sequence[torch.Tensor], folder: Path, own_kernels: bool) -> Callable[..., Any]:
@@ -228,7 +207,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         LoweringError: Inductor cannot compile it.
     """
     pure = flat(exported)
-    cases = _cases(pure, example_inputs)
+    cases = cases_of(pure, example_inputs)
     with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
         raw, _ = _compile(pure.graph, cases[0], Path(folder) / "raw.pt2", own_kernels=False)
         package = Path(folder) / "model.pt2"

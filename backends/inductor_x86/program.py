@@ -56,18 +56,10 @@ class X86Program(Program):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
         tensors = self._about.signature.tensors_of(args, kwargs)
-        before = list(self._state.values.values())
+        before = self._state.values.values()
         with torch.no_grad():
             found = self._run(*map(self._own, (*tensors, *before)))
-        count = len(found) - len(before) - len(self._about.returns)
-        outputs, after, returned = found[:count], found[count : count + len(before)], found[count + len(before) :]
-        for position, value in zip(self._about.returns, returned, strict=True):
-            tensors[position].copy_(value)
-        if before:
-            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
-            kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
-            self._state.values = dict(zip(self._state.values, kept, strict=True))
-        return self._about.signature.outputs(outputs)
+            return self._finish(self._about, tensors, found)
 
     def _own(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
