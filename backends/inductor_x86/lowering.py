@@ -29,6 +29,7 @@ from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
@@ -92,6 +93,7 @@ def lower(
     raw_file = Path(folder.name) / "raw.pt2"
     floats = passes.copy_graph(quantized)
     passes.make_float(floats, allowed)
+    mark_sites(floats)
     reference = flat(floats)
     cases = cases_of(reference, batch)
     raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
@@ -108,7 +110,7 @@ def lower(
         fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
     _pack(raw, package, regions)
-    left = left_float(sites, allowed)
+    left = left_float(sites, allowed, {name for region in regions for name in region.sites})
     if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
         reference, package, kernels, reason = faster
         fused = 0

@@ -442,3 +442,15 @@ def test_a_cpu_without_vnni_gets_right_results_or_a_reason():
     assert float(ours) > 60
     assert refused == "True"
     assert float(seven_bits) > 60
+
+
+def test_what_runs_inside_our_kernels_is_not_said_to_be_left_to_inductor():
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(1152, 8))
+    model, x = nn.Sequential(*layers, nn.Softmax(-1)).eval(), torch.randn(2, 3, 16, 16)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    left = inductor_x86.lower(quantized, x, tune=False).proof.left_float
+    assert {op: "inside" in why for op, why in left.items()} == {
+        "1 relu": True,
+        "1 hardswish": True,
+        "1 softmax": False,
+    }
