@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.lowering import accountable_sites, left_float, names
-from torchquant.ops import native, tuning
+from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
 from torchquant.proof import hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec
+from torchquant.signature import InputSpec, Signature
 from torchquant.types import Capability, Scheme, Site, TensorSpec
 
 __all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
@@ -108,10 +109,17 @@ class X86Program(Program):
 
     target = TARGET
 
-    def __init__(self, package: Path, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self,
+        package: Path,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+        signature: Signature | None = None,  # with types that cannot be stored
+    ) -> None:
         self._package = package
         self._folder = folder  # deleted with the program
-        self._about = read_metadata(package, TARGET)
+        stored = read_metadata(package, TARGET)
+        self._about = stored if signature is None else replace(stored, signature=signature)
+        saturation.check_package(package)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
         self._state = State(self._about.states)
@@ -177,7 +185,7 @@ def lower(
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
-            run, or its output is off.
+            run, or its output is off; or oneDNN would run a product on which it saturates on this CPU.
     """
     sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
@@ -195,7 +203,7 @@ def lower(
     try:
         fused = _prove_integer(wanted, kernels)
     except LoweringError:
-        if not regions:
+        if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
             raise
         # between our regions Inductor may lose a pattern that it finds in the whole graph
         raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
@@ -222,7 +230,7 @@ def lower(
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
-    return X86Program(package, folder)
+    return X86Program(package, folder, reference.signature)
 
 
 def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
@@ -395,6 +403,8 @@ def _compile(
             regions = replace_regions(graph)
             if regions and tune:
                 _tune(graph, batch, regions)
+        unsafe = saturation.unsafe_products(graph)
+        saturation.refuse(unsafe, own_kernels)
         passes.flatten_quantized_linears(graph)  # what is left to Inductor
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
@@ -407,6 +417,7 @@ def _compile(
         ):
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+        saturation.note(package, unsafe)
     except LoweringError:
         raise
     except Exception as error:

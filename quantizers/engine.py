@@ -106,6 +106,8 @@ class CapabilityQuantizer(Quantizer):
         wanted = self._wanted(model)
         data = ops.data_nodes(model)
         self._derived = ops.derived_nodes(model)
+        for node in [n for n, scheme in wanted.items() if scheme is None and ops.is_higher_order(n)]:
+            note(node, "excluded", "excluded by the user")
         for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:
             if not is_annotated(node):
                 self._annotate(node, wanted, data)

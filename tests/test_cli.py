@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import torchquant as tq
-from torchquant import cli
+from torchquant import cli, commands
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.quantizers import CudaQuantizer
 
@@ -30,6 +30,15 @@ def batches():
 
 def nothing():
     return []
+
+def broken():
+    return 1 / 0
+
+def labelled():
+    return [(b, torch.zeros(4)) for b in batches()]
+
+def arrays():
+    return [b.numpy() for b in batches()]
 """
 
 
@@ -102,7 +111,7 @@ def test_a_program_for_gpus_is_built_where_there_is_none(folder, tmp_path, monke
 
 def test_targets_lists_every_op_with_its_schemes_or_reason():
     text = run("targets").output
-    for name, (_, backend, _) in cli.TARGETS.items():
+    for name, (_, backend, _) in commands.TARGETS.items():
         assert name in text
         for row in backend.CAPABILITIES:
             assert row.op in text
@@ -158,7 +167,7 @@ def test_report_reads_a_program_and_a_saved_graph(written, tmp_path):
     assert "annotated compute ops run quantized: 2/2" in run("report", out / "inductor_x86.pt2").output
     x = torch.randn(4, 8)
     model = torch.nn.Linear(8, 4)
-    quantizer = cli.TARGETS["inductor_x86"][0]()
+    quantizer = commands.TARGETS["inductor_x86"][0]()
     graph = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
     assert "1/1" in run("report", tq.save(graph, tmp_path / "graph.pt2")).output
 
@@ -182,10 +191,13 @@ ERRORS = {
     "no algorithm": ([*QUANTIZE, "data.npz", "--out", "x", "--algorithm", "adarund"], "'adarund'"),
     "no backend": ([*QUANTIZE, "data.npz", "--out", "x", "--backend", "tpu"], "'tpu'"),
     "no folder": (
-        [*QUANTIZE, "data.npz", "--out", "none", "--backend", "inductor_x86",
+        [*QUANTIZE, "data.npz", "--out", "data.npz/out", "--backend", "inductor_x86",
          "--backend", "executorch_xnnpack"],
-        "must be an existing folder",
+        "cannot be made a folder",
     ),
+    "user's error": (["report", "--model", "users_net:broken", "--calibration", "data.npz"], "ZeroDivisionError"),
+    "labels": ([*QUANTIZE, "users_net:labelled", "--out", "x.pt2"], "for x, _ in loader"),
+    "numpy": ([*QUANTIZE, "users_net:arrays", "--out", "x.pt2"], "torch.from_numpy"),
     "empty": ([*QUANTIZE, "users_net:nothing", "--out", "x.pt2"], "gave no batches"),
     "scheme": ([*REPORT, "data.npz", "--scheme", "int3"], "int3"),
     "pattern": ([*REPORT, "data.npz", "--exclude", "op:linaer"], "linear"),
@@ -260,3 +272,37 @@ _ENTRY = (
     "module, name = re.search(r'^torchquant = \"([\\w.]+):(\\w+)\"$', text, re.M).groups()\n"
     "sys.exit(getattr(importlib.import_module(module), name)())\n"
 )
+
+
+def test_the_command_lists_the_targets_and_algorithms_that_there_are():
+    assert set(cli.TARGETS) == set(commands.TARGETS)
+    assert set(cli.ALGORITHMS) == set(commands.ALGORITHMS)
+
+
+def test_help_needs_no_torch():
+    code = "import sys, torchquant.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_error_that_is_none_of_ours_is_two_lines_with_its_place(monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(commands, "targets", fail)
+    code, _, err = main("targets", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 1
+    assert "OSError: the disk is gone" in err
+    assert "test_cli.py" in err
+    assert len(err.strip().splitlines()) == 2
+
+
+def test_missing_folders_are_made_and_a_positional_export_is_calibrated_by_names_in_a_file(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(4, 8),)), tmp_path / "float.pt2")
+    out = tmp_path / "some" / "where" / "model.pte"
+    result = run(
+        "quantize", tmp_path / "float.pt2", "--calibration", "data.npz", "--backend", "executorch_xnnpack", "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    assert out.is_file()
+    assert "on calibration data" in result.output

@@ -148,3 +148,52 @@ def test_a_model_with_nothing_to_quantize_is_refused_with_a_pointer_to_the_repor
     x = torch.randn(2, 8)
     with pytest.raises(tq.CalibrationError, match=r"annotated nothing.*report"):
         tq.quantize(Call(lambda m, x: x + 1), x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "words"),
+    [("x86", "no Quantizer"), (X86Quantizer, r"X86Quantizer\(\)"), ([X86Quantizer], "class"), (3, "no")],
+)
+def test_what_is_no_quantizer_is_refused_with_what_to_write(quantizer, words):
+    x = torch.randn(2, 8)
+    with pytest.raises(tq.InputError, match=words):
+        tq.quantize(nets.mlp(), x, [x], quantizer=quantizer)
+
+
+def test_batches_with_labels_are_refused_with_the_way_out():
+    x = torch.randn(2, 8)
+    with pytest.raises(tq.InputError, match="for x, _ in loader"):
+        tq.quantize(nets.mlp(), x, [(x, torch.zeros(2))], quantizer=X86Quantizer())
+
+
+def test_an_example_of_one_sample_for_a_dynamic_batch_is_refused_with_the_way_out():
+    model = nets.Call(lambda m, x: m.inner(x).reshape(1, 4), inner=nets.mlp())
+    with pytest.raises(tq.ExportError, match="two samples or more"):
+        tq.export(model, torch.randn(1, 8), dynamic_shapes=(({0: torch.export.Dim("batch")},),))
+
+
+def test_a_network_that_returns_indices_alone_is_optimized_for_what_they_are_made_of():
+    model, batches = nets.Call(lambda m, x: m.inner(x).argmax(-1), inner=nets.mlp()).eval(), [torch.randn(16, 8)] * 3
+    prepared = tq.prepare(tq.export(model, batches[0]), X86Quantizer())
+    tq.calibrate(prepared, batches, progress=False)
+    steps = tq.optimize(prepared, batches, [tq.AdaRound()], progress=False).steps
+    assert all(10 < db < 100 for _, db, _ in steps)
+
+
+@pytest.mark.parametrize("pattern", ["op:cond", "op:c*nd"])
+def test_branches_are_hidden_from_quantizers_and_may_be_excluded(pattern):
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.yes, self.no = (torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            return torch.cond(x.sum() > 0, self.yes.forward, self.no.forward, (x,))
+
+    x = torch.randn(4, 8)
+    prepared = tq.prepare(tq.export(Branches().eval(), x), X86Quantizer(exclude=[pattern]))
+    assert {s.op: s.status for s in tq.report(prepared).sites if s.compute} == {
+        "linear": "quantized",
+        "cond": "excluded",
+    }

@@ -18,13 +18,15 @@ LAYERS = [
     ["types"],
     ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
     ["fx"],
-    ["benchmark", "calibrate", "dynamo", "scaled", "solved", "verify"],
+    ["benchmark", "calibration", "dynamo", "scaled", "solved", "verify"],
     ["proof"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],
     ["solving"],
-    ["flow", "report"],
-    ["cli", "sources", "__init__"],
+    ["flow", "reporting"],
+    ["sources"],
+    ["commands"],
+    ["cli", "__init__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -70,7 +72,7 @@ def test_folders_import_only_what_they_may(module):
         "torchquant.quantizers": {"torchquant", "torchquant.quantizers", "torchquant.backends"},
         "torchquant.backends": {"torchquant", "torchquant.backends"},
     }[folder_of(module)]
-    if module != "torchquant.cli":
+    if module != "torchquant.commands":
         assert {folder_of(i) for i in EDGES[module]} <= allowed
     assert not imports_of(MODULES[module]) & {"quantizers", "backends"}, "import them as torchquant.quantizers, ..."
 

@@ -14,7 +14,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 import torchquant as tq
 from torchquant import histograms
-from torchquant.calibrate import recalibrate
+from torchquant.calibration import recalibrate
 from torchquant.observers import PerChannelWeight, reset
 from torchquant.ranges import (
     ActivationEntropy,

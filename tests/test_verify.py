@@ -62,8 +62,30 @@ def test_outputs_that_do_not_match_are_refused(candidate, words):
 def test_nothing_to_compare_is_refused():
     with pytest.raises(tq.InputError, match="no batch"):
         tq.compare(lambda x: x, lambda x: x, [])
-    with pytest.raises(tq.InputError, match="no floating-point tensor"):
-        tq.compare(torch.argmax, torch.argmax, [torch.randn(2, 3)])
+    with pytest.raises(tq.InputError, match="no tensor"):
+        tq.compare(lambda x: None, lambda x: None, [torch.randn(2, 3)])
+
+
+def test_integers_are_compared_for_equality():
+    x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 9.0], [9.0, 0.0]])
+    found = tq.compare(lambda x: (x.argmax(1), x), lambda x: (torch.tensor([1, 0, 1, 1]), x), [x])
+    assert found.agreement == 0.75
+    assert [o.is_float for o in found.outputs] == [False, True]
+    assert found.sqnr_db == math.inf
+
+
+def test_a_channel_whose_values_are_lost_is_named_though_the_others_drown_it():
+    x = torch.randn(2, 8, 4, 4) * torch.tensor([1e3] * 7 + [1.0]).reshape(1, 8, 1, 1)
+    close = x + 1e-3 * torch.randn(2, 8, 4, 4)
+    lost = close.clone()
+    lost[:, 7] = 0
+    found = [tq.compare(lambda x: x, lambda x, y=y: y, [x]).outputs[0] for y in (close, lost)]
+    assert [o.lost_channel for o in found] == [None, 7]
+    assert found[1].sqnr_db > 60
+
+
+def test_a_model_that_writes_into_its_input_is_compared_on_the_same_input():
+    assert tq.compare(lambda x: x.mul_(2), lambda x: x.mul_(2), [torch.randn(2, 3)]).sqnr_db == math.inf
 
 
 def test_a_nan_output_has_no_largest_difference():

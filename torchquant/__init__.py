@@ -1,35 +1,92 @@
-"""Quantization inside the PT2E export graph: any torchao Quantizer, any target, with proof."""
+"""Quantization inside the PT2E graph: any torchao Quantizer, any target, with proof.
 
-from torchquant.algorithms.adaquant import AdaQuant
-from torchquant.algorithms.adaround import AdaRound
-from torchquant.algorithms.batch_norm import BatchNormReestimation
-from torchquant.algorithms.bias_correction import BiasCorrection
-from torchquant.algorithms.brecq import BRECQ
-from torchquant.algorithms.equalization import CrossLayerEqualization
-from torchquant.algorithms.qdrop import QDrop
-from torchquant.algorithms.range_search import RangeSearch
-from torchquant.algorithms.seq_mse import SeqMSE
-from torchquant.algorithms.smooth_quant import SmoothQuant
-from torchquant.batches import Steps
-from torchquant.calibrate import calibrate
-from torchquant.errors import (
-    ArtifactError,
-    CalibrationError,
-    ExportError,
-    InputError,
-    LoweringError,
-    MissingDependencyError,
-    PatternError,
-    SchemeError,
-    TorchquantError,
-    TorchquantWarning,
-)
-from torchquant.flow import convert, export, optimize, prepare, quantize
-from torchquant.program import Program
-from torchquant.report import Report, report
-from torchquant.serialize import load, save
-from torchquant.solving import Optimization
-from torchquant.verify import Comparison, compare, sqnr_db
+What a name needs is imported when it is first used, so that running a saved program needs torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchquant.algorithms.adaquant import AdaQuant
+    from torchquant.algorithms.adaround import AdaRound
+    from torchquant.algorithms.batch_norm import BatchNormReestimation
+    from torchquant.algorithms.bias_correction import BiasCorrection
+    from torchquant.algorithms.brecq import BRECQ
+    from torchquant.algorithms.equalization import CrossLayerEqualization
+    from torchquant.algorithms.qdrop import QDrop
+    from torchquant.algorithms.range_search import RangeSearch
+    from torchquant.algorithms.seq_mse import SeqMSE
+    from torchquant.algorithms.smooth_quant import SmoothQuant
+    from torchquant.batches import Steps
+    from torchquant.calibration import calibrate
+    from torchquant.errors import (
+        ArtifactError,
+        CalibrationError,
+        ExportError,
+        InputError,
+        LoweringError,
+        MissingDependencyError,
+        PatternError,
+        SchemeError,
+        TorchquantError,
+        TorchquantWarning,
+    )
+    from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.program import Program
+    from torchquant.reporting import Report, report
+    from torchquant.serialize import load, save
+    from torchquant.solving import Optimization
+    from torchquant.verify import Comparison, compare, sqnr_db
+
+_HOMES = {
+    "algorithms.adaquant": ("AdaQuant",),
+    "algorithms.adaround": ("AdaRound",),
+    "algorithms.batch_norm": ("BatchNormReestimation",),
+    "algorithms.bias_correction": ("BiasCorrection",),
+    "algorithms.brecq": ("BRECQ",),
+    "algorithms.equalization": ("CrossLayerEqualization",),
+    "algorithms.qdrop": ("QDrop",),
+    "algorithms.range_search": ("RangeSearch",),
+    "algorithms.seq_mse": ("SeqMSE",),
+    "algorithms.smooth_quant": ("SmoothQuant",),
+    "batches": ("Steps",),
+    "calibration": ("calibrate",),
+    "errors": (
+        "ArtifactError",
+        "CalibrationError",
+        "ExportError",
+        "InputError",
+        "LoweringError",
+        "MissingDependencyError",
+        "PatternError",
+        "SchemeError",
+        "TorchquantError",
+        "TorchquantWarning",
+    ),
+    "flow": (
+        "convert",
+        "export",
+        "optimize",
+        "prepare",
+        "quantize",
+    ),
+    "program": ("Program",),
+    "reporting": (
+        "Report",
+        "report",
+    ),
+    "serialize": (
+        "load",
+        "save",
+    ),
+    "solving": ("Optimization",),
+    "verify": (
+        "Comparison",
+        "compare",
+        "sqnr_db",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BRECQ",
@@ -69,3 +126,15 @@ __all__ = [
     "save",
     "sqnr_db",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'torchquant' has no attribute {name!r}")
+    value = getattr(import_module(f"torchquant.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,12 +15,13 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.algorithms.contract import Algorithm
-from torchquant.calibrate import calibrate
+from torchquant.calibration import calibrate
 from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
 from torchquant.fx import passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
 from torchquant.fx.states import own_states
+from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
@@ -46,6 +47,9 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     args, kwargs = data.split(example_inputs)
+    if isinstance(model, GraphModule) and all("val" in n.meta for n in placeholders(model)):
+        signature = Signature.of(model)
+        args, kwargs = signature.arguments(data.leaves_of(signature, example_inputs, "example_inputs"))
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
@@ -53,7 +57,8 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
         with torch.no_grad():  # autograd refuses writes through views that are right without it
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
     except Exception as error:
-        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_lines(error)}") from error
+        hint = _hint(str(error), data.flatten(example_inputs))
+        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_lines(error)}{hint}") from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -64,6 +69,21 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     return exported
 
 
+def _hint(error: str, leaves: list[Any]) -> str:
+    """What to do about some errors of torch.export that do not say it."""
+    if "DynamicCache" in error or "past_key_values" in error:
+        return (
+            "\nThe model returns a cache that grows, which torch.export cannot capture: call it with use_cache=False, "
+            "or export it with a static cache (transformers.integrations.executorch)."
+        )
+    if "positional argument" in error and len(leaves) > 1:
+        return "\nIf a batch holds a label too, leave it out, e.g. [x for x, _ in loader]."
+    sizes_of_one = any(isinstance(v, torch.Tensor) and 1 in v.shape for v in leaves)
+    if sizes_of_one and ("onstraints violated" in error or "specialized" in error):
+        return "\ntorch.export makes a size of 1 a constant: give an example with two samples or more."
+    return ""
+
+
 def _first_lines(error: Exception, limit: int = 1500) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text[:limit]}"
@@ -71,7 +91,19 @@ def _first_lines(error: Exception, limit: int = 1500) -> str:
 
 def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
     """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers."""
+    check_quantizer(quantizer)
     return prepare_pt2e(passes.copy_graph(exported), quantizer)
+
+
+def check_quantizer(quantizer: Any) -> None:
+    """Raise InputError unless it is a Quantizer."""
+    if isinstance(quantizer, type) and issubclass(quantizer, Quantizer):
+        raise InputError(f"{quantizer.__name__} is a class; make one of it: {quantizer.__name__}()")
+    if not isinstance(quantizer, Quantizer):
+        raise InputError(
+            f"{quantizer!r:.80} is no Quantizer; give one of torchquant.quantizers, e.g. X86Quantizer(), or any other "
+            "torchao Quantizer"
+        )
 
 
 def convert(prepared: GraphModule) -> GraphModule:
@@ -118,9 +150,12 @@ def quantize(
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
     """
-    quantizers = [quantizer] if isinstance(quantizer, Quantizer) else list(quantizer)
+    several = isinstance(quantizer, Sequence) and not isinstance(quantizer, str)
+    quantizers: list[Quantizer] = list(quantizer) if several else [quantizer]
     if not quantizers:
         raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
+    for one in quantizers:
+        check_quantizer(one)
     exported = model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
     prepared = [prepare(exported, q) for q in quantizers]
     if algorithms and not isinstance(batches, (list, torch.Tensor, dict, str)) and isinstance(batches, Iterable):
@@ -132,7 +167,7 @@ def quantize(
     converted = [convert(p) for p in prepared]
     for graph in converted:
         _warn_if_nothing_happened(graph)
-    return converted[0] if isinstance(quantizer, Quantizer) else converted
+    return converted if several else converted[0]
 
 
 def optimize(

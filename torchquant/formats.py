@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchquant.errors import InputError
 from torchquant.types import Format, QParams
 
 INT8 = Format("int8", torch.int8, -128, 127)
@@ -44,5 +45,5 @@ def _scale_and_zero_point(qparams: QParams, ndim: int) -> tuple[torch.Tensor, to
     if qparams.scale is not None and qparams.dtype.is_floating_point:
         return broadcast(qparams.scale, qparams.axis, ndim), torch.zeros(())
     if qparams.scale is None or qparams.zero_point is None:
-        raise ValueError("these qparams carry no scale: the tensor is dynamic or was not calibrated")
+        raise InputError("these qparams carry no scale: the tensor is dynamic or was not calibrated")
     return broadcast(qparams.scale, qparams.axis, ndim), broadcast(qparams.zero_point, qparams.axis, ndim)

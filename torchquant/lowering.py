@@ -42,6 +42,8 @@ def accountable_sites(
     missed = [s for s in sites if s.status == "missed" and s.node not in allowed]
     if missed:
         text = f"{len(missed)} compute ops were left float without a reason: {names(missed)}"
+        hidden = [s.reason for s in missed if "hidden" in s.reason]
+        text += f" ({hidden[0]})" if hidden else ""
         if any(NOTE in (n.meta.get("custom") or {}) for n in graph.graph.nodes):
             raise LoweringError(f"{text}. Exclude them in the Quantizer, or pass allow_float=[...].")
         warnings.warn(f"{text}. The Quantizer never annotated them.", TorchquantWarning, stacklevel=3)

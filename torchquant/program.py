@@ -140,6 +140,7 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "sites": sites,
         "proof": asdict(about.proof),
         "overwrites_inputs": about.overwrites_inputs,
+        "states": list(about.states),
         "returns": list(about.returns),
     }
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
@@ -156,17 +157,22 @@ def read_metadata(package: Path, target: str) -> Metadata:
     proof = {**found["proof"], "comparison": _comparison_of(found["proof"]["comparison"])}
     sites = tuple(_site_of(s) for s in found["sites"])
     signature, returns = Signature.from_json(found["signature"]), tuple(found["returns"])
-    return Metadata(signature, sites, Proof(**proof), found["overwrites_inputs"], _states_in(package), returns)
+    states = _states_in(package, found["states"])
+    return Metadata(signature, sites, Proof(**proof), found["overwrites_inputs"], states, returns)
 
 
 def _comparison_of(stored: Mapping[str, Any]) -> Comparison:
     return Comparison(**{**stored, "outputs": tuple(OutputComparison(**o) for o in stored["outputs"])})
 
 
-def _states_in(package: Path) -> dict[str, torch.Tensor]:
-    with zipfile.ZipFile(package) as archive_:
-        names = [n for n in archive_.namelist() if n.endswith(f"/{_STATES}")]
-        return safetensors.torch.load(archive_.read(names[0])) if names else {}
+def _states_in(package: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The initial values in the order in which the artefact takes them, which safetensors does not keep."""
+    if not names:
+        return {}
+    with zipfile.ZipFile(package) as source:
+        file = next(n for n in source.namelist() if n.endswith(f"/{_STATES}"))
+        values = safetensors.torch.load(source.read(file))
+    return {name: values[name] for name in names}
 
 
 def _tensors_of(site: Site) -> dict[str, Any]:

@@ -351,16 +351,9 @@ def _parts(graph: GraphModule) -> list[_Part]:
 
 def _decision(node: Node) -> _Part:
     """How integers are made of the floats nearest to them."""
-    chain, floats, stack = [node], [], [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if ops.is_float(n) or ops.is_dequantize(n) or n.op in ("placeholder", "get_attr"):
-                floats += [n] if n.op == "call_function" and n not in floats else []
-            elif n not in chain:
-                chain.append(n)
-                stack.append(n)
+    floats, between = ops.float_sources(node)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    return _Part(tuple(sorted(chain, key=order.__getitem__)), tuple(floats), (node,))
+    return _Part(tuple(sorted(between, key=order.__getitem__)), tuple(floats), (node,))
 
 
 def _is_product(node: Node) -> bool:

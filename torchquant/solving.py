@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from torchquant import batches as data
 from torchquant.algorithms.contract import Algorithm, Clock, Solver, Transform
-from torchquant.calibrate import recalibrate
+from torchquant.calibration import recalibrate
 from torchquant.checkpoints import Checkpoints, read, write
 from torchquant.errors import InputError, TorchquantWarning
 from torchquant.fx import patterns

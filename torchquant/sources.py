@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from torchquant.errors import ArtifactError, InputError
+from torchquant.errors import ArtifactError, InputError, TorchquantError
 
 __all__ = ["load_batches", "load_model", "resolve"]
 
@@ -51,10 +52,25 @@ def load_model(reference: str) -> torch.nn.Module:
     if reference.endswith(".pt2"):
         return _exported(Path(reference))
     found = resolve(reference)
-    model = found if isinstance(found, torch.nn.Module) else found()
+    model = found if isinstance(found, torch.nn.Module) else _called(found, reference)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{reference!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _called(function: Any, reference: str) -> Any:
+    """What a user's function returns; its errors with the place where they were raised."""
+    if not callable(function):
+        raise InputError(f"{reference!r} is a {type(function).__name__}, neither a torch.nn.Module nor a function")
+    try:
+        return function()
+    except TorchquantError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"{reference!r} raised {type(error).__name__}: {error} (in {frame.name}, {frame.filename}:{frame.lineno})"
+        ) from error
 
 
 def _exported(path: Path) -> torch.nn.Module:
@@ -79,7 +95,7 @@ def load_batches(reference: str) -> list[Any]:
     if reference.endswith((".npz", ".safetensors")):
         return _split_file(Path(reference))
     found = resolve(reference)
-    batches = found() if callable(found) else found
+    batches = _called(found, reference) if callable(found) else found
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict, str)):
         raise InputError(f"{reference!r} gave a {type(batches).__name__}, not an iterable of batches")
     return list(batches)

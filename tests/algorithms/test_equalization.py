@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 import torchquant as tq
 from torchquant.algorithms import folding
 from torchquant.algorithms.equalization import CrossLayerEqualization, equalizing_factor
-from torchquant.calibrate import Recorder, recalibrate
+from torchquant.calibration import Recorder, recalibrate
 from torchquant.fx import ops, passes
 from torchquant.fx.sites import is_prepared
 from torchquant.quantizers.x86 import X86Quantizer

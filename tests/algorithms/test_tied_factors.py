@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 import torchquant as tq
 from torchquant.algorithms import tied_factors
 from torchquant.algorithms.tied_factors import smooth_ties, spread
-from torchquant.calibrate import Recorder, recalibrate
+from torchquant.calibration import Recorder, recalibrate
 from torchquant.fx import ops
 from torchquant.fx.stream import Stream
 from torchquant.fx.ties import ties_of

@@ -1,6 +1,11 @@
 """x86 programs: int8 kernels counted, any batch size, no state changed, inputs kept, and refusals."""
 
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import nets
 import pytest
@@ -12,9 +17,12 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
+from torchquant.formats import UINT7
 from torchquant.fx import ops
+from torchquant.ops import saturation
 from torchquant.ops.regions import Finder
 from torchquant.quantizers.x86 import X86Quantizer
+from torchquant.types import Scheme
 
 U8 = per_tensor(torch.uint8, 0, 255)
 
@@ -304,7 +312,7 @@ def test_torch_compile_reaches_the_same_lowering():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel(ours, monkeypatch):
-    """As it did grouped convolutions before our kernels had them: then all is left to Inductor."""
+    """As it did grouped convolutions before our kernels had them: that one is Inductor's, the others stay ours."""
     if not ours:
         can = Finder._can_conv2d
         monkeypatch.setattr(
@@ -318,7 +326,117 @@ def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kerne
     )
     x = torch.randn(2, 3, 9, 11)
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    if not ours and torch.uint8 not in saturation.exact_dtypes():
+        with pytest.raises(tq.LoweringError, match=r"no VNNI.*conv2d_1 \(grouped\)"):
+            inductor_x86.lower(quantized, x)
+        return
     program = inductor_x86.lower(quantized, x)
     assert program.proof.annotated == program.proof.fused == 3
-    assert program.proof.kernels.get("torchquant_conv2d", 0) == (3 if ours else 0)
+    assert program.proof.kernels.get("torchquant_conv2d", 0) == (3 if ours else 2)
+    assert kernels(program, "qconv") == (0 if ours else 1)
     assert tq.sqnr_db(quantized(x), program(x)) > 60
+
+
+# what is not finite ---------------------------------------------------------------------------------------------------
+
+
+def strewn(x):
+    """Copies with NaN, infinity and its negative, each at two places."""
+    for value in (math.nan, math.inf, -math.inf):
+        wild = x.clone()
+        wild.view(-1)[[x.numel() // 3, -1]] = value
+        yield wild
+
+
+@pytest.mark.parametrize("name", ["x86_pixels", "x86_residual", "x86_block"])
+def test_what_is_not_finite_comes_out_as_from_the_graph(name, request):
+    low = request.getfixturevalue(name)
+    for place, given in enumerate(low.batch):
+        for wild in strewn(given):
+            batch = [wild if i == place else t for i, t in enumerate(low.batch)]
+            outputs = (low.expected(*batch), low.program(*batch))
+            for expected, found in zip(*map(torch.utils._pytree.tree_leaves, outputs), strict=True):
+                assert torch.equal(expected.isnan(), found.isnan())
+                infinite = expected.isinf() | found.isinf()
+                assert torch.equal(expected[infinite], found[infinite])
+                finite = expected.isfinite()
+                assert not finite.any() or tq.sqnr_db(expected[finite], found[finite]) > 30
+
+
+# CPUs without VNNI: oneDNN's int8 products saturate -------------------------------------------------------------------
+
+
+class SevenBits(X86Quantizer):
+    """As X86Quantizer, with activation codes from 0 to 127."""
+
+    schemes = {  # noqa: RUF012
+        name: Scheme(name, replace(scheme.activation, format=UINT7), scheme.weight)
+        for name, scheme in inductor_x86.SCHEMES.items()
+    }
+
+
+def half_quantized(quantizer):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    return tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False), x
+
+
+def test_products_that_would_saturate_are_refused_with_layers_and_remedies(monkeypatch):
+    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    quantized, x = half_quantized(X86Quantizer())
+    with pytest.raises(tq.LoweringError) as error:
+        inductor_x86.lower(quantized, x, own_kernels=False)
+    for words in ("no VNNI", "conv2d conv2d (0); conv2d conv2d_1 (2); linear linear (4)", "own_kernels=True", "UINT7"):
+        assert words in str(error.value)
+    assert "report this" not in str(error.value)
+
+
+def test_products_of_seven_bits_go_to_onednn_on_any_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    quantized, x = half_quantized(SevenBits())
+    program = inductor_x86.lower(quantized, x, own_kernels=False)
+    assert kernels(program, "qconv") + kernels(program, "qlinear") == 3
+    assert tq.sqnr_db(quantized(x), program(x)) > 60
+    assert torch.equal(inductor_x86.load(program.save(tmp_path / "model.pt2"))(x), program(x))
+
+
+@pytest.mark.skipif(torch.uint8 not in saturation.exact_dtypes(), reason="products of 8 bits need VNNI")
+def test_a_program_with_onednns_products_is_not_loaded_where_they_saturate(monkeypatch, tmp_path):
+    quantized, x = half_quantized(X86Quantizer())
+    path = inductor_x86.lower(quantized, x, own_kernels=False).save(tmp_path / "model.pt2")
+    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    with pytest.raises(tq.ArtifactError, match=r"VNNI.*conv2d_1 \(2\).*Lower the model on this CPU"):
+        inductor_x86.load(path)
+
+
+WITHOUT_VNNI = """
+import torch, torchquant as tq
+from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, inductor_x86, saturation
+from torchquant.ops import native
+assert torch.uint8 not in saturation.exact_dtypes()
+quantized, x = half_quantized(X86Quantizer())
+with native.use("avx2" if "avx2" in native.instruction_sets() else "portable"):
+    print(tq.sqnr_db(quantized(x), inductor_x86.lower(quantized, x)(x)))
+try:
+    inductor_x86.lower(quantized, x, own_kernels=False)
+except tq.LoweringError as error:
+    print("VNNI" in str(error))
+quantized, x = half_quantized(SevenBits())
+print(tq.sqnr_db(quantized(x), inductor_x86.lower(quantized, x, own_kernels=False)(x)))
+"""
+
+
+def test_a_cpu_without_vnni_gets_right_results_or_a_reason():
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_VNNI]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, refused, seven_bits = done.stdout.split()[-3:]
+    assert float(ours) > 60
+    assert refused == "True"
+    assert float(seven_bits) > 60

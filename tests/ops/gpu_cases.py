@@ -231,6 +231,7 @@ def rows_agree():
     x[1] = 0
     x[2] *= 1e-30
     x[3, 0] = 1e4
+    x[4, 700], x[5, 999] = torch.nan, -torch.inf
     wrong = {}
     for widest in (512, 8192):
         launch._WIDEST_ROW = widest
@@ -238,11 +239,64 @@ def rows_agree():
             codes, scale = launch.quantize_rows(x, torch.int8, low, 127.0, EPS)
             expected, by_row = linears.quantize_rows_reference(x, torch.int8, low, 127.0, EPS)
             wrong[f"rows of {widest}, from {low:.0f}"] = float(
-                (codes != expected).sum() + (scale != by_row[:, 0]).sum()
+                (codes != expected).sum() + (~torch.isclose(scale, by_row[:, 0], 0, 0, equal_nan=True)).sum()
             )
+    return wrong
+
+
+def wild_cases():
+    """Each activation behind each kernel, and each way to quantize; NaN and infinity go into x and the residual."""
+    found = []
+    for activation in linears.ACTIVATIONS:
+        for config in (Config(SKINNY, 8, 16, slices=4), Config(TILED, 16, 16, slices=2), Config(TILED, 16, 32)):
+            found.append(WeightOnly(5, 40, 256, 4, 128, True, config, activation, bias=True, residual=True))
+        for config in (Config(SKINNY, 8, 16, 64, slices=4, quantizes=True), Config(TILED, 16, 32, 64)):
+            found.append(Scaled(5, 40, 300, torch.int8, "rows", config, activation, bias=True, residual=True))
+            found.append(Scaled(5, 40, 300, torch.int8, "affine", config, activation, residual=True))
+    for config in (Config(SKINNY, 8, 16, 64, slices=4, quantizes=True), Config(TILED, 16, 32, 64), Config("library")):
+        found += [
+            Scaled(20, 40, 296, torch.int8, "rows", config, even=False),
+            Scaled(20, 40, 296, torch.int8, "tensor", config),
+            Scaled(20, 40, 296, torch.float8_e4m3fn, "rows", config),
+        ]
+    return found
+
+
+def _set_wild(tensor, case):
+    """NaN, infinity and its negative in one row each.
+
+    But not what the interpreter or torch on a CPU has wrong: a float8 of NaN, the GELU of infinity.
+    """
+    integer = isinstance(case, WeightOnly) or case.dtype == torch.int8
+    values = (torch.nan, torch.nan if case.activation == "gelu" else torch.inf, -torch.inf) if integer else (torch.nan,)
+    for i, value in enumerate(values):
+        tensor[1 + i, (7 * i + tensor.shape[1] // 2) % tensor.shape[1]] = value
+
+
+def wild_agree():
+    """{case: how many results are NaN, infinite or finite where the reference's are not, or far from it}."""
+    from torchquant.ops.gpu import launch
+
+    wrong = {}
+    for case in wild_cases():
+        for place in ("x", "residual"):
+            arguments = list(case.arguments())
+            weight_only = isinstance(case, WeightOnly)
+            residual = arguments[4 if weight_only else 7]
+            if place == "residual" and residual is None:
+                continue
+            _set_wild(arguments[0] if place == "x" else residual, case)
+            if weight_only:
+                y = launch.weight_only(*arguments, case.asymmetric, case.activation, case.config)
+                expected = linears.weight_only_reference(*arguments, case.activation, torch.float16)
+            else:
+                y = launch.scaled(*arguments, torch.float16, case.config)
+                expected = linears.scaled_reference(*arguments, torch.float16)
+            same = torch.isclose(y.float(), expected.float(), rtol=2e-2, atol=2e-2, equal_nan=True)
+            wrong[f"wild {place} {case}"] = float((~same).sum())
     return wrong
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    json.dump({str(c): c.error() for c in cases()} | rows_agree(), sys.stdout)
+    json.dump({str(c): c.error() for c in cases()} | rows_agree() | wild_agree(), sys.stdout)

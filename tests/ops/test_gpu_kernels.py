@@ -46,6 +46,12 @@ def test_rows_are_quantized_to_the_reference_codes(interpreted):
     assert not any(wrong.values())
 
 
+def test_what_is_not_finite_comes_out_as_from_the_reference(interpreted):
+    wrong = {name: count for name, count in interpreted.items() if name.startswith("wild")}
+    assert len(wrong) > 2 * len(linears.ACTIVATIONS)
+    assert not {name: count for name, count in wrong.items() if count}
+
+
 # machine code ---------------------------------------------------------------------------------------------------------
 
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448}  # that one program may have

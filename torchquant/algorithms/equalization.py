@@ -20,7 +20,8 @@ from torch.fx import GraphModule, Node
 
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import Smallest
-from torchquant.calibrate import Recorder
+from torchquant.calibration import Recorder
+from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.producers import LAYERS, Producer, channel_axis, has_constants, is_padded, producer_of, readers
 from torchquant.fx.sites import observer_of
@@ -59,7 +60,7 @@ class CrossLayerEqualization:
 
     def __init__(self, iterations: int = 50, absorb_bias: bool = True) -> None:
         if iterations < 1:
-            raise ValueError(f"iterations {iterations} must be 1 or more")
+            raise InputError(f"iterations {iterations} must be 1 or more")
         self.iterations, self.absorb_bias = iterations, absorb_bias
         self.notes: list[str] = []
 

@@ -28,7 +28,8 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelSample, Fold
 from torchquant.algorithms.tied_factors import smooth_ties
-from torchquant.calibrate import Recorder
+from torchquant.calibration import Recorder
+from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
 from torchquant.fx.grids import fake_quantizer
@@ -115,7 +116,7 @@ class SmoothQuant:
         seed: int = 0,
     ) -> None:
         if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha} must be between 0 and 1, or None for a search")
+            raise InputError(f"alpha {alpha} must be between 0 and 1, or None for a search")
         self.alpha, self.shift, self.explicit, self.ties = alpha, shift, explicit, ties
         self.rows, self.seed = rows, seed
         self.notes: list[str] = []

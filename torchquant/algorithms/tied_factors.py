@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelMoments
-from torchquant.calibrate import Recorder
+from torchquant.calibration import Recorder
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.consumers import Reader

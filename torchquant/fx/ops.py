@@ -149,6 +149,11 @@ def is_op(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
+def is_higher_order(node: Node) -> bool:
+    """Whether the node calls an op that runs graphs of its own (`cond`, a region of autocast)."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def op_name(node: Node) -> str:
     """The op kind's name, or the bare op name for an op outside the table."""
     kind = kind_of(node)
@@ -217,6 +222,32 @@ def is_float(node: Node) -> bool:
     """Whether the node's value is a floating-point tensor."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def measured_nodes(model: GraphModule) -> list[Node]:
+    """The float tensors that tell how good the outputs are: outputs, and for integers what they are made of."""
+    output = next(n for n in model.graph.nodes if n.op == "output")
+    found: dict[Node, None] = {}
+    for node in output.all_input_nodes:
+        for source in [node] if is_float(node) or "val" not in node.meta else float_sources(node)[0]:
+            found[source] = None
+    return list(found)
+
+
+def float_sources(node: Node) -> tuple[list[Node], list[Node]]:
+    """The computed float tensors nearest to a node that holds none, and the nodes between, the node itself first."""
+    sources: dict[Node, None] = {}
+    between, stack = {node: None}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source.op in ("placeholder", "get_attr"):
+                continue
+            if is_float(source) or "val" not in source.meta:  # observers and dequantize ops carry none
+                sources[source] = None
+            elif source not in between:
+                between[source] = None
+                stack.append(source)
+    return list(sources), list(between)
 
 
 def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:

@@ -166,14 +166,14 @@ def read_sites(model: GraphModule) -> list[Site]:
 
 def _computes(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or ops.qdq_name(node):
-        return isinstance(node.target, torch._ops.HigherOrderOperator)
+        return ops.is_higher_order(node)
     return ops.op_name(node) not in ("reshape", "slice", "sym_size", "choose_qparams", "to", "_to_copy", "copy_")
 
 
 def _is_compute(node: Node) -> bool:
     """Whether the op multiplies matrices, looks up weights, or may hide ops that do."""
     kind = ops.kind_of(node)
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or (kind is not None and kind.compute)
+    return ops.is_higher_order(node) or (kind is not None and kind.compute)
 
 
 def _site(model: GraphModule, node: Node) -> Site:
@@ -205,7 +205,7 @@ def _status(
         return "missed", "annotated, yet left float by convert"
     if activation is not None and not weighted and (recorded is not None or _is_annotated(node)):
         return "quantized", ""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if ops.is_higher_order(node):
         return "missed", f"the ops inside {node.target} are hidden from every Quantizer"
     if compute and ops.is_constant(node):
         return "unsupported", CONSTANT

@@ -201,6 +201,8 @@ class Stream:
         self._place = {node: i for i, node in enumerate(self._order)}
         self._inputs = set(inputs)
         self._last = {n: max((self._place.get(u, len(self._order)) for u in n.users), default=-1) for n in self._order}
+        self._measured = [n for n in ops.measured_nodes(prepared) if n in self._last]
+        self._last |= {n: len(self._order) for n in self._measured}  # kept to the end
         self._alive: list[Node] = []
         self._known: Known = {}
         self.output_metrics: dict[Node, torch.Tensor] = {}
@@ -267,7 +269,6 @@ class Stream:
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")
-        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
         with torch.enable_grad():
             for node in self._order:
                 evaluator.run([node], env)
@@ -276,7 +277,7 @@ class Stream:
                         if not env[made].requires_grad:
                             env[made] = env[made].detach().requires_grad_()
                         measured[made] = env[made]
-            return measured, pytree.tree_leaves([env[n] for n in output.all_input_nodes if n in self._last])
+            return measured, pytree.tree_leaves([env[n] for n in self._measured])
 
     def _advance(self, start: int, end: int) -> None:
         """Run order[start:end] on all batches in both flows; keep what is read later, drop what is not."""
@@ -327,8 +328,7 @@ class Stream:
         self.signal, self.noise = total(signal, noise)
 
     def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
-        output = next(n for n in self.prepared.graph.nodes if n.op == "output")
-        values = [self.value(flow, n, batch) for n in output.all_input_nodes if n in self._last]
+        values = [self.value(flow, n, batch) for n in self._measured]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 

@@ -72,11 +72,11 @@ def factor_of(graph: GraphModule, node: Node) -> tuple[Node, torch.Tensor] | Non
     if not isinstance(source, Node) or ops.is_constant(source) or shape_of(source) != shape_of(node):
         return None
     if isinstance(factor, (int, float)):
-        return source, torch.tensor(float(factor))
+        return (source, torch.tensor(float(factor))) if math.isfinite(factor) else None
     if not isinstance(factor, Node) or not ops.is_constant(factor):
         return None
     value = ops.constant_value(graph, factor)
-    return (source, value) if value.is_floating_point() else None
+    return (source, value) if value.is_floating_point() and bool(value.isfinite().all()) else None
 
 
 def channels_of(factor: torch.Tensor, channels: int, layout: str, dims: int) -> torch.Tensor | None:
@@ -121,9 +121,9 @@ def grid_of(graph: GraphModule, node: Node) -> Quantization | Dynamic | None:
     if chosen is not None:
         return _dynamic_grid(node, chosen, shift)
     scale, zero = (_number(graph, given.get(k)) for k in ("scale", "zero_point"))
-    if scale is None or zero is None or scale <= 0:
+    if scale is None or zero is None or not 0 < scale < math.inf:
         return None
-    found = Quantization(scale, int(zero) + shift, low + shift, high + shift)
+    found = Quantization(scale, int(zero) + shift, low + shift, high + shift, nan=shift)
     return found if 0 <= found.low <= found.zero_point <= found.high <= 255 else None
 
 
@@ -250,7 +250,9 @@ def _clamp(node: Node) -> tuple[float, float] | None:
     if "hardtanh" in name:
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
-    return (float(low), float(high)) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or math.isnan(low) or math.isnan(high):
+        return None
+    return float(low), float(high)
 
 
 def activation_of(node: Node) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
     *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
     *("direct", "low_byte", "high_byte"),
-    *("f:factor", "panel", "dynamic", "group_in", "group_out", "group_panel"),
+    *("f:factor", "panel", "dynamic", "group_in", "group_out", "group_panel", "nan_byte"),
 ]
 _OP_BYTES = 192
 _CACHED = 2**23  # bytes of weights that stay in a third-level cache between samples
@@ -42,12 +42,16 @@ _POINT = {"kh": 1, "kw": 1, "sh": 1, "sw": 1, "pt": 0, "pl": 0, "dh": 1, "dw": 1
 
 @dataclass(frozen=True)
 class Quantization:
-    """A grid of bytes: q = clamp(round(x / scale) + zero_point, low, high), all counted as unsigned bytes."""
+    """A grid of bytes: q = clamp(round(x / scale) + zero_point, low, high), all counted as unsigned bytes.
+
+    `nan`: the byte of NaN, which torch converts to the code 0: 128 where the codes are int8.
+    """
 
     scale: float
     zero_point: int
     low: int
     high: int
+    nan: int = 0
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,7 @@ def _record(step: Step, places: dict[Value, int], ranges: list[Dynamic]) -> byte
     if isinstance(grid, Quantization):
         n.setdefault("low", grid.low - grid.zero_point)
         n.setdefault("high", grid.high - grid.zero_point)
-        n |= {"inverse": 1.0 / grid.scale, "zero_point": grid.zero_point}
+        n |= {"inverse": 1.0 / grid.scale, "zero_point": grid.zero_point, "nan_byte": grid.nan}
     n["binary"] = _BINARY.index(n.get("binary", ""))
     for name in ("before", "after"):
         n[name] = ACTIVATIONS.index(n.get(name, "none"))

@@ -41,7 +41,29 @@ class Finder:
             if self._supported(node):
                 self.known.add(node)
         self._drop_partial()
+        self._part()
         yield from self._grouped()
+
+    def _part(self) -> None:
+        """Give the products of others quantize and dequantize ops of their own, in front of which a region ends.
+
+        Inductor has an int8 kernel only for a product that it sees on quantized values.
+        """
+        for node in list(self.graph.graph.nodes):
+            read = node.args[0] if ops.op_name(node) in matching.PRODUCTS and node not in self.known else None
+            if not isinstance(read, Node) or read not in self.known or not ops.is_dequantize(read):
+                continue
+            quantize = matching.quantize_behind(read)
+            assert quantize is not None
+            with self.graph.graph.inserting_before(node):
+                codes = self.graph.graph.node_copy(quantize)
+                values = self.graph.graph.node_copy(read, lambda n, q=quantize, c=codes: c if n is q else n)  # type: ignore[misc]
+            node.replace_input_with(read, values)
+            for old, new in ((read, values), (quantize, codes)):
+                self.layout[new] = self.layout[old]
+                if not old.users:
+                    self.known.discard(old)
+                    self.graph.graph.erase_node(old)
 
     def _place(self, node: Node) -> None:
         """Whether a node's value is an image (n, c, h, w), its pixels (n, h, w, c), or rows (..., c)."""

@@ -20,6 +20,7 @@ from torchquant.ops.regions import Finder
 
 __all__ = ["Built", "replace_regions"]
 
+_FINITE = 1e30  # a bound far enough from infinity for what float32 rounds on the way
 _MOST_KEYS = 4096  # of attention; beyond, the scores of a few rows leave the cache, and torch's kernel is made for that
 
 
@@ -135,6 +136,7 @@ class _Translator:
         self.outputs: list[Node] = []
         self.done: set[Node] = set()
         self.products: dict[Step, tuple[matching.Weight, torch.Tensor]] = {}  # weight and bias of a step
+        self.largest: dict[Node, float] = {}  # filled where a max pool asks
 
     def build(self) -> Built | None:
         self.outputs = [n for n in self.nodes if any(u not in self.inside for u in n.users)]
@@ -424,7 +426,7 @@ class _Translator:
     def _pooled(self, node: Node) -> Quantization | Dynamic | None:
         """The one grid on which a max pool behind the node is quantized: it may be quantized before the pool too."""
         user = self._only_user(node)
-        if user is None or ops.op_name(user) != "max_pool2d" or user not in self.inside:
+        if user is None or ops.op_name(user) != "max_pool2d" or user not in self.inside or not self._is_finite(user):
             return None
         quantizes, others = self._readers_of(user)
         grids = {self._grid(q) for q in quantizes}
@@ -434,6 +436,8 @@ class _Translator:
         """A max pool on bytes whose result is read on the same grid."""
         source = self._origin(node.args[0])
         made = self.made[source]
+        if not self._is_finite(node):
+            return False
         quantizes, others = self._readers_of(node)
         grids = {self._grid(q) for q in quantizes}
         if others or len(grids) != 1:
@@ -447,6 +451,48 @@ class _Translator:
         self.made[node] = _Made(bytes={grid: step.out_byte})
         self.plan.steps.append(step)
         return True
+
+    def _is_finite(self, pool: Node) -> bool:
+        """Whether no input of the region makes what a max pool reads infinite or NaN.
+
+        Then quantizing may come first. Where a number is NaN it may not: NaN is the largest, and its code is 0.
+        """
+        if not self.largest:
+            for node in self.nodes:
+                self.largest[node] = self._largest(node)
+        return self.largest.get(pool.all_input_nodes[0], math.inf) < _FINITE
+
+    def _largest(self, node: Node) -> float:
+        """A bound on the magnitude of a node's values, from those of what it reads; infinity if there is none."""
+        name = ops.op_name(node)
+        if ops.is_dequantize(node):
+            grid = matching.grid_of(self.graph, node)
+            if not isinstance(grid, Quantization):
+                return math.inf
+            return 255 * grid.scale
+        inputs = [self.largest.get(n, math.inf) for n in matching.tensors_of(node) if n not in self.constants]
+        if name in matching.PRODUCTS:
+            return self._largest_sum(node, inputs[0])
+        if factor := matching.factor_of(self.graph, node):
+            return inputs[0] * float(factor[1].abs().max())
+        if activation := matching.activation_of(node):
+            bounds = (activation["low"], activation["high"])
+            return max([inputs[0] + 1, *(abs(b) for b in bounds if math.isfinite(b))])
+        if name == "add":
+            return 2 * max(inputs)
+        if name == "mul":
+            return max(inputs) * max(inputs)
+        kept = self._is_alias(node) or name in ("pad", "max_pool2d", "mean", "adaptive_avg_pool2d")
+        return inputs[0] if kept else math.inf
+
+    def _largest_sum(self, node: Node, largest: float) -> float:
+        given = ops.arguments(node)
+        weight = matching.weight_of(self.graph, given["weight"])
+        assert weight is not None
+        bias = self._bias(given, len(weight.codes))
+        sums = weight.codes.reshape(len(weight.codes), -1).double().abs().sum(1) * weight.scale.abs()
+        found = float((sums * largest + bias.abs()).max())
+        return found if math.isfinite(found) else math.inf
 
     def _step_max_pool2d(self, node: Node, source: Value | None = None) -> Step:
         window = matching.window_of(node)

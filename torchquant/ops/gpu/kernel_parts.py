@@ -5,15 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "add_splits", "bytes_of", "finish", "nibbles_of", "offset_of"]
+__all__ = ["activate", "add_splits", "bytes_of", "clamp", "finish", "nibbles_of", "offset_of"]
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x between low and high; NaN stays."""
+    return tl.minimum(tl.maximum(x, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
 
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        y = tl.minimum(tl.maximum(y, 0.0), 6.0)
+        y = clamp(y, 0.0, 6.0)
     elif ACTIVATION == "silu":
         y = y * tl.sigmoid(y)
     elif ACTIVATION == "gelu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchquant.ops.gpu.kernel_parts import finish
+from torchquant.ops.gpu.kernel_parts import clamp, finish
 
 __all__ = [
     "quantize_rows",
@@ -21,10 +21,10 @@ __all__ = [
 def _rounded(x, DTYPE: tl.constexpr):
     """Float32 that lie on the grid's range, to its nearest codes, ties to even.
 
-    Adding 1.5 * 2**23 leaves the integer in the lowest bits: a byte of it is the code.
+    Adding 1.5 * 2**23 leaves the integer in the lowest bits: a byte of it is the code. NaN is 0, as torch converts it.
     """
     if DTYPE == tl.int8:
-        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        return tl.where(x == x, (x + 12582912.0).to(tl.int32, bitcast=True), 0).to(tl.int8)
     else:
         return x.to(DTYPE)
 
@@ -33,7 +33,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 def _by_row(x, inverse, DTYPE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Codes of x, times the inverse scales of its rows: only on an uneven grid can they leave it."""
     x = x.to(tl.float32) * inverse
-    return _rounded(x if LOW + HIGH == 0 else tl.minimum(x, HIGH), DTYPE)
+    return _rounded(x if LOW + HIGH == 0 else tl.minimum(x, HIGH, tl.PropagateNan.ALL), DTYPE)
 
 
 @triton.jit
@@ -41,28 +41,34 @@ def _on_grid(x, scale, zero_point, DTYPE: tl.constexpr, LOW: tl.constexpr, HIGH:
     """The codes of x for one scale and one zero point."""
     x = x.to(tl.float32) * (1.0 / tl.load(scale))
     if zero_point is None:
-        return _rounded(tl.minimum(tl.maximum(x, LOW), HIGH), DTYPE)
+        return _rounded(clamp(x, LOW, HIGH), DTYPE)
     else:
         zero = tl.load(zero_point)
-        x = tl.minimum(tl.maximum(x, LOW - zero.to(tl.float32)), HIGH - zero.to(tl.float32))
-        return ((x + 12582912.0).to(tl.int32, bitcast=True) + zero).to(tl.int8)
+        x = clamp(x, LOW - zero.to(tl.float32), HIGH - zero.to(tl.float32))
+        return tl.where(x == x, (x + 12582912.0).to(tl.int32, bitcast=True) + zero, 0).to(tl.int8)
 
 
 @triton.jit
 def _row_scale(largest, LOW: tl.constexpr, HIGH: tl.constexpr, EPS: tl.constexpr):
     """The scale of a row whose largest magnitude is given; EPS at least."""
-    return tl.maximum(largest / ((HIGH - LOW) / 2), EPS)
+    return tl.maximum(largest / ((HIGH - LOW) / 2), EPS, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x|: integers in the order of magnitudes, NaN above infinity; a maximum of floats would drop it."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _largest(x, K: tl.constexpr, WIDE: tl.constexpr):
-    """The largest magnitude of K neighbours, WIDE at a time."""
+    """The largest magnitude of K neighbours, WIDE at a time; NaN if one of them is."""
     k = tl.arange(0, WIDE)
-    most = tl.zeros((WIDE,), tl.float32)
+    most = tl.zeros((WIDE,), tl.int32)
     for first in range(0, K, WIDE):
         part = tl.load(x + first + k, mask=first + k < K, other=0.0)
-        most = tl.maximum(most, tl.abs(part.to(tl.float32)))
-    return tl.max(most, 0)
+        most = tl.maximum(most, _magnitude(part))
+    return tl.max(most, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def quantize_rows(
     k = tl.arange(0, BK)
     if K <= BK:
         values = tl.load(x + row * K + k, mask=k < K, other=0.0)
-        by_row = _row_scale(tl.max(tl.abs(values.to(tl.float32)), 0), LOW, HIGH, EPS)
+        by_row = _row_scale(tl.max(_magnitude(values), 0).to(tl.float32, bitcast=True), LOW, HIGH, EPS)
         tl.store(codes + row * K + k, _by_row(values, 1.0 / by_row, D, LOW, HIGH), mask=k < K)
     else:
         by_row = _row_scale(_largest(x + row * K, K, BK), LOW, HIGH, EPS)

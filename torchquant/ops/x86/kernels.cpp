@@ -48,7 +48,7 @@ template <int32_t before, int32_t after>
 TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, int64_t n, bool other_float, bool tail) {
   F bl = set(op.before_low), bh = set(op.before_high), al = set(op.after_low), ah = set(op.after_high);
   F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
-  I zero = set_int(op.zero_point);
+  I zero = set_int(op.zero_point), nan = set_int(op.nan_byte);
   for (int64_t i = 0; i < n; i += kLanes) {
     F y = activate(before < 0 ? op.before : before, load(x + i), bl, bh);
     if (op.binary) {
@@ -70,7 +70,7 @@ TQ_INLINE void finish(const Op& op, const float* x, const Place& p, int64_t at, 
         store(p.number + at + i, y);
       }
     }
-    if (p.byte) store_bytes(p.byte + at + i, clamp(mul(y, inverse), low, high), zero);
+    if (p.byte) store_bytes(p.byte + at + i, clamp(mul(y, inverse), low, high), zero, nan);
   }
 }
 
@@ -155,6 +155,16 @@ struct Tile {
 
 enum Operand { kAbsent, kFloats, kBytes };
 
+// The byte of NaN wherever `y` is NaN; what is stored first has 0 there.
+void mend(uint8_t* p, const float* y, int64_t n, int nan) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int bad = unordered(load(y + i)); bad; bad &= bad - 1) p[i + __builtin_ctz(bad)] = static_cast<uint8_t>(nan);
+}
+// The same for the rows of a tile; apart from the tile's own code, whose sums would not stay in registers around a call.
+__attribute__((noinline)) void mend_rows(const Tile& t, int rows, int64_t n, int nan) {
+  for (int r = 0; r < rows; ++r) mend(t.places[r].byte + t.at, t.places[r].number + t.at, n, nan);
+}
+
 // From sums to what is stored, where an addend and a clamp are all that follows.
 template <int NV, Operand other, bool number, bool byte>
 void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
@@ -167,7 +177,8 @@ void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
   F least = set(clamped ? op.after_low : -INFINITY), most = set(clamped ? op.after_high : INFINITY);
   F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
   F scale = set(op.other_scale), zero = set(static_cast<float>(op.other_zero_point));
-  int zero_point = op.zero_point;
+  int zero_point = op.zero_point, nan = byte ? op.nan_byte : 0;
+  alignas(64) float line[NV * kLanes];
   for (int r = 0; r < rows; ++r, sums += NV * kLanes) {
     const Place& p = t.places[r];
     F y[NV];
@@ -180,6 +191,10 @@ void plain_rows(const Op& op, const Tile& t, const int32_t* sums, int rows) {
       if (byte) y[v] = clamp(mul(y[v], inverse), low, high);
     });
     if (byte) store_quantized<NV>(p.byte + t.at, y, zero_point);
+    if (nan) {
+      TQ_EACH_OF(NV, v) store(line + v * kLanes, y[v]); });
+      mend(p.byte + t.at, line, NV * kLanes, nan);
+    }
   }
 }
 using PlainRows = void (*)(const Op&, const Tile&, const int32_t*, int);
@@ -259,12 +274,13 @@ void tile(const Op& op, const Tile& t) {
       TQ_EACH_OF(NV, v)
         y[v] = fma(to_float(vector_of(acc[r][v * kPerVector], acc[r][v * kPerVector + kPerVector - 1])), s[v], b[v]);
         if (sum) y[v] = add(y[v], load(addend + v * kLanes));
-        y[v] = max(y[v], least);
+        y[v] = max(least, y[v]);
         store(number + v * kLanes, y[v]);
-        if (bytes) y[v] = min(mul(y[v], inverse), high);
+        if (bytes) y[v] = min(high, mul(y[v], inverse));
       });
       if (bytes) store_quantized<NV>(byte, y, zero);
     });
+    if (bytes && op.nan_byte) mend_rows(t, MR, NV * kLanes, op.nan_byte);
     return;
   }
   if (op.direct) {
@@ -736,13 +752,12 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
   Outputs outputs(op, b);
   const auto* source = reinterpret_cast<const float*>(b.base[op.input]);
   F inverse = set(op.inverse), low = set(op.low), high = set(op.high);
-  I zero = set_int(op.zero_point);
+  I zero = set_int(op.zero_point), nan = set_int(op.nan_byte);
   for (int64_t row = begin; row < end; ++row) {
     int64_t sample = row / out.h, y = row % out.h;
     Place place = outputs.at(sample, y, 0);
     const float* from = source + (sample * in.c * in.h + y) * in.w;
     if (place.byte && out.stride == 4) {  // images: the bytes of a pixel side by side, in one store
-      I bytes_of = set_int(op.zero_point - 0x4b400000);  // without the bits of kRound
       for (int64_t x = 0; x < out.w; x += kLanes) {
         int64_t n = std::min<int64_t>(kLanes, out.w - x);
         auto channel = [&](int64_t c) {
@@ -753,7 +768,7 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
             std::memcpy(t, p, size_t(n) * 4);
             p = t;
           }
-          return add(bits(add(clamp(mul(load(p), inverse), low, high), set(kRound))), bytes_of);
+          return codes(clamp(mul(load(p), inverse), low, high), zero, nan);
         };
         I pixels = add(add(channel(0), shift_left<8>(channel(1))), add(shift_left<16>(channel(2)), shift_left<24>(channel(3))));
         if (n == kLanes) {
@@ -776,7 +791,7 @@ void import(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, i
         turn(t);
         for (int64_t i = 0; i < wide; ++i) {
           int64_t at = (x + i) * out.stride + c;
-          if (place.byte) store_bytes(place.byte + at, clamp(mul(t[i], inverse), low, high), zero);
+          if (place.byte) store_bytes(place.byte + at, clamp(mul(t[i], inverse), low, high), zero, nan);
           if (place.number) store(place.number + at, t[i]);
         }
       }
@@ -832,6 +847,17 @@ void mean(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int
   }
 }
 
+// As largest_of, and NaN where a number of a channel is NaN.
+__attribute__((noinline)) void largest_or_nan(const float* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step,
+                                              float* to, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) to[c] = -INFINITY;
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t x = 0; x < columns; ++x) {
+      const auto* p = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(from) + y * row_step + x * step);
+      for (int64_t c = 0; c < channels; ++c) to[c] = p[c] > to[c] || p[c] != p[c] ? p[c] : to[c];
+    }
+}
+
 // The largest of `rows` by `columns` pixels, `row_step` and `step` bytes apart: N vectors of 16 channels, bytes or floats.
 template <class T, int N>
 TQ_INLINE void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step, T* to) {
@@ -842,12 +868,25 @@ TQ_INLINE void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t
     else return load_bytes(p);
   };
   Vector most[N];
-  TQ_EACH_OF(N, v) most[v] = get(from + kLanes * v); });
+  F check[N];  // NaN from an infinity or NaN on, which `max` may pass over
+  TQ_EACH_OF(N, v)
+    most[v] = get(from + kLanes * v);
+    check[v] = set(0.0f);
+  });
   for (int64_t y = 0; y < rows; ++y)
     for (int64_t x = 0; x < columns; ++x) {
       const T* p = reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(from) + y * row_step + x * step);
-      TQ_EACH_OF(N, v) most[v] = max(most[v], get(p + kLanes * v)); });
+      TQ_EACH_OF(N, v)
+        Vector x = get(p + kLanes * v);
+        most[v] = max(most[v], x);
+        if constexpr (floats) check[v] = fma(x, set(0.0f), check[v]);
+      });
     }
+  if constexpr (floats) {
+    int bad = 0;
+    TQ_EACH_OF(N, v) bad |= unordered(check[v]); });
+    if (bad) return largest_or_nan(from, rows, row_step, columns, step, to, N * kLanes);
+  }
   TQ_EACH_OF(N, v) std::memcpy(to + kLanes * v, &most[v], sizeof(T) * kLanes); });
 }
 
@@ -1010,6 +1049,14 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
   for (; c < columns; c += kLanes) float_tile_of<1>(rows, Rows())(a, a_stride, b + c, b_stride, depth, to + c, to_stride);
 }
 
+// Whether all of `rows` by `columns` numbers are.
+bool all_finite(const float* p, int64_t rows, int64_t stride, int64_t columns) {
+  float check = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) check += p[r * stride + c] * 0.0f;
+  return check == 0;
+}
+
 void attention(const tq::Attention& t, int64_t begin, int64_t end) {
   int64_t keys = (t.keys + kLanes - 1) / kLanes * kLanes, width = (t.width + kLanes - 1) / kLanes * kLanes;
   int64_t most = kRowsOfScores;
@@ -1033,11 +1080,13 @@ void attention(const tq::Attention& t, int64_t begin, int64_t end) {
       value = values;
       value_stride = width;
     }
+    // torch multiplies the values of keys that a row does not see by zero, which is NaN where they are not finite
+    bool short_rows = t.causal && all_finite(value, t.keys, value_stride, t.width);
     int64_t tiles = (t.rows + most - 1) / most;
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t row = t.rows * i / tiles, rows = t.rows * (i + 1) / tiles - row;
       const float* query = t.query + sample * t.query_stride[0] + head * t.query_stride[1] + row * t.query_stride[2];
-      int64_t seen = t.causal ? std::min(t.keys, row + rows) : t.keys, padded = (seen + kLanes - 1) / kLanes * kLanes;
+      int64_t seen = short_rows ? std::min(t.keys, row + rows) : t.keys, padded = (seen + kLanes - 1) / kLanes * kLanes;
       product(query, t.query_stride[2], turned, keys, rows, t.width, padded, scores, keys);
       float shares[kRowsOfScores];
       for (int64_t r = 0; r < rows; ++r) {
@@ -1058,7 +1107,7 @@ void attention(const tq::Attention& t, int64_t begin, int64_t end) {
         for (; k < n; ++k) {
           float x = line[k] * t.scale;
           if (numbers) x += numbers[k * t.mask_stride[3]];
-          else if (t.mask && !(static_cast<const uint8_t*>(t.mask) + at)[k * t.mask_stride[3]]) x = -INFINITY;
+          else if (t.mask && !(static_cast<const uint8_t*>(t.mask) + at)[k * t.mask_stride[3]]) x += -INFINITY;  // NaN stays
           line[k] = x;
         }
         for (; k < padded; ++k) line[k] = -INFINITY;
@@ -1072,8 +1121,7 @@ void attention(const tq::Attention& t, int64_t begin, int64_t end) {
           total = add(total, w);
         }
         float whole = sum(total);
-        for (k = n; k < padded; ++k) whole -= line[k], line[k] = 0;
-        shares[r] = whole > 1e-30f ? 1.0f / whole : 0.0f;
+        shares[r] = whole == 0 ? 0.0f : 1.0f / whole;
       }
       product(scores, keys, value, value_stride, rows, seen, width, found, width);
       for (int64_t r = 0; r < rows; ++r) {

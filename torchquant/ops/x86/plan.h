@@ -61,7 +61,8 @@ struct Op {
   int32_t panel;                             // blocks of 16 output channels that go together, 0: the default
   int32_t dynamic;                           // 1 + the range of the bytes that a product reads or another op writes
   int32_t group_in, group_out, group_panel;  // of a grouped convolution: channels of a group, blocks of 16 outputs that share inputs
-  int32_t pad[5];
+  int32_t nan_byte;                          // what NaN becomes: torch makes it 0, which is 128 where int8 is counted unsigned
+  int32_t pad[4];
 };
 
 // A grid of bytes that each call makes from the range of one whole input.

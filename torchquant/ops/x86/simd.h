@@ -1,4 +1,6 @@
 // Sixteen lanes of int32 or float, on AVX-512, on AVX2 as two halves, and anywhere as plain loops.
+//
+// As in the instructions, `max(a, b)` and `min(a, b)` are b where either is NaN: what may be NaN comes second.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -68,7 +70,7 @@ TQ_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
 TQ_INLINE F bits(I a) { return _mm512_castsi512_ps(a); }
 TQ_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 template <int n> TQ_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, n); }
-// NV vectors of 16 channels: rounded, zero point added, clamped as bytes; |y| < 2^30.
+// NV vectors of 16 channels: rounded, zero point added, clamped as bytes; y < 2^30. NaN and -infinity become `low`.
 template <int NV>
 TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   __m512i q[4];
@@ -93,6 +95,10 @@ TQ_INLINE F from_bytes(const uint8_t* p) {
 }
 TQ_INLINE void store_low_bytes(uint8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+TQ_INLINE int unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+TQ_INLINE I codes(F a, I zero, I nan) {
+  return _mm512_mask_add_epi32(nan, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), _mm512_cvtps_epi32(a), zero);
 }
 TQ_INLINE R load_register(const void* p) { return load_int(p); }
 TQ_INLINE R broadcast_register(const uint8_t* p) { return broadcast4(p); }
@@ -175,6 +181,14 @@ TQ_INLINE void store_low_bytes(uint8_t* p, I a) {
   __m128i y = _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), y);
 }
+TQ_INLINE int unordered(F a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) | _mm256_movemask_ps(_mm256_cmp_ps(a.w, a.w, _CMP_UNORD_Q)) << 8;
+}
+TQ_INLINE __m256i codes8(__m256 a, __m256i zero, __m256i nan) {
+  __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32(a), zero);
+  return _mm256_blendv_epi8(q, nan, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+TQ_INLINE I codes(F a, I zero, I nan) { return {codes8(a.v, zero.v, nan.v), codes8(a.w, zero.w, nan.w)}; }
 TQ_INLINE R load_register(const void* p) { return load8(p); }
 TQ_INLINE R broadcast_register(const uint8_t* p) { int32_t x; std::memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
 TQ_INLINE R dot_register(R c, R a, R b) { return dot8(c, a, b); }
@@ -216,12 +230,19 @@ template <int NV>
 TQ_INLINE void store_quantized(uint8_t* p, const F* y, int zero, int low = 0, int high = 255) {
   for (int v = 0; v < NV; ++v)
     TQ_EACH {
-      long q = std::lrintf(y[v].v[i]) + zero;  // the least long beyond its range, as for NaN
+      float x = y[v].v[i];
+      long q = x > -1e9f ? std::lrintf(x) + zero : low;  // NaN is not
       p[16 * v + i] = static_cast<uint8_t>(q < low ? low : q > high ? high : q);
     }
 }
 TQ_INLINE F from_bytes(const uint8_t* p) { F r; TQ_EACH r.v[i] = p[i]; return r; }
 TQ_INLINE void store_low_bytes(uint8_t* p, I a) { TQ_EACH p[i] = static_cast<uint8_t>(a.v[i]); }
+TQ_INLINE int unordered(F a) { int m = 0; TQ_EACH m |= (a.v[i] != a.v[i]) << i; return m; }
+TQ_INLINE I codes(F a, I zero, I nan) {
+  I q = bits(add(a, set(kRound)));
+  TQ_EACH q.v[i] = a.v[i] == a.v[i] ? q.v[i] - 0x4b400000 + zero.v[i] : nan.v[i];  // without the bits of kRound
+  return q;
+}
 using R = I;
 constexpr int kPerVector = 1;
 TQ_INLINE R load_register(const void* p) { return load_int(p); }
@@ -281,14 +302,15 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 TQ_INLINE Bytes load_bytes(const uint8_t* p) { Bytes b; std::memcpy(&b, p, 16); return b; }
 TQ_INLINE Bytes max(Bytes a, Bytes b) { return a > b ? a : b; }
 
-// Rounds to the nearest integer, ties to even, adds the zero point and writes the low byte; |a| < 2^22.
-TQ_INLINE void store_bytes(uint8_t* p, F a, I zero_point) { store_low_bytes(p, add(bits(add(a, set(kRound))), zero_point)); }
+// `codes`: rounded to the nearest integer, ties to even, the zero point added; NaN becomes `nan`; |a| < 2^22.
+TQ_INLINE void store_bytes(uint8_t* p, F a, I zero_point, I nan) { store_low_bytes(p, codes(a, zero_point, nan)); }
 
-TQ_INLINE F clamp(F a, F low, F high) { return min(max(a, low), high); }
-TQ_INLINE F exp(F x) {  // relative error below 2e-7 in [-87, 88]
-  x = clamp(x, set(-87.0f), set(88.0f));
-  F t = add(mul(x, set(1.44269504088896341f)), set(kRound));
-  F n = sub(t, set(kRound));
+TQ_INLINE F clamp(F a, F low, F high) { return min(high, max(low, a)); }
+TQ_INLINE F exp(F x) {  // relative error below 2e-7 in [-87.6, 88.3]; 0 and infinity beyond
+  constexpr float kBiased = kRound + 127;  // so that the low bits are the exponent of 2^n
+  x = clamp(x, set(-88.0f), set(89.0f));
+  F t = add(mul(x, set(1.44269504088896341f)), set(kBiased));
+  F n = sub(t, set(kBiased));
   F r = fma(n, set(-0.693145751953125f), x);
   r = fma(n, set(-1.428606765330187e-6f), r);
   F p = set(1.9875691500e-4f);
@@ -298,7 +320,7 @@ TQ_INLINE F exp(F x) {  // relative error below 2e-7 in [-87, 88]
   p = fma(p, r, set(1.6666665459e-1f));
   p = fma(p, r, set(5.0000001201e-1f));
   p = fma(mul(r, r), p, add(r, set(1.0f)));
-  return bits(add(bits(p), shift_left<23>(bits(t))));  // 2^n: n sits in the low bits of t
+  return mul(p, bits(shift_left<23>(bits(t))));  // 2^n, which is 0 for n = -127 and infinity for 128
 }
 TQ_INLINE F erf(F x) {  // x P(x^2) / Q(x^2) on [-4, 4], beyond which erf is 1 to float accuracy; absolute error below 4e-7
   x = clamp(x, set(-4.0f), set(4.0f));

@@ -1,0 +1,167 @@
+"""What the commands of `torchquant` do; `cli.py` says how they are written, and imports this when one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from torchquant import archive, flow, serialize, sources
+from torchquant import batches as data
+from torchquant.algorithms.adaquant import AdaQuant
+from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.batch_norm import BatchNormReestimation
+from torchquant.algorithms.bias_correction import BiasCorrection
+from torchquant.algorithms.brecq import BRECQ
+from torchquant.algorithms.equalization import CrossLayerEqualization
+from torchquant.algorithms.qdrop import QDrop
+from torchquant.algorithms.range_search import RangeSearch
+from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.algorithms.smooth_quant import SmoothQuant
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
+from torchquant.errors import InputError
+from torchquant.program import Program
+from torchquant.quantizers.cuda import CudaQuantizer
+from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.quantizers.x86 import X86Quantizer
+from torchquant.quantizers.xnnpack import XnnpackQuantizer
+from torchquant.reporting import program_text
+from torchquant.reporting import report as make_report
+from torchquant.verify import compare
+
+_console = Console(stderr=True)
+TARGETS: dict[str, tuple[type[CapabilityQuantizer], Any, str]] = {
+    inductor_x86.TARGET: (X86Quantizer, inductor_x86, ".pt2"),
+    executorch_xnnpack.TARGET: (XnnpackQuantizer, executorch_xnnpack, ".pte"),
+    inductor_cuda.TARGET: (CudaQuantizer, inductor_cuda, ".pt2"),
+}
+ALGORITHMS: dict[str, type] = {
+    "adaquant": AdaQuant,
+    "adaround": AdaRound,
+    "batch-norm": BatchNormReestimation,
+    "bias-correction": BiasCorrection,
+    "brecq": BRECQ,
+    "equalization": CrossLayerEqualization,
+    "qdrop": QDrop,
+    "range-search": RangeSearch,
+    "seq-mse": SeqMSE,
+    "smooth-quant": SmoothQuant,
+}
+
+
+def _algorithms(names: list[str]) -> list[Any]:
+    if names == ["none"]:
+        return []
+    unknown = [name for name in names if name not in ALGORITHMS]
+    if unknown:
+        raise InputError(f"there is no algorithm {unknown[0]!r}; choose from {', '.join(ALGORITHMS)}, none")
+    return [ALGORITHMS[name]() for name in names]
+
+
+def quantize(
+    model: str,
+    calibration: str,
+    out: Path,
+    backends: list[str],
+    exclude: list[str],
+    scheme: str | None,
+    dynamic_batch: bool,
+    algorithms: list[str],
+) -> None:
+    """Quantize, prove and write; see `torchquant quantize --help`."""
+    for name in backends:
+        _target(name)
+    chosen = _algorithms(algorithms)
+    paths = _outputs(out, backends)
+    batches = sources.load_batches(calibration)
+    if not batches:
+        raise InputError(f"{calibration} gave no batches")
+    shapes = _dynamic_first(batches[0]) if dynamic_batch else None
+    float_model = flow.export(sources.load_model(model), batches[0], dynamic_shapes=shapes)
+    quantizers = [_target(name)[0](scheme, exclude=exclude) for name in backends]
+    converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
+    for name, graph in zip(backends, converted, strict=True):
+        with _console.status(f"lowering and proving for {name}"):
+            program = _lower(name, graph, batches[0])
+        program.save(paths[name])
+        accuracy = compare(float_model, program, batches[:8])
+        print(make_report(graph, program))
+        print(f"{name}: {accuracy.sqnr_db:.1f} dB against float on calibration data; written to {paths[name]}\n")
+
+
+def report(path: Path) -> None:
+    """Account for every op of a saved artefact or graph."""
+    print(make_report(serialize.load(path)) if serialize.is_graph(path) else program_text(_load(path)))
+
+
+def preview(model: str, calibration: str, backend: str, exclude: list[str], scheme: str | None) -> None:
+    """Account for every op of a float model before any calibration."""
+    exported = flow.export(sources.load_model(model), sources.load_batches(calibration)[0])
+    print(make_report(flow.prepare(exported, _target(backend)[0](scheme, exclude=exclude))))
+
+
+def run(path: Path, inputs: str) -> None:
+    """Run a saved artefact on inputs and print the shape and range of each output."""
+    program = _load(path)
+    for i, batch in enumerate(sources.load_batches(inputs)):
+        for j, output in enumerate(pytree.tree_leaves(data.call(program, batch))):
+            low, high = output.float().aminmax()
+            print(f"batch {i} output {j}: shape {tuple(output.shape)} from {float(low):.4g} to {float(high):.4g}")
+
+
+def targets() -> None:
+    """Which op runs in which scheme on which target, and why the others do not."""
+    for name, (_, backend, suffix) in TARGETS.items():
+        table = Table("op", "schemes", "condition, or why it stays float", title=f"{name} ({suffix})", expand=False)
+        for row in backend.CAPABILITIES:
+            table.add_row(row.op, ", ".join(row.schemes) or "float", row.reason)
+        Console().print(table)
+
+
+def _target(name: str) -> tuple[type[CapabilityQuantizer], Any, str]:
+    if name not in TARGETS:
+        raise InputError(f"there is no backend {name!r}; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
+    """Where each artefact goes; folders that are missing are made."""
+    is_folder = len(chosen) > 1 or out.is_dir()
+    folder = out if is_folder else out.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"{folder} cannot be made a folder for the artefacts ({error}); choose another --out"
+        raise InputError(text) from error
+    return {name: out / f"{name}{TARGETS[name][2]}" for name in chosen} if is_folder else {chosen[0]: out}
+
+
+def _dynamic_first(batch: Any) -> Any:
+    args, kwargs = data.split(batch)
+    return {k: _first(v) for k, v in kwargs.items()} if kwargs else tuple(_first(v) for v in args)
+
+
+def _first(value: Any) -> dict[int, Any] | None:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
+
+
+def _lower(name: str, graph: GraphModule, batch: Any) -> Program:
+    """The artefact; one for GPUs is proven by its kernels' references where there is none."""
+    options = {"device": "cpu"} if name == inductor_cuda.TARGET and not torch.cuda.is_available() else {}
+    if options:
+        print(f"{name}: torch sees no GPU here, so the program is checked with reference kernels on the CPU")
+    program: Program = _target(name)[1].lower(graph, batch, **options)
+    return program
+
+
+def _load(path: Path) -> Program:
+    if path.suffix != ".pte" and archive.read_any(path).get("kind") == inductor_cuda.TARGET:
+        return inductor_cuda.load(path, None if torch.cuda.is_available() else "cpu")
+    backend = executorch_xnnpack if path.suffix == ".pte" else inductor_x86
+    program: Program = backend.load(path)
+    return program

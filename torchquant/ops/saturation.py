@@ -1,0 +1,127 @@
+"""Whether oneDNN's int8 products are exact on this CPU, and which products of a graph are so on no other.
+
+Without VNNI oneDNN multiplies unsigned by signed bytes with `vpmaddubsw`, which adds two neighbouring products in 16
+bits and saturates (oneDNN's developer guide, "Nuances of int8 computations"). Codes so small that no such sum leaves 16
+bits are multiplied exactly everywhere: activations of 7 bits by any int8 weight, or weights of up to 64 by any
+activation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.errors import ArtifactError, LoweringError
+from torchquant.fx import ops
+from torchquant.ops import matching
+
+__all__ = ["check_package", "exact_dtypes", "note", "refuse", "saturating", "unsafe_products"]
+
+_LARGEST = 2**15 - 1
+_NOTE = "torchquant_exact_products.json"
+_REMEDY = (
+    "exclude them in the Quantizer, or quantize their activations to 7 bits: codes from 0 to 127 as of "
+    "torchquant.formats.UINT7, in torchao's X86InductorQuantizer with reduce_range=True"
+)
+
+
+@cache
+def exact_dtypes() -> frozenset[torch.dtype]:
+    """Which of uint8 and int8 activations oneDNN multiplies by int8 weights exactly in this process.
+
+    Measured by one small product of the largest codes each, so that it holds for whatever oneDNN chose, by the CPU or
+    by ONEDNN_MAX_CPU_ISA.
+    """
+    return frozenset(dtype for dtype in (torch.uint8, torch.int8) if _is_exact(dtype))
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return True  # there is no kernel that could saturate
+    rows, depth, columns, weight = 4, 64, 32, 127
+    largest = torch.iinfo(dtype).max
+    codes = torch.full((rows, depth), largest, dtype=dtype)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((columns, depth), weight, dtype=torch.int8), [rows, depth])
+    scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
+    form: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+    found = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scales, zeros, *form)
+    return bool((found == float(depth * largest * weight)).all())
+
+
+def unsafe_products(graph: GraphModule) -> dict[torch.dtype, list[Node]]:
+    """By the dtype of their activations: products of codes that `vpmaddubsw` may saturate on."""
+    found: dict[torch.dtype, list[Node]] = {}
+    for node in graph.graph.nodes:
+        dtype = _unsafe_dtype(graph, node) if ops.op_name(node) in matching.PRODUCTS else None
+        if dtype is not None:
+            found.setdefault(dtype, []).append(node)
+    return found
+
+
+def _unsafe_dtype(graph: GraphModule, node: Node) -> torch.dtype | None:
+    source, weight = ops.argument(node, 0), matching.weight_of(graph, ops.argument(node, 1))
+    if source is None or not ops.is_dequantize(source) or weight is None:
+        return None  # a float product
+    given = ops.arguments(source)
+    dtype, top = given.get("dtype"), given.get("quant_max")
+    if dtype not in (torch.uint8, torch.int8):
+        return None
+    top = int(top) if isinstance(top, int) else torch.iinfo(dtype).max
+    top += 128 if dtype == torch.int8 else 0  # oneDNN adds 128, for its instructions multiply unsigned bytes
+    heaviest = int(weight.codes.to(torch.int16).abs().max()) if weight.codes.numel() else 0
+    return dtype if 2 * top * heaviest > _LARGEST else None
+
+
+def saturating(unsafe: Mapping[torch.dtype, Sequence[Node]]) -> list[Node]:
+    """Those of `unsafe_products` that oneDNN would get wrong on this CPU."""
+    return [n for dtype, nodes in unsafe.items() if dtype not in exact_dtypes() for n in nodes]
+
+
+def refuse(unsafe: Mapping[torch.dtype, Sequence[Node]], own_kernels: bool) -> None:
+    """Raise LoweringError that names the products that oneDNN would get wrong on this CPU, and what to do."""
+    nodes = saturating(unsafe)
+    if not nodes:
+        return
+    limited = ", or ONEDNN_MAX_CPU_ISA hides it" if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
+    theirs = "torchquant's own kernels do not take" if own_kernels else "own_kernels=False leaves to it"
+    first = "" if own_kernels else "pass own_kernels=True, "
+    raise LoweringError(
+        f"this CPU has no VNNI{limited}: oneDNN's int8 products saturate there, and would give wrong results for "
+        f"what {theirs}: {_names(nodes)}. To run this model here, {first}{_REMEDY}."
+    )
+
+
+def _names(nodes: Sequence[Node], limit: int = 8) -> str:
+    texts = [f"{ops.op_name(n)} {n.name}" + (f" ({path})" if (path := ops.module_path(n)) else "") for n in nodes]
+    return "; ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
+def note(package: Path, unsafe: Mapping[torch.dtype, Sequence[Node]]) -> None:
+    """Write into a package which of its products are exact only where oneDNN's are."""
+    if not unsafe:
+        return
+    content = {str(dtype).removeprefix("torch."): _names(nodes) for dtype, nodes in unsafe.items()}
+    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
+        root = out.namelist()[0].partition("/")[0]
+        out.writestr(f"{root}/extra/{_NOTE}", json.dumps(content))
+
+
+def check_package(package: Path) -> None:
+    """Raise ArtifactError if a package has products that oneDNN would get wrong on this CPU."""
+    with zipfile.ZipFile(package) as source:
+        notes = [json.loads(source.read(n)) for n in source.namelist() if n.endswith(f"extra/{_NOTE}")]
+    exact = {str(dtype).removeprefix("torch.") for dtype in exact_dtypes()} if notes else set()
+    wrong = [names for found in notes for dtype, names in found.items() if dtype not in exact]
+    if wrong:
+        raise ArtifactError(
+            f"{package} was lowered on a CPU with VNNI, which this one lacks: oneDNN's int8 products saturate here, "
+            f"and would give wrong results for {'; '.join(wrong)}. Lower the model on this CPU."
+        )
