@@ -14,13 +14,14 @@ from torchquant import batches as data
 from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
 from torchquant.backends.executorch_xnnpack.delegated import mark_sites, read_delegates
 from torchquant.backends.executorch_xnnpack.limits import (
+    refuse_missing_kernels,
     refuse_narrow,
     refuse_overflow,
     refuse_unbounded,
     refuse_unrunnable,
     refuse_unshared,
 )
-from torchquant.backends.executorch_xnnpack.patterns import prepare
+from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, prepare
 from torchquant.backends.executorch_xnnpack.program import (
     Method,
     XnnpackProgram,
@@ -108,6 +109,7 @@ def _pure(quantized: GraphModule, allowed: set[str]) -> Flat:
     passes.make_float(floats, allowed)
     passes.per_token_linears(floats)  # what the delegate makes of a dynamic linear, whatever the graph says
     mark_sites(floats)
+    drop_batch_counters(floats)
     return flat(floats)
 
 
@@ -139,6 +141,7 @@ _IN_FLOAT = "annotated, yet XNNPACK computes it in float"
 
 def _refuse(quantized: GraphModule, wanted: Sequence[Site], allowed: set[str]) -> None:
     compute = [s for s in wanted if s.compute]
+    refuse_missing_kernels(quantized)
     refuse_unrunnable(compute)
     refuse_unshared(quantized, allowed)
     refuse_narrow(quantized, allowed)
