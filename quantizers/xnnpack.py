@@ -78,7 +78,7 @@ class XnnpackQuantizer(CapabilityQuantizer):
 
 
 def recommended_scheme(model: GraphModule, *, is_qat: bool = False) -> str:
-    """`dynamic_int8` for a network without convolutions (in QAT: and with attention or LayerNorm), else `static_int8`."""
+    """`dynamic_int8` without convolutions (in QAT: and with attention or LayerNorm), else `static_int8`."""
     kinds = {ops.op_name(n) for n in model.graph.nodes if n.op == "call_function"}
     is_transformer = bool(kinds & {"attention", "layer_norm", "softmax"}) or _has_rms_norm(kinds)
     has_convolutions = any(k.startswith("conv") for k in kinds)

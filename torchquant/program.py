@@ -69,7 +69,7 @@ class Metadata:
 
     signature: Signature
     sites: tuple[Site, ...]
-    proof: Proof
+    proof: Proof | None
     overwrites_inputs: bool = False
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
@@ -149,6 +149,7 @@ class Program(ABC):
 
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
     """Add what a program knows about itself to its archive."""
+    assert about.proof is not None
     sites = [{**asdict(replace(s, activation=None, weight=None)), **_tensors_of(s)} for s in about.sites]
     payload = {
         "signature": about.signature.to_json(),
