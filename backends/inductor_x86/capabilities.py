@@ -27,6 +27,7 @@ _FLOAT = {
     "einsum": "Inductor has no int8 kernel for a product of two activations",
     "attention": "attention runs in a float kernel; there is no int8 one",
     "embedding": "Inductor has no kernel for integer embedding tables",
+    "bilinear": "Inductor has no int8 kernel for a bilinear form",
     "recurrent": "Inductor has no int8 kernel for recurrent layers",
 }
 _ELEMENTWISE = "in float, fused by Inductor"
