@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
-from torchquant.backends.executorch_xnnpack.quiet import undisturbed
+from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
 from torchquant.files import write_whole
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
@@ -77,7 +77,8 @@ class Method:
             self._program = executorch.runtime.get().load_program(
                 buffer, verification=executorch.verification.InternalConsistency
             )
-            self._method = self._program.load_method("forward")
+            with without_cpu_lines():
+                self._method = self._program.load_method("forward")
         except RuntimeError as error:
             raise LoweringError(f"ExecuTorch cannot load the program: {error}") from error
         self._lock = threading.Lock()
