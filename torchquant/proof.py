@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
@@ -100,6 +101,8 @@ def hold_against(
     Raises:
         LoweringError: the artefact fails to run, or does not hold, or every output is NaN or infinite throughout.
     """
+    if min_sqnr_db is not None and (not isinstance(min_sqnr_db, (int, float)) or math.isnan(min_sqnr_db)):
+        raise InputError(f"min_sqnr_db is a number of dB or None, not {min_sqnr_db!r}")
     found = _compared(reference, program, batches, target)
     empty = [i for i, o in enumerate(found.outputs) if o.compared == 0]
     if len(empty) == len(found.outputs):
@@ -107,11 +110,12 @@ def hold_against(
             f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
             "can be proven; pass example_inputs on which it is not"
         )
-    if min_sqnr_db is not None:
-        return _strict(found, min_sqnr_db, target)
     weak = [i for i, o in enumerate(found.outputs) if not _is_clear(o)]
     verdict = Verdict(found)
-    if weak:
+    if min_sqnr_db is not None:
+        verdict = _strict(found, min_sqnr_db, target)
+        weak = [i for i in weak if not found.outputs[i].is_float]
+    elif weak:
         reproduced = _reproduced(reference, batches, op_error)
         weak = [i for i in weak if not _is_explained(found.outputs[i], reproduced.outputs[i])]
         verdict = Verdict(found, reason="as close as the converted graph reproduces itself")
@@ -126,8 +130,23 @@ def hold_against(
 
 
 def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], target: str) -> Comparison:
+    dtypes: list[list[torch.dtype]] = [[], []]
+
+    def noting(run: Run, of: list[torch.dtype]) -> Run:
+        def noted(*tensors: Any) -> Any:
+            found = run(*tensors)
+            of.extend(v.dtype for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor))
+            return found
+
+        return noted
+
     try:
-        return compare(reference, program, batches)
+        graph = noting(lambda *v: data.call(reference, v), dtypes[0])
+        found = compare(graph, noting(program, dtypes[1]), batches)
+        if dtypes[0] != dtypes[1]:
+            first = next((a, b) for a, b in zip(*dtypes, strict=False) if a != b)
+            raise InputError(f"{first[1]} where that returns {first[0]}")
+        return found
     except InputError as error:
         raise LoweringError(f"{target}: the artefact does not return what the converted graph does: {error}") from error
     except Exception as error:
@@ -136,7 +155,7 @@ def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], targ
 
 def _strict(found: Comparison, min_sqnr_db: float, target: str) -> Verdict:
     for i, output in enumerate(found.outputs):
-        if output.is_float and output.sqnr_db < min_sqnr_db:
+        if output.is_float and output.compared and not output.sqnr_db >= min_sqnr_db:
             raise LoweringError(f"{_fault(target, i, output)}; you asked for {min_sqnr_db:.1f} dB (min_sqnr_db)")
     return Verdict(found, reason=f"each output at least {min_sqnr_db:g} dB, as asked for")
 
@@ -145,22 +164,25 @@ def _is_clear(output: OutputComparison) -> bool:
     """Whether an output needs no further proof."""
     if not output.is_float:
         return output.compared == 0 or output.agreement == 1.0
-    return output.sqnr_db >= MIN_SQNR_DB and output.lost_channel is None
+    return output.sqnr_db >= MIN_SQNR_DB and output.lost is None
 
 
 def _is_explained(output: OutputComparison, reproduced: OutputComparison) -> bool:
     """Whether the reference itself is no more reproducible than that."""
     bound = max(FLOOR_DB, min(MIN_SQNR_DB, reproduced.sqnr_db - MARGIN_DB))
-    return output.is_float and output.lost_channel is None and output.sqnr_db >= bound
+    return output.is_float and output.lost is None and output.sqnr_db >= bound
 
 
 def _fault(target: str, index: int, output: OutputComparison) -> str:
     where = f"{target}: output {index} of the artefact"
     if not output.is_float:
         return f"{where} equals the converted graph's in {100 * output.agreement:.1f} % of its elements"
-    channel = f", and its channel {output.lost_channel} is lost" if output.lost_channel is not None else ""
+    lost = ""
+    if output.lost is not None:
+        axis, index = output.lost
+        lost = ", and " + ("most of it" if axis < 0 else f"what stands at index {index} of axis {axis}") + " is lost"
     largest = f"largest difference {output.max_abs:.3g}"
-    return f"{where} is {output.sqnr_db:.1f} dB from the converted graph ({largest}){channel}"
+    return f"{where} is {output.sqnr_db:.1f} dB from the converted graph ({largest}){lost}"
 
 
 def _reproduced(reference: GraphModule, batches: Sequence[Any], op_error: float) -> Comparison:
