@@ -339,7 +339,7 @@ def source_of(node: Node) -> Node | None:
         return several if isinstance(several, Node) and source_of(several) is not None else None
     schema = ops.schema_of(node)
     first = next(iter(node.all_input_nodes), None)
-    if schema is None or first is None:
+    if schema is None or first is None or _name(node) == "lift_fresh_copy":  # a copy, though its fake value is none
         return None
     made, given = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
     if made and given:
