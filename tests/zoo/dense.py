@@ -7,6 +7,7 @@ from collections import namedtuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from zoo.case import Call, Case, images, rows, weight
 from zoo.vision import conv_norm
 

@@ -19,7 +19,6 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
 )
-from zoo.case import RIGHT, Call, Case
 
 import torchquant as tq
 from torchquant import batches as data
@@ -27,6 +26,7 @@ from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.fx import passes
 from torchquant.fx.sites import is_prepared
 from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
+from zoo.case import RIGHT, Call, Case
 
 WORSE_DB = 3.0  # that a program may be than the converted graph
 CLEAR_DB = 60.0  # beyond which only rounding of floats is left

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from zoo.case import Call, Case, rows, vectors, weight
 
 

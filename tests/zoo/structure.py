@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+
 from zoo.case import Call, Case, images, rows, vectors, weight
 
 

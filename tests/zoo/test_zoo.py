@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+
 from zoo.judging import Float, differences, outcome, quantized_for_both, ways_of
 from zoo.models import BY_NAME, CASES
 
