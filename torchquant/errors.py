@@ -21,6 +21,10 @@ class PatternError(TorchquantError, ValueError):
     """An exclusion or override pattern matches nothing in the model, or is malformed."""
 
 
+class PrepareError(TorchquantError):
+    """A Quantizer failed on a graph."""
+
+
 class CalibrationError(TorchquantError):
     """Calibration is missing, empty, or met values that no range can be fitted to."""
 

@@ -16,7 +16,14 @@ from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.algorithms.contract import Algorithm
 from torchquant.calibration import calibrate
-from torchquant.errors import CalibrationError, ExportError, InputError, TorchquantWarning
+from torchquant.errors import (
+    CalibrationError,
+    ExportError,
+    InputError,
+    PrepareError,
+    TorchquantError,
+    TorchquantWarning,
+)
 from torchquant.fx import passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
@@ -90,9 +97,22 @@ def _first_lines(error: Exception, limit: int = 1500) -> str:
 
 
 def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
-    """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers."""
+    """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers.
+
+    Raises:
+        PrepareError: a Quantizer of another make fails on this graph, or torchao on what it asked for.
+    """
     check_quantizer(quantizer)
-    return prepare_pt2e(passes.copy_graph(exported), quantizer)
+    try:
+        return prepare_pt2e(passes.copy_graph(exported), quantizer)
+    except TorchquantError:
+        raise
+    except Exception as error:
+        name = f"{type(quantizer).__module__}.{type(quantizer).__name__}"
+        raise PrepareError(
+            f"{name} cannot annotate this model: {_first_lines(error)}\nTake another Quantizer, e.g. one of "
+            "torchquant.quantizers, or keep this one from the module at fault (its set_module_name)."
+        ) from error
 
 
 def check_quantizer(quantizer: Any) -> None:
@@ -113,7 +133,9 @@ def convert(prepared: GraphModule) -> GraphModule:
         CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
     """
     _refuse_uncalibrated(prepared)
+    passes.hide_batch_norms(prepared)
     converted = convert_pt2e(prepared)
+    passes.show_batch_norms(converted)
     passes.remove_dead_weights(converted)
     return converted
 

@@ -75,6 +75,13 @@ def indexed(m, x):
     return y
 
 
+def constants_that_index(m, x):
+    y = m.conv(x)
+    y[:, torch.tensor([1, 3])] = 0.0
+    y.index_put_((torch.tensor([0, 1]), torch.tensor([2, 2])), torch.tensor(1.0), accumulate=True)
+    return y
+
+
 def complex_parts(m, x):
     y = torch.view_as_complex(x.reshape(2, 3, 8, 4, 2))
     y.real.mul_(2)
@@ -127,7 +134,16 @@ def inputs(m, x):
 
 
 FUNCTIONS = [
-    *(overwritten_slice, many_views, parts, other_dtypes_and_orders, indexed, complex_parts, in_place_functions),
+    *(
+        overwritten_slice,
+        many_views,
+        parts,
+        other_dtypes_and_orders,
+        indexed,
+        constants_that_index,
+        complex_parts,
+        in_place_functions,
+    ),
     *(constants, swapped_states, state_read_through_an_old_view, state_that_is_another, inputs),
 ]
 

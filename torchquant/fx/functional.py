@@ -22,7 +22,7 @@ __all__ = ["functionalize", "memory_of", "refuse_stale_copies", "writes_in_place
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
 _GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_")  # write no value
-_COPIES = ("copy_", "clone", "lift_fresh_copy")
+_COPIES = ("copy_", "clone", "lift_fresh_copy")  # whatever their fake values say
 
 
 def writes_in_place(model: GraphModule) -> bool:

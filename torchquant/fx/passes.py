@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
@@ -198,6 +199,32 @@ def _drop_unused_observers(model: GraphModule, used_modules: set[str]) -> None:
     for name, module in list(model.named_children()):
         if is_observer(module) and name not in used_modules:
             delattr(model, name)
+
+
+def _batch_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return aten.batch_norm.default(*args, **kwargs)
+
+
+def hide_batch_norms(model: GraphModule) -> None:
+    """Keep `convert_pt2e` from looking for convolutions that were trained with a BatchNorm behind them.
+
+    In a graph with any BatchNorm it exports a hundred patterns, which takes half a minute, even where nothing was
+    trained. Does nothing to a graph with fake quantizers. `show_batch_norms` is the way back.
+    """
+    if not any(isinstance(module, FakeQuantizeBase) for _, module in observers(model)):
+        _retarget(model, aten.batch_norm.default, _batch_norm)
+
+
+def show_batch_norms(model: GraphModule) -> None:
+    """Undo `hide_batch_norms`."""
+    _retarget(model, _batch_norm, aten.batch_norm.default)
+
+
+def _retarget(model: GraphModule, old: Any, new: Any) -> None:
+    for node in model.graph.nodes:
+        if node.target is old:
+            node.target = new
+    model.recompile()
 
 
 def weight_bytes(model: GraphModule) -> int:

@@ -1,0 +1,1 @@
+"""Small models of distinct kinds, and what each must become on each target: right, or refused by name."""
