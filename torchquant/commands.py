@@ -110,6 +110,10 @@ def run(path: Path, inputs: str) -> None:
     program = _load(path)
     for i, batch in enumerate(sources.load_batches(inputs)):
         for j, output in enumerate(pytree.tree_leaves(data.call(program, batch))):
+            if not isinstance(output, torch.Tensor) or not output.numel():
+                shown = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else repr(output)
+                print(f"batch {i} output {j}: {shown}")
+                continue
             low, high = output.float().aminmax()
             print(f"batch {i} output {j}: shape {tuple(output.shape)} from {float(low):.4g} to {float(high):.4g}")
 

@@ -24,10 +24,10 @@ from torchquant.errors import (
     TorchquantError,
     TorchquantWarning,
 )
-from torchquant.fx import passes
+from torchquant.fx import ops, passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
-from torchquant.fx.states import own_states
+from torchquant.fx.states import hidden_states, own_states
 from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 
@@ -71,9 +71,18 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
             module.training = training
     assert isinstance(exported, GraphModule)
     passes.inline_regions(exported)
+    _refuse_hidden_states(exported)
     functionalize(exported)
     own_states(exported)
     return exported
+
+
+def _refuse_hidden_states(exported: GraphModule) -> None:
+    for node in hidden_states(exported):
+        raise ExportError(
+            f"{ops.op_name(node)} {node.name} normalizes by the statistics of each batch and updates its running ones, "
+            "which torch.export hides: call it with training=False, or without running statistics"
+        )
 
 
 def _hint(error: str, leaves: list[Any]) -> str:

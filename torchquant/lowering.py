@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx.patterns import match
 from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites, refuse_lost_writes
+from torchquant.fx.states import hidden_states
 from torchquant.types import Capability, Site
 
 __all__ = ["accountable_sites", "left_float", "names"]
@@ -35,6 +36,11 @@ def accountable_sites(
         state = "prepared: run convert_pt2e first" if isinstance(graph, GraphModule) and is_prepared(graph) else "not"
         raise InputError(f"lower takes a converted graph, with dequantize ops in it; this one is {state}")
     refuse_lost_writes(graph)
+    for node in hidden_states(graph):
+        raise LoweringError(
+            f"{node.name} updates running statistics in each call, which the artefact would not: move the trained "
+            "graph to evaluation (torchao's move_exported_model_to_eval), or call the op with training=False"
+        )
     allowed = {n.name for pattern in allow_float for n in match(graph, pattern)}
     rows = {row.op: row for row in capabilities}
     nodes = {n.name: n for n in graph.graph.nodes}

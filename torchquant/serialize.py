@@ -17,6 +17,7 @@ from torchquant.errors import ArtifactError, InputError
 from torchquant.files import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
+from torchquant.fx.states import own_states
 from torchquant.signature import Signature
 
 __all__ = ["export_again", "is_graph", "load", "save"]
@@ -39,6 +40,7 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
     if not isinstance(quantized, GraphModule) or not is_converted(quantized):
         raise InputError("save takes a converted graph, with dequantize ops in it; run convert_pt2e first")
     passes.remove_dead_weights(quantized)
+    own_states(quantized)  # that have no part in autograd
     exported = export_again(quantized, example_inputs)
     extra = {archive.NAME: archive.text_of(_KIND, {})}
 
@@ -59,10 +61,17 @@ def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export
     """
     signature = Signature.of(graph)
     batch = data.example_of(graph) if example_inputs is None else example_inputs
-    leaves = data.to_export(signature, data.leaves_of(signature, batch, "example_inputs"))
-    args, kwargs = signature.arguments(leaves)
+    leaves = data.leaves_of(signature, batch, "example_inputs")
+    shapes = data.dynamic_shapes_of(signature)
     with torch.no_grad():
-        return torch.export.export(graph, args, kwargs, dynamic_shapes=data.dynamic_shapes_of(signature))
+        try:
+            args, kwargs = signature.arguments(data.to_export(signature, leaves))
+            return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes)
+        except Exception:
+            if shapes is None:
+                raise
+        args, kwargs = signature.arguments(leaves)  # sizes of which the export asks more than bounds
+        return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes)
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:

@@ -74,6 +74,9 @@ class InputSpec:
         if not isinstance(value, torch.Tensor):
             hint = "; wrap it with torch.from_numpy" if type(value).__module__ == "numpy" else ""
             raise InputError(f"{where}: expected a tensor, got {type(value).__module__}.{type(value).__name__}{hint}")
+        if value.layout is not torch.strided or value.device.type == "meta":
+            kind = "a meta tensor" if value.device.type == "meta" else f"a tensor of layout {value.layout}"
+            raise InputError(f"{where}: expected a dense tensor with data, got {kind}; use .to_dense()")
         if str(value.dtype) != self.dtype:
             raise InputError(f"{where}: expected {self.dtype}, got {value.dtype}; convert the data, or export with it")
         if len(value.shape) != len(self.shape) or any(
@@ -203,10 +206,17 @@ class Signature:
         return found
 
     def tensors_of(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: str = "the input"
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None = None
     ) -> list[torch.Tensor]:
-        """The tensors of a call in the order of the placeholders; raises as `leaves`."""
-        found = self.leaves(args, kwargs, batch)
+        """The tensors of a call in the order of the placeholders; raises as `leaves`.
+
+        Args:
+            device: the kind of device that they must lie on, e.g. `cpu`; None: any.
+        """
+        found = self.leaves(args, kwargs)
+        for value, wanted in zip(found, self.inputs, strict=True):
+            if device is not None and isinstance(wanted, InputSpec) and value.device.type != device:
+                raise InputError(f"input {wanted.name!r} lies on {value.device}; the program runs on {device}: move it")
         return [v for v, wanted in zip(found, self.inputs, strict=True) if isinstance(wanted, InputSpec)]
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,19 @@ def resolve(reference: str) -> Any:
     module_name, separator, name = reference.partition(":")
     if not separator or not module_name or not name:
         raise InputError(f"{reference!r} is not of the form package.module:name")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise InputError(
             f"cannot import {error.name!r} for {reference!r}; run from its folder or install it"
         ) from error
+    except Exception as error:
+        raise InputError(f"{module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        if here in sys.path:
+            sys.path.remove(here)
     if not hasattr(module, name):
         raise InputError(f"module {module_name!r} has no {name!r}")
     return getattr(module, name)
@@ -110,7 +115,7 @@ def _split_file(path: Path) -> list[Any]:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
         raise ArtifactError(f"{path} is truncated or not a {path.suffix} file: {error}") from error
     counts = {len(t) if t.ndim else 0 for t in tensors.values()}
     if len(counts) != 1 or counts == {0}:

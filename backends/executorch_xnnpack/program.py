@@ -113,7 +113,7 @@ class XnnpackProgram(Program):
         self._state = State(self._about.states)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = self._about.signature.tensors_of(args, kwargs)
+        tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
         found = self._method(*tensors, *self._state.values.values())
         with torch.no_grad():
             return self._finish(self._about, tensors, found)

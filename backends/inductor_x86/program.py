@@ -55,7 +55,7 @@ class X86Program(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
-        tensors = self._about.signature.tensors_of(args, kwargs)
+        tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
         before = self._state.values.values()
         with torch.no_grad():
             found = self._run(*map(self._own, (*tensors, *before)))

@@ -65,14 +65,14 @@ def test_what_moves_data_keeps_its_inputs_qparams(op):
     assert len({*before, *behind}) == 1
 
 
-def test_auto_is_dynamic_for_a_transformer_and_static_for_a_cnn():
+def test_auto_is_dynamic_without_convolutions_and_static_for_a_cnn():
     def dynamic(model, x):
         sites = tq.report(tq.prepare(tq.export(model, x), XnnpackQuantizer())).sites
         return {s.activation.dynamic for s in sites if s.op in ("linear", "conv2d")}
 
     assert dynamic(nets.Block(), torch.randn(1, 8, 32)) == {True}
     assert dynamic(nets.cnn(), torch.randn(1, 3, 8, 8)) == {False}
-    assert dynamic(nets.mlp(), torch.randn(2, 8)) == {False}
+    assert dynamic(nets.mlp(), torch.randn(2, 8)) == {True}
 
 
 def test_static_runs_a_linear_that_joins_a_float_residual_sum_dynamically_and_says_so():

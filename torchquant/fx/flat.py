@@ -64,6 +64,8 @@ def flat(model: GraphModule) -> Flat:
     functionalize(graph)
     _drop_guards(graph)
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for node in reversed(inputs):  # convert puts quantized buffers before them, of which some become inputs too
+        next(iter(graph.graph.nodes)).prepend(node)
     for node, spec in zip(inputs, signature.inputs, strict=True):
         if isinstance(spec, Constant):
             node.replace_all_uses_with(spec.value)

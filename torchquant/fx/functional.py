@@ -60,6 +60,22 @@ def _merge_reads(model: GraphModule) -> None:
         if known is not node:
             node.replace_all_uses_with(known)
             model.graph.erase_node(node)
+    _refuse_shared_memory(model, first)
+
+
+def _refuse_shared_memory(model: GraphModule, reads: dict[str, Node]) -> None:
+    """Raise ExportError if an attribute is written whose memory has another name: a write must be seen under both."""
+    names: dict[int, list[str]] = {}
+    for name in reads:
+        value: Any = operator.attrgetter(name)(model)
+        if isinstance(value, torch.Tensor) and value.numel():
+            names.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1 and any(ops.is_overwritten(reads[name]) for name in shared):
+            raise ExportError(
+                f"{' and '.join(shared)} share their memory, and the model writes into it: give each its own "
+                "(`.clone()`), or use one name in the model's forward"
+            )
 
 
 class _Functionalized:
@@ -423,21 +439,23 @@ def _stale_reads(
     is_copy: Callable[[Node], bool],
 ) -> Iterator[tuple[Node, Node]]:
     """Readers behind a write, with the copy that stands between what they read and what was written."""
-    root, copies = _way_up(target, parents, is_copy)
+    root, copies = _way_up(target, writer, parents, is_copy)
+    if copies and root.op in ("get_attr", "placeholder"):  # which are read by the next call, and by the caller
+        yield root, next(iter(copies))[0]
     for member in [n for n in place if place[n] < place[writer]]:
-        other, between = _way_up(member, parents, is_copy)
-        if other is not root:
-            continue
-        made = [c for c in between ^ copies if place[c] < place[writer]]
-        readers = [u for u in member.users if place[u] > place[writer] and (u.users or u.op == "output")]
-        if made and readers:
-            yield readers[0], made[0]
+        for reader in [u for u in member.users if place[u] > place[writer] and (u.users or u.op == "output")]:
+            other, between = _way_up(member, reader, parents, is_copy)
+            made = [c for c, _ in between ^ copies if place[c] < place[writer]] if other is root else []
+            if made:
+                yield reader, made[0]
 
 
-def _way_up(node: Node, parents: dict[Node, Node | None], is_copy: Callable[[Node], bool]) -> tuple[Node, set[Node]]:
-    """The root of a node's memory, and the copies on the way."""
+def _way_up(
+    node: Node, reader: Node, parents: dict[Node, Node | None], is_copy: Callable[[Node], bool]
+) -> tuple[Node, set[tuple[Node, Node]]]:
+    """The root of a node's memory, and the copies on the way with what reads each: convert may make one for each."""
     copies = set()
     while (parent := parents[node]) is not None:
-        copies |= {node} if is_copy(node) else set()
-        node = parent
+        copies |= {(node, reader)} if is_copy(node) else set()
+        node, reader = parent, node
     return node, copies

@@ -13,7 +13,7 @@ from torchquant.batches import Given
 from torchquant.fx import ops
 from torchquant.signature import placeholders
 
-__all__ = ["own_inputs", "own_states", "restored", "set_states", "state_nodes", "states_of"]
+__all__ = ["hidden_states", "own_inputs", "own_states", "restored", "set_states", "state_nodes", "states_of"]
 
 
 def state_nodes(model: GraphModule) -> list[Node]:
@@ -25,6 +25,18 @@ def states_of(model: GraphModule) -> dict[str, torch.Tensor]:
     """Name -> present value of each buffer that the graph writes; the tensors themselves, no copies."""
     names = dict.fromkeys(str(n.target) for n in state_nodes(model))
     return {name: operator.attrgetter(name)(model).detach() for name in names}
+
+
+def hidden_states(model: GraphModule) -> list[Node]:
+    """Normalizations that update running statistics in each call, though their ops say nothing of writing."""
+    names = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+    found = []
+    for node in model.graph.nodes:
+        given = ops.arguments(node)
+        switch = names.get(ops.overload_of(node).partition(".")[0])
+        if switch and given.get(switch) and given.get("running_mean") is not None:
+            found.append(node)
+    return found
 
 
 def own_states(model: GraphModule) -> None:
