@@ -109,7 +109,9 @@ def test_a_bound_that_was_asked_for_is_not_relaxed(chaos):
 def test_an_artefact_that_is_not_the_one_looked_into_is_not_called_proven(chaos):
     graph, batches = chaos
     with pytest.warns(tq.TorchquantWarning, match="not proven"):
-        verdict = hold_against(graph, lambda x: -graph(x)[0], batches, min_sqnr_db=None, build=Slightly, **EPS)
+        verdict = hold_against(
+            graph, lambda x: graph(x)[0].roll(1, 0), batches, min_sqnr_db=None, build=Slightly, **EPS
+        )
     assert verdict.outcome == "undecided"
 
 
@@ -173,3 +175,38 @@ def test_an_output_without_a_finite_number_decides_nothing():
     graph = reference(half, x)
     with pytest.warns(tq.TorchquantWarning, match="output 1 is NaN"):
         assert hold_against(graph, graph, [(x,)], min_sqnr_db=None, **EPS).outcome == "undecided"
+
+
+def test_what_is_zero_or_has_no_elements_is_no_obstacle():
+    x = torch.randn(8, 16)
+    model = Call(lambda m, x: (m.inner(x), 0 * x, x[:0]), inner=nn.Linear(16, 8))
+    graph = reference(model, x)
+
+    def almost(x):
+        y, zero, nothing = graph(x)
+        return y, zero + 1e-12, nothing
+
+    verdict = hold_against(graph, almost, [(x,)], min_sqnr_db=None, **EPS)
+    assert verdict.outcome == "holds"
+
+
+def test_random_numbers_are_named_where_nothing_can_be_proven():
+    x = torch.randn(8, 16)
+    graph = reference(Call(lambda m, x: m.inner(x) + torch.rand_like(x[:, :8]), inner=nn.Linear(16, 8)), x)
+    with pytest.raises(tq.LoweringError, match=r"rand_like.*random"):
+        hold_against(graph, graph, [(x,)], min_sqnr_db=None, **EPS)
+
+
+def test_an_artefact_that_is_wrong_though_its_parts_are_right_is_refused():
+    x = torch.randn(32, 16)
+    graph = reference(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)), x)
+    with pytest.raises(tq.LoweringError, match="each part is right"):
+        hold_against(graph, lambda x: (-graph(x)[0],), [(x,)], min_sqnr_db=None, build=Slightly, **EPS)
+
+
+@pytest.mark.parametrize("bound", ["30", float("nan")])
+def test_a_bound_that_is_no_number_is_refused(bound):
+    x = torch.randn(8, 16)
+    graph = reference(nn.Sequential(nn.Linear(16, 8)), x)
+    with pytest.raises(tq.InputError, match="number of dB"):
+        hold_against(graph, graph, [(x,)], min_sqnr_db=bound, **EPS)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -179,3 +180,71 @@ def test_a_program_for_gpus_carries_its_state_too(tmp_path):
     loaded = inductor_cuda.load(program.save(tmp_path / "filter.pt2"), device="cpu")
     assert tq.sqnr_db(wanted, over(loaded, unseen)) > 20
     assert int(loaded.state["count"]) == 6
+
+
+class ReadBeforeWritten(nn.Module):
+    """Its layer reads the cache before the new values go in."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("cache", torch.randn(4, 8))
+
+    def forward(self, x):
+        y = self.read(self.cache)
+        self.cache.mul_(0.5).add_(self.key(x))
+        return y
+
+
+@pytest.mark.parametrize("algorithm", [tq.RangeSearch, tq.BRECQ, tq.AdaRound], ids=lambda a: a.__name__)
+def test_state_that_is_read_before_it_is_written_is_solved_and_lowered(algorithm):
+    model, batches = ReadBeforeWritten().eval(), [torch.randn(4, 8) for _ in range(4)]
+    prepared = prepare_pt2e(tq.export(model, (batches[0],)), X86Quantizer())
+    tq.calibrate(prepared, [tq.Steps(batches)], progress=False)
+    tq.optimize(prepared, [tq.Steps(batches)], [algorithm()], progress=False)
+    quantized = convert_pt2e(prepared)
+    with torch.no_grad():
+        wanted = [model(x).clone() for x in batches]
+        assert all(tq.sqnr_db(a, quantized(x)) > 20 for a, x in zip(wanted, batches, strict=True))
+
+
+def test_a_foreign_quantizers_graph_that_would_lose_its_state_is_refused():
+    graph = of_torch(ReadBeforeWritten().eval(), (torch.randn(4, 8),))
+    prepared = prepare_pt2e(graph, XNNPACKQuantizer().set_global(get_symmetric_quantization_config()))
+    with pytest.raises(tq.ExportError, match=r"cache.*torchquant\.export"):
+        tq.calibrate(prepared, [torch.randn(4, 8)], progress=False)
+
+
+def test_a_second_name_for_memory_that_is_written_is_refused():
+    class Tied(ReadBeforeWritten):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("part", self.cache[:2])
+
+        def forward(self, x):
+            return super().forward(x) + self.part.sum()
+
+    with pytest.raises(tq.ExportError, match=r"cache and part|part and cache"):
+        tq.export(Tied(), torch.randn(4, 8))
+
+
+def test_running_statistics_that_an_op_hides_are_refused():
+    class Hidden(ReadBeforeWritten):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return nn.functional.batch_norm(self.read(x), self.norm.running_mean, self.norm.running_var, training=True)
+
+    with pytest.raises(tq.ExportError, match="running"):
+        tq.export(Hidden(), torch.randn(4, 8))
+
+
+def test_a_saved_graph_keeps_its_state_and_runs_outside_no_grad(tmp_path):
+    model, batches = ReadBeforeWritten().eval(), [torch.randn(4, 8) for _ in range(3)]
+    quantized = tq.quantize(model, batches[0], batches, quantizer=X86Quantizer(), algorithms=(), progress=False)
+    quantized(batches[0])  # its state is part of autograd now
+    tq.save(quantized, tmp_path / "graph.pt2")
+    loaded = tq.load(tmp_path / "graph.pt2")
+    assert torch.equal(quantized(batches[1]), loaded(batches[1]))

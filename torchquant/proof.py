@@ -31,6 +31,11 @@ MIN_SQNR_DB = 30.0  # at which an output needs no further proof
 FLOOR_DB = 20.0  # below which its irreproducibility is no excuse
 MARGIN_DB = 6.0  # that an artefact may be worse than the reference reproduces itself
 _SAME_DB = 60.0  # between the artefact and the one built to look into
+_ZERO = 1e-9  # beside a reference that is zero throughout
+_RANDOM = (
+    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial"),
+    *("normal", "normal_functional", "uniform", "poisson", "exponential"),
+)
 _STEPS = 3  # calls after which an artefact with state is looked at again
 _PARTS = 16  # that a graph is cut into, at most
 _MOST_CROSSING = 4  # values from one part to the next
@@ -115,13 +120,18 @@ def hold_against(
     if min_sqnr_db is not None and (not isinstance(min_sqnr_db, (int, float)) or math.isnan(min_sqnr_db)):
         raise InputError(f"min_sqnr_db is a number of dB or None, not {min_sqnr_db!r}")
     found = _compared(reference, program, batches, target)
-    empty = [i for i, o in enumerate(found.outputs) if o.compared == 0]
-    if len(empty) == len(found.outputs):
+    empty = [i for i, o in enumerate(found.outputs) if o.elements and not o.compared]
+    if not any(o.compared for o in found.outputs):
         raise LoweringError(
             f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
             "can be proven; pass example_inputs on which it is not"
         )
     weak = [i for i, o in enumerate(found.outputs) if not _is_clear(o)]
+    if weak and (draws := [n.name for n in reference.graph.nodes if ops.op_name(n) in _RANDOM]):
+        raise LoweringError(
+            f"{target}: {', '.join(draws[:4])} of the model draws random numbers, so no two runs agree and nothing can "
+            "be proven; make them an input"
+        )
     verdict = Verdict(found)
     if min_sqnr_db is not None:
         verdict = _strict(found, min_sqnr_db, target)
@@ -174,6 +184,8 @@ def _is_clear(output: OutputComparison) -> bool:
     """Whether an output needs no further proof."""
     if not output.is_float:
         return output.compared == 0 or output.agreement == 1.0
+    if output.elements == 0 or (output.sqnr_db == -math.inf and output.max_abs <= _ZERO):
+        return True
     return output.sqnr_db >= MIN_SQNR_DB and output.lost is None
 
 

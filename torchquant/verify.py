@@ -29,7 +29,7 @@ class OutputComparison:
         sqnr_db: of floats: 10 log10(sum ref^2 / sum (ref - out)^2) over the finite elements; NaN for others.
         max_abs: largest absolute difference.
         agreement: share of rows with the largest element at the same place (of floats) or of equal elements.
-        compared: elements that were compared: those that are finite in the reference.
+        compared: elements that were compared: those that are finite in the reference; of `elements` in all.
         lost: (axis, index) of a slice of the output (a channel, a sample) whose values are lost: below 10 dB, most of
             them off by half and more, however well larger ones hide that; (-1, 0) if that is so of most of the output.
             None too where there are few elements.
@@ -40,6 +40,7 @@ class OutputComparison:
     max_abs: float
     agreement: float
     compared: int
+    elements: int
     lost: tuple[int, int] | None = None
 
 
@@ -119,6 +120,7 @@ class _Tally:
     same: int = 0
     rows: int = 0
     compared: int = 0
+    elements: int = 0
     slices: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by axis: signal, noise, elements, off by half
 
     @property
@@ -132,6 +134,7 @@ class _Tally:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Count one batch."""
+        self.elements += a.numel()
         if not self.is_float:
             equal = a == b
             self.same, self.rows = self.same + int(equal.sum()), self.rows + a.numel()
@@ -144,7 +147,7 @@ class _Tally:
             self.signal, self.noise, self.max_abs = self.signal + 1.0, math.inf, math.inf
         else:
             self._add_errors(torch.where(finite, a, 0).double(), torch.where(finite, b, 0).double(), finite)
-        if a.ndim >= 2 and a.shape[self.axis] > 0:
+        if a.ndim >= 2 and a.numel():
             matches = a.argmax(self.axis) == b.argmax(self.axis)
             self.same, self.rows = self.same + int(matches.sum()), self.rows + matches.numel()
 
@@ -165,7 +168,7 @@ class _Tally:
     def result(self) -> OutputComparison:
         agreement = self.same / self.rows if self.rows else math.nan
         db = _db(self.signal, self.noise) if self.is_float else math.nan
-        return OutputComparison(self.is_float, db, self.max_abs, agreement, self.compared, self._lost())
+        return OutputComparison(self.is_float, db, self.max_abs, agreement, self.compared, self.elements, self._lost())
 
     def _lost(self) -> tuple[int, int] | None:
         for axis, (signal, noise, count, off) in self.slices.items():

@@ -42,7 +42,7 @@ def functionalize(model: GraphModule) -> int:
     Raises:
         ExportError: an op that writes has no form without the write, or writes through a view of an unknown kind.
     """
-    if not writes_in_place(model):
+    if _is_functional(model):
         return 0
     _merge_reads(model)
     done = _Functionalized(model).run()
@@ -50,6 +50,17 @@ def functionalize(model: GraphModule) -> int:
     model.graph.lint()
     model.recompile()
     return done
+
+
+def _is_functional(model: GraphModule) -> bool:
+    """Whether all writes are those at the end that `functionalize` leaves, so that the graph stays the very same."""
+    place = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in place:
+        for target in _written_by_aten(node):
+            kept = node.target is aten.copy_.default and target.op in ("get_attr", "placeholder") and not node.users
+            if not kept or any(place[user] > place[node] for user in target.users):
+                return False
+    return True
 
 
 def _merge_reads(model: GraphModule) -> None:
@@ -417,6 +428,15 @@ def refuse_stale_copies(model: GraphModule, is_copy: Callable[[Node], bool]) -> 
     """
     if not writes_in_place(model):
         return
+    for node in [n for n in model.graph.nodes if is_copy(n) and n.all_input_nodes]:
+        source = node.all_input_nodes[0]
+        writers = [u for u in source.users if source in ops.written(u) and u.target is not aten.copy_.default]
+        if source.op == "get_attr" and writers:
+            raise ExportError(
+                f"{_where(writers[0])} writes in place into the buffer {source.target}, which {node.name} quantizes: "
+                "convert_pt2e would take it for a constant. Export the model with torchquant.export, or use one of "
+                "torchquant's Quantizers: both rewrite such writes"
+            )
     place = {node: i for i, node in enumerate(model.graph.nodes)}
     parents = {n: n.all_input_nodes[0] if is_copy(n) and n.all_input_nodes else source_of(n) for n in place}
     for writer in place:
