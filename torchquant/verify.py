@@ -172,10 +172,12 @@ class _Tally:
 
     def _lost(self) -> tuple[int, int] | None:
         for axis, (signal, noise, count, off) in self.slices.items():
+            if len(signal) < 2:
+                continue
             worst = (signal / count.clamp(min=1)).max() * _NEGLIGIBLE**2
             lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (2 * off > count) & (count >= _FEW)
             lost &= noise > worst * count
-            if len(signal) > 1 and bool(lost.any()):
+            if bool(lost.any()):
                 return axis, int(lost.nonzero()[0])
         _, _, count, off = self.slices.get(0, [torch.zeros(1)] * 4)
         return (-1, 0) if float(count.sum()) >= _FEW and float(off.sum()) > 0.5 * float(count.sum()) else None
