@@ -27,13 +27,13 @@ from torchquant.errors import ArtifactError, LoweringError, TorchquantWarning
 from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
+from torchquant.fx.flat import flat
 from torchquant.fx.windows import window_of
 from torchquant.lowering import accountable_sites, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
-from torchquant.program import Metadata, Program, Proof, read_metadata, write_metadata
-from torchquant.proof import hold_against
+from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
+from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec, Signature
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
@@ -83,6 +83,7 @@ _FLOAT = {
     "einsum": _TWO_ACTIVATIONS,
     "attention": "attention runs in its own float kernel",
     "embedding": "a lookup reads a few rows of its table only, so there is nothing to gain",
+    "bilinear": "it multiplies two activations; there is no int8 or float8 kernel for it",
     "recurrent": "there is no int8 or float8 kernel for recurrent layers",
 }
 _ELEMENTWISE = "in float, fused by Inductor"
@@ -140,22 +141,22 @@ class CudaProgram(Program):
         self.graph, self.device, self.settings = _moved(graph, device), device, dict(settings)
         self._about = about
         self.inputs, self.sites, self.proof = about.signature.tensors, about.sites, about.proof
+        self._state = State({name: value.to(device) for name, value in about.states.items()})
         self._run: Callable[..., Any] = torch.compile(self.graph, options=self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        signature = self._about.signature
-        leaves = signature.leaves(args, kwargs)
-        placed = [
-            self._placed(value, spec.shape) if isinstance(spec, InputSpec) else value
-            for value, spec in zip(leaves, signature.inputs, strict=True)
-        ]
-        args, kwargs = signature.arguments(placed)
+        tensors = self._about.signature.tensors_of(args, kwargs)
         with torch.no_grad():
-            if not self.settings.get("triton.cudagraphs"):
-                return self._run(*args, **kwargs)
-            torch.compiler.cudagraph_mark_step_begin()
-            found = self._run(*args, **kwargs)  # the next replay writes into the same memory
-            return pytree.tree_map_only(torch.Tensor, torch.clone, found)
+            return self._finish(self._about, tensors, self.run(*tensors, *self._state.values.values()))
+
+    def run(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """The compiled graph on the tensors of the signature and the states; they are not changed."""
+        shapes = [*(spec.shape for spec in self.inputs), *(v.shape for v in self._about.states.values())]
+        placed = [self._placed(value, shape) for value, shape in zip(tensors, shapes, strict=True)]
+        if not self.settings.get("triton.cudagraphs"):
+            return tuple(self._run(*placed))
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(t.clone() for t in self._run(*placed))  # the next replay writes into the same memory
 
     def _placed(self, value: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
         """The tensor on the program's device, with the sizes that vary marked, so that they are compiled once."""
@@ -185,6 +186,9 @@ class CudaProgram(Program):
 
     def package(self, path: str | os.PathLike[str]) -> Path:
         """Compile ahead of time into an AOTInductor package (`.pt2`) for this device.
+
+        It takes the tensors of the inputs by position and returns those of the outputs as a tuple; states, if the model
+        has any, stand behind both.
 
         `torch._inductor.aoti_load_package` runs it in Python once `torchquant.backends.inductor_cuda` is imported: the
         packed ops are called through torch's dispatcher, where that import puts them. A C++ process has to register ops
@@ -231,7 +235,10 @@ def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> Gra
         InputError: the graph is not converted.
         LoweringError: an annotated op has no kernel: it names the op, its module, and what to do.
     """
-    return _transform(quantized, allow_float).graph
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
+    graph = passes.copy_graph(quantized)
+    passes.make_float(graph, allowed)
+    return _transform(graph, sites, allowed).graph
 
 
 @dataclass(frozen=True)
@@ -245,11 +252,9 @@ class _Transformed:
     count: int
 
 
-def _transform(quantized: GraphModule, allow_float: Sequence[str]) -> _Transformed:
-    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
+def _transform(graph: GraphModule, sites: tuple[Site, ...], allowed: set[str]) -> _Transformed:
+    """`graph` itself, rewritten."""
     wanted = tuple(s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed)
-    graph = passes.copy_graph(quantized)
-    passes.make_float(graph, allowed)
     count = rewrite(graph, {s.node for s in wanted})
     left = [n.name for n in graph.graph.nodes if ops.is_dequantize(n) and _is_matrix(graph, n)]
     if left:
@@ -293,24 +298,38 @@ def lower(
             not call our kernels, or its output is off.
     """
     place = _device(device)
-    made = _transform(quantized, allow_float)
+    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
+    floats = passes.copy_graph(quantized)
+    passes.make_float(floats, allowed)
+    reference = flat(floats)
+    made = _transform(passes.copy_graph(reference.graph), sites, allowed)
     _check_device(place, made)
-    batch = data.contiguous(data.example_of(quantized) if example_inputs is None else example_inputs)
-    signature = Signature.of(quantized)
-    data.leaves_of(signature, batch, "example_inputs")
-    batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), batch)
+    cases = cases_of(reference, data.example_of(quantized) if example_inputs is None else example_inputs)
+    cases = [tuple(t.to(place) for t in case) for case in cases]
     settings = _settings(place, cuda_graphs, freezing, options)
-    about = Metadata(signature, made.sites, _UNPROVEN)
+    about = Metadata(reference.signature, made.sites, _UNPROVEN, False, reference.initial, reference.overwritten)
     program = CudaProgram(made.graph, about, place, settings)
-    reference = _moved(quantized, place)
-    passes.make_float(reference, made.allowed)
-    kernels = _kernels(program, batch, made.count)
+    kernels = _kernels(program.run, cases[0], made.count)
     verdict = hold_against(
-        reference, program, [batch], min_sqnr_db=min_sqnr_db, op_error=_op_error(quantized), target=TARGET
+        _moved(reference.graph, place),
+        program.run,
+        cases,
+        min_sqnr_db=min_sqnr_db,
+        op_error=_op_error(quantized),
+        target=TARGET,
+        build=lambda graph: _built(graph, made, place, settings),
     )
     proof = Proof.of(verdict, kernels, len(made.wanted), len(made.wanted), left_float(made.sites, made.allowed))
     program.prove(replace(about, proof=proof))
     return program
+
+
+def _built(
+    graph: GraphModule, made: _Transformed, place: torch.device, settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """A program of a graph with further outputs, which is changed."""
+    twin = _transform(_moved(graph, torch.device("cpu")), made.sites, made.allowed)
+    return torch.compile(_moved(twin.graph, place), options=dict(settings))
 
 
 def load(
@@ -393,16 +412,16 @@ def _op_error(graph: GraphModule) -> float:
     return max((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float32).eps)
 
 
-def _kernels(program: CudaProgram, batch: Any, count: int) -> dict[str, int]:
+def _kernels(run: Callable[..., Any], tensors: Sequence[torch.Tensor], count: int) -> dict[str, int]:
     """How often one call of the compiled program calls each of our ops.
 
     Raises:
         LoweringError: it cannot be compiled or run, or calls fewer than the `count` ops of its graph.
     """
     try:
-        data.call(program, batch)  # compiles, in which the ops are called on shapes
+        run(*tensors)  # compiles, in which the ops are called on shapes
         with torch.autograd.profiler.profile(use_kineto=False) as profile:
-            data.call(program, batch)
+            run(*tensors)
     except Exception as error:
         raise LoweringError(f"{TARGET}: the lowered graph cannot be compiled and run: {str(error)[:2000]}") from error
     calls = Counter({event.key: event.count for event in profile.key_averages() if event.key in _CALLS})

@@ -90,7 +90,7 @@ def capabilities() -> str:
     """Op by op, the schemes in which each target runs it, or why it stays float there."""
     tables = [{row.op: row for row in rows} for rows in TARGETS.values()]
     ops = sorted({op for table in tables for op in table}, key=lambda op: (_rank(op, tables), op))
-    cells = [[f"`{op}`", *(_cell(table.get(op)) for table in tables)] for op in ops]
+    cells = [[f"`{op}`", *(_cell(op, table.get(op)) for table in tables)] for op in ops]
     return markdown(["op", *TARGETS], cells)
 
 
@@ -99,9 +99,10 @@ def _rank(op: str, tables: Sequence[dict[str, Capability]]) -> int:
     return -sum(bool(table[op].schemes) for table in tables if op in table)
 
 
-def _cell(row: Capability | None) -> str:
+def _cell(op: str, row: Capability | None) -> str:
     if row is None:
-        return "moves values, whatever their type"  # reshape and slice: no kernel of their own
+        moves = op in ("reshape", "slice")  # no kernel of their own
+        return "moves values, whatever their type" if moves else "float: the compiler's own kernel"
     if not row.schemes:
         return f"float: {row.reason}"
     return ", ".join(row.schemes) + (f" ({row.reason})" if row.reason else "")

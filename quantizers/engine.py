@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 
-from torchquant.errors import SchemeError
+from torchquant.errors import SchemeError, TorchquantWarning
 from torchquant.fx import ops, passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
@@ -110,7 +111,22 @@ class CapabilityQuantizer(Quantizer):
         for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:
             if not is_annotated(node):
                 self._annotate(node, wanted, data)
+        self._warn_of_dtype(model)
         return model
+
+    def _warn_of_dtype(self, model: GraphModule) -> None:
+        """Say so where nothing is annotated because the model computes in another dtype than the target's kernels."""
+        nodes = [n for n in model.graph.nodes if _is_compute(n)]
+        inputs = [i for n in nodes for i in ops.data_inputs(n, ops.kind_of(n)) if "val" in i.meta]  # type: ignore[arg-type]
+        others = {i.meta["val"].dtype for i in inputs} - set(self.dtypes)
+        if others and not any(map(is_annotated, nodes)) and not any(i.meta["val"].dtype in self.dtypes for i in inputs):
+            found, taken = (" or ".join(sorted(_name(d) for d in dtypes)) for dtypes in (others, self.dtypes))
+            warnings.warn(
+                f"{type(self).__name__} annotated nothing: the model computes in {found}, and {self.target} takes "
+                f"{taken}. Convert the model first, e.g. with model.float(), and its inputs, then export it again.",
+                TorchquantWarning,
+                stacklevel=5,
+            )
 
     def validate(self, model: GraphModule) -> None:
         """Nothing is left to check: `annotate` accounts for every op as it goes."""
@@ -154,7 +170,7 @@ class CapabilityQuantizer(Quantizer):
         """The reason why `node` cannot run in `scheme` here; empty if it can."""
         kind = ops.kind_of(node)
         if row is None or kind is None:
-            return f"{self.target} has no entry for this op"
+            return f"{self.target} has no quantized kernel for {ops.op_name(node)}, so it runs in float"
         if not row.schemes:
             return row.reason
         if scheme not in row.schemes:
@@ -195,7 +211,8 @@ class CapabilityQuantizer(Quantizer):
 
     def _fused_tail(self, node: Node, row: Capability, excluded: Sequence[Node]) -> Node:
         """The last node that the target computes in the same kernel as `node`."""
-        fuses = (*row.fuses, "batch_norm") if self.is_qat and row.role == "weighted" else row.fuses
+        folded = self.is_qat and row.op.startswith("conv")  # torchao folds BatchNorm into convolutions alone
+        fuses = (*row.fuses, "batch_norm") if folded else row.fuses
         tail = node
         while len(tail.users) == 1:
             user = next(iter(tail.users))
@@ -270,6 +287,10 @@ def _trainable(scheme: Scheme) -> bool:
     """Whether torchao has fake quantizers for a scheme: integers per tensor and per channel."""
     specs = [s for s in (scheme.activation, scheme.weight) if s is not None]
     return not any(s.format.is_float or s.granularity == "group" for s in specs)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_compute(node: Node) -> bool:

@@ -26,8 +26,9 @@ class XnnpackQuantizer(CapabilityQuantizer):
 
     Schemes: `static_int8` quantizes activations per tensor with ranges from calibration, int8 from op to op;
     `dynamic_int8` quantizes the input of each linear per token at run time and leaves everything between
-    linears float. `auto`, the default, takes `dynamic_int8` for a network with attention or LayerNorm and no
-    convolution, and `static_int8` for any other: on transformers dynamic is as fast and far more accurate.
+    linears float. `auto`, the default, takes `dynamic_int8` for a network without convolutions, and `static_int8` for
+    any other: for linears dynamic is as fast and more accurate, on transformers far more. Trained networks (`is_qat`)
+    keep static ranges unless they have attention or LayerNorm.
 
     In `static_int8` a linear whose output joins a float residual sum runs in `dynamic_int8`: XNNPACK's static
     linear must round its output to int8, and the outliers of a residual stream do not fit there.
@@ -49,7 +50,7 @@ class XnnpackQuantizer(CapabilityQuantizer):
 
         Whether a sum is float is known only once the whole graph is annotated: both its operands may be linears.
         """
-        chosen = recommended_scheme(model)
+        chosen = recommended_scheme(model, is_qat=self.is_qat)
         self._resolved = {_AUTO: chosen, **{name: name for name in SCHEMES}}
         self._joining: set[Node] = set()
         before = {n: (n.meta.get(Q_ANNOTATION_KEY), n.meta.get("custom")) for n in model.graph.nodes}
@@ -76,11 +77,12 @@ class XnnpackQuantizer(CapabilityQuantizer):
         return scheme, ""
 
 
-def recommended_scheme(model: GraphModule) -> str:
-    """`dynamic_int8` for a network with attention or LayerNorm and no convolution, else `static_int8`."""
+def recommended_scheme(model: GraphModule, *, is_qat: bool = False) -> str:
+    """`dynamic_int8` without convolutions (in QAT: and with attention or LayerNorm), else `static_int8`."""
     kinds = {ops.op_name(n) for n in model.graph.nodes if n.op == "call_function"}
     is_transformer = bool(kinds & {"attention", "layer_norm", "softmax"}) or _has_rms_norm(kinds)
-    return "dynamic_int8" if is_transformer and not any(k.startswith("conv") for k in kinds) else "static_int8"
+    has_convolutions = any(k.startswith("conv") for k in kinds)
+    return "dynamic_int8" if not has_convolutions and (is_transformer or not is_qat) else "static_int8"
 
 
 def _has_rms_norm(kinds: set[str]) -> bool:

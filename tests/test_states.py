@@ -9,8 +9,8 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import torchquant as tq
-from torchquant.backends import inductor_x86
-from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
+from torchquant.backends import inductor_cuda, inductor_x86
+from torchquant.quantizers import CudaQuantizer, X86Quantizer, XnnpackQuantizer
 
 
 class Filter(nn.Module):
@@ -166,3 +166,16 @@ def test_a_model_that_writes_into_its_input_does_so_when_lowered_and_not_in_cali
     assert tq.sqnr_db(model(x, mine), program(x, other)) > 20
     assert tq.sqnr_db(mine, other) > 20
     assert not torch.equal(cache, other)
+
+
+def test_a_program_for_gpus_carries_its_state_too(tmp_path):
+    model = Filter().eval()
+    prepared = prepared_for(model, CudaQuantizer("w8a16"))
+    unseen = steps(6)
+    wanted = over(copy.deepcopy(model), unseen)
+    program = inductor_cuda.lower(convert_pt2e(prepared), (steps(1)[0],), device="cpu")
+    assert int(program.state["count"]) == 0  # proving does not advance it
+    assert tq.sqnr_db(wanted, over(program, unseen)) > 20
+    loaded = inductor_cuda.load(program.save(tmp_path / "filter.pt2"), device="cpu")
+    assert tq.sqnr_db(wanted, over(loaded, unseen)) > 20
+    assert int(loaded.state["count"]) == 6

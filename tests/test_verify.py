@@ -80,7 +80,7 @@ def test_a_channel_whose_values_are_lost_is_named_though_the_others_drown_it():
     lost = close.clone()
     lost[:, 7] = 0
     found = [tq.compare(lambda x: x, lambda x, y=y: y, [x]).outputs[0] for y in (close, lost)]
-    assert [o.lost_channel for o in found] == [None, 7]
+    assert [o.lost for o in found] == [None, (1, 7)]
     assert found[1].sqnr_db > 60
 
 

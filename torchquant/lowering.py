@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
@@ -65,12 +65,16 @@ def names(sites: Iterable[Site], limit: int = 8) -> str:
     return "; ".join(texts[:limit]) + more
 
 
-def left_float(sites: Sequence[Site], allowed: set[str]) -> dict[str, str]:
-    """What of a graph runs in float, grouped by op and reason: `{"3 softmax": "why"}`."""
+def left_float(sites: Sequence[Site], allowed: set[str], inside: Collection[str] = ()) -> dict[str, str]:
+    """What of a graph runs in float, grouped by op and reason: `{"3 softmax": "why"}`.
+
+    Args:
+        inside: sites that are computed inside of the target's int8 kernels, between their codes.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     for s in sites:
         if s.node in allowed:
             counts[s.op, "allowed by the user"] += 1
         elif s.status != "quantized":
-            counts[s.op, s.reason] += 1
+            counts[s.op, "inside torchquant's int8 kernels" if s.node in inside else s.reason] += 1
     return {f"{n} {op}": reason for (op, reason), n in counts.items()}

@@ -9,17 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 
 from torchquant import archive
 from torchquant.errors import InputError
-from torchquant.proof import Verdict
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import QParams, Site
 from torchquant.verify import Comparison, OutputComparison
+
+if TYPE_CHECKING:
+    from torchquant.proof import Verdict
 
 __all__ = ["Metadata", "Program", "Proof", "State", "read_metadata", "write_metadata"]
 
@@ -67,7 +69,7 @@ class Metadata:
 
     signature: Signature
     sites: tuple[Site, ...]
-    proof: Proof
+    proof: Proof | None
     overwrites_inputs: bool = False
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
@@ -115,6 +117,19 @@ class Program(ABC):
     def size_bytes(self) -> int:
         """Size of the artefact as saved."""
 
+    def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], found: Sequence[Any]) -> Any:
+        """The model's outputs, of all that the artefact returned for `tensors`; the rest goes where it belongs."""
+        states = len(about.states)
+        count = len(found) - states - len(about.returns)
+        outputs, after, returned = found[:count], found[count : count + states], found[count + states :]
+        for position, value in zip(about.returns, returned, strict=True):
+            tensors[position].copy_(value)
+        if states:  # a caller may write into what it is given
+            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
+            kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
+            self._state.values = dict(zip(about.states, kept, strict=True))
+        return about.signature.outputs(outputs)
+
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of this thread's state, by the names of the model's buffers; empty where the model keeps none.
@@ -134,6 +149,7 @@ class Program(ABC):
 
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
     """Add what a program knows about itself to its archive."""
+    assert about.proof is not None
     sites = [{**asdict(replace(s, activation=None, weight=None)), **_tensors_of(s)} for s in about.sites]
     payload = {
         "signature": about.signature.to_json(),

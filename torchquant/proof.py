@@ -16,19 +16,22 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx import ops, passes
-from torchquant.signature import Signature
+from torchquant.fx.flat import Flat
+from torchquant.signature import InputSpec, Signature
 from torchquant.verify import Comparison, OutputComparison, compare, compare_tensors
 
-__all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "hold_against"]
+__all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "cases_of", "hold_against"]
 
 MIN_SQNR_DB = 30.0  # at which an output needs no further proof
 FLOOR_DB = 20.0  # below which its irreproducibility is no excuse
 MARGIN_DB = 6.0  # that an artefact may be worse than the reference reproduces itself
 _SAME_DB = 60.0  # between the artefact and the one built to look into
+_STEPS = 3  # calls after which an artefact with state is looked at again
 _PARTS = 16  # that a graph is cut into, at most
 _MOST_CROSSING = 4  # values from one part to the next
 _EQUAL = 0.99  # share of integers
@@ -49,6 +52,28 @@ class Verdict:
     comparison: Comparison
     outcome: Literal["holds", "undecided"] = "holds"
     reason: str = ""
+
+
+def cases_of(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
+    """What to prove an artefact with: tensors and states for the batch, and where the first size varies for one sample.
+
+    Each is taken with the state as it is at first, and the last one as some calls leave it too.
+
+    Raises:
+        InputError: the batch does not fit.
+    """
+    signature, states = reference.signature, list(reference.initial.values())
+    leaves = data.leaves_of(signature, batch, "example_inputs")
+    cases: list[tuple[torch.Tensor, ...]] = []
+    for given in (leaves, data.with_first_sizes(signature, leaves, 1)):
+        if given is not None:
+            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
+            cases.append((*tensors, *states))
+    with torch.no_grad():
+        for _ in range(_STEPS if states else 0):
+            later = reference.split(reference.graph(*(t.clone() for t in cases[-1])))[1]
+            cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
+    return cases
 
 
 def hold_against(
@@ -76,6 +101,8 @@ def hold_against(
     Raises:
         LoweringError: the artefact fails to run, or does not hold, or every output is NaN or infinite throughout.
     """
+    if min_sqnr_db is not None and (not isinstance(min_sqnr_db, (int, float)) or math.isnan(min_sqnr_db)):
+        raise InputError(f"min_sqnr_db is a number of dB or None, not {min_sqnr_db!r}")
     found = _compared(reference, program, batches, target)
     empty = [i for i, o in enumerate(found.outputs) if o.compared == 0]
     if len(empty) == len(found.outputs):
@@ -83,11 +110,12 @@ def hold_against(
             f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
             "can be proven; pass example_inputs on which it is not"
         )
-    if min_sqnr_db is not None:
-        return _strict(found, min_sqnr_db, target)
     weak = [i for i, o in enumerate(found.outputs) if not _is_clear(o)]
     verdict = Verdict(found)
-    if weak:
+    if min_sqnr_db is not None:
+        verdict = _strict(found, min_sqnr_db, target)
+        weak = [i for i in weak if not found.outputs[i].is_float]
+    elif weak:
         reproduced = _reproduced(reference, batches, op_error)
         weak = [i for i in weak if not _is_explained(found.outputs[i], reproduced.outputs[i])]
         verdict = Verdict(found, reason="as close as the converted graph reproduces itself")
@@ -102,8 +130,23 @@ def hold_against(
 
 
 def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], target: str) -> Comparison:
+    dtypes: list[list[torch.dtype]] = [[], []]
+
+    def noting(run: Run, of: list[torch.dtype]) -> Run:
+        def noted(*tensors: Any) -> Any:
+            found = run(*tensors)
+            of.extend(v.dtype for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor))
+            return found
+
+        return noted
+
     try:
-        return compare(reference, program, batches)
+        graph = noting(lambda *v: data.call(reference, v), dtypes[0])
+        found = compare(graph, noting(program, dtypes[1]), batches)
+        if dtypes[0] != dtypes[1]:
+            first = next((a, b) for a, b in zip(*dtypes, strict=False) if a != b)
+            raise InputError(f"{first[1]} where that returns {first[0]}")
+        return found
     except InputError as error:
         raise LoweringError(f"{target}: the artefact does not return what the converted graph does: {error}") from error
     except Exception as error:
@@ -112,7 +155,7 @@ def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], targ
 
 def _strict(found: Comparison, min_sqnr_db: float, target: str) -> Verdict:
     for i, output in enumerate(found.outputs):
-        if output.is_float and output.sqnr_db < min_sqnr_db:
+        if output.is_float and output.compared and not output.sqnr_db >= min_sqnr_db:
             raise LoweringError(f"{_fault(target, i, output)}; you asked for {min_sqnr_db:.1f} dB (min_sqnr_db)")
     return Verdict(found, reason=f"each output at least {min_sqnr_db:g} dB, as asked for")
 
@@ -121,22 +164,25 @@ def _is_clear(output: OutputComparison) -> bool:
     """Whether an output needs no further proof."""
     if not output.is_float:
         return output.compared == 0 or output.agreement == 1.0
-    return output.sqnr_db >= MIN_SQNR_DB and output.lost_channel is None
+    return output.sqnr_db >= MIN_SQNR_DB and output.lost is None
 
 
 def _is_explained(output: OutputComparison, reproduced: OutputComparison) -> bool:
     """Whether the reference itself is no more reproducible than that."""
     bound = max(FLOOR_DB, min(MIN_SQNR_DB, reproduced.sqnr_db - MARGIN_DB))
-    return output.is_float and output.lost_channel is None and output.sqnr_db >= bound
+    return output.is_float and output.lost is None and output.sqnr_db >= bound
 
 
 def _fault(target: str, index: int, output: OutputComparison) -> str:
     where = f"{target}: output {index} of the artefact"
     if not output.is_float:
         return f"{where} equals the converted graph's in {100 * output.agreement:.1f} % of its elements"
-    channel = f", and its channel {output.lost_channel} is lost" if output.lost_channel is not None else ""
+    lost = ""
+    if output.lost is not None:
+        axis, index = output.lost
+        lost = ", and " + ("most of it" if axis < 0 else f"what stands at index {index} of axis {axis}") + " is lost"
     largest = f"largest difference {output.max_abs:.3g}"
-    return f"{where} is {output.sqnr_db:.1f} dB from the converted graph ({largest}){channel}"
+    return f"{where} is {output.sqnr_db:.1f} dB from the converted graph ({largest}){lost}"
 
 
 def _reproduced(reference: GraphModule, batches: Sequence[Any], op_error: float) -> Comparison:
@@ -202,7 +248,10 @@ class _Depth:
             raise LoweringError(
                 f"{fault}. Its kernels compute something else: report this, or exclude the sites at fault."
             )
-        deep = build(_with_outputs(self.reference, taps))
+        try:
+            deep = build(_with_outputs(self.reference, taps))
+        except LoweringError as error:
+            raise LoweringError(f"{fault}, and it cannot be built such that one can look into it: {error}") from error
         runs = [self._run(deep, taps, batch) for batch in self.batches]
         for part in parts:
             self._hold(part, runs, fault)
@@ -316,7 +365,10 @@ def _with_outputs(graph: GraphModule, taps: Sequence[Node]) -> GraphModule:
     twin = passes.copy_graph(graph)
     twins = dict(zip(graph.graph.nodes, twin.graph.nodes, strict=True))
     output = next(n for n in twin.graph.nodes if n.op == "output")
-    output.args = ((*_returned(twin), *(twins[n] for n in taps)),)
+    with twin.graph.inserting_before(output):
+        # a dequantize op of its own, since delegates take one that has one reader
+        seen = [twin.graph.node_copy(twins[n]) if ops.is_dequantize(n) else twins[n] for n in taps]
+    output.args = ((*_returned(twin), *seen),)
     twin.recompile()
     return twin
 
@@ -328,7 +380,8 @@ def _parts(graph: GraphModule) -> list[_Part]:
     """
     data_ = ops.derived_nodes(graph)
     nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    decisions = [_decision(n) for n in _returned(graph) if isinstance(n, Node) and n in nodes and not ops.is_float(n)]
+    integers = [n for n in _returned(graph) if isinstance(n, Node) and "val" in n.meta and not ops.is_float(n)]
+    decisions = [_decision(n) for n in integers if n in nodes]
     decided = {n for part in decisions for n in part.nodes}
     kept = {n for part in decisions for n in part.reads} | set(_returned(graph)) - decided
     nodes = [n for n in nodes if n not in decided]
@@ -367,8 +420,8 @@ def _may_cut(crossing: Sequence[Node], place: dict[Node, int], at: int) -> bool:
         return False
     for node in crossing:
         later = [u for u in node.users if place.get(u, -1) > at]
-        if any(ops.is_quantize(u) for u in later) or ops.is_quantize(node):
-            return False
+        if ops.is_quantize(node) or any(ops.is_quantize(v) for u in later for v in (u, *u.users)):
+            return False  # a kernel may end in an activation and the quantize op behind it
         if not (ops.is_dequantize(node) or ops.is_float(node)):
             return False
     return True

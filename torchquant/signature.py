@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -307,7 +306,7 @@ def _size_of(size: int | torch.SymInt) -> Size | None:
     if len(symbols) != 1:
         return None
     factor, offset = expression.coeff(symbols[0], 1), expression.coeff(symbols[0], 0)
-    linear = sympy.expand(expression - factor * symbols[0] - offset) == 0
+    linear = (expression - factor * symbols[0] - offset).expand() == 0
     if not linear or not factor.is_Integer or not offset.is_Integer or factor < 1:
         return None
     return Size(str(symbols[0]), int(factor), int(offset), minimum, maximum)

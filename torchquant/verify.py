@@ -15,8 +15,9 @@ from torchquant.errors import InputError
 
 __all__ = ["Comparison", "OutputComparison", "compare", "compare_tensors", "sqnr_db"]
 
-_CONCENTRATED = 100.0  # times the error of the median channel, per element, in a channel that is lost
 _LOST_DB = 10.0
+_FEW = 8  # elements of a slice that tell nothing
+_NEGLIGIBLE = 1e-5  # of the largest slice's root mean square: rounding of float sums
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class OutputComparison:
         max_abs: largest absolute difference.
         agreement: share of rows with the largest element at the same place (of floats) or of equal elements.
         compared: elements that were compared: those that are finite in the reference.
-        lost_channel: a channel whose values are lost (below 10 dB) though the error of most others is far smaller.
+        lost: (axis, index) of a slice of the output (a channel, a sample) whose values are lost: below 10 dB, most of
+            them off by half and more, however well larger ones hide that; (-1, 0) if that is so of most of the output.
+            None too where there are few elements.
     """
 
     is_float: bool
@@ -37,7 +40,7 @@ class OutputComparison:
     max_abs: float
     agreement: float
     compared: int
-    lost_channel: int | None = None
+    lost: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class _Tally:
     same: int = 0
     rows: int = 0
     compared: int = 0
-    by_channel: list[torch.Tensor] = field(default_factory=list)  # signal, noise, elements
+    slices: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by axis: signal, noise, elements, off by half
 
     @property
     def is_float(self) -> bool:
@@ -149,25 +152,30 @@ class _Tally:
         error = a - b
         self.signal, self.noise = self.signal + float(a.square().sum()), self.noise + float(error.square().sum())
         self.max_abs = max(self.max_abs, float(error.abs().max()) if error.numel() else 0.0)
-        if a.ndim >= 2:
-            sums = [t.movedim(self.axis, 0).flatten(1).sum(1) for t in (a.square(), error.square(), finite.double())]
-            known = self.by_channel if self.by_channel and len(self.by_channel[0]) == len(sums[0]) else []
-            self.by_channel = [x + y for x, y in zip(known, sums, strict=True)] if known else sums
+        floor = _NEGLIGIBLE * a.abs().amax() if a.numel() else 0.0
+        off = ((error.abs() > 0.5 * a.abs()) & (error.abs() > floor)).double()
+        parts = (a.square(), error.square(), finite.double(), off)
+        for axis in range(a.ndim):
+            sums = [t.movedim(axis, 0).flatten(1).sum(1) if t.ndim > 1 else t for t in parts]
+            known = self.slices.get(axis, [])
+            if known and len(known[0]) == len(sums[0]):
+                sums = [x + y for x, y in zip(known, sums, strict=True)]
+            self.slices[axis] = sums
 
     def result(self) -> OutputComparison:
         agreement = self.same / self.rows if self.rows else math.nan
         db = _db(self.signal, self.noise) if self.is_float else math.nan
-        return OutputComparison(self.is_float, db, self.max_abs, agreement, self.compared, self._lost_channel())
+        return OutputComparison(self.is_float, db, self.max_abs, agreement, self.compared, self._lost())
 
-    def _lost_channel(self) -> int | None:
-        if not self.by_channel or len(self.by_channel[0]) < 2:
-            return None
-        signal, noise, count = self.by_channel
-        error = noise / count.clamp(min=1)
-        lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (error > _CONCENTRATED * error.median()) & (noise > 0)
-        # a channel that is zero but for rounding is lost to nobody
-        lost &= signal > 1e-12 * signal.max()
-        return int(lost.nonzero()[0]) if bool(lost.any()) else None
+    def _lost(self) -> tuple[int, int] | None:
+        for axis, (signal, noise, count, off) in self.slices.items():
+            worst = (signal / count.clamp(min=1)).max() * _NEGLIGIBLE**2
+            lost = (signal < noise * 10 ** (_LOST_DB / 10)) & (2 * off > count) & (count >= _FEW)
+            lost &= noise > worst * count
+            if len(signal) > 1 and bool(lost.any()):
+                return axis, int(lost.nonzero()[0])
+        _, _, count, off = self.slices.get(0, [torch.zeros(1)] * 4)
+        return (-1, 0) if float(count.sum()) >= _FEW and float(off.sum()) > 0.5 * float(count.sum()) else None
 
 
 def _db(signal: float, noise: float) -> float:

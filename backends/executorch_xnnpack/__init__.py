@@ -12,15 +12,16 @@ from torch.fx import GraphModule
 
 from torchquant import batches as data
 from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
-from torchquant.backends.executorch_xnnpack.delegated import mark_sites, read_delegates
+from torchquant.backends.executorch_xnnpack.delegated import read_delegates
 from torchquant.backends.executorch_xnnpack.limits import (
+    refuse_missing_kernels,
     refuse_narrow,
     refuse_overflow,
     refuse_unbounded,
     refuse_unrunnable,
     refuse_unshared,
 )
-from torchquant.backends.executorch_xnnpack.patterns import prepare
+from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, prepare
 from torchquant.backends.executorch_xnnpack.program import (
     Method,
     XnnpackProgram,
@@ -33,17 +34,16 @@ from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.decompose import decompose
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float
 from torchquant.program import Metadata, Proof
-from torchquant.proof import hold_against
+from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec
 from torchquant.types import Site
 
 __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "XnnpackProgram", "load", "lower"]
 
 _OP_ERROR = 1e-5  # XNNPACK approximates exp, erf and rsqrt
-_STEPS = 3  # calls after which state is held against its reference
 
 
 def lower(
@@ -78,7 +78,7 @@ def lower(
     reference = _pure(quantized, allowed)
     refuse_unbounded(reference.signature)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
-    cases = _cases(reference, batch)
+    cases = cases_of(reference, batch)
     with undisturbed():
         edge = _delegate(executorch, reference.graph, cases[0])
         found = read_delegates(edge)
@@ -108,24 +108,8 @@ def _pure(quantized: GraphModule, allowed: set[str]) -> Flat:
     passes.make_float(floats, allowed)
     passes.per_token_linears(floats)  # what the delegate makes of a dynamic linear, whatever the graph says
     mark_sites(floats)
+    drop_batch_counters(floats)
     return flat(floats)
-
-
-def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
-    """What to prove the program with: the batch, where the first size varies one sample too, and each with state as it
-    is at first and as some calls leave it."""
-    signature, states = reference.signature, list(reference.initial.values())
-    leaves = data.leaves_of(signature, batch, "example_inputs")
-    cases: list[tuple[torch.Tensor, ...]] = []
-    for given in (leaves, data.with_first_sizes(signature, leaves, 1)):
-        if given is not None:
-            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
-            cases.append((*tensors, *states))
-    with torch.no_grad():
-        for _ in range(_STEPS if states else 0):
-            later = reference.split(reference.graph(*(t.clone() for t in cases[-1])))[1]
-            cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
-    return cases
 
 
 def _built(executorch: SimpleNamespace, graph: GraphModule, tensors: Sequence[torch.Tensor]) -> Method:
@@ -139,6 +123,7 @@ _IN_FLOAT = "annotated, yet XNNPACK computes it in float"
 
 def _refuse(quantized: GraphModule, wanted: Sequence[Site], allowed: set[str]) -> None:
     compute = [s for s in wanted if s.compute]
+    refuse_missing_kernels(quantized)
     refuse_unrunnable(compute)
     refuse_unshared(quantized, allowed)
     refuse_narrow(quantized, allowed)
@@ -160,7 +145,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     """
     pure = flat(exported)
     refuse_unbounded(pure.signature)
-    cases = _cases(pure, example_inputs)
+    cases = cases_of(pure, example_inputs)
     with undisturbed():
         buffer = _buffer(_delegate(executorch_modules(), pure.graph, cases[0]))
         run = Method(buffer)

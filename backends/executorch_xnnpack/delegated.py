@@ -22,20 +22,14 @@ from torch.fx import GraphModule, Node
 
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.errors import LoweringError, TorchquantWarning
+from torchquant.fx.sites import marked
 from torchquant.lowering import names
 from torchquant.types import Site
 
-__all__ = ["SITE", "Delegated", "mark_sites", "read_delegates"]
+__all__ = ["Delegated", "read_delegates"]
 
-SITE = "torchquant_site"  # in node.meta["custom"], which export and ExecuTorch keep: the node of the converted graph
 _MOVES = ("XNNConvert", "XNNStaticTranspose", "XNNStaticReshape")
 _PLACES = ("input_id", "input1_id", "input2_id", "input3_id", "input4_id", "input5_id", "filter_id")
-
-
-def mark_sites(graph: GraphModule) -> None:
-    """Write each node's name into its metadata, so that it is known after all rewrites."""
-    for node in graph.graph.nodes:
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE: node.name}
 
 
 @dataclass
@@ -97,7 +91,7 @@ def read_delegates(edge: Any) -> Delegated:
                 (found.integer if integer else found.inexact).add(site)
     for node in graph.graph.nodes:
         if node.op == "call_function" and _edge_name(node) not in ("executorch_call_delegate", "getitem"):
-            found.inexact.add((node.meta.get("custom") or {}).get(SITE, ""))
+            found.inexact.add(marked(node))
     found.integer -= found.inexact
     return found
 
@@ -108,8 +102,8 @@ def _sites_of(lowered: Any) -> Iterator[tuple[str, bool]]:
     integer = _integer_handles(_graph_of(lowered.processed_bytes))
     verdicts: dict[Node, bool] = {}
     for node in nodes:
-        site = (node.meta.get("custom") or {}).get(SITE)
-        if site is None or "quantize" in _edge_name(node) or "qparams" in _edge_name(node):
+        site = marked(node)
+        if not site or "quantize" in _edge_name(node) or "qparams" in _edge_name(node):
             continue
         handle, source = node.meta.get("debug_handle"), node.all_input_nodes[0] if node.all_input_nodes else None
         verdict = integer.get(handle)

@@ -16,7 +16,15 @@ from torchquant.fx.sites import qparams_of
 from torchquant.signature import Signature
 from torchquant.types import QParams, Site
 
-__all__ = ["refuse_narrow", "refuse_overflow", "refuse_unbounded", "refuse_unrunnable", "refuse_unshared", "unshared"]
+__all__ = [
+    "refuse_missing_kernels",
+    "refuse_narrow",
+    "refuse_overflow",
+    "refuse_unbounded",
+    "refuse_unrunnable",
+    "refuse_unshared",
+    "unshared",
+]
 
 _INT32 = 2.0**31 - 1
 
@@ -67,6 +75,23 @@ def _activation_problem(site: Site) -> str:
             "-128..127 whatever the graph says"
         )
     return ""
+
+
+_NOWHERE = {
+    "conv3d": "a 3-D convolution",
+    "conv_transpose3d": "a 3-D transposed convolution",
+}
+
+
+def refuse_missing_kernels(graph: GraphModule) -> None:
+    """Raise LoweringError for ops that ExecuTorch runs neither in the delegate nor in a portable kernel."""
+    for node in graph.graph.nodes:
+        what = _NOWHERE.get(ops.op_name(node)) if ops.is_op(node) else None
+        if what:
+            raise LoweringError(
+                f"{_named(node)}: ExecuTorch has no kernel for {what}, neither in int8 nor in float. Lower the model "
+                "for another target, or write this op as others (a 3-D convolution as 2-D ones over slices)."
+            )
 
 
 def refuse_unbounded(signature: Signature) -> None:

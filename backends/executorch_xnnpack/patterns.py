@@ -9,7 +9,7 @@ from torchquant.backends.executorch_xnnpack.capabilities import is_spatial_pad
 from torchquant.backends.executorch_xnnpack.limits import unshared
 from torchquant.fx import ops
 
-__all__ = ["prepare"]
+__all__ = ["drop_batch_counters", "prepare"]
 
 aten = torch.ops.aten
 
@@ -25,6 +25,18 @@ def prepare(graph: GraphModule) -> None:
     _give_each_user_its_dequantize(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
+    graph.recompile()
+
+
+def drop_batch_counters(graph: GraphModule) -> None:
+    """Remove what counts BatchNorm's batches, which a model that was trained as a graph keeps after training."""
+    for node in [n for n in graph.graph.nodes if str(n.target).endswith("num_batches_tracked")]:
+        counting = [node]
+        for at in counting:
+            counting += [user for user in at.users if user not in counting]
+        if not any(n.op == "output" or ops.is_float(n) for n in counting):
+            for at in sorted(counting, key=list(graph.graph.nodes).index, reverse=True):
+                graph.graph.erase_node(at)
     graph.recompile()
 
 

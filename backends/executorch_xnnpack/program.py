@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
-from torchquant.backends.executorch_xnnpack.quiet import undisturbed
+from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
 from torchquant.files import write_whole
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
@@ -77,7 +77,8 @@ class Method:
             self._program = executorch.runtime.get().load_program(
                 buffer, verification=executorch.verification.InternalConsistency
             )
-            self._method = self._program.load_method("forward")
+            with without_cpu_lines():
+                self._method = self._program.load_method("forward")
         except RuntimeError as error:
             raise LoweringError(f"ExecuTorch cannot load the program: {error}") from error
         self._lock = threading.Lock()
@@ -107,24 +108,15 @@ class XnnpackProgram(Program):
 
     def __init__(self, buffer: bytes, about: Metadata | None = None) -> None:
         self._buffer, self._method = buffer, Method(buffer)
-        self._signature = self._method.signature() if about is None else about.signature
-        self._returns = () if about is None else about.returns
-        self.inputs = self._signature.tensors
-        self.sites = () if about is None else about.sites
-        self.proof = None if about is None else about.proof
-        self._state = State({} if about is None else about.states)
+        self._about = about or Metadata(self._method.signature(), (), None)
+        self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
+        self._state = State(self._about.states)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = self._signature.tensors_of(args, kwargs)
-        before = list(self._state.values.values())
-        found = self._method(*tensors, *before)
-        count = len(found) - len(before) - len(self._returns)
-        outputs, after, returned = found[:count], found[count : count + len(before)], found[count + len(before) :]
+        tensors = self._about.signature.tensors_of(args, kwargs)
+        found = self._method(*tensors, *self._state.values.values())
         with torch.no_grad():
-            for position, value in zip(self._returns, returned, strict=True):
-                tensors[position].copy_(value)
-        self._state.values = dict(zip(self._state.values, after, strict=True))
-        return self._signature.outputs(outputs)
+            return self._finish(self._about, tensors, found)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the `.pte`; any ExecuTorch runtime with the XNNPACK delegate runs it."""

@@ -547,14 +547,14 @@ def test_a_package_runs_in_python(tmp_path):
     run = torch._inductor.aoti_load_package(str(lowered.package(tmp_path / "package.pt2")))
     for rows in (2, 9):
         x = torch.randn(rows, 64)
-        assert agree(graph, run, x) > 100
+        assert agree(graph, lambda *tensors: run(*tensors)[0], x) > 100
 
 
 def test_a_bfloat16_network_is_held_to_what_it_reproduces_itself():
     torch.manual_seed(0)
     x = torch.randn(2, 6, 64).bfloat16()
     graph = converted("dynamic_fp8", nets.Decoder().bfloat16().eval(), x)
-    found = inductor_cuda.lower(graph, x, device="cpu", min_sqnr_db=200).proof.comparison
+    found = inductor_cuda.lower(graph, x, device="cpu").proof.comparison
     assert 25 < found.sqnr_db < 100
 
 

@@ -17,9 +17,10 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
+from torchquant.backends.inductor_x86 import lowering
 from torchquant.formats import UINT7
 from torchquant.fx import ops
-from torchquant.ops import saturation
+from torchquant.ops import exactness
 from torchquant.ops.regions import Finder
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
@@ -245,7 +246,7 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
 @pytest.mark.parametrize("integer", [1.0, 1.02, 3.0])
 def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
     """Float must be clearly faster: the times of the race are given, all else is real."""
-    monkeypatch.setattr(inductor_x86, "_race", lambda packages, batch: [integer, 1.0])
+    monkeypatch.setattr(lowering, "_race", lambda packages, batch: [integer, 1.0])
     model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval(), torch.randn(4, 16)
     exported = tq.export(model, (x,))
     converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
@@ -268,7 +269,7 @@ def test_the_race_between_packages_is_timed():
     converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
     program = inductor_x86.lower(converted, (x,))
     before = x.clone()
-    assert all(0 < ms < 1000 for ms in inductor_x86._race([program._package] * 2, (x,)))
+    assert all(0 < ms < 1000 for ms in lowering._race([program._package] * 2, (x,)))
     assert torch.equal(x, before)
 
 
@@ -326,7 +327,7 @@ def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kerne
     )
     x = torch.randn(2, 3, 9, 11)
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
-    if not ours and torch.uint8 not in saturation.exact_dtypes():
+    if not ours and torch.uint8 not in exactness.exact_dtypes():
         with pytest.raises(tq.LoweringError, match=r"no VNNI.*conv2d_1 \(grouped\)"):
             inductor_x86.lower(quantized, x)
         return
@@ -376,13 +377,14 @@ class SevenBits(X86Quantizer):
 
 
 def half_quantized(quantizer):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(36, 5)).eval()
     x = torch.randn(2, 3, 5, 5)
     return tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False), x
 
 
 def test_products_that_would_saturate_are_refused_with_layers_and_remedies(monkeypatch):
-    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    monkeypatch.setattr(exactness, "exact_dtypes", frozenset)
     quantized, x = half_quantized(X86Quantizer())
     with pytest.raises(tq.LoweringError) as error:
         inductor_x86.lower(quantized, x, own_kernels=False)
@@ -392,7 +394,7 @@ def test_products_that_would_saturate_are_refused_with_layers_and_remedies(monke
 
 
 def test_products_of_seven_bits_go_to_onednn_on_any_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    monkeypatch.setattr(exactness, "exact_dtypes", frozenset)
     quantized, x = half_quantized(SevenBits())
     program = inductor_x86.lower(quantized, x, own_kernels=False)
     assert kernels(program, "qconv") + kernels(program, "qlinear") == 3
@@ -400,20 +402,20 @@ def test_products_of_seven_bits_go_to_onednn_on_any_cpu(monkeypatch, tmp_path):
     assert torch.equal(inductor_x86.load(program.save(tmp_path / "model.pt2"))(x), program(x))
 
 
-@pytest.mark.skipif(torch.uint8 not in saturation.exact_dtypes(), reason="products of 8 bits need VNNI")
+@pytest.mark.skipif(torch.uint8 not in exactness.exact_dtypes(), reason="products of 8 bits need VNNI")
 def test_a_program_with_onednns_products_is_not_loaded_where_they_saturate(monkeypatch, tmp_path):
     quantized, x = half_quantized(X86Quantizer())
     path = inductor_x86.lower(quantized, x, own_kernels=False).save(tmp_path / "model.pt2")
-    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
+    monkeypatch.setattr(exactness, "exact_dtypes", frozenset)
     with pytest.raises(tq.ArtifactError, match=r"VNNI.*conv2d_1 \(2\).*Lower the model on this CPU"):
         inductor_x86.load(path)
 
 
 WITHOUT_VNNI = """
 import torch, torchquant as tq
-from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, inductor_x86, saturation
+from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, exactness, inductor_x86
 from torchquant.ops import native
-assert torch.uint8 not in saturation.exact_dtypes()
+assert torch.uint8 not in exactness.exact_dtypes()
 quantized, x = half_quantized(X86Quantizer())
 with native.use("avx2" if "avx2" in native.instruction_sets() else "portable"):
     print(tq.sqnr_db(quantized(x), inductor_x86.lower(quantized, x)(x)))
@@ -440,3 +442,15 @@ def test_a_cpu_without_vnni_gets_right_results_or_a_reason():
     assert float(ours) > 60
     assert refused == "True"
     assert float(seven_bits) > 60
+
+
+def test_what_runs_inside_our_kernels_is_not_said_to_be_left_to_inductor():
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(1152, 8))
+    model, x = nn.Sequential(*layers, nn.Softmax(-1)).eval(), torch.randn(2, 3, 16, 16)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    left = inductor_x86.lower(quantized, x, tune=False).proof.left_float
+    assert {op: "inside" in why for op, why in left.items()} == {
+        "1 relu": True,
+        "1 hardswish": True,
+        "1 softmax": False,
+    }

@@ -10,7 +10,7 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.fx import passes
-from torchquant.fx.decompose import RULES, decompose
+from torchquant.fx.decompose import FORMS, RULES, decompose, normalize
 
 attend = F.scaled_dot_product_attention
 
@@ -110,6 +110,91 @@ MASKED_ROWS = {
 }
 
 
+def image():
+    return (torch.randn(2, 4, 6, 6),)
+
+
+NORMAL = {
+    "clamp": (Call(lambda m, x: x.clamp(-0.5, 0.5)), image),
+    "clamp from below": (Call(lambda m, x: x.clamp(min=0.25)), image),
+    "clamp at zero": (Call(lambda m, x: torch.clamp_min(x, 0)), image),
+    "clamp from above": (Call(lambda m, x: torch.clamp_max(x, 0.25)), image),
+    "clamp in place": (Call(lambda m, x: (2 * x).clamp_(-0.5, 0.5)), image),
+    "select": (Call(lambda m, x: x[:, -1] + x[:, 0]), image),
+    "unbind": (Call(lambda m, x: x.unbind(1)[2]), image),
+    "squeeze": (Call(lambda m, x: x[:, :1].squeeze(1).unsqueeze(-1)), image),
+    "stack": (Call(lambda m, x: torch.stack([x, 2 * x], -1)), image),
+    "cat of one": (Call(lambda m, x: torch.cat([x]) * 2), image),
+    "chunk": (Call(lambda m, x: x.chunk(3, 2)[1]), image),
+    "uneven split": (Call(lambda m, x: x.split([1, 3], 1)[1]), image),
+    "tensor_split": (Call(lambda m, x: torch.tensor_split(x, 4, 3)[1]), image),
+    "spatial mean": (Call(lambda m, x: x.mean((-1, -2))), image),
+    "whole average": (Call(lambda m, x: F.avg_pool2d(x, 6)), image),
+    "pixel shuffle": (Call(lambda m, x: F.pixel_shuffle(x, 2)), image),
+    "pixel unshuffle": (Call(lambda m, x: F.pixel_unshuffle(x, 3)), image),
+    "channel shuffle": (Call(lambda m, x: torch.channel_shuffle(x, 2)), image),
+    "crop": (Call(lambda m, x: F.pad(x, (-1, 2, 1, -2))), image),
+    "dropout": (Call(lambda m, x: F.dropout(x, 0.5, False) + 1), image),
+    "contiguous": (Call(lambda m, x: x.permute(0, 2, 3, 1).contiguous().view(2, 36, 4)), image),
+}
+FUNCTIONS = {
+    "hard sigmoid": (Call(lambda m, x: F.hardsigmoid(4 * x)), image),
+    "softplus": (Call(lambda m, x: F.softplus(30 * x)), image),
+    "softplus, beta": (Call(lambda m, x: F.softplus(30 * x, 2.0, 20.0)), image),
+    "mish": (Call(lambda m, x: F.mish(4 * x)), image),
+    "log sigmoid": (Call(lambda m, x: F.logsigmoid(30 * x)), image),
+    "bilinear": (
+        Call(lambda m, x: m.inner(x, 2 * x), inner=nn.Bilinear(6, 6, 5)),
+        image,
+    ),
+}
+KEPT = {  # forms that may not be rewritten
+    "softplus with a low threshold": (Call(lambda m, x: F.softplus(x, 1.0, 1.0)), image),
+    "a clamp by tensors": (Call(lambda m, x: torch.clamp(x, torch.zeros(6), torch.ones(6))), image),
+    "a clamp whose bounds cross": (Call(lambda m, x: x.clamp(0.5, -0.5)), image),
+    "a clamp in place of what is used again": (Call(lambda m, x: (lambda y: y.clamp_(0, 1) + y)(2 * x)), image),
+    "a copy that is written": (Call(lambda m, x: x.clone().add_(1) + x), image),
+    "an average with a divisor": (Call(lambda m, x: F.avg_pool2d(x, 6, divisor_override=7)), image),
+}
+
+
+@pytest.mark.parametrize("name", NORMAL)
+def test_a_normal_form_keeps_the_float_function(name):
+    model, inputs = NORMAL[name]
+    batch = inputs()
+    exported = tq.export(model, batch)
+    changed = passes.copy_graph(exported)
+    assert normalize(changed)
+    assert_same(exported(*batch), changed(*batch))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_in_the_delegates_arithmetic_is_the_same(name):
+    model, inputs = FUNCTIONS[name]
+    count, expected, found = before_and_after(model, inputs())
+    assert count
+    assert_same(expected, found)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_has_no_normal_form_keeps_its_function(name):
+    model, inputs = KEPT[name]
+    batch = inputs()
+    exported = tq.export(model, batch)
+    changed = passes.copy_graph(exported)
+    normalize(changed)
+    assert_same(exported(*batch), changed(*batch))
+    _, expected, found = before_and_after(model, batch)
+    assert_same(expected, found)
+
+
+def test_what_stands_for_an_op_keeps_its_name():
+    graph = tq.export(Call(lambda m, x: x.clamp(0, 1)), image())
+    normalize(graph)
+    (node,) = (n for n in graph.graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.hardtanh.default)
+    assert node.name == "clamp"
+
+
 def before_and_after(model, inputs):
     exported = tq.export(model, inputs)
     changed = passes.copy_graph(exported)
@@ -164,14 +249,25 @@ def test_no_composite_op_is_left_of_a_transformer_block():
     assert not [t for t in left if any(w in t for w in ("layer_norm", "attention", "chunk", "split"))]
 
 
-def test_dynamic_shapes_are_left_alone():
+def test_rewrites_that_need_static_shapes_leave_dynamic_ones_alone():
     from nets import Block
 
     x = torch.randn(2, 8, 32)
     graph = tq.export(Block(), x, dynamic_shapes=({0: torch.export.Dim("batch")},))
-    before = [n.target for n in graph.graph.nodes if n.target in RULES]
-    assert before
+    composite = [n.target for n in graph.graph.nodes if n.target in RULES and n.target not in FORMS]
+    assert composite
     expected = graph(x[:1])
     decompose(graph)
-    assert [n.target for n in graph.graph.nodes if n.target in RULES] == before
-    assert torch.equal(graph(x[:1]), expected)
+    assert [n.target for n in graph.graph.nodes if n.target in composite] == composite
+    assert torch.allclose(graph(x[:1]), expected, atol=1e-6)
+
+
+def test_a_batch_that_varies_is_normalized_too():
+    x = torch.randn(3, 4, 6, 6)
+    model = Call(lambda m, x: torch.cat([*x.clamp(0, 1).chunk(2, 1)], 2).mean((2, 3)))
+    graph = tq.export(model, (x,), dynamic_shapes=(({0: torch.export.Dim("batch")},),))
+    expected = graph(x[:1])
+    normalize(graph)
+    targets = {n.target for n in graph.graph.nodes}
+    assert not targets & {torch.ops.aten.chunk.default, torch.ops.aten.clamp.default}
+    assert torch.allclose(graph(x[:1]), expected)

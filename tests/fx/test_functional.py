@@ -237,3 +237,40 @@ def test_a_write_without_a_functional_form_is_refused_by_name():
 
     with pytest.raises(tq.ExportError, match=r"sort.*2 tensors at once"):
         tq.export(Call(function), torch.randn(4))
+
+
+def bits(m, x):
+    y = m.conv(x)
+    y.view(torch.int32).bitwise_and_(-256)
+    y.real.mul_(2)
+    return y
+
+
+def operators(m, x):
+    y = m.conv(x)
+    y **= 2
+    y //= 0.5
+    mask = y > 1
+    mask |= y < 0.5
+    y[:, torch.tensor([0, 1])] += torch.tensor(1.0)
+    y.mT[..., 0].zero_()
+    y.ravel()[::7].neg_()
+    for part in y[0].hsplit(2):
+        part.mul_(3)
+    return y * mask
+
+
+@pytest.mark.parametrize("function", [bits, operators])
+def test_less_usual_writes_are_values_too(function):
+    model, x = model_of(function), torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), tq.export(model, x)(x))
+
+
+def test_a_view_by_strides_of_a_view_is_refused_where_its_memory_is_written():
+    def function(m, x):
+        y = m.conv(x)
+        y[:, 1:].as_strided((2, 2), (1, 2)).zero_()
+        return y
+
+    with pytest.raises(tq.ExportError, match=r"as_strided.*slice the tensor"):
+        tq.export(model_of(function), torch.randn(2, 3, 8, 8))

@@ -121,3 +121,29 @@ def test_a_module_called_twice_gets_its_own_codes_and_bias_for_each_call():
     linears = [n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default]
     assert len({n.args[1] for n in linears}) == len({n.args[2] for n in linears}) == 2
     assert torch.equal(graph(x), expected)
+
+
+@pytest.mark.parametrize("bias", [(6,), (1, 6), (4, 6), (4, 1)])
+def test_addmm_with_a_constant_bias_of_any_shape_becomes_a_linear(bias):
+    model = Call(
+        lambda m, x: torch.addmm(m.bias, x, m.weight), bias=nn.Parameter(torch.randn(bias)), weight=parameter(8, 6)
+    )
+    x = torch.randn(4, 8)
+    graph = tq.export(model, x)
+    assert passes.constant_matmul_to_linear(graph) == 1
+    assert torch.allclose(graph(x), model(x), atol=1e-6)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    assert tq.compare(model, quantized, [x]).sqnr_db > 30
+
+
+def test_constants_behind_thousands_of_ops_are_known_without_recursion():
+    def function(m, x):
+        w = m.weight
+        for _ in range(3000):
+            w = w * 1.0001
+        return torch.nn.functional.linear(x, w)
+
+    graph = tq.export(Call(function, weight=parameter(4, 4)), torch.randn(2, 4))
+    weight = next(n for n in graph.graph.nodes if ops.op_name(n) == "linear").args[1]
+    assert ops.is_constant(weight)
+    assert ops.constant_value(graph, weight).shape == (4, 4)

@@ -13,7 +13,7 @@ from nets import Call
 
 from torchquant.errors import ArtifactError, LoweringError
 from torchquant.fx import ops
-from torchquant.ops import saturation
+from torchquant.ops import exactness, saturation
 from torchquant.ops.regions import Finder
 from torchquant.ops.translation import replace_regions
 
@@ -21,7 +21,7 @@ UINT8, UINT7, INT8 = Grid(0.02, 117), Grid(0.04, 60, 0, 127), signed(0.02, -17)
 
 MEASURED = """
 import json, sys, torch
-from torchquant.ops import saturation
+from torchquant.ops import exactness, saturation
 onednn = torch.ops.onednn
 def linear(x, w):
     packed = onednn.qlinear_prepack(w, list(x.shape))
@@ -49,7 +49,7 @@ def exact(dtype, top, heaviest):
     return same
 u8, s8 = torch.uint8, torch.int8
 cases = [(u8, 255, 127), (u8, 127, 127), (u8, 255, 64), (s8, 127, 127), (s8, 127, 64)]
-measured = [str(d) for d in saturation.exact_dtypes()]
+measured = [str(d) for d in exactness.exact_dtypes()]
 print(json.dumps([measured, [exact(*case) for case in cases]]))
 """
 
@@ -107,7 +107,7 @@ def test_products_are_refused_where_they_saturate_and_named(monkeypatch):
         ({torch.int8}, r"linear linear \(a\)\. To run"),
         (set(), r"linear linear \(a\); linear linear_1 \(b\)\. To run"),
     ):
-        monkeypatch.setattr(saturation, "exact_dtypes", lambda exact=exact: exact)
+        monkeypatch.setattr(exactness, "exact_dtypes", lambda exact=exact: exact)
         if words is None:
             saturation.refuse(unsafe, own_kernels=False)
             continue
@@ -123,13 +123,13 @@ def test_a_package_knows_what_is_exact_only_with_vnni(monkeypatch, tmp_path):
     with zipfile.ZipFile(path, "w") as out:
         out.writestr("model/version", "1")
     saturation.note(path, {})
-    monkeypatch.setattr(saturation, "exact_dtypes", frozenset)
-    saturation.check_package(path)
+    monkeypatch.setattr(exactness, "exact_dtypes", frozenset)
+    exactness.check_package(path)
     saturation.note(path, saturation.unsafe_products(unsafe_graph()))
     with pytest.raises(ArtifactError, match=r"VNNI.*linear \(a\); linear linear_1 \(b\).*Lower the model on this"):
-        saturation.check_package(path)
-    monkeypatch.setattr(saturation, "exact_dtypes", lambda: {torch.uint8, torch.int8})
-    saturation.check_package(path)
+        exactness.check_package(path)
+    monkeypatch.setattr(exactness, "exact_dtypes", lambda: {torch.uint8, torch.int8})
+    exactness.check_package(path)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -203,6 +203,7 @@ def test_a_weight_computed_at_run_time_stays_float_with_the_reason():
     assert "run time" in sites["linear_1"][1]
 
 
+@pytest.mark.filterwarnings("ignore:X86Quantizer annotated nothing")
 def test_a_half_precision_model_stays_float_with_the_reason():
     x = torch.randn(4, 8, dtype=torch.bfloat16)
     prepared = tq.prepare(tq.export(nets.mlp().bfloat16(), x), X86Quantizer())

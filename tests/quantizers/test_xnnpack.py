@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from nets import Call
 from torch import nn
+from torchao.quantization.pt2e import move_exported_model_to_eval
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 import torchquant as tq
 from torchquant.fx import ops
@@ -126,3 +128,86 @@ def test_what_another_quantizer_annotated_before_survives_the_second_pass():
     first.meta[Q_ANNOTATION_KEY] = theirs = QuantizationAnnotation({}, None, _annotated=True)
     XnnpackQuantizer("static_int8").annotate(graph)
     assert first.meta[Q_ANNOTATION_KEY] is theirs
+
+
+def up2d(**options):
+    return nn.ConvTranspose2d(8, 4, 2, 2, **options)
+
+
+TRAINED = {
+    "transposed": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), up2d(), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        (2, 3, 8, 8),
+    ),
+    "transposed, BatchNorm, no bias": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), up2d(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        (2, 3, 8, 8),
+    ),
+    "transposed in groups": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), up2d(groups=2), nn.Conv2d(4, 2, 1)),
+        (2, 3, 8, 8),
+    ),
+    "transposed 1-D": (
+        lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.ConvTranspose1d(8, 4, 2, 2)),
+        (2, 3, 8),
+    ),
+    "linear with BatchNorm": (
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)),
+        (4, 8),
+    ),
+    "closed by its data": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+        (2, 3, 8, 8),
+    ),
+}
+
+
+def trained(model, x, scheme):
+    """Prepared for training, trained for three steps, in eval mode."""
+    exported = torch.export.export(model.train(), (x,)).module()
+    prepared = prepare_qat_pt2e(exported, XnnpackQuantizer(scheme, is_qat=True))
+    optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        prepared(x).square().mean().backward()
+        optimizer.step()
+    move_exported_model_to_eval(prepared)
+    return prepared
+
+
+DYNAMIC = ("transposed", "transposed, BatchNorm, no bias", "linear with BatchNorm")  # a 1-D one has no dynamic kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((n, "static_int8") for n in TRAINED), *((n, "dynamic_int8") for n in DYNAMIC)]
+)
+def test_a_network_is_trained_converted_and_lowered(name, scheme):
+    executorch_xnnpack = pytest.importorskip("torchquant.backends.executorch_xnnpack")
+    torch.manual_seed(0)
+    build, shape = TRAINED[name]
+    x = torch.zeros(shape) if name.startswith("closed") else torch.randn(shape)
+    prepared = trained(build(), x, scheme)
+    with torch.no_grad():
+        fake = prepared(x)
+        quantized = convert_pt2e(prepared)
+        assert tq.sqnr_db(fake, quantized(x)) > 25
+    program = executorch_xnnpack.lower(quantized, x)
+    assert program.proof.kernels["delegate calls"] == 1
+    assert not program.state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_dtype_is_told_so_when_it_is_prepared(dtype):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).to(dtype), torch.randn(1, 3, 8, 8, dtype=dtype)
+    with pytest.warns(tq.TorchquantWarning, match=rf"annotated nothing.*{str(dtype)[6:]}.*float32.*model\.float\(\)"):
+        prepared = tq.prepare(tq.export(model, x), XnnpackQuantizer())
+    assert all("float32" in s.reason for s in tq.report(prepared).sites if s.compute)
+
+
+def test_an_op_outside_the_table_has_a_reason():
+    prepared = tq.prepare(
+        tq.export(Call(lambda m, x: m.inner(x).erf(), inner=nn.Conv2d(3, 4, 1)), torch.randn(1, 3, 8, 8)),
+        XnnpackQuantizer(),
+    )
+    (site,) = (s for s in tq.report(prepared).sites if s.op == "erf")
+    assert site.reason == "executorch_xnnpack has no quantized kernel for erf, so it runs in float"

@@ -22,7 +22,7 @@ class Case:
         model: makes the float model.
         batch: makes the arguments of one call for a size (of a batch, of a sequence, of what varies).
         size: that of the example; None of the others is used where no size varies.
-        dynamic_shapes: as `torch.export` takes them, made anew for each export; None: no size varies.
+        dynamic_shapes: as `torch.export` takes them, made anew for each export; None: no size of the model varies.
         sizes: the others, that a program with sizes that vary must be right for.
         calls: that follow one another with state, in a stream of inputs.
         expected: start of a way, e.g. `x86`, `xnnpack/foreign` or `xnnpack/ours/dynamic` -> `right`, or a word that the

@@ -240,6 +240,21 @@ def log_sigmoid(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.neg.default, _softplus(b, b.call(aten.neg.default, x)))
 
 
+def bilinear(b: _Builder, node: Node) -> Node | None:
+    """x1 W x2 as a linear of x2, times x1, summed over the features of x1."""
+    x1, x2, weight, bias = (*node.args, None)[:4]
+    if not _static(x1, x2, node) or not isinstance(weight, Node) or not ops.is_constant(weight):
+        return None
+    value = ops.constant_value(b.model, weight)
+    outputs, features = value.shape[:2]
+    rows = b.constant(value.flatten(0, 1).contiguous(), f"bilinear_{node.name}")
+    leading = list(node.meta["val"].shape[:-1])
+    products = b.call(aten.reshape.default, b.call(aten.linear.default, x2, rows), [*leading, outputs, features])
+    left = b.call(aten.reshape.default, x1, [*leading, 1, features])
+    total_ = b.call(aten.reshape.default, b.sum_last(b.call(aten.mul.Tensor, products, left)), [*leading, outputs])
+    return total_ if bias is None else b.call(aten.add.Tensor, total_, bias)
+
+
 def reversed_subtraction(b: _Builder, node: Node) -> Node | None:
     """`2 - x` with the number as a tensor."""
     x, number = node.args[0], node.args[1]
@@ -462,6 +477,7 @@ RULES: dict[Any, Rule] = {
     aten.linalg_vector_norm.default: vector_norm,
     aten.rsub.Scalar: reversed_subtraction,
     aten.hardsigmoid.default: hard_sigmoid,
+    aten.bilinear.default: bilinear,
     aten.softplus.default: softplus,
     aten.mish.default: mish,
     aten.log_sigmoid.default: log_sigmoid,

@@ -21,7 +21,8 @@ __all__ = ["functionalize", "memory_of", "refuse_stale_copies", "writes_in_place
 
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
-_GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_")  # write no value
+_GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_")  # write no value
+_COPIES = ("copy_", "clone", "lift_fresh_copy")  # whatever their fake values say
 
 
 def writes_in_place(model: GraphModule) -> bool:
@@ -118,6 +119,7 @@ class _Functionalized:
         if view not in self.arguments:  # the result of a write, which is what was written into
             return source
         parent = self.parent[view]
+        _check_strided(view)
         args, kwargs = torch.fx.node.map_arg(self.arguments[view], lambda n: source if n is parent else self.current(n))
         return self.call(view.target, *args, like=view, **kwargs)
 
@@ -174,7 +176,12 @@ class _Functionalized:
             return value
         if view.target is operator.getitem:
             return self._put_part(view, value)
+        _check_strided(view)
         whole, name, given = self.current(self.parent[view]), _name(view), ops.arguments(view)
+        if view.target is aten.view.dtype:
+            return self.call(aten.view.dtype, value, self._fake(whole).dtype)
+        if name in ("real", "imag") and not self._fake(whole).is_complex():
+            return value
         if name in _SCATTER:
             rest = {k: v for k, v in given.items() if k != "self"}
             return self.call(_SCATTER[name], whole, value, **rest)
@@ -194,7 +201,8 @@ class _Functionalized:
         """As `_put`, for one of the results of chunk, split or unbind."""
         several = self.parent[part]
         whole, index, name = self.current(self.parent[several]), part.args[1], _name(several)
-        dim = ops.arguments(several).get("dim", 0)
+        dim = _SPLIT_DIMS.get(name, ops.arguments(several).get("dim", 0))
+        dim = 0 if name == "hsplit" and several.meta["val"][0].ndim == 1 else dim
         assert isinstance(index, int)
         if name == "unbind":
             return self.call(aten.select_scatter.default, whole, value, dim, index)
@@ -266,6 +274,10 @@ def _moved(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) 
     return f.call(overload, value, given["destination"], given["source"])
 
 
+def _matrix_turned(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+    return f.call(aten.transpose.int, value, -2, -1)
+
+
 def _reversed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
     return f.call(aten.permute.default, value, list(range(value.meta["val"].ndim))[::-1])
 
@@ -281,15 +293,17 @@ _INVERSE: dict[str, Callable[[_Functionalized, Node, Node, dict[str, Any]], Node
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transposed),
     "movedim": _moved,
     **dict.fromkeys(("t", "numpy_T"), _reversed),
+    **dict.fromkeys(("mT", "matrix_H", "adjoint", "mH"), _matrix_turned),
     "view_as_real": lambda f, whole, value, given: f.call(aten.view_as_complex.default, value),
     "view_as_complex": lambda f, whole, value, given: f.call(aten.view_as_real.default, value),
     "real": lambda f, whole, value, given: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
     "imag": lambda f, whole, value, given: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
 }
-_PARTS = ("chunk", "split", "split_with_sizes", "tensor_split")
+_SPLIT_DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
+_PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", *_SPLIT_DIMS)
 _SAME = ("alias", "detach", "dropout", "lift_fresh", "to", "_to_copy", "expand", "expand_as")
 _RESHAPING = (
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "contiguous", "view_as", "reshape_as"),
+    *("view", "reshape", "_unsafe_view", "ravel", "flatten", "unflatten", "contiguous", "view_as", "reshape_as"),
     *("squeeze", "squeeze_", "unsqueeze", "unsqueeze_"),
 )
 
@@ -313,13 +327,30 @@ def _written_by_aten(node: Node) -> list[Node]:
 
 def _without_write(target: Any) -> Any:
     """The overload that computes what `target` writes: `add_.Tensor` -> `add.Tensor`, `add.out` -> `add.Tensor`."""
-    name = target._schema.name.split("::")[-1]
-    if name.endswith("_"):
-        return getattr(getattr(aten, name[:-1], None), target._overloadname, None)
-    given = [(a.name, str(a.type)) for a in target._schema.arguments if a.alias_info is None]
-    packet = target._overloadpacket
-    overloads = [getattr(packet, name) for name in packet.overloads()]
+    name, in_place = target._schema.name.split("::")[-1], True
+    if name.startswith("__i") and name.endswith("__"):
+        name = f"__{name[3:]}"
+    elif name.endswith("_"):
+        name = name[:-1]
+    else:
+        in_place = False  # an `out=` form
+    given = [(a.name, str(a.type)) for a in target._schema.arguments if in_place or a.alias_info is None]
+    packet = getattr(aten, name, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
     return next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == given), None)
+
+
+def _check_strided(view: Node) -> None:
+    """Refuse `as_strided` on what is not the whole of a contiguous memory: its offset and strides are the memory's."""
+    if _name(view) != "as_strided":
+        return
+    whole = view.all_input_nodes[0]
+    value = whole.meta.get("val")
+    is_whole = isinstance(value, torch.Tensor) and value.is_contiguous() and value.storage_offset() == 0
+    if not is_whole or memory_of(whole) is not whole:
+        raise ExportError(
+            f"{_where(view)} makes a view of a view, and something is written into their memory; slice the tensor"
+        )
 
 
 def _rename(node: Node) -> None:
@@ -339,7 +370,7 @@ def source_of(node: Node) -> Node | None:
         return several if isinstance(several, Node) and source_of(several) is not None else None
     schema = ops.schema_of(node)
     first = next(iter(node.all_input_nodes), None)
-    if schema is None or first is None or _name(node) == "lift_fresh_copy":  # a copy, though its fake value is none
+    if schema is None or first is None or _name(node) in _COPIES:
         return None
     made, given = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
     if made and given:

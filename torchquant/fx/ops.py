@@ -46,6 +46,7 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("einsum", ("einsum.default",), True, data=None),
     OpKind("attention", ("scaled_dot_product_attention.default",), True, data=(0, 1, 2)),
     OpKind("embedding", ("embedding.default", "embedding_bag.default"), True, data=(), weight=0),
+    OpKind("bilinear", ("bilinear.default",), True, data=(0, 1), weight=2),
     OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True),
     OpKind("add", ("add.Tensor", "add_.Tensor"), data=(0, 1)),
     OpKind("sub", ("sub.Tensor", "sub_.Tensor"), data=(0, 1)),

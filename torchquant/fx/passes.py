@@ -106,10 +106,15 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
         with model.graph.inserting_before(node):
             transposed = model.graph.get_attr(name)
             transposed.meta["val"] = weight.meta["val"].t()
-            args = (x, transposed) if bias is None else (x, transposed, bias)
+            is_vector = bias is not None and len(ops.shape_of(bias) or ()) == 1
+            args = (x, transposed, bias) if is_vector else (x, transposed)
             linear = model.graph.call_function(aten.linear.default, args)
-        linear.meta = dict(node.meta)
-        node.replace_all_uses_with(linear)
+            linear.meta = dict(node.meta)
+            result = linear
+            if bias is not None and not is_vector:  # a linear takes one number for each output
+                result = model.graph.call_function(aten.add.Tensor, (linear, bias))
+                result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
         model.graph.erase_node(node)
         found += 1
     if found:

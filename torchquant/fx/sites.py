@@ -15,12 +15,24 @@ from torchquant.fx.functional import refuse_stale_copies
 from torchquant.types import QParams, Site, Status
 
 CONSTANT = "it does not depend on the model's inputs"
+_SITE = "torchquant_site"  # likewise
 NOTE = "torchquant"  # key in node.meta["custom"], which torch.export keeps when retracing and saving
 
 
 def note(node: Node, status: Status, reason: str = "") -> None:
     """Record on the node what the Quantizer decided and why."""
     node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: {"status": status, "reason": reason}}
+
+
+def mark_sites(graph: GraphModule) -> None:
+    """Write each node's name into its metadata, so that `marked` knows it after all rewrites and exports."""
+    for node in graph.graph.nodes:
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), _SITE: node.name}
+
+
+def marked(node: Node) -> str:
+    """The name that the node had when its graph was marked; empty if it was not."""
+    return str((node.meta.get("custom") or {}).get(_SITE, ""))
 
 
 def is_observer(module: Any) -> bool:

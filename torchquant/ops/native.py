@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 from torchquant.errors import LoweringError
 from torchquant.files import write_whole
@@ -40,7 +40,14 @@ _STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def _compiler() -> str:
-    return str(get_cpp_compiler())
+    """The compiler that Inductor uses; imported when one is needed, for that takes a second."""
+    try:
+        return str(import_module("torch._inductor.cpp_builder").get_cpp_compiler())
+    except Exception as error:
+        raise LoweringError(
+            "there is no C++ compiler, which lowering for x86 needs: install g++ (Debian and Ubuntu: apt-get install "
+            f"g++; Fedora: dnf install gcc-c++), or set CXX ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 def cache_folder() -> Path:

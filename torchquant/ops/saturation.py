@@ -1,4 +1,4 @@
-"""Whether oneDNN's int8 products are exact on this CPU, and which products of a graph are so on no other.
+"""Which int8 products of a graph oneDNN gets wrong on a CPU without VNNI.
 
 Without VNNI oneDNN multiplies unsigned by signed bytes with `vpmaddubsw`, which adds two neighbouring products in 16
 bits and saturates (oneDNN's developer guide, "Nuances of int8 computations"). Codes so small that no such sum leaves 16
@@ -12,48 +12,22 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.errors import ArtifactError, LoweringError
+from torchquant.errors import LoweringError
 from torchquant.fx import ops
-from torchquant.ops import matching
+from torchquant.ops import exactness, matching
 
-__all__ = ["check_package", "exact_dtypes", "note", "refuse", "saturating", "unsafe_products"]
+__all__ = ["note", "refuse", "saturating", "unsafe_products"]
 
 _LARGEST = 2**15 - 1
-_NOTE = "torchquant_exact_products.json"
 _REMEDY = (
     "exclude them in the Quantizer, or quantize their activations to 7 bits: codes from 0 to 127 as of "
     "torchquant.formats.UINT7, in torchao's X86InductorQuantizer with reduce_range=True"
 )
-
-
-@cache
-def exact_dtypes() -> frozenset[torch.dtype]:
-    """Which of uint8 and int8 activations oneDNN multiplies by int8 weights exactly in this process.
-
-    Measured by one small product of the largest codes each, so that it holds for whatever oneDNN chose, by the CPU or
-    by ONEDNN_MAX_CPU_ISA.
-    """
-    return frozenset(dtype for dtype in (torch.uint8, torch.int8) if _is_exact(dtype))
-
-
-def _is_exact(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return True  # there is no kernel that could saturate
-    rows, depth, columns, weight = 4, 64, 32, 127
-    largest = torch.iinfo(dtype).max
-    codes = torch.full((rows, depth), largest, dtype=dtype)
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((columns, depth), weight, dtype=torch.int8), [rows, depth])
-    scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
-    form: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    found = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scales, zeros, *form)
-    return bool((found == float(depth * largest * weight)).all())
 
 
 def unsafe_products(graph: GraphModule) -> dict[torch.dtype, list[Node]]:
@@ -82,7 +56,7 @@ def _unsafe_dtype(graph: GraphModule, node: Node) -> torch.dtype | None:
 
 def saturating(unsafe: Mapping[torch.dtype, Sequence[Node]]) -> list[Node]:
     """Those of `unsafe_products` that oneDNN would get wrong on this CPU."""
-    return [n for dtype, nodes in unsafe.items() if dtype not in exact_dtypes() for n in nodes]
+    return [n for dtype, nodes in unsafe.items() if dtype not in exactness.exact_dtypes() for n in nodes]
 
 
 def refuse(unsafe: Mapping[torch.dtype, Sequence[Node]], own_kernels: bool) -> None:
@@ -111,17 +85,4 @@ def note(package: Path, unsafe: Mapping[torch.dtype, Sequence[Node]]) -> None:
     content = {str(dtype).removeprefix("torch."): _names(nodes) for dtype, nodes in unsafe.items()}
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
         root = out.namelist()[0].partition("/")[0]
-        out.writestr(f"{root}/extra/{_NOTE}", json.dumps(content))
-
-
-def check_package(package: Path) -> None:
-    """Raise ArtifactError if a package has products that oneDNN would get wrong on this CPU."""
-    with zipfile.ZipFile(package) as source:
-        notes = [json.loads(source.read(n)) for n in source.namelist() if n.endswith(f"extra/{_NOTE}")]
-    exact = {str(dtype).removeprefix("torch.") for dtype in exact_dtypes()} if notes else set()
-    wrong = [names for found in notes for dtype, names in found.items() if dtype not in exact]
-    if wrong:
-        raise ArtifactError(
-            f"{package} was lowered on a CPU with VNNI, which this one lacks: oneDNN's int8 products saturate here, "
-            f"and would give wrong results for {'; '.join(wrong)}. Lower the model on this CPU."
-        )
+        out.writestr(f"{root}/extra/{exactness.NOTE}", json.dumps(content))

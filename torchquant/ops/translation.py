@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.passes import fresh_name
+from torchquant.fx.sites import marked
 from torchquant.ops import matching, native
 from torchquant.ops import plan as plans
 from torchquant.ops.plan import Dynamic, Plan, Quantization, Step, Value
@@ -31,6 +32,7 @@ class Built:
     products: list[str]  # kind of each convolution and linear in it
     plan: Plan
     memory: torch.Tensor = field(repr=False)
+    sites: list[str] = field(default_factory=list)  # what its nodes were marked with, see `fx.sites.mark_sites`
 
 
 def replace_regions(graph: GraphModule) -> list[Built]:
@@ -52,6 +54,7 @@ def replace_regions(graph: GraphModule) -> list[Built]:
     for nodes in list(finder.regions()):
         built = _Translator(finder, nodes).build()
         if built is not None:
+            built.sites = [marked(n) for n in nodes]
             found.append(built)
             replaced |= set(nodes)
     attention = _replace_attention(graph)

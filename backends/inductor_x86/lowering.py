@@ -5,7 +5,6 @@ The int8 convolutions and linears of the package are counted and proven.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import statistics
@@ -16,78 +15,30 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor
-from torch._inductor.package.package import load_package
 from torch.fx import GraphModule, Node
 
 from torchquant import archive, dynamo
 from torchquant import batches as data
-from torchquant.errors import ArtifactError, LoweringError
-from torchquant.files import write_whole
-from torchquant.formats import INT8_NARROW, UINT8
+from torchquant.backends.inductor_x86.capabilities import CAPABILITIES, LONG_KERNEL, TARGET
+from torchquant.backends.inductor_x86.program import X86Program, run_package
+from torchquant.errors import LoweringError
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
-from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
-from torchquant.proof import hold_against
+from torchquant.program import Metadata, Proof, write_metadata
+from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
-from torchquant.signature import InputSpec, Signature
-from torchquant.types import Capability, Scheme, Site, TensorSpec
+from torchquant.types import Site
 
-__all__ = ["CAPABILITIES", "SCHEMES", "X86Program", "dynamo_backend", "load", "lower"]
-
-TARGET = "inductor_x86"
-_WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
-SCHEMES = {
-    "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
-    "dynamic_int8": Scheme("dynamic_int8", TensorSpec(UINT8, symmetric=False, dynamic=True), _WEIGHT),
-}
-
-_FLOAT = {
-    "conv3d": "Inductor has no int8 pattern for conv3d",
-    "conv_transpose1d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
-    "conv_transpose2d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
-    "conv_transpose3d": "Inductor's int8 pattern ignores that a convolution is transposed and computes a wrong result",
-    "matmul": "Inductor has no int8 kernel for a product of two activations",
-    "addmm": "Inductor has no int8 kernel for a product of two activations",
-    "einsum": "Inductor has no int8 kernel for a product of two activations",
-    "attention": "attention runs in a float kernel; there is no int8 one",
-    "embedding": "Inductor has no kernel for integer embedding tables",
-    "recurrent": "Inductor has no int8 kernel for recurrent layers",
-}
-_ELEMENTWISE = "in float, fused by Inductor"
-
-
-def _batched(node: Node, scheme: str) -> str | None:
-    """Inductor's int8 patterns want a batch dimension: 4-D for conv2d, 3-D for conv1d, 2-D or more for linear."""
-    least = {"conv1d": 3, "conv2d": 4, "linear": 2}[ops.op_name(node)]
-    shape = ops.shape_of(node.args[0])  # type: ignore[arg-type]
-    return "its input has no batch dimension" if shape is not None and len(shape) < least else None
-
-
-def _pointwise(node: Node, scheme: str) -> str | None:
-    """A conv1d of kernel size 1; `torch.ops.onednn.qconv_pointwise` infers the length of others wrongly."""
-    shape = ops.shape_of(node.args[1])  # type: ignore[arg-type]
-    return _LONG_KERNEL if shape is None or shape[-1] != 1 else _batched(node, scheme)
-
-
-_LONG_KERNEL = "Inductor infers a wrong output length for an int8 conv1d whose kernel is longer than 1"
-CAPABILITIES: tuple[Capability, ...] = (
-    Capability("conv1d", ("static_int8",), "weighted", condition=_pointwise, reason="kernel size 1"),
-    Capability("conv2d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
-    Capability(
-        "linear", ("static_int8", "dynamic_int8"), "weighted", condition=_batched, reason="with a batch dimension"
-    ),
-    *(Capability(op, reason=why) for op, why in _FLOAT.items()),
-    *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
-)
+__all__ = ["dynamo_backend", "lower", "lower_float"]
 
 # what the calls in the generated C++ are called
 _KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
@@ -98,61 +49,8 @@ _INTEGER = {
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
-_STEPS = 3  # calls of a program with state after which it is proven again
 _ROUNDS = 15  # of calls to compare them by
-_RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
-
-
-class X86Program(Program):
-    """An AOTInductor package: int8 kernels whatever the caller's grad mode and Inductor settings are."""
-
-    target = TARGET
-
-    def __init__(
-        self,
-        package: Path,
-        folder: tempfile.TemporaryDirectory[str] | None = None,
-        signature: Signature | None = None,  # with types that cannot be stored
-    ) -> None:
-        self._package = package
-        self._folder = folder  # deleted with the program
-        stored = read_metadata(package, TARGET)
-        self._about = stored if signature is None else replace(stored, signature=signature)
-        saturation.check_package(package)
-        _load_kernels(package)
-        self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
-        self._state = State(self._about.states)
-        self._run = load_package(str(package), num_runners=_RUNNERS)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The package itself checks nothing: a wrong batch size would read memory that is not its own.
-        tensors = self._about.signature.tensors_of(args, kwargs)
-        before = list(self._state.values.values())
-        with torch.no_grad():
-            found = list(self._run(*map(self._own, (*tensors, *before))))
-        count = len(found) - len(before) - len(self._about.returns)
-        outputs, after, returned = found[:count], found[count : count + len(before)], found[count + len(before) :]
-        for position, value in zip(self._about.returns, returned, strict=True):
-            tensors[position].copy_(value)
-        if before:
-            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
-            kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
-            self._state.values = dict(zip(self._state.values, kept, strict=True))
-        return self._about.signature.outputs(outputs)
-
-    def _own(self, value: torch.Tensor) -> torch.Tensor:
-        """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
-        value = value.detach().contiguous()
-        return value.clone() if self._about.overwrites_inputs else value
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the package (`.pt2`); `load` reads it in any process on a CPU with the same instructions."""
-        return write_whole(path, lambda part: shutil.copyfile(self._package, part))
-
-    @property
-    def size_bytes(self) -> int:
-        return self._package.stat().st_size
 
 
 def lower(
@@ -195,8 +93,9 @@ def lower(
     raw_file = Path(folder.name) / "raw.pt2"
     floats = passes.copy_graph(quantized)
     passes.make_float(floats, allowed)
+    mark_sites(floats)
     reference = flat(floats)
-    cases = _cases(reference, batch)
+    cases = cases_of(reference, batch)
     raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
     kernels = _kernels(raw, regions)
     wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
@@ -211,13 +110,13 @@ def lower(
         fused = _prove_integer(wanted, kernels)
     package = Path(folder.name) / "model.pt2"
     _pack(raw, package, regions)
-    left = left_float(sites, allowed)
+    left = left_float(sites, allowed, {name for region in regions for name in region.sites})
     if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
         reference, package, kernels, reason = faster
         fused = 0
         left |= {f"{len(wanted)} annotated ops": reason}
         warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
-    run = _OnCopies(torch._inductor.aoti_load_package(str(package)))
+    run = _OnCopies(run_package(package))
     verdict = hold_against(
         reference.graph,
         run,
@@ -233,31 +132,12 @@ def lower(
     return X86Program(package, folder, reference.signature)
 
 
-def _cases(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
-    """What to prove the package with: the batch, where the first size varies one sample too, and each with state
-    as it is at first and as some calls leave it."""
-    signature, states = reference.signature, list(reference.initial.values())
-    leaves = data.leaves_of(signature, batch, "example_inputs")
-    one = data.with_first_sizes(signature, leaves, 1)
-    cases = []
-    for given in (leaves, one):
-        if given is not None:
-            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
-            cases.append((*tensors, *states))
-    if states:
-        with torch.no_grad():
-            for _ in range(_STEPS):
-                later = reference.split(reference.graph(*_copies(cases[-1])))[1]
-                cases.append((*cases[-1][: len(signature.tensors)], *later.values()))
-    return cases
-
-
 def _built(graph: GraphModule, tensors: Sequence[torch.Tensor], folder: Path, own_kernels: bool) -> Callable[..., Any]:
     """A package of a graph with further outputs."""
     raw, regions = _compile(graph, tensors, folder / "deep.raw.pt2", own_kernels)
     package = folder / "deep.pt2"
     _pack(raw, package, regions)
-    return _OnCopies(torch._inductor.aoti_load_package(str(package)))
+    return _OnCopies(run_package(package))
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -291,7 +171,7 @@ def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
 def _race(packages: Sequence[Path], batch: Any) -> list[float]:
     """Median milliseconds of a call of each, called in turns."""
     args = _copies(batch)  # a package may write into them
-    runs = [torch._inductor.aoti_load_package(str(p)) for p in packages]
+    runs = [run_package(p) for p in packages]
     times: list[list[float]] = [[] for _ in runs]
     with torch.no_grad():
         for _ in range(_ROUNDS + 1):
@@ -322,18 +202,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
-def load(path: str | os.PathLike[str]) -> X86Program:
-    """Read a saved X86Program.
-
-    Raises:
-        ArtifactError: no such file, truncated, foreign, for another target or of another format.
-    """
-    try:
-        return X86Program(Path(path))
-    except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
-
-
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
 
@@ -341,12 +209,12 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         LoweringError: Inductor cannot compile it.
     """
     pure = flat(exported)
-    cases = _cases(pure, example_inputs)
+    cases = cases_of(pure, example_inputs)
     with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
         raw, _ = _compile(pure.graph, cases[0], Path(folder) / "raw.pt2", own_kernels=False)
         package = Path(folder) / "model.pt2"
         _repack(raw, package)
-        run = torch._inductor.aoti_load_package(str(package))
+        run = run_package(package)
         size_bytes = package.stat().st_size
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -371,7 +239,7 @@ def _kernel_problem(graph: GraphModule, node: Node) -> str:
     if ops.op_name(node) != "conv1d":
         return ""
     weight = ops.constant_value(graph, node.args[1])  # type: ignore[arg-type]
-    return _LONG_KERNEL if weight.shape[-1] != 1 else ""
+    return LONG_KERNEL if weight.shape[-1] != 1 else ""
 
 
 def _problem(site: Site) -> str:
@@ -474,14 +342,6 @@ def _add_kernels(package: Path) -> None:
     with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
         root = out.namelist()[0].partition("/")[0]
         out.write(library, f"{root}/kernels/{library.name}")
-
-
-def _load_kernels(package: Path) -> None:
-    """Load the kernels that a package calls, if it calls any."""
-    with zipfile.ZipFile(package) as source:
-        for name in source.namelist():
-            if name.rpartition("/")[2].startswith(native.PREFIX):
-                native.load_packaged(Path(name).name, source.read(name))
 
 
 def _stripped(library: bytes) -> bytes:

@@ -1,0 +1,95 @@
+"""A saved x86 program: loaded and called with torch alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_load_package wraps; that takes seconds
+
+from torchquant.backends.inductor_x86.capabilities import TARGET
+from torchquant.errors import ArtifactError
+from torchquant.files import write_whole
+from torchquant.ops import exactness, native
+from torchquant.program import Program, State, read_metadata
+from torchquant.signature import Signature
+
+__all__ = ["X86Program", "load", "run_package"]
+
+_RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
+
+
+def run_package(package: Path) -> Callable[..., list[Any]]:
+    """A function of tensors by position, in a package that holds one."""
+    loader = AOTIModelPackageLoader(str(package), "model", False, _RUNNERS, -1)
+    return lambda *tensors: list(loader.boxed_run(list(tensors)))
+
+
+class X86Program(Program):
+    """An AOTInductor package: int8 kernels whatever the caller's grad mode and Inductor settings are."""
+
+    target = TARGET
+
+    def __init__(
+        self,
+        package: Path,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+        signature: Signature | None = None,  # with types that cannot be stored
+    ) -> None:
+        self._package = package
+        self._folder = folder  # deleted with the program
+        stored = read_metadata(package, TARGET)
+        self._about = stored if signature is None else replace(stored, signature=signature)
+        exactness.check_package(package)
+        _load_kernels(package)
+        self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
+        self._state = State(self._about.states)
+        self._run = run_package(package)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The package itself checks nothing: a wrong batch size would read memory that is not its own.
+        tensors = self._about.signature.tensors_of(args, kwargs)
+        before = self._state.values.values()
+        with torch.no_grad():
+            found = self._run(*map(self._own, (*tensors, *before)))
+            return self._finish(self._about, tensors, found)
+
+    def _own(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
+        value = value.detach().contiguous()
+        return value.clone() if self._about.overwrites_inputs else value
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the package (`.pt2`); `load` reads it in any process on a CPU with the same instructions."""
+        return write_whole(path, lambda part: shutil.copyfile(self._package, part))
+
+    @property
+    def size_bytes(self) -> int:
+        return self._package.stat().st_size
+
+
+def load(path: str | os.PathLike[str]) -> X86Program:
+    """Read a saved X86Program.
+
+    Raises:
+        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+    """
+    try:
+        return X86Program(Path(path))
+    except RuntimeError as error:
+        raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
+
+
+def _load_kernels(package: Path) -> None:
+    """Load the kernels that a package calls, if it calls any."""
+    with zipfile.ZipFile(package) as source:
+        for name in source.namelist():
+            if name.rpartition("/")[2].startswith(native.PREFIX):
+                native.load_packaged(Path(name).name, source.read(name))
