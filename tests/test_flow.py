@@ -6,10 +6,8 @@ import torch
 from foreign import SpecQuantizer, groupwise, per_channel, per_tensor
 from nets import Call
 from torch import nn
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 import torchquant as tq
-from torchquant.fx import passes
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
@@ -202,19 +200,16 @@ def test_branches_are_hidden_from_quantizers_and_may_be_excluded(pattern):
 
 
 def test_a_lone_batch_norm_does_not_make_convert_look_for_trained_convolutions(image, monkeypatch):
-    model = nn.Sequential(
-        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
-    ).eval()
-    for norm in (model[0], model[3]):
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(4)]
+    model = nn.Sequential(norms[0], nn.Conv2d(3, 4, 3), nn.ReLU(), norms[1], nn.Conv2d(4, 2, 1)).eval()
+    for norm in norms:
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     prepared = tq.prepare(tq.export(model, image), X86Quantizer())
     tq.calibrate(prepared, [image], progress=False)
-    again = passes.copy_graph(prepared)
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("convert exports patterns"))
     converted = tq.convert(prepared)
-    monkeypatch.undo()
-    assert torch.equal(converted(image), convert_pt2e(again)(image))
+    assert tq.sqnr_db(model(image), converted(image)) > 30
     assert [n.target for n in converted.graph.nodes].count(torch.ops.aten.batch_norm.default) == 2
 
 

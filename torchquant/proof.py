@@ -62,7 +62,8 @@ class Verdict:
 def cases_of(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
     """What to prove an artefact with: tensors and states for the batch, and where the first size varies for one sample.
 
-    Each is taken with the state as it is at first, and the last one as some calls leave it too.
+    Each is taken with the state as it is at first, and the last one as some calls leave it too. One sample is left out
+    where the graph itself cannot run on it, as where the edges of a graph point beyond its only node.
 
     Raises:
         InputError: the batch does not fit.

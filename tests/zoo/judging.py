@@ -110,10 +110,10 @@ class Float:
         model = case.model().eval()
         _lively_norms(model)
         sizes = [case.size] if not dynamic else [case.size, *case.sizes]
-        calibration: list[Any] = [case.batch(case.size) for _ in range(16)]
+        calibration: list[Any] = [_batch(case, case.size) for _ in range(16)]
         if case.calls > 1:
             calibration = [tq.Steps(calibration)]
-        unseen = [[case.batch(size) for _ in range(case.calls)] for size in (*sizes, case.size)]
+        unseen = [[_batch(case, size) for _ in range(case.calls)] for size in (*sizes, case.size)]
         shapes = case.dynamic_shapes() if dynamic and case.dynamic_shapes is not None else None
         if isinstance(model, Call) and isinstance(shapes, tuple):
             shapes = (shapes,)  # its forward takes *args
@@ -253,6 +253,12 @@ def _difference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Differenc
 
 def _copied(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), value)
+
+
+def _batch(case: Case, size: int) -> Any:
+    """A batch without outliers: what is unseen shall lie in the range of what was seen."""
+    bounded = lambda t: t.clamp(-2.5, 2.5) if t.is_floating_point() else t  # noqa: E731
+    return pytree.tree_map_only(torch.Tensor, bounded, case.batch(size))
 
 
 def _lively_norms(model: nn.Module) -> None:
