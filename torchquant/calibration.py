@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -126,7 +127,7 @@ def _check_prepared(model: GraphModule) -> None:
     if next(observers(model), None) is None:
         raise CalibrationError(
             "the graph has no observers: the Quantizer annotated nothing, or this is not what prepare_pt2e "
-            "returned. torchquant.report(graph) lists every op and why it stays float."
+            f"returned. {_why_float(model)}torchquant.report(graph) lists every op and why it stays float."
         )
     refuse_lost_writes(model)
     missed = [s for s in read_sites(model) if s.status == "missed"]
@@ -138,6 +139,13 @@ def _check_prepared(model: GraphModule) -> None:
             TorchquantWarning,
             stacklevel=3,
         )
+
+
+def _why_float(model: GraphModule) -> str:
+    """Why the ops that compute are left float, the most frequent reasons first."""
+    counts = Counter((s.op, s.reason) for s in read_sites(model) if s.compute and s.reason)
+    texts = [f"{n} {op}: {reason}" for (op, reason), n in counts.most_common(3)]
+    return f"Left float are {'; '.join(texts)}. " if texts else ""
 
 
 def _watch(model: GraphModule, reached: set[int]) -> list[Any]:

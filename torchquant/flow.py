@@ -114,7 +114,7 @@ def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
     check_quantizer(quantizer)
     try:
         return prepare_pt2e(passes.copy_graph(exported), quantizer)
-    except TorchquantError:
+    except (TorchquantError, Warning):  # a warning may be raised as an error
         raise
     except Exception as error:
         name = f"{type(quantizer).__module__}.{type(quantizer).__name__}"
