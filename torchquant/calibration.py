@@ -157,12 +157,22 @@ def _watch(model: GraphModule, reached: set[int]) -> list[Any]:
     for module, site in sites.items():
 
         def see(_module: torch.nn.Module, args: tuple[Any, ...], site: str = site, key: int = id(module)) -> None:
+            _check_float(args[0], str(getattr(_module, "site", site)))
             check_finite(args[0], str(getattr(_module, "site", site)))
             if args[0].numel():
                 reached.add(key)
 
         hooks.append(module.register_forward_pre_hook(see))
     return hooks
+
+
+def _check_float(value: torch.Tensor, site: str) -> None:
+    if not value.is_floating_point():
+        raise CalibrationError(
+            f"{site}: the tensor holds {str(value.dtype).removeprefix('torch.')} values, and only floats have ranges. "
+            "The Quantizer annotated an op on integers or bools: exclude that op, or take a Quantizer that leaves such "
+            "operands alone, as torchquant's do."
+        )
 
 
 def _check_reached(model: GraphModule, reached: set[int]) -> None:
