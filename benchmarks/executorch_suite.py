@@ -1,4 +1,6 @@
-"""ExecuTorch's own tests with XnnpackQuantizer: how many pass, and why others do not. Writes results/executorch_suite.json.
+"""ExecuTorch's own tests with XnnpackQuantizer: how many pass, and why others do not.
+
+Writes results/executorch_suite.json.
 
 python benchmarks/executorch_suite.py
 python benchmarks/executorch_suite.py --part delegate
@@ -15,7 +17,7 @@ import records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from zoo import executorch_suite as suite  # noqa: E402
+from zoo import executorch_suite as suite
 
 
 def main() -> None:

@@ -4,13 +4,13 @@ import pytest
 
 from zoo import executorch_suite as suite
 
-pytest.importorskip("executorch.backends.test.suite", reason="this ExecuTorch has no tests of backends")
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("part", suite.PARTS)
 def test_executorchs_own_tests_hold_with_xnnpack_quantizer(part):
+    if not (suite.INSTALLED / suite.PARTS[part]).is_dir():
+        pytest.skip("this ExecuTorch comes without its tests")
     records = suite.run(suite.PARTS[part])
     assert len(records) > 100
     assert not suite.unexplained(records)
