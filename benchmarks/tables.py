@@ -44,6 +44,7 @@ def main() -> None:
                 *_accuracy(records.read("accuracy")),
                 *_latency(records.read("cpu")),
                 *_profile(records.read("profile")),
+                *_zoo(records.read("zoo"), records.read("executorch_suite")),
                 *_gpu(records.read("gpu")),
             ]
         ),
@@ -324,6 +325,45 @@ def _profile_cells(kind: str, rows: Sequence[Row], whole: float | None) -> list[
 
 def _share(part: float, whole: float | None) -> str:
     return f"{100 * part / whole:.0f} %" if whole else ""
+
+
+# zoo ----------------------------------------------------------------------------------------------------------
+
+
+def _zoo(found: Row, suite: Row) -> list[str]:
+    """What became of the models of `tests/zoo`, and of ExecuTorch's own tests; nothing where they were not run."""
+    if not found["rows"]:
+        return []
+    ways = sorted({r["way"] for r in found["rows"]})
+    families = _distinct(found["rows"], "family")
+    body = [
+        [f, *(_outcomes(r for r in found["rows"] if (r["family"], r["way"]) == (f, w)) for w in ways)] for f in families
+    ]
+    body.append(["**all**", *(_outcomes(r for r in found["rows"] if r["way"] == w) for w in ways)])
+    parts = ["## A zoo of models", _about(found, "model_zoo"), _ZOO_NOTE, markdown(["family", *ways], body)]
+    if suite["rows"]:
+        head = ["outcome", "tests", "reason"]
+        body = [[r["outcome"], str(r["tests"]), r["reason"]] for r in suite["rows"]]
+        parts += [
+            "### ExecuTorch's own tests with XnnpackQuantizer",
+            _about(suite, "executorch_suite"),
+            markdown(head, body),
+        ]
+    return parts
+
+
+_ZOO_NOTE = (
+    "Small models of distinct kinds on unseen inputs: right (every output, integers and states included, at most 3 dB "
+    "further from float than the converted graph) / refused by an error that names the cause and a way out / other, of "
+    "those that were run. `ours` is the target's torchquant Quantizer, `foreign` torchao's X86InductorQuantizer or "
+    "ExecuTorch's XNNPACKQuantizer."
+)
+
+
+def _outcomes(rows: Iterable[Row]) -> str:
+    kinds = [r["outcome"] for r in rows]
+    right, refused = kinds.count("right"), kinds.count("refused")
+    return f"{right} / {refused} / {len(kinds) - right - refused}" if kinds else ""
 
 
 # GPU ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import nets
 import pytest
 import torch
 from foreign import SpecQuantizer, per_channel, per_tensor
+from nets import Call
+from torch import nn
 from torchao.quantization.pt2e.observer import HistogramObserver
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -143,3 +145,11 @@ def test_a_foreign_quantizer_that_misses_ops_is_warned_about_and_reported():
     sites = {s.module: s.status for s in tq.report(prepared).sites if s.compute}
     assert sites["module"] == "quantized"
     assert sites["subclass"] == sites["own"] == "missed"
+
+
+def test_an_observer_on_bools_is_refused_by_name():
+    model = Call(lambda m, x: m.linear(x) * (x > 0), linear=nn.Linear(4, 4)).eval()
+    quantizer = SpecQuantizer(("linear", "mul"), per_tensor(), per_channel())
+    prepared = tq.prepare(tq.export(model, torch.randn(2, 4)), quantizer)
+    with pytest.raises(tq.CalibrationError, match=r"gt.*holds bool values.*exclude"):
+        tq.calibrate(prepared, [torch.randn(2, 4)], progress=False)

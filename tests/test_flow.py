@@ -221,3 +221,20 @@ class Failing(X86Quantizer):
 def test_an_error_of_a_foreign_quantizer_names_it_and_the_way_out(image):
     with pytest.raises(tq.PrepareError, match=r"Failing cannot annotate.*more than one output node(?s:.*)Take another"):
         tq.prepare(tq.export(nets.cnn(), image), Failing())
+
+
+def test_a_model_of_another_dtype_is_refused_with_the_reason_that_its_ops_stay_float():
+    model, x = nn.Linear(4, 2).double(), torch.randn(2, 4).double()
+    with (
+        pytest.warns(tq.TorchquantWarning, match="float64"),
+        pytest.raises(tq.CalibrationError, match=r"1 linear: its input is not float32; export a float32 model"),
+    ):
+        tq.quantize(model, x, [x], quantizer=X86Quantizer(), progress=False)
+
+
+def test_an_error_of_torchaos_convert_comes_with_the_way_out():
+    model, x = nn.Linear(4, 2).double(), torch.randn(2, 4).double()
+    prepared = tq.prepare(tq.export(model, x), SpecQuantizer(("linear",), per_tensor(), per_channel()))
+    tq.calibrate(prepared, [x], progress=False)
+    with pytest.raises(tq.PrepareError, match=r"float64(?s:.*)Export a float32 model"):
+        tq.convert(prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -126,7 +127,7 @@ def _check_prepared(model: GraphModule) -> None:
     if next(observers(model), None) is None:
         raise CalibrationError(
             "the graph has no observers: the Quantizer annotated nothing, or this is not what prepare_pt2e "
-            "returned. torchquant.report(graph) lists every op and why it stays float."
+            f"returned. {_why_float(model)}torchquant.report(graph) lists every op and why it stays float."
         )
     refuse_lost_writes(model)
     missed = [s for s in read_sites(model) if s.status == "missed"]
@@ -140,6 +141,13 @@ def _check_prepared(model: GraphModule) -> None:
         )
 
 
+def _why_float(model: GraphModule) -> str:
+    """Why the ops that compute are left float, the most frequent reasons first."""
+    counts = Counter((s.op, s.reason) for s in read_sites(model) if s.compute and s.reason)
+    texts = [f"{n} {op}: {reason}" for (op, reason), n in counts.most_common(3)]
+    return f"Left float are {'; '.join(texts)}. " if texts else ""
+
+
 def _watch(model: GraphModule, reached: set[int]) -> list[Any]:
     """Hooks that note which observers saw data and refuse NaN and infinity, for observers of any make."""
     hooks = []
@@ -149,12 +157,22 @@ def _watch(model: GraphModule, reached: set[int]) -> list[Any]:
     for module, site in sites.items():
 
         def see(_module: torch.nn.Module, args: tuple[Any, ...], site: str = site, key: int = id(module)) -> None:
+            _check_float(args[0], str(getattr(_module, "site", site)))
             check_finite(args[0], str(getattr(_module, "site", site)))
             if args[0].numel():
                 reached.add(key)
 
         hooks.append(module.register_forward_pre_hook(see))
     return hooks
+
+
+def _check_float(value: torch.Tensor, site: str) -> None:
+    if not value.is_floating_point():
+        raise CalibrationError(
+            f"{site}: the tensor holds {str(value.dtype).removeprefix('torch.')} values, and only floats have ranges. "
+            "The Quantizer annotated an op on integers or bools: exclude that op, or take a Quantizer that leaves such "
+            "operands alone, as torchquant's do."
+        )
 
 
 def _check_reached(model: GraphModule, reached: set[int]) -> None:

@@ -22,7 +22,7 @@ class PatternError(TorchquantError, ValueError):
 
 
 class PrepareError(TorchquantError):
-    """A Quantizer failed on a graph."""
+    """A Quantizer failed on a graph, or torchao on what the Quantizer asked for."""
 
 
 class CalibrationError(TorchquantError):

@@ -114,7 +114,7 @@ def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
     check_quantizer(quantizer)
     try:
         return prepare_pt2e(passes.copy_graph(exported), quantizer)
-    except TorchquantError:
+    except (TorchquantError, Warning):  # a warning may be raised as an error
         raise
     except Exception as error:
         name = f"{type(quantizer).__module__}.{type(quantizer).__name__}"
@@ -140,10 +140,19 @@ def convert(prepared: GraphModule) -> GraphModule:
 
     Raises:
         CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
+        PrepareError: torchao fails on what a Quantizer of another make asked for.
     """
     _refuse_uncalibrated(prepared)
     passes.hide_batch_norms(prepared)
-    converted = convert_pt2e(prepared)
+    try:
+        converted = convert_pt2e(prepared)
+    except (TorchquantError, Warning):
+        raise
+    except Exception as error:
+        raise PrepareError(
+            f"torchao cannot convert what the Quantizer asked for: {_first_lines(error)}\nExport a float32 model, or "
+            "exclude the op in the Quantizer."
+        ) from error
     passes.show_batch_norms(converted)
     passes.remove_dead_weights(converted)
     return converted

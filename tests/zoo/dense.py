@@ -167,14 +167,22 @@ def modulated_convolution() -> nn.Module:
 
 CASES = (
     Case("unet", UNet, images(), dynamic_shapes=rows()),
-    Case("feature_pyramid", Pyramid, images(side=14), dynamic_shapes=rows()),
+    Case(
+        "feature_pyramid",
+        Pyramid,
+        images(side=14),
+        dynamic_shapes=rows(),
+        expected={"x86/foreign": "X86InductorQuantizer"},
+    ),
     Case("aspp", Aspp, images(side=9), dynamic_shapes=rows(), most_unequal=0.02),
     Case("pixel_shuffle", pixel_shuffle, images(side=7), dynamic_shapes=rows()),
     Case("super_resolution", super_resolution, lambda n: (torch.rand(n, 3, 8, 8),), dynamic_shapes=rows()),
     Case("autoencoder", autoencoder, images(1), dynamic_shapes=rows()),
     Case("vae", Vae, lambda n: (torch.randn(n, 16), torch.randn(n, 4)), dynamic_shapes=rows(2)),
     Case("detector", Detector, images(), dynamic_shapes=rows(), at_least_db=5, most_unequal=0.2),
-    Case("several_resizes", several_resizes, images(), dynamic_shapes=rows()),
+    Case(
+        "several_resizes", several_resizes, images(), dynamic_shapes=rows(), expected={"xnnpack": "adaptive_max_pool2d"}
+    ),
     Case("spatial_transformer", spatial_transformer, images(side=8), dynamic_shapes=rows()),
     Case("keypoints", keypoints, images(), dynamic_shapes=rows()),
     Case("style_transfer", style_transfer, images(side=8), dynamic_shapes=rows()),

@@ -63,9 +63,5 @@ def pytest_runtest_makereport(item, call):
     outcome = "refused" if refusal is not None else report.outcome
     text = "" if last is None else f"{type(last).__name__}: {' '.join(str(last).split())[:300]}"
     RECORDED[report.nodeid.partition("executorch/")[2] or report.nodeid] = {"outcome": outcome, "text": text}
-
-
-def pytest_sessionfinish():
-    """Write what was noted."""
     if path := os.environ.get("TORCHQUANT_RECORD"):
-        Path(path).write_text(json.dumps(RECORDED, indent=1) + "\n")
+        Path(path).write_text(json.dumps(RECORDED, indent=1) + "\n")  # after each test: a run may be stopped

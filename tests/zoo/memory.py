@@ -157,7 +157,14 @@ def kv_batch(_: int):
 
 CASES = (
     Case("kv_cache", KvCache, kv_batch, size=1, calls=4),
-    Case("streaming_filter", StreamingFilter, lambda _: (torch.randn(1, 4, 5),), size=1, calls=4),
+    Case(
+        "streaming_filter",
+        StreamingFilter,
+        lambda _: (torch.randn(1, 4, 5),),
+        size=1,
+        calls=4,
+        expected={"x86/foreign": "conv1d"},
+    ),
     Case("moving_mean", MovingMean, vectors(8), size=3, calls=3, dynamic_shapes=rows()),
     Case(
         "cache_argument",

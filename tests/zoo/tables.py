@@ -212,13 +212,22 @@ def crf() -> nn.Module:
 
 CASES = (
     Case("graph_convolution", GraphConvolution, edges, size=6, sizes=(3, 9), dynamic_shapes=nodes_vary),
-    Case("graph_attention", GraphAttention, edges, size=6, sizes=(3, 9), dynamic_shapes=nodes_vary),
+    Case(
+        "graph_attention",
+        GraphAttention,
+        edges,
+        size=6,
+        sizes=(3, 9),
+        dynamic_shapes=nodes_vary,
+        expected={"xnnpack": "scatter_reduce"},
+    ),
     Case("pointnet", PointNet, vectors(10, 3), dynamic_shapes=rows()),
     Case(
         "dlrm",
         Dlrm,
         lambda n: (torch.randn(n, 5), torch.randint(10, (n, 3)), torch.randint(10, (n, 2))),
         dynamic_shapes=rows(3),
+        expected={"xnnpack": "embedding_bag"},
     ),
     Case("two_tower", TwoTower, tower_batch, dynamic_shapes=tower_shapes),
     Case("wide_and_deep", WideAndDeep, lambda n: (torch.randint(10, (n, 3)),), dynamic_shapes=rows()),
@@ -227,7 +236,20 @@ CASES = (
     Case("one_hot_table", one_hot_table, lambda n: (torch.randint(12, (n, 4)),), dynamic_shapes=rows()),
     Case("vector_quantizer", vector_quantizer, vectors(3, 8, 8), dynamic_shapes=rows(), most_unequal=0.05),
     Case("argmax_only", argmax_only, vectors(16), dynamic_shapes=rows()),
-    Case("sorted_values", sorted_values, vectors(16), dynamic_shapes=rows(), most_unequal=0.1),
-    Case("bilinear", bilinear, lambda n: (torch.randn(n, 6), torch.randn(n, 6)), dynamic_shapes=rows(2)),
+    Case(
+        "sorted_values",
+        sorted_values,
+        vectors(16),
+        dynamic_shapes=rows(),
+        most_unequal=0.1,
+        expected={"x86/foreign": "bool", "xnnpack": "searchsorted"},
+    ),
+    Case(
+        "bilinear",
+        bilinear,
+        lambda n: (torch.randn(n, 6), torch.randn(n, 6)),
+        dynamic_shapes=rows(2),
+        expected={"xnnpack": "trilinear"},
+    ),
     Case("crf", crf, vectors(4, 8), dynamic_shapes=rows()),
 )
