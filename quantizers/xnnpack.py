@@ -27,8 +27,8 @@ class XnnpackQuantizer(CapabilityQuantizer):
     Schemes: `static_int8` quantizes activations per tensor with ranges from calibration, int8 from op to op;
     `dynamic_int8` quantizes the input of each linear per token at run time and leaves everything between
     linears float. `auto`, the default, takes `dynamic_int8` for a network without convolutions, and `static_int8` for
-    any other: for linears dynamic is as fast and more accurate, on transformers far more. Trained networks (`is_qat`)
-    keep static ranges unless they have attention or LayerNorm.
+    any other: for linears dynamic is as fast and more accurate, on transformers far more. Networks that are trained
+    (`is_qat`) or whose sizes vary keep static ranges unless they have attention or LayerNorm.
 
     In `static_int8` a linear whose output joins a float residual sum runs in `dynamic_int8`: XNNPACK's static
     linear must round its output to int8, and the outliers of a residual stream do not fit there.
@@ -78,11 +78,20 @@ class XnnpackQuantizer(CapabilityQuantizer):
 
 
 def recommended_scheme(model: GraphModule, *, is_qat: bool = False) -> str:
-    """`dynamic_int8` without convolutions (in QAT: and with attention or LayerNorm), else `static_int8`."""
+    """`dynamic_int8` without convolutions, else `static_int8`.
+
+    In QAT, and where sizes vary, only with attention or LayerNorm: ExecuTorch fails on some linears of varying sizes.
+    """
     kinds = {ops.op_name(n) for n in model.graph.nodes if n.op == "call_function"}
     is_transformer = bool(kinds & {"attention", "layer_norm", "softmax"}) or _has_rms_norm(kinds)
     has_convolutions = any(k.startswith("conv") for k in kinds)
-    return "dynamic_int8" if not has_convolutions and (is_transformer or not is_qat) else "static_int8"
+    plain = not is_qat and not _has_varying_sizes(model)
+    return "dynamic_int8" if not has_convolutions and (is_transformer or plain) else "static_int8"
+
+
+def _has_varying_sizes(model: GraphModule) -> bool:
+    shapes = [ops.shape_of(n) or () for n in model.graph.nodes if n.op == "placeholder"]
+    return any(not isinstance(size, int) for shape in shapes for size in shape)
 
 
 def _has_rms_norm(kinds: set[str]) -> bool:

@@ -50,6 +50,9 @@ def folder(tmp_path_factory):
     data = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
     np.savez(found / "data.npz", input=data.numpy())
     save_file({"input": data}, found / "data.safetensors")
+    (found / "cut.npz").write_bytes((found / "data.npz").read_bytes()[:200])
+    (found / "empty.npz").write_bytes(b"")
+    np.savez(found / "words.npz", input=np.array(["a", "b"]))
     return found
 
 
@@ -185,6 +188,10 @@ ERRORS = {
     "no name": (["report", "--model", "users_net:f", "--calibration", "data.npz"], "has no 'f'"),
     "no model": (["report", "--model", "users_net:nothing", "--calibration", "data.npz"], "not a torch.nn.Module"),
     "no batches": ([*REPORT, "users_net:tensor"], "not an iterable"),
+    "no package": (["report", "--model", ".x:y", "--calibration", "data.npz"], "cannot be imported"),
+    "cut file": ([*REPORT, "cut.npz"], "truncated or not a .npz file"),
+    "empty file": ([*REPORT, "empty.npz"], "truncated or not a .npz file"),
+    "words": ([*REPORT, "words.npz"], "truncated or not a .npz file"),
     "no file": ([*REPORT, "none.npz"], "is not a file"),
     "no input": (["report"], "give a saved file"),
     "no artefact": (["report", "none.pt2"], "is not a file"),

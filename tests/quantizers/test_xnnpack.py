@@ -178,8 +178,13 @@ def trained(model, x, scheme):
 DYNAMIC = ("transposed", "transposed, BatchNorm, no bias", "linear with BatchNorm")  # a 1-D one has no dynamic kernel
 
 
+QUICK = ("transposed, BatchNorm, no bias", "linear with BatchNorm")
+CASES = [*((n, "static_int8") for n in TRAINED), *((n, "dynamic_int8") for n in DYNAMIC)]
+
+
 @pytest.mark.parametrize(
-    ("name", "scheme"), [*((n, "static_int8") for n in TRAINED), *((n, "dynamic_int8") for n in DYNAMIC)]
+    ("name", "scheme"),
+    [pytest.param(n, s, marks=() if n in QUICK and s == "static_int8" else pytest.mark.slow) for n, s in CASES],
 )
 def test_a_network_is_trained_converted_and_lowered(name, scheme):
     executorch_xnnpack = pytest.importorskip("torchquant.backends.executorch_xnnpack")
