@@ -342,8 +342,8 @@ def _zoo(found: Row, suite: Row) -> list[str]:
     body.append(["**all**", *(_outcomes(r for r in found["rows"] if r["way"] == w) for w in ways)])
     parts = ["## A zoo of models", _about(found, "model_zoo"), _ZOO_NOTE, markdown(["family", *ways], body)]
     if suite["rows"]:
-        head = ["outcome", "tests", "reason"]
-        body = [[r["outcome"], str(r["tests"]), r["reason"]] for r in suite["rows"]]
+        head = ["part", "outcome", "tests", "reason"]
+        body = [[r["part"], r["outcome"], str(r["tests"]), r["reason"]] for r in suite["rows"]]
         parts += [
             "### ExecuTorch's own tests with XnnpackQuantizer",
             _about(suite, "executorch_suite"),

@@ -29,6 +29,7 @@ class Case:
             refusal must contain; the longest start counts. Without one: right.
         at_least_db: that the converted graph must be close to the model, on unseen inputs.
         most_unequal: share of the integers of an output that may differ then.
+        clear_db: beyond which only rounding of the model's own floats is left, so that nothing is asked of a program.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     expected: Mapping[str, str] = field(default_factory=dict)
     at_least_db: float = 12.0
     most_unequal: float = 0.0
+    clear_db: float = 60.0
 
     def expectation(self, way: str) -> str:
         """`right`, or the word that a refusal must contain."""

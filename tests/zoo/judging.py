@@ -29,7 +29,6 @@ from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
 from zoo.case import RIGHT, Call, Case
 
 WORSE_DB = 3.0  # that a program may be than the converted graph
-CLEAR_DB = 60.0  # beyond which only rounding of floats is left
 
 
 def torchao_x86() -> X86InductorQuantizer:
@@ -164,7 +163,7 @@ def _judge(found: Float, quantizer: Any, backend: Any) -> Outcome:
 
     returned = found.streams(afresh)
     of_program = differences(wanted, returned)
-    text = fault(of_graph, of_program) or _lost_when_saved(program, backend, found, returned)
+    text = fault(of_graph, of_program, found.case.clear_db) or _lost_when_saved(program, backend, found, returned)
     worst = [min((d.db for d in each if d.is_float), default=float("nan")) for each in (of_graph, of_program)]
     return Outcome("wrong" if text else "right", text, *worst, 0 if program.proof is None else program.proof.fused)
 
@@ -208,10 +207,10 @@ def differences(wanted: Sequence[Any], got: Sequence[Any]) -> list[Difference]:
     return [_difference([stream[i] for stream in pairs]) for i in range(len(pairs[0]))]
 
 
-def fault(of_graph: Sequence[Difference], of_program: Sequence[Difference]) -> str:
+def fault(of_graph: Sequence[Difference], of_program: Sequence[Difference], clear_db: float) -> str:
     """Where a program is further from float than its converted graph is."""
     for i, (graph, program) in enumerate(zip(of_graph, of_program, strict=True)):
-        if program.is_float and program.db < min(graph.db, CLEAR_DB) - WORSE_DB:
+        if program.is_float and program.db < min(graph.db, clear_db) - WORSE_DB:
             return f"output {i}: {program.db:.1f} dB, the converted graph {graph.db:.1f} dB"
         if not program.is_float and program.unequal > 2 * graph.unequal + 0.02 * graph.count:
             return f"output {i}: {program.unequal} of {program.count} differ, in the converted graph {graph.unequal}"

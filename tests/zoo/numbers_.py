@@ -156,7 +156,7 @@ CASES = (
         dynamic_shapes=rows(),
         expected={"x86/ours": "float32", "xnnpack/ours": "float32"},
     ),
-    Case("mixed_precision", mixed_precision, vectors(8), dynamic_shapes=rows()),
+    Case("mixed_precision", mixed_precision, vectors(8), dynamic_shapes=rows(), clear_db=45),
     Case(
         "autocast",
         autocast,
