@@ -102,8 +102,10 @@ class Recorder(Interpreter):
         super().__init__(prepared)
         self._prepared, self._statistics, self._observe = prepared, statistics, observe
 
-    def __call__(self, batch: Any) -> Any:
-        """Run one batch; neither it nor the graph's state is changed."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one batch, or the arguments of one; neither they nor the graph's state are changed."""
+        whole = len(args) == 1 and not kwargs and isinstance(args[0], (data.Given, tuple, list, dict))
+        batch = args[0] if whole else (kwargs if kwargs and not args else (*args, *kwargs.values()))
         given = own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
         self._states = {n: given.state.get(n, v).clone() for n, v in states_of(self._prepared).items()}
         return self.run(*given.leaves)

@@ -221,7 +221,7 @@ def test_our_quantizer_works_in_an_executorch_recipe():
 
 def test_the_observer_of_activations_can_be_chosen():
     x = torch.randn(4, 8)
-    prepared = tq.prepare(tq.export(nets.mlp(), x), XnnpackQuantizer(observer=MinMaxObserver))
+    prepared = tq.prepare(tq.export(nets.mlp(), x), XnnpackQuantizer("static_int8", observer=MinMaxObserver))
     kinds = {type(m) for m in prepared.children()}
     assert MinMaxObserver in kinds
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelMoments
 from torchquant.calibration import Recorder
@@ -32,6 +33,7 @@ from torchquant.fx.producers import channel_axis
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Stream
 from torchquant.fx.ties import Tie, has_static_range, ties_of
+from torchquant.signature import Signature
 
 __all__ = ["smooth_ties", "spread"]
 
@@ -184,7 +186,9 @@ def _derivatives(
             if ("sensitivity", node, 0) in stream.store:
                 value = stream.store.get(("sensitivity", node, 0)).movedim(axis, -1)
                 found[node] = found.get(node, 0) + value.reshape(-1, value.shape[-1]).sum(0)
-        seen += max(len(v) for v in batch.leaves if isinstance(v, torch.Tensor) and v.ndim)
+        seen += max(
+            len(v) for v in data.given(Signature.of(prepared), batch).leaves if isinstance(v, torch.Tensor) and v.ndim
+        )
         if seen >= _SAMPLES:
             break
     return found
