@@ -236,6 +236,12 @@ def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
 
 
 def _kernel_problem(graph: GraphModule, node: Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.dtype != torch.float32:
+        name = str(value.dtype).removeprefix("torch.")
+        return (
+            f"it computes in {name}, and the kernels and Inductor's int8 patterns take float32: export a float32 model"
+        )
     if ops.op_name(node) != "conv1d":
         return ""
     weight = ops.constant_value(graph, node.args[1])  # type: ignore[arg-type]

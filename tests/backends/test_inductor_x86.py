@@ -454,3 +454,12 @@ def test_what_runs_inside_our_kernels_is_not_said_to_be_left_to_inductor():
         "1 hardswish": True,
         "1 softmax": False,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_annotated_op_of_another_dtype_is_refused_before_anything_is_compiled(dtype):
+    model, x = nn.Linear(4, 2).to(dtype), torch.randn(2, 4).to(dtype)
+    quantizer = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel())
+    quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
+    with pytest.raises(tq.LoweringError, match=rf"linear.*computes in {str(dtype)[6:]}.*export a float32 model"):
+        inductor_x86.lower(quantized, x)
