@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,21 @@ import gpu_layers
 import gpu_llama
 import records
 import torch
-from gpu_setup import KEY, Row, Setup, reason, report
+from gpu_setup import KEY, Row, Setup, reason, report, spread
 from networks import load_network
 
 import torchquant as tq
-from torchquant.ops.gpu import tuning
+from torchquant.ops.gpu import timing, tuning
 from torchquant.ops.gpu.products import Product
 
 SECTIONS = ("checks", "layers", "end to end", "profile", "networks", "more layers")
 FIRST_LAYERS, MORE_LAYERS = ("8B",), ("70B", "8B more", "70B more")
-NETWORKS = ("lite0", "minilm", "smollm2")
+NETWORKS = {
+    "lite0": ("static_int8", "dynamic_int8", "static_fp8"),
+    "minilm": ("dynamic_int8", "dynamic_fp8"),
+    "smollm2": ("dynamic_int8", "dynamic_fp8", "w4a16_g64"),
+}
+_SAMPLES = 7
 MEASURED = Path(tuning.__file__).parent / "measured"
 
 
@@ -166,44 +170,69 @@ def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:
 
 
 def _networks(setup: Setup) -> Iterator[Row]:
-    """Lowered against converted, on the device, and both against float."""
-    for name in NETWORKS if setup.gpu else ("tiny",):
-        for format, scheme in gpu_llama.SCHEMES.items():
-            row: Row = {"section": "networks", "case": name, "format": format, "m": 0, "runtime": "torchquant"}
+    """Lowered against converted, on the device, and against float: closeness, and time where both are compiled."""
+    for name, schemes in NETWORKS.items() if setup.gpu else {"tiny": NETWORKS["minilm"]}.items():
+        float_sample: timing.Sampler | None = None
+        for scheme in schemes:
+            row: Row = {"section": "networks", "case": name, "format": scheme, "m": 0, "runtime": "torchquant"}
             if setup.left_s <= 0:
                 row["skipped"] = "no time left"
             else:
                 try:
-                    row |= _lowered(setup, *_network(name), scheme)
+                    model, inputs = _network(setup, name)
+                    float_sample = float_sample or _sample(setup, model, inputs)
+                    row |= {"samples": len(inputs[0]), **_lowered(setup, model, inputs, scheme, float_sample)}
                 except SystemExit as missing:  # data or weights are not here
                     row["skipped"] = str(missing)[:200]
                 except Exception as error:
                     row["missing"] = reason(error)
             report(row)
             yield row
+        torch._dynamo.reset()
 
 
-@cache
-def _network(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+def _network(setup: Setup, name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """In bfloat16 on the device, with a batch of data."""
     if name == "tiny":
         layers = [torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128)]
-        return torch.nn.Sequential(*layers).eval(), (torch.randn(4, 128),)
-    network = load_network(name)
-    return network.model, network.held_out[0]
+        model, batch = torch.nn.Sequential(*layers), (torch.randn(4, 128),)
+    else:
+        network = load_network(name)
+        model, batch = network.model, network.held_out[0]
+    inputs = (t.to(setup.device, torch.bfloat16 if t.is_floating_point() else t.dtype) for t in batch)
+    return model.to(setup.device, torch.bfloat16).requires_grad_(False).eval(), tuple(inputs)
 
 
-def _lowered(setup: Setup, model: torch.nn.Module, batch: tuple[torch.Tensor, ...], scheme: str) -> Row:
+def _sample(setup: Setup, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> timing.Sampler:
+    """Of the compiled model."""
+    run = torch.compile(model, dynamic=False)
+
+    def call() -> object:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return setup.capture([call])
+
+
+def _lowered(
+    setup: Setup,
+    model: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    scheme: str,
+    float_sample: timing.Sampler,
+) -> Row:
     from torchquant.backends import inductor_cuda
 
-    model = model.to(setup.device, torch.bfloat16).requires_grad_(False).eval()
-    inputs = tuple(t.to(setup.device, torch.bfloat16 if t.is_floating_point() else t.dtype) for t in batch)
     converted = gpu_llama.quantized(gpu_llama.exported(model, inputs), inputs, scheme)
     lowered = inductor_cuda.transform(converted)
     with torch.no_grad():
         expected, y, exact = converted(*inputs), lowered(*inputs), model(*inputs)
     ops = [n for n in lowered.graph.nodes if n.op == "call_function" and "torchquant" in str(n.target)]
     found = {"products": len(ops), "sqnr_db": tq.sqnr_db(expected.float(), y.float())}
-    return {**found, "sqnr_to_float_db": tq.sqnr_db(exact.float(), y.float())}
+    found["sqnr_to_float_db"] = tq.sqnr_db(exact.float(), y.float())
+    times = timing.in_turns({"float": float_sample, "ours": _sample(setup, lowered, inputs)}, _SAMPLES)
+    (float_us, _), (us, iqr) = spread(times["float"]), spread(times["ours"])
+    return {**found, "us": us, "iqr_us": iqr, "float_us": float_us, "ratio": float_us / us}
 
 
 if __name__ == "__main__":

@@ -71,6 +71,6 @@ def reason(error: Exception) -> str:
 
 def report(row: Mapping[str, Any]) -> None:
     """Print a row."""
-    hidden = {"section", "kernels"}
+    hidden = {"section", "kernels", "others"}
     cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k not in hidden and v != ""]
     print("  " + "  ".join(cells), flush=True)

@@ -7,7 +7,7 @@ the interpreter is chosen when a kernel is defined, so it needs a process of its
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -213,11 +213,36 @@ def cases():
             Scaled(20, 48, 64, dtype, "codes", library, bias=True),
             Scaled(20, 48, 64, dtype, "tensor", library, "relu"),
         ]
+        tile = Config("copied", 64, 64, 128)
+        found += [
+            Scaled(70, 72, 208, dtype, "codes", tile, "gelu_tanh", bias=True),
+            Scaled(300, 136, 512, dtype, "rows", tile, "relu6", bias=True, residual=True),
+            Scaled(64, 64, 256, dtype, "tensor", tile, "silu"),
+        ]
         tile = Config(TILED, 16, 32, 32)
         found += [
             Convolution((2, 7, 9, 5), 24, (3, 3), dtype, tile, (2, 1), (1, 1), activation="relu", residual=True),
             Convolution((1, 9, 8, 32), 40, (3, 2), dtype, tile, (1, 1), (2, 0), (2, 1), "silu"),
             Convolution((3, 4, 5, 16), 8, (1, 1), dtype, tile, (2, 2)),
+        ]
+    return found
+
+
+def compiled_cases():
+    """Kernels that Triton's interpreter does not know: those in Gluon."""
+    found = []
+    for slices, ahead in ((4, 1), (4, 2), (2, 1)):
+        config = Config("direct", 8, 32, slices=slices, warps=slices, stages=ahead)
+        found += [
+            WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
+            WeightOnly(1, 33, 1024, 4, 128, False, config),
+            WeightOnly(5, 24, 192, 4, 32, True, config, "gelu", bias=True),
+            WeightOnly(9, 20, 320, 4, 160, False, config, "gelu_tanh"),
+            WeightOnly(2, 20, 130, 4, 0, True, config, "silu", data="outliers"),
+            WeightOnly(4, 32, 384, 4, 64, False, config, data="zeros"),
+            WeightOnly(1, 16, 160, 8, 32, True, config, residual=True),
+            WeightOnly(9, 20, 200, 8, 0, False, config, "relu6", bias=True),
+            WeightOnly(16, 64, 896, 4, 128, True, replace(config, m=16)),
         ]
     return found
 

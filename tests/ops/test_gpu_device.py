@@ -13,11 +13,13 @@ DATA = ["normal", "outliers", "zeros", "tiny"]
 
 def runs_here(case):
     needs = (8, 9) if getattr(case, "dtype", None) == torch.float8_e4m3fn else (8, 0)
+    if case.config is not None and case.config.kernel == "copied":
+        needs = (9, 0)
     return torch.cuda.get_device_capability() >= needs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", gpu_cases.cases(), ids=str)
+@pytest.mark.parametrize("case", gpu_cases.cases() + gpu_cases.compiled_cases(), ids=str)
 def test_a_kernel_computes_its_reference(case, dtype):
     if not runs_here(case):
         pytest.skip("this GPU has no float8")

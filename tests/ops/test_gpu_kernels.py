@@ -121,6 +121,33 @@ def test_tensor_cores_take_unpacked_weights_from_registers(compiled):
         assert not re.search(r"\bSTS", loop)  # no unpacked weight goes through shared memory
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("format", "ahead"), [("w4a16", 1), ("w4a16", 2), ("w8a16", 1)])
+def test_direct_loads_go_past_shared_memory(compiled, format, ahead, asymmetric):
+    from torchquant.ops.gpu.configs import Config
+
+    config = Config("direct", 8, 32, slices=4, warps=4, stages=ahead)
+    for capability in (80, 90):
+        (code,) = compiled(capability, launch_for(format, 1, 4096, 4096, config, asymmetric))
+        loop = "\n".join(code.loop())
+        assert "HMMA.16816" in loop
+        assert "LDG.E.128" in loop  # eight codes of each chunk at a time
+        assert not re.search(r"\b(STS|LDS|LDSM|LDGSTS|BAR)\b", loop)  # and warps never wait for each other
+        assert code.stack_bytes == 0
+
+
+def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
+    from torchquant.ops.gpu.configs import Config
+
+    for format, instruction in (("int8", "IGMMA.64x128x32"), ("fp8", "QGMMA.64x128x32")):
+        config = Config("copied", 128, 128, 128, warps=8, stages=3)
+        *_, code = compiled(90, launch_for(format, 1024, 4096, 4096, config))
+        assert code.name == "scaled_copied"
+        assert instruction in code.instructions
+        assert "UTMALDG" in code.instructions
+        assert code.stack_bytes == 0
+
+
 def test_every_kernel_compiles_with_an_ending(compiled):
     from torchquant.ops.gpu import kernels, launch
     from torchquant.ops.gpu.configs import Config
@@ -134,9 +161,11 @@ def test_every_kernel_compiles_with_an_ending(compiled):
     tile = Config("tiled", 32, 64, 128)
 
     def run():
-        for config in (Config("skinny", 8, 16, slices=4), replace(tile, slices=2), tile, Config("dequantize")):
+        direct = Config("direct", 8, 32, slices=4, warps=4, stages=1)
+        for config in (Config("skinny", 8, 16, slices=4), direct, replace(tile, slices=2), tile, Config("dequantize")):
             launch.weight_only(x, packed, params, bias, residual, 4, 32, True, "gelu", config)
-        for config in (Config("skinny", 8, 16, 128, slices=4, quantizes=True), tile, Config("library")):
+        copied = replace(tile, kernel="copied", m=64)
+        for config in (Config("skinny", 8, 16, 128, slices=4, quantizes=True), tile, copied, Config("library")):
             launch.scaled(x, weight, torch.empty(n), scale, zero, sums, *grid, config)
             launch.scaled(x, weight, torch.empty(n), None, None, None, *grid, config)
         image, window = torch.empty(2, 8, 8, 64, dtype=torch.int8), torch.empty(n, 3, 3, 64, dtype=torch.int8)
@@ -164,8 +193,10 @@ def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
     from torchquant.ops.gpu import kernels
 
     for name in (
+        "weight_only_direct",
         "weight_only_skinny",
         "weight_only_tiled",
+        "scaled_copied",
         "scaled_skinny",
         "scaled_tiled",
         "add_splits",

@@ -52,6 +52,13 @@ def times_of(product, m):
     return {c: 100.0 + i for i, c in enumerate(configs.candidates(product.format, m))}
 
 
+def test_random_weights_to_measure_with_are_numbers():
+    """A float8 beyond the largest is NaN, and one in a million draws would be."""
+    for format in ("int8", "fp8", "w4a16", "w8a16"):
+        product = Product(format, 2048, 1024, 128 if format == "w4a16" else 0)
+        assert product.reference(product.x(2, "cpu"), product.weight("cpu")).isfinite().all(), format
+
+
 def test_the_fastest_wins_and_is_remembered_for_all_sizes_of_its_bucket(monkeypatch):
     times = times_of(SMALL, 3)
     best = list(times)[2]

@@ -32,7 +32,8 @@ class Config:
     """A kernel and its cut.
 
     Args:
-        kernel: `skinny`, `tiled`, `dequantize` (weight only: to a float weight, then cuBLAS) or `library` (cuBLAS).
+        kernel: `skinny`, `tiled`, `direct` (weight only: without shared memory), `copied` (codes by codes: tiles by
+            Hopper's copies), `dequantize` (weight only: to a float weight, then cuBLAS) or `library` (cuBLAS).
         m, n, k: the tile, as far as the kernel has one.
         slices: of K: within a program (skinny), or over programs (tiled).
         warps, stages: as Triton's num_warps and num_stages.
@@ -59,6 +60,8 @@ def candidates(format: str, m: int) -> list[Config]:
     rows = max(8, min(bucket(m), 32))
     found: list[Config] = []
     if format in ("w4a16", "w8a16"):
+        if m <= 64:
+            found += [Config("direct", rows, n, slices=s, warps=s, stages=a) for n, s, a in _DIRECT if rows * n <= 2048]
         if m <= 128:
             found += [
                 Config("skinny", rows, n, slices=s, warps=w, stages=st)
@@ -88,12 +91,30 @@ def candidates(format: str, m: int) -> list[Config]:
             for tile, n, k, w, st in _TILED
             if tile <= max(64, bucket(m))
         ]
+        found += [
+            Config("copied", tile, n, k, warps=w, stages=st)
+            for tile, n, k, w, st in _COPIED
+            if tile <= max(64, bucket(m))
+        ]
         found.append(Config("library"))
     return found
 
 
+# (outputs, slices, steps under way)
+_DIRECT = (
+    (16, 4, 2),
+    (16, 8, 1),
+    (16, 8, 2),
+    (16, 16, 1),
+    (32, 2, 2),
+    (32, 4, 1),
+    (32, 4, 2),
+    (32, 8, 1),
+    (64, 2, 1),
+    (64, 4, 1),
+)
 # (outputs, slices, warps, stages)
-_SKINNY_WEIGHT_ONLY = ((16, 4, 4, 4), (16, 8, 8, 3), (16, 4, 4, 6), (32, 4, 4, 4), (32, 8, 8, 3), (64, 4, 4, 3))
+_SKINNY_WEIGHT_ONLY = ((16, 4, 4, 4), (16, 8, 8, 3), (32, 4, 4, 4), (64, 2, 2, 4), (64, 4, 4, 3))
 # (rows, outputs, warps, stages)
 _TILED_WEIGHT_ONLY = (
     (16, 64, 4, 4),
@@ -124,6 +145,15 @@ _TILED = (
     (256, 128, 128, 8, 3),
     (128, 256, 128, 8, 3),
 )
+# the same
+_COPIED = (
+    (64, 64, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+    (128, 128, 128, 4, 3),
+    (128, 256, 128, 8, 3),
+    (128, 256, 128, 8, 4),
+    (256, 128, 128, 8, 3),
+)
 
 
 def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int) -> Config:
@@ -133,7 +163,13 @@ def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int
         shared_bytes: shared memory that one program may have.
     """
     rows = max(8, min(bucket(m), 32))
-    if m <= 32:
+    if m <= 8 and n >= 64 * multiprocessors:
+        # the fastest on an H200 for 28672 x 4096: a warp that computes more outputs reads x less often
+        if format in WEIGHT_ONLY:
+            found = Config("skinny", rows, 64, slices=2, warps=2, stages=4)
+        else:
+            found = Config("skinny", rows, 32, 256, slices=4, warps=4, stages=3)
+    elif m <= 32:
         # few outputs a program where there are few in all; more of them where x would be read too often
         outputs = (16 if m <= 8 else 32) * (1 if n < 64 * multiprocessors or rows == 32 else 2)
         columns = 0 if format in WEIGHT_ONLY else 128

@@ -11,15 +11,23 @@ Two forms of each product:
 - *tiled*, for many rows: BN x BM tiles, with K split over SPLIT programs where there are few tiles; their float32 sums
   go to a workspace that `add_splits` adds up in a fixed order.
 
+Each has another form that no rule chooses, since none has run on a GPU yet. `tuning.search` tries them, checks what
+they compute, and takes them where they are faster:
+
+- *direct*, a skinny product of floats by codes that loads the codes as tensor cores take them, past shared memory.
+- *copied*, a tiled product of codes by codes whose tiles come by Hopper's copy engine.
+
 M is never specialized on: one compiled kernel serves every M. K is a constant of the kernel.
 """
 
+from torchquant.ops.gpu.direct_kernels import weight_only_direct
 from torchquant.ops.gpu.kernel_parts import add_splits
 from torchquant.ops.gpu.scaled_kernels import (
     quantize_rows,
     quantize_tensor,
     scale_products,
     scaled_convolution,
+    scaled_copied,
     scaled_skinny,
     scaled_tiled,
 )
@@ -32,8 +40,10 @@ __all__ = [
     "quantize_tensor",
     "scale_products",
     "scaled_convolution",
+    "scaled_copied",
     "scaled_skinny",
     "scaled_tiled",
+    "weight_only_direct",
     "weight_only_skinny",
     "weight_only_tiled",
 ]

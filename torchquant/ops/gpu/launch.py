@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torchquant.ops.gpu import configs, kernels
 from torchquant.ops.gpu.configs import Config
@@ -56,6 +57,22 @@ def weight_only(
         if residual is None and activation == "none":
             return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         _add_splits(torch.mm(x, weight.t()), *epilogue, out, 1, activation)
+    elif config.kernel == "direct":
+        kernels.weight_only_direct[(_cut(n, config.n), _cut(m, config.m))](
+            x,
+            packed,
+            _words(params),
+            *epilogue,
+            out,
+            m,
+            *format,
+            activation,
+            config.m,
+            config.n,
+            config.slices,
+            config.stages,
+            num_warps=config.slices,
+        )
     elif config.kernel == "skinny":
         kernels.weight_only_skinny[(_cut(n, config.n), _cut(m, config.m))](
             x,
@@ -214,9 +231,14 @@ def scaled(
             num_stages=config.stages,
         )
     else:
-        kernels.scaled_tiled[(_cut(n, config.n) * _cut(m, config.m),)](
-            x,
-            weight,
+        kernel, x_tiles, tiles = kernels.scaled_tiled, x, weight
+        if config.kernel == "copied":
+            kernel = kernels.scaled_copied
+            x_tiles = TensorDescriptor.from_tensor(x, [config.m, config.k])
+            tiles = TensorDescriptor.from_tensor(weight, [config.n, config.k])
+        kernel[(_cut(n, config.n) * _cut(m, config.m),)](
+            x_tiles,
+            tiles,
             *epilogue,
             out,
             m,

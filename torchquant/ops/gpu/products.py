@@ -57,7 +57,8 @@ class Product:
             if dtype == torch.int8:
                 codes = torch.randint(-127, 128, (self.n, self.k), dtype=dtype, device=device)
             else:
-                codes = torch.randn(self.n, self.k, dtype=torch.bfloat16, device=device).mul_(most / 4).to(dtype)
+                values = torch.randn(self.n, self.k, dtype=torch.bfloat16, device=device).mul_(most / 4)
+                codes = values.clamp_(-most, most).to(dtype)  # beyond the largest is NaN
             return codes, torch.rand(self.n, device=device) * 0.02 / most + 1e-6
         blocks = -(-self.k // packing.BLOCK)
         shape = (blocks, self.n, packing.CHUNK) if self.bits == 4 else (blocks, 2, self.n, packing.CHUNK)

@@ -12,6 +12,7 @@ __all__ = [
     "quantize_tensor",
     "scale_products",
     "scaled_convolution",
+    "scaled_copied",
     "scaled_skinny",
     "scaled_tiled",
 ]
@@ -239,6 +240,45 @@ def scaled_tiled(
             w = tl.load(wp + first, mask=(first + k < K)[None, :], other=0.0)
             values = tl.load(xp + first, mask=(first + k < K)[:, None], other=0.0)
         acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
+    y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
+    finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["M"])
+def scaled_copied(
+    x,
+    weight,
+    x_scale,
+    x_zero_point,
+    weight_scale,
+    weight_sum,
+    bias,
+    residual,
+    out,
+    M,
+    N,
+    K: tl.constexpr,
+    scale_rows: tl.constexpr,
+    zero_rows: tl.constexpr,
+    weight_rows: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `scaled_tiled`, with tiles copied by the engine that Hopper has for it: x and weight are descriptors."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = tl.program_id(0) // (GROUP * tiles_m)
+    width = tl.minimum(tiles_n - band * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_m)
+    n0, m0 = (band * GROUP + within % width) * BN, within // width * BM
+    D: tl.constexpr = weight.dtype
+    acc = tl.zeros((BN, BM), tl.int32 if D == tl.int8 else tl.float32)
+    for first in range(0, K, BK):
+        w, values = weight.load([n0, first]), x.load([m0, first])
+        acc = tl.dot(w, values.T, acc, out_dtype=acc.dtype)
+    n, m = n0 + tl.arange(0, BN), m0 + tl.arange(0, BM)
     y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
     finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
 
