@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.executorch_xnnpack.capabilities import is_spatial_pad
 from torchquant.backends.executorch_xnnpack.limits import unshared
-from torchquant.fx import ops
+from torchquant.fx import ops, passes
 
-__all__ = ["drop_batch_counters", "prepare"]
+__all__ = ["drop_batch_counters", "own_storage", "prepare"]
 
 aten = torch.ops.aten
 
@@ -21,10 +23,30 @@ def prepare(graph: GraphModule) -> None:
     _separate_scales(graph)
     _shield_pads(graph)
     _infer_sizes(graph)
+    _distinct_outputs(graph)
     _copy_permuted(graph)
     _give_each_user_its_dequantize(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
+    graph.recompile()
+
+
+def own_storage(graph: GraphModule) -> None:
+    """Parameters and buffers that are views of larger tensors as tensors of their own.
+
+    Of constants that share a storage ExecuTorch stores one, whatever their offsets and strides.
+    """
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        value = operator.attrgetter(str(node.target))(graph)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size():
+            continue
+        with graph.graph.inserting_before(node):
+            own = passes.add_buffer(graph, f"{node.target}_own", value.detach().contiguous().clone())
+        own.meta = dict(node.meta)
+        node.replace_all_uses_with(own)
+        graph.graph.erase_node(node)
     graph.recompile()
 
 
@@ -133,6 +155,30 @@ def _infer_sizes(graph: GraphModule) -> None:
         if len(unknown) == 1 and x.meta["val"].is_contiguous():
             node.target = aten.view.default
             node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
+
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default)
+
+
+def _distinct_outputs(graph: GraphModule) -> None:
+    """Outputs that are one value, or parameters, as values of their own: a delegate returns each node once."""
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    seen: set[Node] = set()
+    values = []
+    for value in output.args[0]:
+        source = value
+        while isinstance(source, Node) and source.target in _COPIES:
+            source = source.args[0]
+        if isinstance(source, Node) and (source in seen or source.op == "get_attr"):
+            with graph.graph.inserting_before(output):
+                value = _own_constant(graph, source) if source.op == "get_attr" else _reshaped(graph, source)
+        seen.add(source)
+        values.append(value)
+    output.args = (tuple(values),)
+
+
+def _own_constant(graph: GraphModule, node: Node) -> Node:
+    return passes.add_buffer(graph, f"returned_{node.name}", ops.constant_value(graph, node).clone())
 
 
 def _give_each_user_its_dequantize(graph: GraphModule) -> None:
