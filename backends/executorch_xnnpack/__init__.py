@@ -48,6 +48,7 @@ from torchquant.lowering import accountable_sites, left_float
 from torchquant.program import Metadata, Proof
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
+from torchquant.stages import stages
 from torchquant.types import Site
 
 __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "XnnpackProgram", "load", "lower"]
@@ -61,6 +62,7 @@ def lower(
     *,
     allow_float: Sequence[str] = (),
     min_sqnr_db: float | None = None,
+    progress: bool = True,
 ) -> XnnpackProgram:
     """Build a `.pte` from a converted graph, load and run it, and prove that its int8 ops are delegated.
 
@@ -72,6 +74,7 @@ def lower(
         allow_float: patterns of annotated ops that may run in float.
         min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
             `torchquant.proof.hold_against` says.
+        progress: show on stderr what is being done.
 
     Raises:
         MissingDependencyError: ExecuTorch is not installed.
@@ -90,18 +93,20 @@ def lower(
     refuse_unbounded(reference.signature)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
     cases = cases_of(reference, batch, largest=True)
-    found, buffer, run = _built_and_run(executorch, reference.graph, cases, wanted)
-    lost = {s.node for s in found.warn_of_float(wanted)}
-    sites = tuple(replace(s, status="unsupported", reason=_IN_FLOAT) if s.node in lost else s for s in sites)
-    verdict = hold_against(
-        reference.graph,
-        run,
-        cases,
-        min_sqnr_db=min_sqnr_db,
-        op_error=_OP_ERROR,
-        target=TARGET,
-        build=lambda graph: _built(executorch, graph, cases[0]),
-    )
+    with stages(f"lowering for {TARGET}", progress) as stage:
+        found, buffer, run = _built_and_run(executorch, reference.graph, cases, wanted, stage)
+        lost = {s.node for s in found.warn_of_float(wanted)}
+        sites = tuple(replace(s, status="unsupported", reason=_IN_FLOAT) if s.node in lost else s for s in sites)
+        stage("proving it")
+        verdict = hold_against(
+            reference.graph,
+            run,
+            cases,
+            min_sqnr_db=min_sqnr_db,
+            op_error=_OP_ERROR,
+            target=TARGET,
+            build=lambda graph: _built(executorch, graph, cases[0]),
+        )
     compute = [s for s in wanted if s.compute]
     proof = Proof.of(verdict, found.kernels(wanted), len(compute), len(compute), left_float(sites, allowed))
     about = Metadata(reference.signature, sites, proof, states=reference.initial, returns=reference.overwritten)
@@ -122,14 +127,18 @@ Cases = Sequence[Sequence[torch.Tensor]]
 
 
 def _built_and_run(
-    executorch: SimpleNamespace, graph: GraphModule, cases: Cases, wanted: Sequence[Site] = ()
+    executorch: SimpleNamespace,
+    graph: GraphModule,
+    cases: Cases,
+    wanted: Sequence[Site] = (),
+    stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Delegated, bytes, Method]:
     """What the program runs where, its bytes, and the program, which has run on each of the cases.
 
     Raises:
         LoweringError: names the op that ExecuTorch fails on, or has no kernel for.
     """
-    doing = "lower"
+    doing, case = "lower", 0
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
 
     def trial(part: GraphModule) -> None:
@@ -145,6 +154,7 @@ def _built_and_run(
 
     with undisturbed():
         try:
+            stage("exporting and compiling")
             edge = _delegate(executorch, graph, cases[0])
             found = read_delegates(edge)
             found.check(wanted)
@@ -153,11 +163,17 @@ def _built_and_run(
             buffer = _buffer(edge)
             run = Method(buffer)
             doing = "run"
-            for tensors in cases:
+            stage("running it")
+            for case, tensors in enumerate(cases):  # noqa: B007
                 run(*tensors)
         except ExecutorchError as error:
-            raise blamed(graph, error, trial, doing) from error
+            stage("looking for the op at fault")
+            raise blamed(graph, error, trial, doing, other_sizes=_differ(cases[0], cases[case])) from error
     return found, buffer, run
+
+
+def _differ(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return any(a.shape != b.shape for a, b in zip(first, second, strict=True))
 
 
 def _built(executorch: SimpleNamespace, graph: GraphModule, tensors: Sequence[torch.Tensor]) -> Method:

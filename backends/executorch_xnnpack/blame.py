@@ -17,36 +17,59 @@ from torchquant.fx import ops, passes
 __all__ = ["blamed"]
 
 _SECONDS = 90.0  # after which a search ends where it is
+_ALIKE = 40  # letters of two errors that make them one and the same
+_CODES = {  # ExecuTorch's runtime/core/error.h
+    "1": "internal",
+    "10": "not supported",
+    "12": "invalid argument",
+    "14": "missing operator",
+    "20": "not found",
+    "21": "out of memory",
+}
 Trial = Callable[[GraphModule], object]
 
 
-def blamed(graph: GraphModule, error: Exception, trial: Trial, doing: str) -> LoweringError:
+def blamed(graph: GraphModule, error: Exception, trial: Trial, doing: str, other_sizes: bool = False) -> LoweringError:
     """The error as one of ours, which names the op that is at fault and says what to do.
 
     Args:
         graph: a pure function of tensors, on which `trial` fails with `error`.
         trial: lowers a graph, or runs it too.
         doing: what ExecuTorch cannot do, e.g. `lower`.
+        other_sizes: it fails with other sizes than the example's.
     """
     nodes = [n for n in graph.graph.nodes if ops.is_op(n) or ops.is_higher_order(n)]
-    first, last = _search(graph, nodes, trial)
+    first, last, failed = _search(graph, nodes, trial, _brief(error))
     where = called(nodes[last]) if last == first else f"one of {called(nodes[first])} ... {called(nodes[last])}"
-    return LoweringError(f"ExecuTorch cannot {doing} {where} ({_brief(error)}). {way_out(nodes[last])}")
+    where = where if failed else "the model, though each part of it"
+    sizes = " with other sizes than the example's" if other_sizes else ""
+    remedy = way_out(nodes[last]) if failed else "Lower it for another target, and report this."
+    remedy = f"Export with fixed sizes (no dynamic_shapes). Or: {remedy}" if other_sizes else remedy
+    return LoweringError(f"ExecuTorch cannot {doing} {where}{sizes} ({_brief(error)}). {remedy}")
 
 
-def _search(graph: GraphModule, nodes: Sequence[Node], trial: Trial) -> tuple[int, int]:
-    """Between which of the nodes the first one lies up to which the graph fails; bisection."""
-    low, high, end = 0, len(nodes) - 1, time.monotonic() + _SECONDS
+def _search(graph: GraphModule, nodes: Sequence[Node], trial: Trial, brief: str) -> tuple[int, int, bool]:
+    """Between which of the nodes the first one lies up to which the graph fails in this way, and whether a part did."""
+    low, high, failed = 0, len(nodes) - 1, len(nodes) == 1
+    end = time.monotonic() + _SECONDS
     while low < high and time.monotonic() < end:
         middle = (low + high) // 2
-        part = _until(graph, nodes[middle])
-        try:
-            if any(n.op == "placeholder" for n in part.graph.nodes):
-                trial(part)
+        if _fails(_until(graph, nodes[middle]), trial, brief):
+            high, failed = middle, True
+        else:
             low = middle + 1
-        except Exception:
-            high = middle
-    return low, high
+    return low, high, failed or _fails(_until(graph, nodes[high]), trial, brief)
+
+
+def _fails(part: GraphModule, trial: Trial, brief: str) -> bool:
+    """Whether a part of the graph fails in the same way; it may fail in others because it is a part."""
+    if not any(n.op == "placeholder" for n in part.graph.nodes):
+        return False
+    try:
+        trial(part)
+    except Exception as error:
+        return _brief(error)[:_ALIKE] == brief[:_ALIKE]
+    return False
 
 
 def _until(graph: GraphModule, last: Node) -> GraphModule:
@@ -81,5 +104,7 @@ def _brief(error: BaseException) -> str:
     cause = error.__cause__ if error.__cause__ is not None else error
     if unknown := re.search(r"Operator (?:torch\._ops\.)?(\S+) is not in Core ATen", str(cause)):
         return f"its programs have no {unknown[1]}"
+    if code := re.search(r"error:? 0x:?([0-9a-f]+)", str(cause)):
+        return f"its runtime stops with error 0x{code[1]}" + (f", {_CODES[code[1]]}" if code[1] in _CODES else "")
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"its error: {(lines[0] if lines else type(cause).__name__)[:200]}"

@@ -32,9 +32,7 @@ def refuse_complex(graph: GraphModule) -> None:
     """Raise LoweringError for complex numbers, for which ExecuTorch's programs have no ops."""
     for owner in _graphs(graph):
         for node in [n for n in owner.graph.nodes if n.op in ("call_function", "placeholder")]:
-            values = node.meta.get("val")
-            parts = values if isinstance(values, (tuple, list)) else [values]
-            if any(isinstance(v, torch.Tensor) and v.is_complex() for v in parts):
+            if any(value.is_complex() for value in _values(node)):
                 raise LoweringError(
                     f"{called(node)} gives complex numbers, and ExecuTorch's programs compute with real ones. Write "
                     "real and imaginary parts as tensors (a Fourier transform as two products with cosines and sines), "
@@ -46,8 +44,7 @@ def refuse_unknown_sizes(graph: GraphModule) -> None:
     """Raise LoweringError for a tensor whose size depends on values: ExecuTorch plans its memory beforehand."""
     for owner in _graphs(graph):
         for node in [n for n in owner.graph.nodes if n.op == "call_function"]:
-            value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
+            if any(free_unbacked_symbols(value) for value in _values(node)):
                 raise LoweringError(
                     f"{called(node)}: the size of its result depends on the values that it reads, and ExecuTorch plans "
                     "its memory beforehand. Keep the size and use a mask (torch.where), leave the op outside the "
@@ -88,6 +85,12 @@ def _without_kernel(node: Node, kernels: set[str]) -> str:
         return name
     overload = f".{out._schema.overload_name}" if out._schema.overload_name else ""
     return "" if f"{out._schema.name}{overload}" in kernels else name
+
+
+def _values(node: Node) -> list[torch.Tensor]:
+    """The tensors that a node gives."""
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor)]
 
 
 def _graphs(graph: GraphModule) -> Iterator[GraphModule]:
