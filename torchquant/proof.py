@@ -420,7 +420,11 @@ def _parts(graph: GraphModule) -> list[_Part]:
     decisions = [_decision(n) for n in integers if n in nodes]
     decided = {n for part in decisions for n in part.nodes}
     kept = {n for part in decisions for n in part.reads} | set(_returned(graph)) - decided
-    nodes = [n for n in nodes if n not in decided]
+    alone: set[Node] = set()  # what nothing but these integers reads, as something may the values of a sort
+    for node in reversed(nodes):
+        if node in decided and all(u in alone or u.op == "output" for u in node.users):
+            alone.add(node)
+    nodes = [n for n in nodes if n not in alone]
     place = {n: i for i, n in enumerate(nodes)}
     last = {n: max((place.get(u, -1) for u in n.users), default=-1) for n in nodes}
     least = max(1, math.ceil(sum(map(_is_product, nodes)) / _PARTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_unshared,
 )
 from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, own_storage, prepare
-from torchquant.backends.executorch_xnnpack.portable import RULES, rewrite_branches
+from torchquant.backends.executorch_xnnpack.portable import RULES, other_branches, rewrite_branches
 from torchquant.backends.executorch_xnnpack.program import (
     ExecutorchError,
     Method,
@@ -98,15 +99,10 @@ def lower(
         lost = {s.node for s in found.warn_of_float(wanted)}
         sites = tuple(replace(s, status="unsupported", reason=_IN_FLOAT) if s.node in lost else s for s in sites)
         stage("proving it")
-        verdict = hold_against(
-            reference.graph,
-            run,
-            cases,
-            min_sqnr_db=min_sqnr_db,
-            op_error=_OP_ERROR,
-            target=TARGET,
-            build=lambda graph: _built(executorch, graph, cases[0]),
-        )
+        hold = partial(hold_against, batches=cases, min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
+        verdict = hold(reference.graph, run, build=lambda graph: _built(executorch, graph, cases[0]))
+        if (other := other_branches(reference.graph)) is not None:
+            hold(other, _built(executorch, other, cases[0]))
     compute = [s for s in wanted if s.compute]
     proof = Proof.of(verdict, found.kernels(wanted), len(compute), len(compute), left_float(sites, allowed))
     about = Metadata(reference.signature, sites, proof, states=reference.initial, returns=reference.overwritten)

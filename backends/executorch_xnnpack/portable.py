@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.fx import ops
+from torchquant.fx import ops, passes
 from torchquant.fx.decompose import Builder, Rule, rewrite, used_parts
 
-__all__ = ["RULES", "rewrite_branches"]
+__all__ = ["RULES", "other_branches", "rewrite_branches"]
 
 aten = torch.ops.aten
 
@@ -237,6 +237,24 @@ def adaptive_pool(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
     return (x,) if several else x
 
 
+def circular_pad(b: Builder, node: Node) -> Node | None:
+    """A pad with what stands at the other end, as a concatenation; torch's own form of it would fix the batch."""
+    given = ops.arguments(node)
+    x, sizes = given["self"], list(given["pad"])
+    if given.get("mode") != "circular" or _value(x) is None:
+        return None
+    for i in range(len(sizes) // 2):
+        axis, before, behind = x.meta["val"].ndim - 1 - i, sizes[2 * i], sizes[2 * i + 1]
+        size = x.meta["val"].shape[axis]
+        if not all(isinstance(s, int) for s in (size, before, behind)) or min(before, behind) < 0:
+            return None
+        parts = [b.call(aten.slice.Tensor, x, axis, size - before, size)] if before else []
+        parts += [x]
+        parts += [b.call(aten.slice.Tensor, x, axis, 0, behind)] if behind else []
+        x = b.call(aten.cat.default, parts, axis) if len(parts) > 1 else x
+    return x
+
+
 # tables --------------------------------------------------------------------------------------------------------------
 
 
@@ -289,31 +307,59 @@ def sorted_place(b: Builder, node: Node) -> Node | None:
     return b.call(aten.sum.dim_IntList, before, [-1], dtype=dtype)
 
 
-def sort(b: Builder, node: Node) -> tuple[Node, ...] | None:
-    """A sort as the largest or smallest values, all of them; in a stable one nobody may read their places."""
-    given = ops.arguments(node)
-    x, axis = given["self"], given.get("dim", -1)
-    value = _value(x)
-    if value is None or (given.get("stable") and used_parts(node) != {0}) or not value.ndim:
-        return None
-    count = value.shape[axis]
-    if not isinstance(count, int):
-        return None
-    best = b.call(aten.topk.default, x, count, axis, bool(given.get("descending", False)), True)
-    return b.call(operator.getitem, best, 0), b.call(operator.getitem, best, 1)
+_MOST_RANKED = 256  # of a row whose values are all compared with each other
 
 
-def sorted_order(b: Builder, node: Node) -> Node | None:
-    """The places of a sort that need not be stable, or its values."""
+def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
+    """A sort, its places or its values: all values as the largest or smallest ones, places by comparing all pairs.
+
+    The portable kernel that gives the largest values leaves open which of equal ones comes first, and quantized values
+    often are equal.
+    """
     given = ops.arguments(node)
-    x = given["self"]
-    values = node.target is aten.msort.default
-    axis = 0 if values else given.get("dim", -1)
+    x, name = given["self"], ops.overload_of(node).partition(".")[0]
     value = _value(x)
-    if value is None or given.get("stable") or not value.ndim or not isinstance(value.shape[axis], int):
+    axis = 0 if name == "msort" else int(given.get("dim", -1))
+    if value is None or not value.ndim or not isinstance(value.shape[axis], int):
         return None
-    best = b.call(aten.topk.default, x, value.shape[axis], axis, bool(given.get("descending", False)), True)
-    return b.call(operator.getitem, best, 0 if values else 1)
+    axis, descending = axis % value.ndim, bool(given.get("descending", False))
+    if name == "msort" or (name == "sort" and used_parts(node) == {0}):
+        best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
+        values = b.call(operator.getitem, best, 0)
+        return values if name == "msort" else (values,)
+    if value.shape[axis] <= _MOST_RANKED and value.is_floating_point():
+        places = _places(b, x, axis, descending)
+        return places if name == "argsort" else (b.call(aten.gather.default, x, axis, places), places)
+    if given.get("stable"):
+        return None
+    best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
+    values, places = (b.call(operator.getitem, best, i) for i in (0, 1))
+    return places if name == "argsort" else (values, places)
+
+
+def _places(b: Builder, x: Node, axis: int, descending: bool) -> Node:
+    """Where the values of a sorted row stood, of equal ones in their order; NaN counts as the largest, as in torch."""
+
+    def both(first: Node, second: Node) -> Node:
+        return b.call(aten.logical_and.default, first, second)
+
+    def either(first: Node, second: Node) -> Node:
+        return b.call(aten.logical_or.default, first, second)
+
+    count, rank = x.meta["val"].shape[axis], x.meta["val"].ndim
+    one, other = b.call(aten.unsqueeze.default, x, axis + 1), b.call(aten.unsqueeze.default, x, axis)
+    nan, other_nan = b.call(aten.isnan.default, one), b.call(aten.isnan.default, other)
+    before, behind = (nan, other_nan) if not descending else (other_nan, nan)
+    ahead = b.call(aten.gt.Tensor if descending else aten.lt.Tensor, other, one)
+    ahead = either(ahead, both(before, b.call(aten.logical_not.default, behind)))
+    earlier = torch.ones(count, count).tril(-1).bool().reshape(count, count, *[1] * (rank - 1 - axis))
+    equal = either(b.call(aten.eq.Tensor, other, one), both(nan, other_nan))
+    ahead = either(ahead, both(equal, b.constant(earlier, f"earlier_{count}_{rank - axis}")))
+    ahead = b.call(aten._to_copy.default, ahead, dtype=torch.int64)
+    ranks = b.call(aten.sum.dim_IntList, ahead, [axis + 1], dtype=torch.int64)
+    zeros = b.call(aten.mul.Scalar, ranks, 0)
+    own = b.constant(torch.arange(count).reshape(count, *[1] * (rank - 1 - axis)), f"places_{count}_{rank - axis}")
+    return b.call(aten.scatter.src, zeros, axis, ranks, b.call(aten.add.Tensor, zeros, own))
 
 
 def mean_slope(b: Builder, node: Node) -> Node | None:
@@ -369,6 +415,18 @@ def rewrite_branches(model: GraphModule) -> None:
             rewrite_branches(inner)
 
 
+def other_branches(model: GraphModule) -> GraphModule | None:
+    """The graph with its conditions the other way round, so that what was not taken is; None if it has none."""
+    other = passes.copy_graph(model)
+    conditions = [n for n in other.graph.nodes if n.target is torch.ops.higher_order.cond]
+    conditions = [n for n in conditions if _value(n.args[0]) is not None]
+    for node in conditions:
+        b = Builder(other, node)
+        node.update_arg(0, b.call(aten.logical_not.default, node.args[0]))
+    other.recompile()
+    return other if conditions else None
+
+
 RULES: dict[Any, Rule] = {
     aten.gru_cell.default: gru_cell,
     aten.lstm_cell.default: lstm_cell,
@@ -382,13 +440,14 @@ RULES: dict[Any, Rule] = {
     aten.adaptive_max_pool1d.default: adaptive_pool,
     aten.adaptive_max_pool2d.default: adaptive_pool,
     aten.adaptive_max_pool3d.default: adaptive_pool,
+    aten.pad.default: circular_pad,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,
     aten.gru.input: gru,
     aten.rrelu.default: mean_slope,
-    aten.argsort.default: sorted_order,
-    aten.argsort.stable: sorted_order,
-    aten.msort.default: sorted_order,
+    aten.argsort.default: sort,
+    aten.argsort.stable: sort,
+    aten.msort.default: sort,
     aten.sort.default: sort,
     aten.sort.stable: sort,
     aten.searchsorted.Tensor: sorted_place,

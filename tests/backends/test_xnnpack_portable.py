@@ -12,6 +12,7 @@ from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
 from torchquant.backends import executorch_xnnpack
+from torchquant.backends.executorch_xnnpack import portable
 from torchquant.backends.executorch_xnnpack.blame import blamed
 
 MOST = 5
@@ -45,7 +46,10 @@ def vectors(m, x):
         m.slopes(y[:, :, None].expand(-1, -1, 3)),
         F.rrelu(y),
         y.sort(-1, descending=True).values,
-        torch.sort(y, stable=True)[0],
+        *torch.sort(y, stable=True),
+        *y.round().sort(-1),
+        (2 * y).round().argsort(-1, descending=True),
+        (2 * y).round()[:, :, None].expand(-1, -1, 2).argsort(1),
         y.msort() if not isinstance(y.shape[0], torch.SymInt) else y,
         torch.searchsorted(m.borders, y),
         torch.searchsorted(m.borders, y, right=True, out_int32=True),
@@ -79,6 +83,7 @@ def images(m, x):
         F.avg_pool3d(deep, (2, 3, 3), stride=(1, 2, 2), padding=(1, 1, 0), count_include_pad=False),
         F.avg_pool3d(deep, 2, ceil_mode=True, padding=1),
         F.local_response_norm(y, 3),
+        F.pad(y, (1, 2, 0, 3), mode="circular"),
     )
 
 
@@ -169,7 +174,6 @@ REFUSED = {
         r"lower cumprod cumprod \(last\) \(its programs have no",
     ),
     "a size that depends on values": (lambda y: (y > 0).nonzero(), r"nonzero nonzero \(last\): the size of its result"),
-    "stable places": (lambda y: torch.sort(y, stable=True).indices, r"sort sort \(last\) \(its programs have no"),
 }
 
 
@@ -194,6 +198,12 @@ def test_the_first_op_with_which_a_part_fails_is_the_one_to_blame():
 
     error = blamed(graph, RuntimeError("no tanh\nThings to try: 1. nothing"), trial, "lower")
     assert "cannot lower tanh tanh (its error: no tanh). Write it as other ops" in str(error)
+
+
+def test_a_size_that_an_op_fixes_is_found_by_running_with_others():
+    model = Call(lambda m, x: F.pdist(torch.cat([m.first(x), x + 1, x])), first=nn.Linear(8, 8))
+    with pytest.raises(tq.LoweringError, match=r"cannot run pdist pdist with other sizes.*fixed sizes"):
+        lowered(model, (torch.randn(3, 8),), dynamic=True)
 
 
 # control flow --------------------------------------------------------------------------------------------------------
@@ -226,6 +236,15 @@ def test_a_condition_that_is_excluded_runs_the_branch_that_the_graph_runs(dynami
         for sign in (1, -1):
             assert_same(program, graph, (sign * torch.rand(n, 8),))
     assert program.proof.kernels["portable cond"] == 1
+
+
+def test_a_branch_that_the_example_does_not_take_is_proven_too(monkeypatch):
+    aten = torch.ops.aten
+    wrong = lambda b, node: b.call(aten.mul.Scalar, node.args[0], -3.0)  # noqa: E731
+    monkeypatch.setitem(portable._BRANCH_RULES, aten.hardswish.default, wrong)
+    quantizer = XnnpackQuantizer("static_int8", exclude=["op:cond"])
+    with pytest.raises(tq.LoweringError, match="output 0"):
+        lowered(conditional_model(), (-torch.rand(2, 8),), quantizer=quantizer)
 
 
 @pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
