@@ -22,6 +22,7 @@ def prepare(graph: GraphModule) -> None:
     _join_pads(graph)
     _separate_scales(graph)
     _shield_pads(graph)
+    _shield_means(graph)
     _infer_sizes(graph)
     _distinct_outputs(graph)
     _copy_permuted(graph)
@@ -131,6 +132,18 @@ def _shield_pads(graph: GraphModule) -> None:
         source = node.args[0]
         read = all(_is_integer_convolution(user) for user in node.users) and is_spatial_pad(node)
         if ops.is_dequantize(source) and not read:
+            with graph.graph.inserting_before(node):
+                node.replace_input_with(source, _reshaped(graph, source))
+
+
+def _shield_means(graph: GraphModule) -> None:
+    """A reshape between a dequantize op and a mean of sizes that vary, so that it is computed in float.
+
+    XNNPACK's int8 mean keeps what it planned for a smaller call, and is wrong in a larger one.
+    """
+    for node in [n for n in graph.graph.nodes if ops.op_name(n) in ("mean", "adaptive_avg_pool2d")]:
+        source = node.args[0]
+        if ops.is_dequantize(source) and not all(isinstance(s, int) for s in ops.shape_of(source) or ("unknown",)):
             with graph.graph.inserting_before(node):
                 node.replace_input_with(source, _reshaped(graph, source))
 

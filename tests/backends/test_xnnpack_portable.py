@@ -11,11 +11,13 @@ from torchquant.fx import passes
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
+from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+
 from torchquant.backends import executorch_xnnpack
 from torchquant.backends.executorch_xnnpack import portable
 from torchquant.backends.executorch_xnnpack.blame import blamed
 
-MOST = 5
+MOST = 7
 
 
 def lowered(model, batch, *, dynamic=False, quantizer=None):
@@ -120,6 +122,21 @@ def test_cells_pools_bags_and_orders_compute_what_the_graph_does_for_every_size(
     program, graph = lowered(model(), (torch.randn(2, *shape),), dynamic=dynamic)
     for n in (1, 2, MOST) if dynamic else (2,):
         assert_same(program, graph, (torch.randn(n, *shape),))
+
+
+@pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("name", ["ours", "executorch"])
+def test_a_mean_over_images_is_right_in_a_call_that_is_larger_than_those_before(name):
+    theirs = xnnpack_quantizer.XNNPACKQuantizer().set_global(xnnpack_quantizer.get_symmetric_quantization_config(True))
+    quantizer = XnnpackQuantizer("static_int8") if name == "ours" else theirs
+    model = Call(lambda m, x: (m.last(F.adaptive_avg_pool2d(m.first(x), 1)),), first=conv(3, 8), last=conv(8, 4))
+    program, graph = lowered(model, (torch.randn(2, 3, 6, 6),), dynamic=True, quantizer=quantizer)
+    for n in (2, 1, 4, MOST):
+        assert_same(program, graph, (torch.randn(n, 3, 6, 6),))
+
+
+def conv(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 def test_a_prelu_keeps_nan_and_infinity():
