@@ -143,6 +143,8 @@ def _shield_means(graph: GraphModule) -> None:
     """
     for node in [n for n in graph.graph.nodes if ops.op_name(n) in ("mean", "adaptive_avg_pool2d")]:
         source = node.args[0]
+        if not any(ops.is_quantize(user) for user in node.users):
+            continue  # it is float already
         if ops.is_dequantize(source) and not all(isinstance(s, int) for s in ops.shape_of(source) or ("unknown",)):
             with graph.graph.inserting_before(node):
                 node.replace_input_with(source, _reshaped(graph, source))
