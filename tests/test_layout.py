@@ -18,7 +18,7 @@ LAYERS = [
     ["types"],
     ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
     ["fx"],
-    ["benchmark", "calibration", "dynamo", "scaled", "solved", "verify"],
+    ["benchmark", "calibration", "dynamo", "scaled", "solved", "stages", "verify"],
     ["proof"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],

@@ -23,7 +23,7 @@ from torchquant.files import write_whole
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.signature import InputSpec, Signature
 
-__all__ = ["Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
+__all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
 
 _HEADER = slice(8, 12)  # of the extended header: its name, then its length, 4 bytes, and three sizes of 8
 # ExecuTorch's scalar type numbers
@@ -39,6 +39,10 @@ _DTYPES = {
     11: torch.bool,
     15: torch.bfloat16,
 }
+
+
+class ExecutorchError(LoweringError):
+    """ExecuTorch fails on a program, without saying at which op of the model."""
 
 
 def executorch_modules() -> SimpleNamespace:
@@ -68,7 +72,7 @@ class Method:
     """The `forward` of a `.pte`: tensors in, a tuple of tensors out, one call at a time.
 
     Raises:
-        LoweringError: ExecuTorch cannot load it.
+        ExecutorchError: ExecuTorch cannot load it, or not run it on these tensors.
     """
 
     def __init__(self, buffer: bytes) -> None:
@@ -80,13 +84,17 @@ class Method:
             with without_cpu_lines():
                 self._method = self._program.load_method("forward")
         except RuntimeError as error:
-            raise LoweringError(f"ExecuTorch cannot load the program: {error}") from error
+            raise ExecutorchError(f"ExecuTorch cannot load the program: {error}") from error
         self._lock = threading.Lock()
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         given = [t.detach().contiguous() for t in tensors]
-        with self._lock:
-            return tuple(self._method.execute(given))
+        try:
+            with self._lock:
+                return tuple(self._method.execute(given))
+        except RuntimeError as error:
+            sizes = ", ".join(str(tuple(t.shape)) for t in given)
+            raise ExecutorchError(f"ExecuTorch cannot run the program on tensors of {sizes}: {error}") from error
 
     def signature(self) -> Signature:
         """What the runtime reports of the inputs: of a program with dynamic sizes, the largest ones."""

@@ -36,6 +36,7 @@ from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
+from torchquant.stages import stages
 from torchquant.types import Site
 
 __all__ = ["dynamo_backend", "lower", "lower_float"]
@@ -62,6 +63,7 @@ def lower(
     own_kernels: bool = True,
     tune: bool = True,
     compare_float: bool = False,
+    progress: bool = True,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
@@ -79,6 +81,7 @@ def lower(
         compare_float: also compile the graph in float32 and time both on `example_inputs`, with as many threads as
             torch has now. Where float is faster, that is what is returned, with a warning that names both times:
             its proof has `fused` 0 and says why. Takes twice as long.
+        progress: show on stderr what is being done.
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
@@ -96,36 +99,39 @@ def lower(
     mark_sites(floats)
     reference = flat(floats)
     cases = cases_of(reference, batch)
-    raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
-    kernels = _kernels(raw, regions)
-    wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
-    try:
-        fused = _prove_integer(wanted, kernels)
-    except LoweringError:
-        if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
-            raise
-        # between our regions Inductor may lose a pattern that it finds in the whole graph
-        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
+    with stages(f"lowering for {TARGET}", progress) as stage:
+        stage("compiling")
+        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
         kernels = _kernels(raw, regions)
-        fused = _prove_integer(wanted, kernels)
-    package = Path(folder.name) / "model.pt2"
-    _pack(raw, package, regions)
-    left = left_float(sites, allowed, {name for region in regions for name in region.sites})
-    if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
-        reference, package, kernels, reason = faster
-        fused = 0
-        left |= {f"{len(wanted)} annotated ops": reason}
-        warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
-    run = _OnCopies(run_package(package))
-    verdict = hold_against(
-        reference.graph,
-        run,
-        cases,
-        min_sqnr_db=min_sqnr_db,
-        op_error=torch.finfo(torch.float32).eps,
-        target=TARGET,
-        build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
-    )
+        wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
+        try:
+            fused = _prove_integer(wanted, kernels)
+        except LoweringError:
+            if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
+                raise
+            # between our regions Inductor may lose a pattern that it finds in the whole graph
+            raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
+            kernels = _kernels(raw, regions)
+            fused = _prove_integer(wanted, kernels)
+        package = Path(folder.name) / "model.pt2"
+        _pack(raw, package, regions)
+        left = left_float(sites, allowed, {name for region in regions for name in region.sites})
+        if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
+            reference, package, kernels, reason = faster
+            fused = 0
+            left |= {f"{len(wanted)} annotated ops": reason}
+            warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
+        stage("running and proving it")
+        run = _OnCopies(run_package(package))
+        verdict = hold_against(
+            reference.graph,
+            run,
+            cases,
+            min_sqnr_db=min_sqnr_db,
+            op_error=torch.finfo(torch.float32).eps,
+            target=TARGET,
+            build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
+        )
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
