@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +118,16 @@ def lower(
         left |= {f"{len(wanted)} annotated ops": reason}
         warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
     run = _OnCopies(run_package(package))
-    verdict = hold_against(
-        reference.graph,
-        run,
-        cases,
-        min_sqnr_db=min_sqnr_db,
-        op_error=torch.finfo(torch.float32).eps,
-        target=TARGET,
-        build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
-    )
+    with native.poisoned() if regions else nullcontext():
+        verdict = hold_against(
+            reference.graph,
+            run,
+            cases,
+            min_sqnr_db=min_sqnr_db,
+            op_error=torch.finfo(torch.float32).eps,
+            target=TARGET,
+            build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
+        )
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)

@@ -20,7 +20,7 @@ import torch
 from torchquant.errors import LoweringError
 from torchquant.files import write_whole
 
-__all__ = ["PREFIX", "instruction_sets", "library_file", "load", "load_packaged", "profiled", "supported", "use"]
+__all__ = ["PREFIX", "instruction_sets", "library_file", "load", "load_packaged", "poisoned", "profiled", "supported", "use"]
 
 PREFIX = "torchquant-x86-"
 
@@ -238,6 +238,20 @@ def use(instruction_set: str) -> Iterator[None]:
         yield
     finally:
         load().torchquant_x86_use(b"")
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Make workspaces and outputs of the kernels NaN before each use inside the block, in all threads.
+
+    What a kernel fails to write cannot then be what an earlier call wrote. `TORCHQUANT_POISON` in the environment of a
+    process does so from its start.
+    """
+    before = load().torchquant_x86_poison(1)
+    try:
+        yield
+    finally:
+        load().torchquant_x86_poison(before)
 
 
 def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequence[int]) -> list[list[float]]:
