@@ -32,7 +32,7 @@ from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
-from torchquant.ops import native, saturation, tuning
+from torchquant.ops import cpu, native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
@@ -294,6 +294,7 @@ def _compile(
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
         saturation.note(package, unsafe)
+        cpu.note(package)
     except LoweringError:
         raise
     except Exception as error:
