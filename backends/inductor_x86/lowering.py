@@ -37,6 +37,7 @@ from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
+from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
 __all__ = ["dynamo_backend", "lower", "lower_float"]
@@ -54,6 +55,7 @@ _ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,
@@ -204,6 +206,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
+@unchanged()
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
 
