@@ -50,6 +50,7 @@ from torchquant.program import Metadata, Proof
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
 from torchquant.stages import stages
+from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
 __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "XnnpackProgram", "load", "lower"]
@@ -57,6 +58,7 @@ __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "Xnnpack
 _OP_ERROR = 1e-5  # XNNPACK approximates exp, erf and rsqrt
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,

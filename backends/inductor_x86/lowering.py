@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
-from torchquant.ops import native, saturation, tuning
+from torchquant.ops import cpu, native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
 from torchquant.stages import stages
+from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
 __all__ = ["dynamo_backend", "lower", "lower_float"]
@@ -54,6 +56,7 @@ _ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,
@@ -123,15 +126,16 @@ def lower(
             warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
         stage("running and proving it")
         run = _OnCopies(run_package(package))
-        verdict = hold_against(
-            reference.graph,
-            run,
-            cases,
-            min_sqnr_db=min_sqnr_db,
-            op_error=torch.finfo(torch.float32).eps,
-            target=TARGET,
-            build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
-        )
+        with native.poisoned() if regions else nullcontext():
+            verdict = hold_against(
+                reference.graph,
+                run,
+                cases,
+                min_sqnr_db=min_sqnr_db,
+                op_error=torch.finfo(torch.float32).eps,
+                target=TARGET,
+                build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
+            )
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
@@ -208,6 +212,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
+@unchanged()
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
 
@@ -298,6 +303,7 @@ def _compile(
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
         saturation.note(package, unsafe)
+        cpu.note(package)
     except LoweringError:
         raise
     except Exception as error:
