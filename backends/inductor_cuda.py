@@ -6,7 +6,6 @@ import math
 import operator
 import os
 import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from torchquant.fx.flat import flat
 from torchquant.fx.windows import window_of
 from torchquant.lowering import accountable_sites, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
+from torchquant.owned import OwnFolder
 from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
@@ -207,8 +207,8 @@ class CudaProgram(Program):
         settings = {k: v for k, v in self.settings.items() if k != "triton.cudagraphs"}
 
         def write(part: Path) -> None:
-            with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-                made = str(Path(folder) / "model.pt2")
+            with torch.no_grad(), OwnFolder("torchquant-cuda-") as folder:
+                made = str(folder / "model.pt2")
                 try:
                     torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=settings)
                 except Exception as error:

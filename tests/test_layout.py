@@ -23,6 +23,7 @@ LAYERS = [
         "files",
         "formats",
         "observers",
+        "owned",
         "parallel",
         "histograms",
         "ranges",

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchquant.errors import CalibrationError, InputError
+from torchquant.parallel import anywhere
 from torchquant.signature import InputSpec, Signature, placeholders
 
 Batch = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -87,7 +88,7 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Given | Step
 
     Raises:
         InputError: `batches` is a single tensor or not iterable, or a batch does not fit.
-        CalibrationError: there is no batch at all, or one holds NaN.
+        CalibrationError: there is no batch at all, in any process, or one holds NaN.
     """
     if isinstance(batches, (torch.Tensor, dict, str, Steps)) or not isinstance(batches, Iterable):
         raise InputError(f"batches is an iterable of batches, not a single {type(batches).__name__}; wrap it: [batch]")
@@ -99,7 +100,7 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Given | Step
             yield Steps(steps)
         else:
             yield _finite(given(signature, batch, name), name)
-    if count == 0:
+    if not anywhere(count > 0):  # a process may be left without, if there are more of them than batches
         raise CalibrationError("there is no calibration batch: the iterable is empty (or was used up before)")
 
 

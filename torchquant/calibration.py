@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import track
@@ -14,14 +14,14 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
-from torchquant.fx import merging
+from torchquant.fx import merging, ops
 from torchquant.fx.sites import is_observer, observers, read_sites, refuse_lost_writes
 from torchquant.fx.states import own_inputs, restored, set_states, states_of
 from torchquant.observers import check_finite, reset
-from torchquant.parallel import is_parallel
+from torchquant.parallel import is_parallel, together
 from torchquant.signature import Signature
 
-__all__ = ["Recorder", "calibrate", "recalibrate"]
+__all__ = ["Recorder", "calibrate", "recalibrate", "record"]
 
 
 def calibrate(
@@ -32,7 +32,8 @@ def calibrate(
 ) -> None:
     """Run the observers of one or several prepared graphs over the data, read once.
 
-    Under `torchrun` each process takes its own batches, and all end with what the observers saw in all processes.
+    Under `torchrun` each process takes its own batches (none, if there are fewer batches than processes), and all end
+    with what the observers saw in all processes.
 
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), or several, each for its own target.
@@ -44,8 +45,14 @@ def calibrate(
         InputError: a batch does not fit the model's inputs.
         CalibrationError: no batch, NaN or infinity at a site, a site that never saw data, a graph without
             observers, or in several processes an observer whose states cannot be put together.
+        ParallelError: another process failed.
     """
     models = [prepared] if isinstance(prepared, GraphModule) else list(prepared)
+    with together("calibrate"):
+        _calibrate(models, batches, progress)
+
+
+def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: bool) -> None:
     for model in models:
         _check_prepared(model)
     if is_parallel():
@@ -58,9 +65,14 @@ def calibrate(
     try:
         with torch.no_grad(), ExitStack() as stack:
             initial = [stack.enter_context(restored(model)) for model in models]
+            is_empty = True
             for batch in shown:
+                is_empty = False
                 for model, state in zip(models, initial, strict=True):
                     _observe(model, batch, state)
+            if is_empty:  # of several processes, one without a batch
+                for model in models:
+                    _observe_constants(model)
     finally:
         for hook in hooks:
             hook.remove()
@@ -78,6 +90,13 @@ def _observe(model: GraphModule, batch: data.Given | data.Steps, initial: Mappin
         data.call(model, own_inputs(model, step))
 
 
+def _observe_constants(model: GraphModule) -> None:
+    """Show weights to their observers, as each batch does."""
+    for node, observer in observers(model):
+        if ops.is_constant(node.args[0]):  # type: ignore[arg-type]
+            observer(ops.constant_value(model, node.args[0]))  # type: ignore[arg-type]
+
+
 def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool = True) -> None:
     """Forget what the observers saw, weights' included, and calibrate again: after weights changed.
 
@@ -87,6 +106,26 @@ def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool
     for node, observer in observers(prepared):
         reset(observer, str(getattr(observer, "site", node.args[0])))
     calibrate(prepared, batches, progress=progress)
+
+
+def record(prepared: GraphModule, statistics: Mapping[Node, Statistic], batches: Iterable[Any]) -> None:
+    """Let statistics see the first inputs of chosen nodes, in the float function, over all batches of all processes."""
+    recorder = Recorder(prepared, statistics, observe=False)
+    with torch.no_grad():
+        for batch in batches:
+            recorder(batch)
+    for statistic in {id(s): s for s in statistics.values()}.values():
+        statistic.share()
+
+
+class Statistic(Protocol):
+    """What `record` fills."""
+
+    def update(self, value: torch.Tensor) -> None:
+        """Add one batch."""
+
+    def share(self) -> None:
+        """Become the statistic over the batches of all processes (see `torchquant.parallel`)."""
 
 
 class Recorder(Interpreter):

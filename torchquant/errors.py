@@ -33,6 +33,10 @@ class SchemeError(TorchquantError, ValueError):
     """A scheme or format that is unknown, malformed, or that a target does not run."""
 
 
+class ParallelError(TorchquantError):
+    """Under `torchrun`: another process failed, ended, or did something else; its message is in this one's."""
+
+
 class LoweringError(TorchquantError):
     """A backend could not build, run or prove the artefact."""
 

@@ -25,9 +25,11 @@ from torchquant.errors import (
     TorchquantWarning,
 )
 from torchquant.fx import ops, passes
+from torchquant.fx.digests import digest_of
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states
+from torchquant.parallel import agree, is_parallel, together
 from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
 from torchquant.surroundings import unchanged
@@ -194,6 +196,19 @@ def quantize(
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
     """
+    with together("quantize"):
+        return _quantize(model, example_inputs, batches, quantizer, algorithms, dynamic_shapes, progress)
+
+
+def _quantize(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    quantizer: Quantizer | Sequence[Quantizer],
+    algorithms: Sequence[Algorithm],
+    dynamic_shapes: Any,
+    progress: bool,
+) -> Any:
     several = isinstance(quantizer, Sequence) and not isinstance(quantizer, str)
     quantizers: list[Quantizer] = list(quantizer) if several else [quantizer]
     if not quantizers:
@@ -211,6 +226,8 @@ def quantize(
     converted = [convert(p) for p in prepared]
     for graph in converted:
         _warn_if_nothing_happened(graph)
+    if is_parallel():
+        agree(" ".join(map(digest_of, converted)), "the quantized graph")
     return converted if several else converted[0]
 
 
@@ -227,6 +244,9 @@ def optimize(
     progress: bool = True,
 ) -> Optimization:
     """Improve a calibrated prepared graph in place, before `convert_pt2e`; any Quantizer's.
+
+    Under `torchrun` each process gives its own batches (none, if there are fewer than processes); statistics, gradients
+    and errors are summed, and all processes end with the same graph or with an error.
 
     Each answer of an algorithm is kept only if the output of its layer or block is no worse on the calibration
     data, and each algorithm only if the output of the network is no worse; a warning says so.
@@ -249,21 +269,23 @@ def optimize(
         CalibrationError: the graph is not prepared or not calibrated.
         SchemeError: an algorithm cannot honour how a weight is quantized.
         ArtifactError: the checkpoints are those of another run.
+        ParallelError: under torchrun another process failed, or they end with different graphs.
         KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is; or, with a checkpoint
             folder, in that folder, and the graph is as it came. After any other error it is as it came.
     """
-    _refuse_uncalibrated(prepared)
-    return run(
-        prepared,
-        batches,
-        algorithms,
-        budget_s=budget_s,
-        memory_bytes=memory_bytes,
-        checkpoint=checkpoint,
-        seed=seed,
-        exclude=exclude,
-        progress=progress,
-    )
+    with together("optimize"):
+        _refuse_uncalibrated(prepared)
+        return run(
+            prepared,
+            batches,
+            algorithms,
+            budget_s=budget_s,
+            memory_bytes=memory_bytes,
+            checkpoint=checkpoint,
+            seed=seed,
+            exclude=exclude,
+            progress=progress,
+        )
 
 
 def _warn_if_nothing_happened(converted: GraphModule) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from torchquant.checkpoints import Checkpoints, read, write
 from torchquant.errors import InputError, TorchquantWarning
 from torchquant.fx import patterns
 from torchquant.fx.blocks import Span
+from torchquant.fx.digests import digest_of
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream, Task, given_to
-from torchquant.parallel import anywhere, everywhere
+from torchquant.parallel import agree, anywhere, everywhere, is_parallel, together
 from torchquant.solved import SolvedActivation, SolvedWeight, apply
 
 __all__ = ["Optimization", "SpanResult", "run"]
@@ -110,6 +112,24 @@ def run(
     progress: bool = True,
 ) -> Optimization:
     """See `torchquant.optimize`."""
+    with together("optimize"):
+        if is_parallel():
+            agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
+            agree(digest_of(prepared), "the graph that `optimize` is given")
+        return _run(prepared, batches, algorithms, budget_s, memory_bytes, checkpoint, seed, exclude, progress)
+
+
+def _run(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    algorithms: Sequence[Algorithm],
+    budget_s: float | None,
+    memory_bytes: int,
+    checkpoint: str | Path | None,
+    seed: int,
+    exclude: Sequence[str],
+    progress: bool,
+) -> Optimization:
     _check(prepared, algorithms, budget_s)
     kept = given_to(prepared, list(data.checked(prepared, batches)))
     settings = _Settings(
@@ -135,6 +155,8 @@ def run(
                 _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
             else:
                 _transform(prepared, kept, algorithm, settings, result)
+        if is_parallel():
+            agree(digest_of(prepared), "what the algorithms made of the graph")
     except BaseException as error:
         if checkpoint is not None or not isinstance(error, KeyboardInterrupt):
             _become(prepared, original)
@@ -144,6 +166,18 @@ def run(
     result.seconds = time.perf_counter() - settings.start
     result.peak_bytes = _peak_bytes()
     return result
+
+
+def _description(
+    algorithms: Sequence[Algorithm],
+    budget_s: float | None,
+    checkpoint: str | Path | None,
+    seed: int,
+    exclude: Sequence[str],
+) -> str:
+    """What the processes of a parallel run must be told alike."""
+    names = [type(a).__qualname__ for a in algorithms]
+    return repr((names, budget_s is None, checkpoint is None, seed, sorted(exclude)))
 
 
 def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: float | None) -> None:
@@ -227,9 +261,9 @@ def _solve(
     weights = [_cost(span) for span in spans]
     late = 0
     begin = getattr(algorithm, "begin", None)
-    if callable(begin):
-        begin(stream, spans, settings.seed + 7919 * number)
-    with _bar(settings.progress) as bar:
+    with closing(stream), _bar(settings.progress) as bar:
+        if callable(begin):
+            begin(stream, spans, settings.seed + 7919 * number)
         row = bar.add_task(name, total=len(spans))
         for index, task in enumerate(stream.walk(spans)):
             bar.update(row, description=f"{name}: {task.span.name}")

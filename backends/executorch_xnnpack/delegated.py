@@ -10,12 +10,10 @@ import importlib.resources
 import json
 import operator
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -24,6 +22,7 @@ from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.errors import LoweringError, TorchquantWarning
 from torchquant.fx.sites import marked
 from torchquant.lowering import names
+from torchquant.owned import OwnFolder
 from torchquant.types import Site
 
 __all__ = ["Delegated", "read_delegates"]
@@ -141,13 +140,13 @@ def _graph_of(payload: bytes) -> dict[str, Any]:
 
     header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH])
     start = header.flatbuffer_offset
-    with tempfile.TemporaryDirectory() as folder:
-        schema, file = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
+    with OwnFolder("torchquant-xnnpack-") as folder:
+        schema, file = folder / "schema.fbs", folder / "graph.bin"
         schema.write_bytes(importlib.resources.files(serialization).joinpath("schema.fbs").read_bytes())
         file.write_bytes(payload[start : start + header.flatbuffer_size])
         try:
-            _flatc_decompile(folder, str(schema), str(file))
-            text = Path(folder, "graph.json").read_text()
+            _flatc_decompile(str(folder), str(schema), str(file))
+            text = (folder / "graph.json").read_text()
         except Exception as error:
             raise LoweringError(f"{TARGET}: the delegate's graph cannot be read back: {error}") from error
     return dict(json.loads(re.sub(r":\s*(-?)(inf|nan)\b", _json_number, text)))

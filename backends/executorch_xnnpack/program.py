@@ -7,7 +7,6 @@ in the same file, as a zip archive: ExecuTorch's runtimes read the program by th
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
 from torchquant.files import write_whole
+from torchquant.owned import OwnFolder
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.signature import InputSpec, Signature
 
@@ -137,8 +137,8 @@ class XnnpackProgram(Program):
 
 def with_metadata(buffer: bytes, about: Metadata) -> bytes:
     """The program with what torchquant knows of it behind it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.pte")
+    with OwnFolder("torchquant-xnnpack-") as folder:
+        file = folder / "model.pte"
         file.write_bytes(buffer)
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr("torchquant/about", "what torchquant knows of the program before this archive\n")

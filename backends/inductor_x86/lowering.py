@@ -9,7 +9,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 import warnings
 import zipfile
@@ -34,6 +33,7 @@ from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
 from torchquant.ops import cpu, native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
+from torchquant.owned import OwnFolder
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
@@ -95,8 +95,8 @@ def lower(
     _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
     passes.remove_dead_weights(quantized)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
-    folder = tempfile.TemporaryDirectory(prefix="torchquant-x86-", ignore_cleanup_errors=True)
-    raw_file = Path(folder.name) / "raw.pt2"
+    folder = OwnFolder("torchquant-x86-")
+    raw_file = folder.path / "raw.pt2"
     floats = passes.copy_graph(quantized)
     passes.make_float(floats, allowed)
     mark_sites(floats)
@@ -116,7 +116,7 @@ def lower(
             raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
             kernels = _kernels(raw, regions)
             fused = _prove_integer(wanted, kernels)
-        package = Path(folder.name) / "model.pt2"
+        package = folder.path / "model.pt2"
         _pack(raw, package, regions)
         left = left_float(sites, allowed, {name for region in regions for name in region.sites})
         if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
@@ -134,7 +134,7 @@ def lower(
                 min_sqnr_db=min_sqnr_db,
                 op_error=torch.finfo(torch.float32).eps,
                 target=TARGET,
-                build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
+                build=lambda graph: _built(graph, cases[0], folder.path, bool(regions)),
             )
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
@@ -221,9 +221,9 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     """
     pure = flat(exported)
     cases = cases_of(pure, example_inputs)
-    with tempfile.TemporaryDirectory(prefix="torchquant-x86-") as folder:
-        raw, _ = _compile(pure.graph, cases[0], Path(folder) / "raw.pt2", own_kernels=False)
-        package = Path(folder) / "model.pt2"
+    with OwnFolder("torchquant-x86-") as folder:
+        raw, _ = _compile(pure.graph, cases[0], folder / "raw.pt2", own_kernels=False)
+        package = folder / "model.pt2"
         _repack(raw, package)
         run = run_package(package)
         size_bytes = package.stat().st_size
@@ -367,8 +367,8 @@ def _stripped(library: bytes) -> bytes:
     strip = shutil.which("strip")
     if strip is None:
         return library
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.so"
+    with OwnFolder("torchquant-x86-") as folder:
+        file = folder / "model.so"
         file.write_bytes(library)
         done = subprocess.run([strip, str(file)], capture_output=True, check=False)
         return file.read_bytes() if done.returncode == 0 else library

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
 from torchquant.files import write_whole
 from torchquant.ops import cpu, exactness, native
+from torchquant.owned import OwnFolder
 from torchquant.program import Program, State, read_metadata
 from torchquant.signature import Signature
 
@@ -40,7 +40,7 @@ class X86Program(Program):
     def __init__(
         self,
         package: Path,
-        folder: tempfile.TemporaryDirectory[str] | None = None,
+        folder: OwnFolder | None = None,
         signature: Signature | None = None,  # with types that cannot be stored
     ) -> None:
         self._package = package

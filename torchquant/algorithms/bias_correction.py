@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torchquant.algorithms.contract import Clock
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
-from torchquant.fx.stream import Flow, Task
+from torchquant.fx.stream import Flow, Task, outputs_of
 from torchquant.parallel import total_
 from torchquant.solved import Solution
 
@@ -59,7 +59,7 @@ def output_moments(task: Task, flow: Flow = "quantized") -> OutputMoments:
     """Measure a one-site task on all batches (of all processes); yq is made of the inputs of `flow`."""
     (site,) = task.span.sites
     axis = -1 if ops.op_name(site) == "linear" else 1
-    evaluator, sums = task.evaluator(), torch.zeros(())
+    evaluator, sums = task.evaluator(), torch.zeros(5, outputs_of(site), dtype=torch.float64)
     place = task.results.index(site)
     for batch in range(task.count):
         y = task.targets(batch)[place].movedim(axis, 0).flatten(1).double()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from torchquant.parallel import gathered, rank
+
 __all__ = ["ChannelMoments", "ChannelSample", "Fold", "Smallest"]
 
 
@@ -22,6 +24,11 @@ class Smallest:
         if value.numel():
             low = value.detach().movedim(self.axis, -1).flatten(0, -2).amin(0)
             self.value = low if self.value is None else torch.minimum(self.value, low)
+
+    def share(self) -> None:
+        """Of all processes' batches."""
+        found = [low for low in gathered(self.value) if low is not None]
+        self.value = torch.stack(found).amin(0) if found else None
 
 
 @dataclass
@@ -48,6 +55,14 @@ class ChannelMoments:
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.squares = self.squares + rows.square().sum(0, dtype=torch.float64)
         self.count += len(rows)
+
+    def share(self) -> None:
+        """Of all processes' batches."""
+        parts = [p for p in gathered((self.low, self.high, self.squares, self.count)) if p[3]]
+        if parts:
+            lows, highs, squares, counts = zip(*parts, strict=True)
+            self.low, self.high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+            self.squares, self.count = torch.stack(squares).sum(0), sum(counts)
 
     @property
     def square(self) -> torch.Tensor:
@@ -83,7 +98,7 @@ class ChannelSample:
     kept: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator().manual_seed(self.seed + 7919 * rank())
         self._keys, self._half, self._seen = torch.empty(0), torch.empty(0, dtype=torch.int64), 0
 
     def update(self, value: torch.Tensor) -> None:
@@ -113,6 +128,20 @@ class ChannelSample:
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         self.kept, self._half = torch.cat([self.kept[old], items[new]]), torch.cat([self._half[old], half[new]])
         self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
+
+    def share(self) -> None:
+        """Of all processes' batches: the items with the smallest keys of all."""
+        parts = gathered((self.ranges, self._keys, self._half, self.kept))
+        for which in (0, 1):
+            known = [ranges[which] for ranges, *_ in parts if ranges[which] is not None]
+            lows, highs = zip(*known, strict=True) if known else ((), ())
+            self.ranges[which] = (torch.stack(lows).amin(0), torch.stack(highs).amax(0)) if known else None
+        drawn = [part for part in parts if part[3] is not None]
+        alike = [part for part in drawn if part[3].shape[1:] == drawn[0][3].shape[1:]]
+        if alike:
+            self._keys, self._half, self.kept = (torch.cat([part[i] for part in alike]) for i in (1, 2, 3))
+            chosen = self._keys.argsort()[: self.items]
+            self._keys, self._half, self.kept = self._keys[chosen], self._half[chosen], self.kept[chosen]
 
     @property
     def range(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import Smallest
-from torchquant.calibration import Recorder
+from torchquant.calibration import record
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.producers import LAYERS, Producer, channel_axis, has_constants, is_padded, producer_of, readers
@@ -90,12 +90,9 @@ class CrossLayerEqualization:
         """Move the biases; returns the second layers of the pairs that changed."""
         spans = {pair.second: span for pair in pairs if (span := _absorbing(pair)) is not None}
         smallest = {relu: Smallest(axis) for relu, axis in spans.values()}
-        recorder = Recorder(prepared, smallest, observe=False)
         if not smallest:
             return set()
-        with torch.no_grad():
-            for batch in batches:
-                recorder(batch)
+        record(prepared, smallest, batches)
         changed = set()
         for pair in pairs:
             if pair.second not in spans or (low := smallest[spans[pair.second][0]].value) is None:

@@ -29,7 +29,7 @@ from torchquant.algorithms.rounding import Problem, descend
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_of
 from torchquant.fx.stream import Env
-from torchquant.parallel import total, total_
+from torchquant.parallel import total, total_, total_all_
 from torchquant.solved import Solution
 
 __all__ = ["improve_codes"]
@@ -112,7 +112,7 @@ class _Steps:
                 error += float(loss.detach())
         for tensor in (*weights.values(), *biases.values()):
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            total_(tensor.grad)
+        total_all_([t.grad for t in (*weights.values(), *biases.values()) if t.grad is not None])
         slopes = {n: self._layouts[n].matrix(_half_gradient(w)) for n, w in weights.items()}
         return _Point(solution, total(error)[0], slopes, {n: _half_gradient(b) for n, b in biases.items()})
 

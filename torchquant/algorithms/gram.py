@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from torchquant.algorithms.layout import Layout
 from torchquant.fx.stream import Flow
-from torchquant.parallel import total_
+from torchquant.parallel import preceding, total_
 
 __all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
 
@@ -70,10 +70,11 @@ def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
     assert isinstance(source, Node)
     size = layout.matrix(torch.empty(layout.shape, device="meta")).shape
     sums = [_Sums(size[0], size[2]) for _ in range(2)]
+    first = preceding(task.count)  # so that the halves do not depend on how many processes share the batches in order
     for batch in range(task.count):
         quantized, exact = (task.inputs(batch, flow)[source] for flow in ("quantized", "float"))
         for fold in range(2):
-            sums[(fold + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
+            sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
         del quantized, exact  # before the next ones are read
     return sums[0].moments(), sums[1].moments()
 

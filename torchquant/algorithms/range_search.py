@@ -73,7 +73,7 @@ class RangeSearch:
         """The range of the span's observer."""
         node = task.span.nodes[0]
         observer = observer_of(task.prepared, node)
-        grid = grid_of(observer, task.inputs(0, "float")[_source(node)].shape)
+        grid = grid_of(observer, _shape(task))
         if grid is None or grid.dialect != "tensor" or hasattr(observer, "derive_qparams_fn"):
             return Solution()
         judge = _Judge(task, self.samples)
@@ -134,7 +134,7 @@ class _Judge:
         self._task = task
         self._targets = [str(n.target) for n in task.span.nodes if observer_of(task.prepared, n) is observer]
         self._weights = _float_weights(task)
-        size = max(1, len(task.inputs(0, "float")[_source(task.span.nodes[0])]))
+        size = max(1, *_shape(task)[:1])
         self._count = task.count if samples is None else min(task.count, math.ceil(samples / size))
         self._exact = self._evaluator(lambda x: x)
         self._kept: dict[int, list[_Result]] = {}
@@ -174,6 +174,15 @@ class _Judge:
     def _evaluator(self, fake: Callable[[torch.Tensor], torch.Tensor] | None) -> Evaluator:
         fakes = {} if fake is None else dict.fromkeys(self._targets, fake)
         return self._task.evaluator(fakes=fakes, weights=self._weights)
+
+
+def _shape(task: Task) -> torch.Size:
+    """Of the tensor that a span begins with, in the first batch; in a process without any, as at export."""
+    source = _source(task.span.nodes[0])
+    if task.count:
+        shape: torch.Size = task.inputs(0, "float")[source].shape
+        return shape
+    return torch.Size(size if isinstance(size, int) else size.node.hint or 2 for size in source.meta["val"].shape)
 
 
 def _float_weights(task: Task) -> dict[Node, torch.Tensor]:

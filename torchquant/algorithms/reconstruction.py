@@ -22,7 +22,7 @@ from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.stream import Task
-from torchquant.parallel import total_
+from torchquant.parallel import total, total_all_
 from torchquant.solved import Solution, SolvedWeight
 
 __all__ = ["LearnedStep", "Reconstruction", "StraightThrough", "standing"]
@@ -123,9 +123,12 @@ class Reconstruction:
                 yield str(node.target), known.setdefault(id(observer), LearnedStep(grid, self.drop, self.generator))
 
     def run(self, iterations: int, *, lr: float = 0.0, step_lr: float, bias_lr: float) -> None:
-        """Adam on samples drawn from all batches, step sizes down to zero by a cosine, while there is time."""
+        """Adam on samples drawn from all batches, step sizes down to zero by a cosine, while there is time.
+
+        Each process draws from its own batches, and counts by how many it has.
+        """
         learned = [w for w in self.weights.values() if isinstance(w, StraightThrough)]
-        scales = [w.log_scale for w in learned] + list({s.log_scale for s in self.steps.values()})
+        scales = [w.log_scale for w in learned] + list(dict.fromkeys(s.log_scale for s in self.steps.values()))
         rates = [([w.a for w in learned], lr), (scales, step_lr), (list(self.biases.values()), bias_lr)]
         groups: list[dict[str, Any]] = [{"params": found, "lr": rate} for found, rate in rates if found]
         if not groups or not iterations:
@@ -134,16 +137,17 @@ class Reconstruction:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / iterations)
         )
+        parameters = [p for group in groups for p in group["params"]]  # in one order in all processes
+        share = self.task.count / max(total(self.task.count)[0], 1)
         for _ in range(iterations):
             if self.clock.is_over:
                 break
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                self.loss().backward()
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        total_(parameter.grad)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.task.count:
+                with torch.enable_grad():
+                    (self.loss() * share).backward()
+            total_all_([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             schedule.step()
 

@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelSample, Fold
 from torchquant.algorithms.tied_factors import smooth_ties
-from torchquant.calibration import Recorder
+from torchquant.calibration import record
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
@@ -149,12 +149,7 @@ class SmoothQuant:
             ChannelSample(g.axis, rows if g.by_rows else max(1, rows // positions), g.by_rows, self.seed)
             for g, (_, positions) in zip(found, sizes, strict=True)
         ]
-        recorder = Recorder(
-            prepared, {g.readers[0].observer: s for g, s in zip(found, samples, strict=True)}, observe=False
-        )
-        with torch.no_grad():
-            for batch in batches:
-                recorder(batch)
+        record(prepared, {g.readers[0].observer: s for g, s in zip(found, samples, strict=True)}, batches)
         return samples
 
     def _smooth(self, prepared: GraphModule, group: Group, sample: ChannelSample) -> int:

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torchquant import batches as data
 from torchquant.algorithms import folding
 from torchquant.algorithms.channel_statistics import ChannelMoments
-from torchquant.calibration import Recorder
+from torchquant.calibration import record
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.consumers import Reader
@@ -33,6 +33,7 @@ from torchquant.fx.producers import channel_axis
 from torchquant.fx.sites import observer_of
 from torchquant.fx.stream import Stream
 from torchquant.fx.ties import Tie, has_static_range, ties_of
+from torchquant.parallel import gathered, rank, world_size
 from torchquant.signature import Signature
 
 __all__ = ["smooth_ties", "spread"]
@@ -162,10 +163,7 @@ def _search(noise: _Noise) -> torch.Tensor:
 
 def _measure(prepared: GraphModule, ties: list[Tie], batches: Sequence[Any], seed: int) -> list[_Noise]:
     moments = {o: ChannelMoments(tie.axis) for tie in ties for o in tie.observers}
-    recorder = Recorder(prepared, moments, observe=False)
-    with torch.no_grad():
-        for batch in batches:
-            recorder(batch)
+    record(prepared, moments, batches)
     flowing = set(data_order(prepared))
     axes = {v: tie.axis for tie in ties for v in tie.observers.values() if v in flowing}
     axes |= {r.layer: channel_axis(r.layer) for tie in ties for r in tie.layers if r.layer in flowing}
@@ -176,12 +174,15 @@ def _measure(prepared: GraphModule, ties: list[Tie], batches: Sequence[Any], see
 def _derivatives(
     prepared: GraphModule, axes: dict[Node, int], batches: Sequence[Any], seed: int
 ) -> dict[Node, torch.Tensor]:
-    """Squared derivatives of the output by each channel (channels,), summed over positions and samples."""
+    """Squared derivatives of the output by each channel (channels,), summed over positions and samples.
+
+    Each process measures some of its own batches, so nothing is exchanged before all are through.
+    """
     found: dict[Node, torch.Tensor] = {}
     seen = 0
     for number, batch in enumerate(batches):
         stream = Stream(prepared, [batch])
-        stream.sensitivities([Span((node,), ()) for node in axes], seed + number)
+        stream.sensitivities([Span((node,), ()) for node in axes], seed + number * world_size() + rank(), metrics=False)
         for node, axis in axes.items():
             if ("sensitivity", node, 0) in stream.store:
                 value = stream.store.get(("sensitivity", node, 0)).movedim(axis, -1)
@@ -191,7 +192,9 @@ def _derivatives(
         )
         if seen >= _SAMPLES:
             break
-    return found
+    everywhere = zip(axes, zip(*gathered([found.get(node) for node in axes]), strict=True), strict=True)
+    sums = {node: [v for v in values if v is not None] for node, values in everywhere}
+    return {node: torch.stack(values).sum(0) for node, values in sums.items() if values}
 
 
 def _noise_of(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.fx import GraphModule
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
@@ -25,7 +24,7 @@ from torchquant.errors import CalibrationError
 from torchquant.fx import ops
 from torchquant.fx.sites import observers
 from torchquant.observers import reset
-from torchquant.parallel import world_size
+from torchquant.parallel import gathered, rank
 from torchquant.ranges import ActivationEntropy, ActivationMSE, ActivationPercentile
 
 __all__ = ["begin", "merge"]
@@ -45,7 +44,7 @@ def begin(models: Sequence[GraphModule]) -> None:
     """
     for site, observer in _stateful(models):
         _check(site, observer)
-        if dist.get_rank():
+        if rank():
             reset(observer, site)
 
 
@@ -60,11 +59,10 @@ def merge(models: Sequence[GraphModule], reached: set[int]) -> None:
     """
     ids = [id(module) for model in models for _, module in observers(model)]
     found = [observer for _, observer in _stateful(models)]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, ([key in reached for key in ids], [_state(observer) for observer in found]))
-    for flags, _ in gathered:
+    everything = gathered(([key in reached for key in ids], [_state(observer) for observer in found]))
+    for flags, _ in everything:
         reached.update(key for key, seen in zip(ids, flags, strict=True) if seen)
-    for observer, *parts in zip(found, *(states for _, states in gathered), strict=True):
+    for observer, *parts in zip(found, *(states for _, states in everything), strict=True):
         seen = [part for part in parts if part and bool(torch.isfinite(part["min_val"]).all())]
         if seen:
             _put_together(observer, seen)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from torchquant.owned import OwnFolder
 
 __all__ = ["Store"]
 
@@ -26,7 +26,7 @@ class Store:
         self._budget = math.inf if budget_bytes is None else budget_bytes
         self._kept: OrderedDict[Any, Any] = OrderedDict()
         self._spilled: dict[Any, Path] = {}
-        self._folder: Path | None = None
+        self._folder: OwnFolder | None = None
         self._bytes = self._named = 0
         self.spilled_bytes = 0
 
@@ -60,13 +60,13 @@ class Store:
         self._spilled.clear()
         self._bytes = 0
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
 
     def _spill(self, key: Any, value: Any) -> None:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="torchquant-"))
-        path = self._folder / f"{self._named}.pt"
+            self._folder = OwnFolder("torchquant-values-")
+        path = self._folder.path / f"{self._named}.pt"
         self._named += 1
         torch.save(value, path)
         self._spilled[key] = path

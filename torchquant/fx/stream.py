@@ -25,7 +25,7 @@ from torchquant.fx.store import Store
 from torchquant.parallel import total, total_
 from torchquant.signature import Signature, placeholders
 
-__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to"]
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "outputs_of"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
@@ -235,32 +235,39 @@ class Stream:
             self._advance(start, len(self._order))
             self._compare_outputs()
         finally:
-            self.store.close()
-            self._alive.clear()
+            self.close()
 
-    def sensitivities(self, spans: Sequence[Span], seed: int, draws: int = 1, *, elements: bool = True) -> None:
-        """Measure for `Task.output_metric` and, with `elements`, for `Task.sensitivity`.
+    def close(self) -> None:
+        """Forget all values, those on disk too: what a walk does at its end."""
+        self.store.close()
+        self._alive.clear()
+
+    def sensitivities(
+        self, spans: Sequence[Span], seed: int, draws: int = 1, *, elements: bool = True, metrics: bool = True
+    ) -> None:
+        """Measure with `metrics` for `Task.output_metric`, over all processes; with `elements` for `Task.sensitivity`.
 
         One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
         """
         generator = torch.Generator().manual_seed(seed)
         results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
         borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=elements)}
-        sites = {site: None for span in spans for site in span.sites if _outputs_of(site) <= _LARGEST_METRIC}
-        metrics = {site: _OutputMetric(site) for site in sites}
+        sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
+        found_metrics = {site: _OutputMetric(site) for site in sites}
         for batch in range(self.count):
             measured, leaves = self._float_with_gradients(batch, borders, sites)
             squares: dict[Node, torch.Tensor] = {}
             for _ in range(draws):
                 for node, gradient in _random_gradients(leaves, measured, generator):
-                    if node in metrics:
-                        metrics[node].add(gradient)
+                    if node in found_metrics:
+                        found_metrics[node].add(gradient)
                     if any(node in found for found in results):
                         squares[node] = squares.get(node, 0) + gradient.square() / draws
             for node, square in squares.items():
                 self.store.put(("sensitivity", node, batch), square)
-        samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
-        self.output_metrics = {site: metric.shrunk(samples) for site, metric in metrics.items()}
+        if metrics:
+            samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
+            self.output_metrics = {site: metric.shrunk(samples) for site, metric in found_metrics.items()}
 
     def _float_with_gradients(
         self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
@@ -354,7 +361,7 @@ class _OutputMetric:
 
     def __init__(self, site: Node) -> None:
         self._axis = -1 if ops.op_name(site) == "linear" else 1
-        self._sums = torch.zeros(_outputs_of(site), _outputs_of(site), dtype=torch.float64)
+        self._sums = torch.zeros(outputs_of(site), outputs_of(site), dtype=torch.float64)
 
     def add(self, gradient: torch.Tensor) -> None:
         rows = gradient.movedim(self._axis, 0).flatten(1).float()
@@ -369,7 +376,8 @@ class _OutputMetric:
         return (1 - share) * found + torch.diag(diagonal - (1 - share) * found.diagonal())
 
 
-def _outputs_of(site: Node) -> int:
+def outputs_of(site: Node) -> int:
+    """How many outputs, or output channels, a convolution or linear has."""
     value = site.meta["val"]
     return int(value.shape[-1 if ops.op_name(site) == "linear" else 1])
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from filelock import FileLock
 
 from torchquant.errors import LoweringError
 from torchquant.files import write_whole
+from torchquant.owned import OwnFolder
 
 __all__ = [
     "PREFIX",
@@ -78,12 +78,12 @@ def cache_folder() -> Path:
 
 def own_folder() -> Path:
     """A folder of this process alone, deleted at its end."""
-    return Path(_own_folder().name)
+    return _own_folder().path
 
 
 @cache
-def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="torchquant-", ignore_cleanup_errors=True)
+def _own_folder() -> OwnFolder:
+    return OwnFolder("torchquant-")
 
 
 def supported() -> bool:
@@ -117,8 +117,8 @@ def _built(folder: Path) -> Path:
     found = folder / build_name()
     with FileLock(found.with_suffix(".lock")):
         if not _is_whole(found):
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                made = _build(Path(place))
+            with OwnFolder("build-", folder) as place:
+                made = _build(place)
                 digest = hashlib.sha256(made.read_bytes()).hexdigest()
                 os.replace(made, found)
             write_whole(_digest_of(found), lambda part: part.write_text(digest))
