@@ -16,7 +16,7 @@ from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_l
 from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
 from torchquant.files import write_whole
-from torchquant.ops import cpu, exactness, native
+from torchquant.ops import cpu, exactness, forks, native
 from torchquant.owned import OwnFolder
 from torchquant.program import Program, State, read_metadata
 from torchquant.signature import Signature
@@ -56,6 +56,7 @@ class X86Program(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
+        forks.survive()
         tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
         before = self._state.values.values()
         with torch.no_grad():
