@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from torchquant.errors import SchemeError
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.stream import Stream
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear")
 LAYERS = {
     "linear 2-D": (nn.Linear(6, 5), (7, 6)),
@@ -325,3 +329,49 @@ def test_compensation_lowers_the_error_of_the_output_on_noisy_inputs():
 def test_damping_is_a_share_of_the_mean_diagonal():
     a = torch.diag(torch.tensor([1.0, 3.0]))[None]
     assert torch.equal(damped(a, 0.1), torch.diag(torch.tensor([0.2, 0.2]))[None])
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 50, 10**6])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_columns_come_in_pieces_as_small_as_a_row_of_places(name, elements):
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape)
+    prepared = calibrated(
+        nn.Sequential(layer), [x], SpecQuantizer(KINDS, per_tensor(), per_channel(axis=axis_of(name)))
+    )
+    (span,) = layers(prepared, frozenset())
+    layout = Layout.of(span.sites[0], layer.weight.shape)
+    whole, pieces = layout.columns(x), list(layout.pieces(x, elements))
+    together = torch.cat(pieces, 2)
+    assert together.shape == whole.shape
+    for column_sums in (lambda c: c.sum(2), lambda c: c @ c.transpose(1, 2)):  # whatever their order
+        assert torch.allclose(column_sums(together), column_sums(whole), atol=1e-4)
+    line = whole.shape[0] * whole.shape[1] * (1 if isinstance(layer, nn.Linear) else whole.shape[2] // len(x))
+    assert max(p.numel() for p in pieces) <= max(elements, line)
+    if elements == 1 and not isinstance(layer, nn.Linear) and len(shape) > 3:
+        assert len(pieces) > len(x)  # a sample is cut too
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_moments_of_a_wide_image_take_little_more_memory_than_the_image():
+    script = """
+from pathlib import Path
+import torch
+from torchquant.algorithms.gram import _Sums
+from torchquant.algorithms.layout import Layout
+layout = Layout(torch.Size((96, 1, 5, 5)), 96, (1, 1), (2, 2), (1, 1))
+sums, small, x = _Sums(96, 25), torch.randn(1, 96, 8, 8), torch.randn(1, 96, 160, 160)
+sums.add(small, small, layout)  # what is set up once
+Path("/proc/self/clear_refs").write_text("5")
+def resident(name):
+    return next(1024 * int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name))
+before = resident("VmRSS")
+sums.add(x, x, layout)
+print((resident("VmHWM") - before) / x.nbytes)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < 5  # unfolded it is 25 times as large; padded, twice the image

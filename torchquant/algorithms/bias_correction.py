@@ -19,11 +19,15 @@ from torch.fx import GraphModule
 from torchquant.algorithms.contract import Clock
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
+from torchquant.fx.store import give_back
 from torchquant.fx.stream import Flow, Task, outputs_of
 from torchquant.parallel import total_
 from torchquant.solved import Solution
 
 __all__ = ["BiasCorrection", "OutputMoments", "output_moments"]
+
+
+_AT_ONCE = 1 << 17  # elements in double precision
 
 
 class BiasCorrection:
@@ -62,10 +66,14 @@ def output_moments(task: Task, flow: Flow = "quantized") -> OutputMoments:
     evaluator, sums = task.evaluator(), torch.zeros(5, outputs_of(site), dtype=torch.float64)
     place = task.results.index(site)
     for batch in range(task.count):
-        y = task.targets(batch)[place].movedim(axis, 0).flatten(1).double()
-        yq = task.outputs(batch, evaluator, flow)[place].movedim(axis, 0).flatten(1).double()
-        count = y.new_full((len(y),), y.shape[1])
-        sums = sums + torch.stack([count, y.sum(1), yq.sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
+        both = task.targets(batch)[place], task.outputs(batch, evaluator, flow)[place]
+        samples = max(1, _AT_ONCE // max(1, both[0][:1].numel()))
+        for part in zip(*(side.split(samples) for side in both), strict=True):
+            y, yq = (side.movedim(axis, 0).flatten(1).double() for side in part)
+            count = y.new_full((len(y),), y.shape[1])
+            sums += torch.stack([count, y.sum(1), yq.sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
+        del both
+        give_back()
     total_(sums)
     mean, mean_q, square, product = sums[1:] / sums[0].clamp(min=1)
     return OutputMoments(

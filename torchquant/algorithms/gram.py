@@ -21,12 +21,13 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.layout import Layout
+from torchquant.fx.store import give_back
 from torchquant.fx.stream import Flow
 from torchquant.parallel import preceding, total_
 
 __all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
 
-_CHUNK = 1 << 23  # elements of unfolded input at once
+_LEAST_CHUNK, _LARGEST_CHUNK = 1 << 17, 1 << 23  # elements of unfolded input at once
 
 
 # moments ----------------------------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
         for fold in range(2):
             sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
         del quantized, exact  # before the next ones are read
+        give_back()
     return sums[0].moments(), sums[1].moments()
 
 
@@ -95,10 +97,12 @@ class _Sums:
         self._products = torch.zeros(2, groups, inputs, inputs, dtype=torch.float64)
         self._sums = torch.zeros(2, groups, inputs, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.float64)
+        # little beside a layer's values, and not so little that adding the products up takes longer than they do
+        self._chunk = min(max(_LEAST_CHUNK, 2 * self._products[0].numel()), _LARGEST_CHUNK)
 
     def add(self, quantized: torch.Tensor, exact: torch.Tensor, layout: Layout) -> None:
-        for q, x in zip(_chunks(quantized, layout), _chunks(exact, layout), strict=True):
-            columns = layout.columns(q), layout.columns(x)
+        pieces = (layout.pieces(side.float(), self._chunk) for side in (quantized, exact))
+        for columns in zip(*pieces, strict=True):
             for i, side in enumerate(columns):
                 self._products[i] += side @ columns[0].transpose(1, 2)
                 self._sums[i] += side.sum(-1, dtype=torch.float64)
@@ -110,13 +114,6 @@ class _Sums:
         count = self._count.clamp(min=1)
         products, sums = (self._products / count).float(), (self._sums / count).float()
         return Moments(products[0], products[1], sums[0], sums[1], int(self._count))
-
-
-def _chunks(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
-    if not layout.stride or not len(x):
-        return (x.float(),)
-    unfolded = x[0].numel() * layout.shape[2:].numel()
-    return x.float().split(max(1, _CHUNK // max(1, unfolded)))
 
 
 # what the layer should be -----------------------------------------------------------------------------------------

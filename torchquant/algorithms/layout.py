@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +77,41 @@ class Layout:
 
     def columns(self, x: torch.Tensor) -> torch.Tensor:
         """The inputs of every output place as columns (g, k, samples)."""
+        return self._unfolded(x) if not self.stride else self._flat(self._windows(x))
+
+    def pieces(self, x: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
+        """The same columns, some at a time: of so many elements at most, or those of one row of places."""
         if not self.stride:
-            return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+            rows = x.reshape(-1, x.shape[-1])
+            yield from map(self._unfolded, rows.split(max(1, elements // max(1, rows.shape[1]))))
+            return
+        samples = 1
+        if len(x):
+            samples = max(1, elements // max(1, self._windows(x[:1]).numel()))
+        for part in x.split(samples):
+            windows = self._windows(part)
+            lines = windows.shape[3]
+            for some in windows.split(max(1, elements * lines // max(1, windows.numel())), 3):
+                yield self._flat(some)
+
+    def _unfolded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+
+    def _windows(self, x: torch.Tensor) -> torch.Tensor:
+        """A view (n, g, channels, *places, *kernel) of the padded input."""
         x = self._padded(x)
         kernel = self.shape[2:]
         stride = (1,) * len(kernel) if self.transposed else self.stride
         for axis, (size, step, apart) in enumerate(zip(kernel, stride, self.dilation, strict=True), start=2):
             x = x.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
         n, c = x.shape[:2]
-        rank = len(kernel)
-        x = x.reshape(n, self.groups, c // self.groups, *x.shape[2:])
+        return x.reshape(n, self.groups, c // self.groups, *x.shape[2:])
+
+    def _flat(self, windows: torch.Tensor) -> torch.Tensor:
+        rank = len(self.shape) - 2
         places, inside = range(3, 3 + rank), range(3 + rank, 3 + 2 * rank)
-        x = x.permute(1, 2, *inside, 0, *places)
-        return x.reshape(self.groups, c // self.groups * kernel.numel(), -1)
+        x = windows.permute(1, 2, *inside, 0, *places)
+        return x.reshape(self.groups, windows.shape[2] * self.shape[2:].numel(), -1)
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         kernel = self.shape[2:]
@@ -102,6 +125,8 @@ class Layout:
             sides = [(r // 2, r - r // 2) for r in reach]
         else:
             sides = [(p, p) for p in ([0] * len(kernel) if isinstance(self.padding, str) else self.padding)]
+        if not any(n for side in sides for n in side):
+            return x
         return torch.nn.functional.pad(x, [n for side in reversed(sides) for n in side])
 
 

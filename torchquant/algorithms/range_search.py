@@ -166,8 +166,8 @@ class _Judge:
             results = self._kept.get(batch) or self._results(batch)
             for got, (wanted, felt), energy in zip(outputs, results, self._energy, strict=True):
                 if _is_float(wanted):
-                    square = (got - wanted).square()
-                    square = square / energy if felt is None else square * felt
+                    square = (got - wanted).square_()
+                    square = square.div_(energy) if felt is None else square.mul_(felt)
                     found += float(square.sum(dtype=torch.float64))
         return total(found)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchquant.owned import OwnFolder
 
-__all__ = ["Store"]
+__all__ = ["Store", "give_back"]
 
 
 class Store:
@@ -72,6 +73,22 @@ class Store:
         self._spilled[key] = path
         self._bytes -= _bytes_of(value)
         self.spilled_bytes += _bytes_of(value)
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MB, and holes between others, for later."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return None
+
+
+_TRIM = _trim()
 
 
 def _compact(value: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torchquant.fx.functional import functionalize
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.sites import observer_of
 from torchquant.fx.states import state_nodes
-from torchquant.fx.store import Store
+from torchquant.fx.store import Store, give_back
 from torchquant.parallel import total, total_
 from torchquant.signature import Signature, placeholders
 
@@ -174,7 +174,9 @@ class Task:
     def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
         with torch.no_grad():
             pairs = zip(self.outputs(batch, evaluator), self.targets(batch), strict=True)
-            return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
+            found = sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
+        give_back()
+        return found
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
@@ -305,8 +307,9 @@ class Stream:
                         if self._last.get(read) == self._place[node]:
                             env.pop(read, None)
                 for node in results:
-                    self.store.put((flow, node, batch), env[node])
+                    self.store.put((flow, node, batch), env.pop(node))
                 env.clear()
+                give_back()
 
     def _free(self, start: int, end: int) -> None:
         self._alive += self._results(start, end)
@@ -341,7 +344,7 @@ class Stream:
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Sum of the squared differences, in double precision but without a copy of all."""
-    parts = zip(*(t.reshape(-1).split(1 << 20) for t in torch.broadcast_tensors(a, b)), strict=True)
+    parts = zip(*(t.reshape(-1).split(1 << 17) for t in torch.broadcast_tensors(a, b)), strict=True)
     return sum(float((x.double() - y).square_().sum()) for x, y in parts)
 
 
