@@ -11,6 +11,7 @@ import torch
 from foreign import SpecQuantizer, calibrated, groupwise, per_channel, per_tensor
 from torch import nn
 
+from torchquant.algorithms import gram
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.contract import Clock
 from torchquant.algorithms.gram import Moments, choose_damp, compensated, damped, moments
@@ -329,6 +330,18 @@ def test_compensation_lowers_the_error_of_the_output_on_noisy_inputs():
 def test_damping_is_a_share_of_the_mean_diagonal():
     a = torch.diag(torch.tensor([1.0, 3.0]))[None]
     assert torch.equal(damped(a, 0.1), torch.diag(torch.tensor([0.2, 0.2]))[None])
+
+
+def test_the_halves_of_the_data_go_on_where_those_of_the_processes_before_end(monkeypatch):
+    task, _ = one_site(nn.Linear(6, 5), (3, 6), per_channel(), batches=3)
+    (site,) = task.span.sites
+    layout = Layout.of(site, torch.Size((5, 6)))
+    even, odd = moments(task, site, layout)
+    assert even.count != odd.count
+    monkeypatch.setattr(gram, "preceding", lambda count: 1)
+    swapped = moments(task, site, layout)
+    assert torch.equal(swapped[0].a, odd.a)
+    assert torch.equal(swapped[1].a, even.a)
 
 
 # memory ---------------------------------------------------------------------------------------------------------------
