@@ -228,7 +228,7 @@ struct Resolved {
       op.compensation = at, op.scale = at + n;
       auto* sums_to = reinterpret_cast<int32_t*>(to + int64_t(op.compensation) * tq::kUnit);
       auto* factors_to = reinterpret_cast<float*>(to + int64_t(op.scale) * tq::kUnit);
-      for (int c = 0; c < n * 16; ++c) sums_to[c] = sums[c] * zero, factors_to[c] = factors[c] * scale;
+      for (int c = 0; c < n * 16; ++c) sums_to[c] = int32_t(uint32_t(sums[c]) * uint32_t(zero)), factors_to[c] = factors[c] * scale;
       at += 2 * n;
     }
     plan.ops = ops.data();
