@@ -16,7 +16,10 @@ FOLDERS = {
 LAYERS = [
     ["errors"],
     ["types"],
-    ["archive", "batches", "dialect", "files", "formats", "observers", "parallel", "histograms", "ranges", "signature"],
+    [
+        *("archive", "batches", "dialect", "exported", "files", "formats", "histograms", "observers", "parallel"),
+        *("ranges", "signature", "tensors", "trees"),
+    ],
     ["fx"],
     ["benchmark", "calibration", "dynamo", "scaled", "solved", "verify"],
     ["proof"],

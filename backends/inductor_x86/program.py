@@ -78,8 +78,11 @@ class X86Program(Program):
 def load(path: str | os.PathLike[str]) -> X86Program:
     """Read a saved X86Program.
 
+    The file holds shared libraries, which are mapped and run: load none whose writer you do not trust. Before anything
+    is mapped, every member is held against the digest that was recorded when it was written: that shows damage alone.
+
     Raises:
-        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+        ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
     """
     try:
         return X86Program(Path(path))
