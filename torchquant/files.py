@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from torchquant.errors import ArtifactError, TorchquantError
+from torchquant.errors import ArtifactError, TorchquantError, TorchquantWarning
 
-__all__ = ["digest", "reading", "write_whole"]
+__all__ = ["digest", "reading", "warn_ignored", "write_whole"]
 
 
 def digest(*parts: bytes | memoryview) -> str:
@@ -42,6 +44,13 @@ def reading(path: str | os.PathLike[str], what: str, advice: str = "save it agai
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise ArtifactError(f"{path} is truncated, damaged or not {what} ({_short(error)}); {advice}") from error
+
+
+@cache
+def warn_ignored(path: str | os.PathLike[str], why: str) -> None:
+    """Say once that what a file of measurements holds is not used."""
+    text = f"{path} is damaged ({why}): what is wrong in it is not used; delete the file to have it measured again"
+    warnings.warn(text, TorchquantWarning, stacklevel=3)
 
 
 def _short(error: Exception) -> str:
