@@ -38,19 +38,19 @@ _FRAME = ("archive_format", "archive_version", "byteorder", ".data/version", ".d
 _ADVICE = "export the model again, from where it was made"
 
 
-def load(path: str | os.PathLike[str]) -> ExportedProgram:
+def load(path: str | os.PathLike[str], advice: str = _ADVICE) -> ExportedProgram:
     """What `torch.export.save` wrote; example inputs that are no plain containers of tensors are left out.
 
     Raises:
         ArtifactError: no such file, truncated, damaged, of a form that this torch does not read, or with content that
             could run code: pickled objects that are no tensors, TorchScript objects, functions that are no operators.
     """
-    return load_members(path, archive.members(path))
+    return load_members(path, archive.members(path), advice)
 
 
-def load_members(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> ExportedProgram:
-    """The same of an archive that was read already; `path` is what errors name."""
-    with reading(path, f"an ExportedProgram that torch {torch.__version__} reads", _ADVICE):
+def load_members(path: str | os.PathLike[str], members: Mapping[str, bytes], advice: str = _ADVICE) -> ExportedProgram:
+    """The same of an archive that was read already; `path` is what errors name, with `advice`."""
+    with reading(path, f"an ExportedProgram that torch {torch.__version__} reads", advice):
         return torch.export.load(_harmless(members))
 
 
@@ -82,7 +82,10 @@ def _harmless(members: Mapping[str, bytes]) -> io.BytesIO:
 
 
 def _tensor_again(content: bytes) -> bytes:
-    value = torch.load(io.BytesIO(content), weights_only=True)
+    try:
+        value = torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # its advice is to load it nevertheless
+        raise UnsafeContentError("a pickle of more than a tensor stands in the place of one") from error
     if not isinstance(value, torch.Tensor):
         raise UnsafeContentError("a pickle that holds no tensor stands in the place of one")
     return _pickled(value)

@@ -85,8 +85,8 @@ def _exported(path: Path, trust: bool) -> torch.nn.Module:
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file")
     advice = "export the model again, or give --trust to let torch run what is in the file"
-    with reading(path, f"an ExportedProgram that torch {torch.__version__} reads without running it", advice):
-        program = torch.export.load(path) if trust else exported.load(path)
+    with reading(path, f"an ExportedProgram that torch {torch.__version__} reads", advice):
+        program = torch.export.load(path) if trust else exported.load(path, advice)
         return program.module()
 
 
