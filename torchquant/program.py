@@ -203,7 +203,7 @@ def _states_in(
     path: str | os.PathLike[str], members: Mapping[str, bytes], names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """The initial values in the order in which the artefact takes them, which safetensors does not keep."""
-    values = tensors.read(path, members[_STATES]) if names else {}
+    values = tensors.read(path, members[_STATES], sealed=True) if names else {}
     return {name: values[name] for name in names}
 
 

@@ -46,15 +46,18 @@ def stored(values: Mapping[str, torch.Tensor]) -> bytes:
     return safetensors.torch.save(copies, {_DIGEST: digest_of(copies)})
 
 
-def read(path: str | os.PathLike[str], content: bytes) -> dict[str, torch.Tensor]:
+def read(path: str | os.PathLike[str], content: bytes, *, sealed: bool = False) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file, held against their digest if it has one, as whatever `stored` wrote does.
+
+    Args:
+        sealed: it was written by `stored`.
 
     Raises:
         ArtifactError: damaged, or none; `path` is what it names.
     """
     with reading(path, "a .safetensors file"):
         values = dict(safetensors.torch.load(content))
-        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-        if _DIGEST in about and about[_DIGEST] != digest_of(values):
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+        if (sealed or _DIGEST in about) and about.get(_DIGEST) != digest_of(values):
             raise ArtifactError(f"{path} is damaged: its tensors are not as they were written")
     return values
