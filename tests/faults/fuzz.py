@@ -45,7 +45,7 @@ __all__ = ["KINDS", "OUTCOMES", "Result", "make", "run"]
 
 OUTCOMES = ("refused", "same", "forged", "changed", "raw", "crash", "hang", "ran")
 SECONDS = 60  # for one file
-_SHARE = 500  # files that one process reads
+_SHARE = 1000  # files that one process reads
 _Work = tuple[str, int, int]
 _X = torch.linspace(-2, 2, 4 * 16).reshape(4, 16)
 
