@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.program import Metadata, Program, Proof, State, metadata_from, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again, graph_in
+from torchquant.surroundings import unchanged
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
@@ -143,11 +145,14 @@ class CudaProgram(Program):
         self.inputs, self.sites, self.proof = about.signature.tensors, about.sites, about.proof
         self._state = State({name: value.to(device) for name, value in about.states.items()})
         self._run: Callable[..., Any] = torch.compile(self.graph, options=self.settings)
+        self._compiled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._about.signature.tensors_of(args, kwargs)
-        with torch.no_grad():
-            return self._finish(self._about, tensors, self.run(*tensors, *self._state.values.values()))
+        with torch.no_grad(), nullcontext() if self._compiled else unchanged():
+            found = self.run(*tensors, *self._state.values.values())
+        self._compiled = True
+        return self._finish(self._about, tensors, found)
 
     def run(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """The compiled graph on the tensors of the signature and the states; they are not changed."""
@@ -267,6 +272,7 @@ def _is_matrix(graph: GraphModule, node: Node) -> bool:
     return ops.is_constant(node) and ops.constant_value(graph, node).ndim > 1
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,

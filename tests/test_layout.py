@@ -18,10 +18,10 @@ LAYERS = [
     ["types"],
     [
         *("archive", "batches", "dialect", "exported", "files", "formats", "histograms", "observers", "parallel"),
-        *("ranges", "signature", "tensors", "trees"),
+        *("ranges", "signature", "surroundings", "tensors", "trees"),
     ],
     ["fx"],
-    ["benchmark", "calibration", "dynamo", "scaled", "solved", "verify"],
+    ["benchmark", "calibration", "dynamo", "scaled", "solved", "stages", "verify"],
     ["proof"],
     ["algorithms", "lowering", "ops", "program", "serialize"],
     ["checkpoints"],

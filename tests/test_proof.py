@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Interpreter
 
 import torchquant as tq
+from torchquant import proof
 from torchquant.fx import ops
 from torchquant.fx.flat import flat
 from torchquant.proof import hold_against
@@ -208,3 +209,14 @@ def test_a_bound_that_is_no_number_is_refused(bound):
     graph = reference(nn.Sequential(nn.Linear(16, 8)), x)
     with pytest.raises(tq.InputError, match="number of dB"):
         hold_against(graph, graph, [(x,)], min_sqnr_db=bound, **EPS)
+
+
+def test_parts_have_all_that_they_are_made_of_where_integers_share_an_op_with_floats():
+    def forward(m, x):
+        values, places = m.first(x).sort(-1)
+        return m.last(values), places, (m.first(x) > 0).sum(-1)
+
+    graph = flat(tq.export(Call(forward, first=nn.Linear(8, 8), last=nn.Linear(8, 8)), torch.randn(2, 8))).graph
+    for part in proof._parts(graph):
+        known = {*part.nodes, *part.reads, *(n for n in graph.graph.nodes if n.op in ("placeholder", "get_attr"))}
+        assert all(source in known for node in part.nodes for source in node.all_input_nodes)

@@ -207,3 +207,16 @@ def test_an_example_is_made_up_for_every_kind_of_input():
     assert len(Signature.of(graph).leaves(args, kwargs)) == 7
     assert [type(s) for s in Signature.of(graph).inputs[2:4]] == [Constant, Constant]
     assert isinstance(Signature.of(graph).inputs[0], InputSpec)
+
+
+def test_the_largest_sizes_are_those_of_the_bounds_or_what_a_limit_allows():
+    rows, length = torch.export.Dim("rows", max=8), torch.export.Dim("length", max=20)
+    model = Call(lambda m, x, y: x.sum() + y, a=nn.Linear(1, 1))
+    batch = (torch.randn(2, 5, 3), torch.randn(2))
+    signature = Signature.of(tq.export(model, batch, dynamic_shapes=(({0: rows, 1: length}, {0: rows}),)))
+    shapes = lambda limit: [tuple(t.shape) for t in data.with_largest_sizes(signature, list(batch), limit)]  # noqa: E731
+    assert shapes(10_000) == [(8, 20, 3), (8,)]
+    assert shapes(200) == [(4, 10, 3), (4,)]
+    assert data.with_largest_sizes(signature, list(batch), 32) is None
+    largest = data.with_largest_sizes(signature, list(batch), 10_000)
+    assert torch.equal(largest[0][6:8, :5], batch[0])  # the example, repeated

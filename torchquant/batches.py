@@ -170,6 +170,29 @@ def with_first_sizes(signature: Signature, leaves: Sequence[Any], value: int) ->
     return [_resized(v, spec, {sizes[0].symbol: value}) for v, spec in zip(leaves, signature.inputs, strict=True)]
 
 
+def with_largest_sizes(signature: Signature, leaves: Sequence[Any], limit: int) -> list[Any] | None:
+    """The leaves with the largest sizes that their bounds allow, or of `limit` elements at most.
+
+    None if no size varies between known bounds, or none becomes larger.
+    """
+    most: dict[str, int] = {}
+    present: dict[str, int] = {}
+    for spec, value in zip(signature.inputs, leaves, strict=True):
+        for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):
+            found = size.symbol_at(value.shape[axis]) if size is not None else None
+            if size is None or found is None or size.maximum is None:
+                continue
+            bound = (size.maximum - size.offset) // size.factor
+            most[size.symbol] = min(bound, most.get(size.symbol, bound))
+            present[size.symbol] = found
+    while any(most[s] > present[s] for s in most):
+        larger = [_resized(v, spec, most) for v, spec in zip(leaves, signature.inputs, strict=True)]
+        if sum(v.numel() for v in larger if isinstance(v, torch.Tensor)) <= limit:
+            return larger
+        most = {s: max(present[s], most[s] // 2) for s in most}
+    return None
+
+
 def _resized(value: Any, spec: Any, wanted: dict[str, int]) -> Any:
     """A tensor with the sizes that go with the symbols' wanted values."""
     for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):

@@ -30,10 +30,12 @@ from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lo
 from torchquant.fx.states import hidden_states, own_states
 from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
+from torchquant.surroundings import unchanged
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
 
 
+@unchanged()
 def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> GraphModule:
     """`torch.export` a float model into the graph that Quantizers annotate.
 
@@ -105,6 +107,7 @@ def _first_lines(error: Exception, limit: int = 1500) -> str:
     return f"{type(error).__name__}: {text[:limit]}"
 
 
+@unchanged()
 def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
     """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers.
 
@@ -135,6 +138,7 @@ def check_quantizer(quantizer: Any) -> None:
         )
 
 
+@unchanged()
 def convert(prepared: GraphModule) -> GraphModule:
     """torchao's `convert_pt2e`, then the dead float weights removed. Works in place like torchao's.
 

@@ -36,6 +36,7 @@ _RANDOM = (
     *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial"),
     *("normal", "normal_functional", "uniform", "poisson", "exponential"),
 )
+_MOST_ELEMENTS = 1 << 18  # of inputs of the largest sizes, or twice those of the example
 _STEPS = 3  # calls after which an artefact with state is looked at again
 _PARTS = 16  # that a graph is cut into, at most
 _MOST_CROSSING = 4  # values from one part to the next
@@ -59,11 +60,14 @@ class Verdict:
     reason: str = ""
 
 
-def cases_of(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
+def cases_of(reference: Flat, batch: Any, *, largest: bool = False) -> list[tuple[torch.Tensor, ...]]:
     """What to prove an artefact with: tensors and states for the batch, and where the first size varies for one sample.
 
-    Each is taken with the state as it is at first, and the last one as some calls leave it too. One sample is left out
-    where the graph itself cannot run on it, as where the edges of a graph point beyond its only node.
+    With `largest` also for the largest sizes, or for larger ones where those are very large, as a target needs that
+    plans its memory beforehand.
+
+    Each is taken with the state as it is at first, and the last one as some calls leave it too. Sizes are left out
+    where the graph itself cannot run on them, as where the edges of a graph point beyond its only node.
 
     Raises:
         InputError: the batch does not fit.
@@ -71,7 +75,9 @@ def cases_of(reference: Flat, batch: Any) -> list[tuple[torch.Tensor, ...]]:
     signature, states = reference.signature, list(reference.initial.values())
     leaves = data.leaves_of(signature, batch, "example_inputs")
     cases: list[tuple[torch.Tensor, ...]] = []
-    for given in (leaves, data.with_first_sizes(signature, leaves, 1)):
+    limit = max(_MOST_ELEMENTS, 2 * sum(v.numel() for v in leaves if isinstance(v, torch.Tensor)))
+    further = [data.with_largest_sizes(signature, leaves, limit)] if largest else []
+    for given in (leaves, *further, data.with_first_sizes(signature, leaves, 1)):
         if given is not None:
             tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
             if not cases or _runs(reference.graph, (*tensors, *states)):
@@ -414,7 +420,11 @@ def _parts(graph: GraphModule) -> list[_Part]:
     decisions = [_decision(n) for n in integers if n in nodes]
     decided = {n for part in decisions for n in part.nodes}
     kept = {n for part in decisions for n in part.reads} | set(_returned(graph)) - decided
-    nodes = [n for n in nodes if n not in decided]
+    alone: set[Node] = set()  # what nothing but these integers reads, as something may the values of a sort
+    for node in reversed(nodes):
+        if node in decided and all(u in alone or u.op == "output" for u in node.users):
+            alone.add(node)
+    nodes = [n for n in nodes if n not in alone]
     place = {n: i for i, n in enumerate(nodes)}
     last = {n: max((place.get(u, -1) for u in n.users), default=-1) for n in nodes}
     least = max(1, math.ceil(sum(map(_is_product, nodes)) / _PARTS))

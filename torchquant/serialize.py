@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export
     Raises:
         InputError: the example does not fit the graph.
     """
+    graph = _with_distinct_names(graph)
     signature = Signature.of(graph)
     batch = data.example_of(graph) if example_inputs is None else example_inputs
     leaves = data.leaves_of(signature, batch, "example_inputs")
@@ -73,6 +75,22 @@ def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export
                 raise
         args, kwargs = signature.arguments(leaves)  # sizes of which the export asks more than bounds
         return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes)
+
+
+def _with_distinct_names(graph: GraphModule) -> GraphModule:
+    """The graph, or a copy in which no op has the name of a parameter or buffer.
+
+    torch.export makes inputs of those, and gives them the notes of the nodes of their names, whatever these are.
+    """
+    tensors = {re.sub(r"[^a-zA-Z0-9]", "_", name).lower() for name in graph.state_dict(keep_vars=True)}
+    if not any(n.op == "call_function" and n.name in tensors for n in graph.graph.nodes):
+        return graph
+    twin = passes.copy_graph(graph)
+    for node in twin.graph.nodes:
+        if node.op == "call_function" and node.name in tensors:
+            node._rename(f"{node.name}_op")
+    twin.recompile()
+    return twin
 
 
 def load(path: str | os.PathLike[str]) -> GraphModule:

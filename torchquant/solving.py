@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 import warnings
@@ -312,5 +311,10 @@ def _bar(shown: bool) -> Progress:
 
 
 def _peak_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    try:
+        import resource  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

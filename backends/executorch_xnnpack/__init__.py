@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 from torch.fx import GraphModule
 
 from torchquant import batches as data
+from torchquant.backends.executorch_xnnpack.blame import blamed
 from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
-from torchquant.backends.executorch_xnnpack.delegated import read_delegates
+from torchquant.backends.executorch_xnnpack.delegated import Delegated, read_delegates
+from torchquant.backends.executorch_xnnpack.kernels import (
+    refuse_complex,
+    refuse_loops,
+    refuse_unknown_sizes,
+    refuse_without_kernel,
+)
 from torchquant.backends.executorch_xnnpack.limits import (
     refuse_missing_kernels,
     refuse_narrow,
@@ -21,8 +29,10 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_unrunnable,
     refuse_unshared,
 )
-from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, prepare
+from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, own_storage, prepare
+from torchquant.backends.executorch_xnnpack.portable import RULES, other_branches, rewrite_branches
 from torchquant.backends.executorch_xnnpack.program import (
+    ExecutorchError,
     Method,
     XnnpackProgram,
     executorch_modules,
@@ -30,15 +40,17 @@ from torchquant.backends.executorch_xnnpack.program import (
     with_metadata,
 )
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed
-from torchquant.errors import LoweringError
+from torchquant.errors import TorchquantError
 from torchquant.fx import passes
-from torchquant.fx.decompose import decompose
+from torchquant.fx.decompose import decompose, rewrite
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float
 from torchquant.program import Metadata, Proof
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
+from torchquant.stages import stages
+from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
 __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "XnnpackProgram", "load", "lower"]
@@ -46,12 +58,14 @@ __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "Xnnpack
 _OP_ERROR = 1e-5  # XNNPACK approximates exp, erf and rsqrt
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,
     *,
     allow_float: Sequence[str] = (),
     min_sqnr_db: float | None = None,
+    progress: bool = True,
 ) -> XnnpackProgram:
     """Build a `.pte` from a converted graph, load and run it, and prove that its int8 ops are delegated.
 
@@ -63,6 +77,7 @@ def lower(
         allow_float: patterns of annotated ops that may run in float.
         min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
             `torchquant.proof.hold_against` says.
+        progress: show on stderr what is being done.
 
     Raises:
         MissingDependencyError: ExecuTorch is not installed.
@@ -71,6 +86,8 @@ def lower(
             delegated, or the program cannot be built, loaded or run, or its output is off.
     """
     executorch = executorch_modules()
+    if isinstance(quantized, GraphModule):
+        refuse_loops(quantized)  # before the advice to exclude them, which would not help
     sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
     wanted = [s for s in sites if s.status == "quantized" and s.node not in allowed]
     _refuse(quantized, wanted, allowed)
@@ -78,24 +95,16 @@ def lower(
     reference = _pure(quantized, allowed)
     refuse_unbounded(reference.signature)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
-    cases = cases_of(reference, batch)
-    with undisturbed():
-        edge = _delegate(executorch, reference.graph, cases[0])
-        found = read_delegates(edge)
-        found.check(wanted)
-        buffer = _buffer(edge)
-        run = Method(buffer)
-    lost = {s.node for s in found.warn_of_float(wanted)}
-    sites = tuple(replace(s, status="unsupported", reason=_IN_FLOAT) if s.node in lost else s for s in sites)
-    verdict = hold_against(
-        reference.graph,
-        run,
-        cases,
-        min_sqnr_db=min_sqnr_db,
-        op_error=_OP_ERROR,
-        target=TARGET,
-        build=lambda graph: _built(executorch, graph, cases[0]),
-    )
+    cases = cases_of(reference, batch, largest=True)
+    with stages(f"lowering for {TARGET}", progress) as stage:
+        found, buffer, run = _built_and_run(executorch, reference.graph, cases, wanted, stage)
+        lost = {s.node for s in found.warn_of_float(wanted)}
+        sites = tuple(replace(s, status="unsupported", reason=_IN_FLOAT) if s.node in lost else s for s in sites)
+        stage("proving it")
+        hold = partial(hold_against, batches=cases, min_sqnr_db=min_sqnr_db, op_error=_OP_ERROR, target=TARGET)
+        verdict = hold(reference.graph, run, build=lambda graph: _built(executorch, graph, cases[0]))
+        if (other := other_branches(reference.graph)) is not None:
+            hold(other, _built(executorch, other, cases[0]))
     compute = [s for s in wanted if s.compute]
     proof = Proof.of(verdict, found.kernels(wanted), len(compute), len(compute), left_float(sites, allowed))
     about = Metadata(reference.signature, sites, proof, states=reference.initial, returns=reference.overwritten)
@@ -112,8 +121,61 @@ def _pure(quantized: GraphModule, allowed: set[str]) -> Flat:
     return flat(floats)
 
 
+Cases = Sequence[Sequence[torch.Tensor]]
+
+
+def _built_and_run(
+    executorch: SimpleNamespace,
+    graph: GraphModule,
+    cases: Cases,
+    wanted: Sequence[Site] = (),
+    stage: Callable[[str], None] = lambda stage: None,
+) -> tuple[Delegated, bytes, Method]:
+    """What the program runs where, its bytes, and the program, which has run on each of the cases.
+
+    Raises:
+        LoweringError: names the op that ExecuTorch fails on, or has no kernel for.
+    """
+    doing, case = "lower", 0
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+
+    def trial(part: GraphModule) -> None:
+        """Fail as the graph fails, with a part of it that may have fewer inputs."""
+        kept = [names.index(n.name) for n in part.graph.nodes if n.op == "placeholder"]
+        given = [[tensors[i] for i in kept] for tensors in cases]
+        if doing == "lower":
+            _delegate(executorch, part, given[0])
+            return
+        method = _built(executorch, part, given[0])
+        for tensors in given if doing == "run" else ():
+            method(*tensors)
+
+    with undisturbed():
+        try:
+            stage("exporting and compiling")
+            edge = _delegate(executorch, graph, cases[0])
+            found = read_delegates(edge)
+            found.check(wanted)
+            refuse_without_kernel(edge, graph)
+            doing = "build a program of"
+            buffer = _buffer(edge)
+            run = Method(buffer)
+            doing = "run"
+            stage("running it")
+            for case, tensors in enumerate(cases):  # noqa: B007
+                run(*tensors)
+        except ExecutorchError as error:
+            stage("looking for the op at fault")
+            raise blamed(graph, error, trial, doing, other_sizes=_differ(cases[0], cases[case])) from error
+    return found, buffer, run
+
+
+def _differ(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return any(a.shape != b.shape for a, b in zip(first, second, strict=True))
+
+
 def _built(executorch: SimpleNamespace, graph: GraphModule, tensors: Sequence[torch.Tensor]) -> Method:
-    """A program of a graph with further outputs."""
+    """A program of a graph with other outputs."""
     with undisturbed():
         return Method(_buffer(_delegate(executorch, graph, tensors)))
 
@@ -123,6 +185,7 @@ _IN_FLOAT = "annotated, yet XNNPACK computes it in float"
 
 def _refuse(quantized: GraphModule, wanted: Sequence[Site], allowed: set[str]) -> None:
     compute = [s for s in wanted if s.compute]
+    refuse_unknown_sizes(quantized)
     refuse_missing_kernels(quantized)
     refuse_unrunnable(compute)
     refuse_unshared(quantized, allowed)
@@ -134,7 +197,7 @@ def _buffer(edge: Any) -> bytes:
     try:
         return bytes(edge.to_executorch().buffer)
     except Exception as error:
-        raise LoweringError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
+        raise ExecutorchError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
 
 
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
@@ -146,9 +209,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     pure = flat(exported)
     refuse_unbounded(pure.signature)
     cases = cases_of(pure, example_inputs)
-    with undisturbed():
-        buffer = _buffer(_delegate(executorch_modules(), pure.graph, cases[0]))
-        run = Method(buffer)
+    _, buffer, run = _built_and_run(executorch_modules(), pure.graph, cases)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         found = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
@@ -161,12 +222,18 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
     try:
         graph = passes.copy_graph(quantized)
         decompose(graph)
+        rewrite(graph, RULES)
+        rewrite_branches(graph)
+        refuse_complex(graph)
         prepare(graph)
         passes.duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
+        own_storage(graph)
         return executorch.lower(export_again(graph, batch), partitioner=[executorch.partitioner()])
+    except TorchquantError:
+        raise
     except Exception as error:
-        raise LoweringError(f"ExecuTorch cannot lower the converted graph: {_with_causes(error)}") from error
+        raise ExecutorchError(f"ExecuTorch cannot lower the converted graph: {_with_causes(error)}") from error
 
 
 def _with_causes(error: BaseException) -> str:

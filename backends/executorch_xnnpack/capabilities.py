@@ -24,6 +24,7 @@ SCHEMES = {
 
 _EMBEDDING = "embedding tables stay float: the delegate has no embedding, and the portable kernel would run outside it"
 _FUNCTION = "the delegate computes this function in float"
+_GROWS = "XNNPACK's int8 mean goes wrong in a call that is larger than one before, so it is float where sizes vary"
 _ALONE = "XNNPACK has no such op, so a portable kernel computes it in float, outside the delegate"
 _FLOAT = {
     "conv3d": "XNNPACK has no 3-D convolution",
@@ -76,12 +77,14 @@ def _spatial_mean(node: Node, scheme: str) -> str | None:
     keep = len(node.args) > 2 and node.args[2]
     if shape is None or len(shape) != 4 or not keep or sorted(d % 4 for d in dims or ()) != [2, 3]:  # type: ignore
         return "XNNPACK averages in int8 only the last two axes of 4-D tensors"
-    return None
+    return None if _static(node.args[0]) else _GROWS  # type: ignore[arg-type]
 
 
 def _global_pool(node: Node, scheme: str) -> str | None:
     size = _argument(node, "output_size", None)
-    return None if list(size) == [1, 1] else "XNNPACK pools only to 1 x 1"
+    if list(size) != [1, 1]:
+        return "XNNPACK pools only to 1 x 1"
+    return None if _static(node.args[0]) else _GROWS  # type: ignore[arg-type]
 
 
 def _plain_max_pool(node: Node, scheme: str) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.executorch_xnnpack.capabilities import is_spatial_pad
 from torchquant.backends.executorch_xnnpack.limits import unshared
-from torchquant.fx import ops
+from torchquant.fx import ops, passes
 
-__all__ = ["drop_batch_counters", "prepare"]
+__all__ = ["drop_batch_counters", "own_storage", "prepare"]
 
 aten = torch.ops.aten
 
@@ -20,11 +22,32 @@ def prepare(graph: GraphModule) -> None:
     _join_pads(graph)
     _separate_scales(graph)
     _shield_pads(graph)
+    _shield_means(graph)
     _infer_sizes(graph)
+    _distinct_outputs(graph)
     _copy_permuted(graph)
     _give_each_user_its_dequantize(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
+    graph.recompile()
+
+
+def own_storage(graph: GraphModule) -> None:
+    """Parameters and buffers that are views of larger tensors as tensors of their own.
+
+    Of constants that share a storage ExecuTorch stores one, whatever their offsets and strides.
+    """
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        value = operator.attrgetter(str(node.target))(graph)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size():
+            continue
+        with graph.graph.inserting_before(node):
+            own = passes.add_buffer(graph, f"{node.target}_own", value.detach().contiguous().clone())
+        own.meta = dict(node.meta)
+        node.replace_all_uses_with(own)
+        graph.graph.erase_node(node)
     graph.recompile()
 
 
@@ -113,6 +136,20 @@ def _shield_pads(graph: GraphModule) -> None:
                 node.replace_input_with(source, _reshaped(graph, source))
 
 
+def _shield_means(graph: GraphModule) -> None:
+    """A reshape between a dequantize op and a mean of sizes that vary, so that it is computed in float.
+
+    XNNPACK's int8 mean keeps what it planned for a smaller call, and is wrong in a larger one.
+    """
+    for node in [n for n in graph.graph.nodes if ops.op_name(n) in ("mean", "adaptive_avg_pool2d")]:
+        source = node.args[0]
+        if not any(ops.is_quantize(user) for user in node.users):
+            continue  # it is float already
+        if ops.is_dequantize(source) and not all(isinstance(s, int) for s in ops.shape_of(source) or ("unknown",)):
+            with graph.graph.inserting_before(node):
+                node.replace_input_with(source, _reshaped(graph, source))
+
+
 def _copy_permuted(graph: GraphModule) -> None:
     """Permutes whose result is contiguous, as the delegate makes it: else a reshape behind one is a copy and a view.
 
@@ -133,6 +170,30 @@ def _infer_sizes(graph: GraphModule) -> None:
         if len(unknown) == 1 and x.meta["val"].is_contiguous():
             node.target = aten.view.default
             node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
+
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default)
+
+
+def _distinct_outputs(graph: GraphModule) -> None:
+    """Outputs that are one value, or parameters, as values of their own: a delegate returns each node once."""
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    seen: set[Node] = set()
+    values = []
+    for value in output.args[0]:
+        source = value
+        while isinstance(source, Node) and source.target in _COPIES:
+            source = source.args[0]
+        if isinstance(source, Node) and (source in seen or source.op == "get_attr"):
+            with graph.graph.inserting_before(output):
+                value = _own_constant(graph, source) if source.op == "get_attr" else _reshaped(graph, source)
+        seen.add(source)
+        values.append(value)
+    output.args = (tuple(values),)
+
+
+def _own_constant(graph: GraphModule, node: Node) -> Node:
+    return passes.add_buffer(graph, f"returned_{node.name}", ops.constant_value(graph, node).clone())
 
 
 def _give_each_user_its_dequantize(graph: GraphModule) -> None:

@@ -25,7 +25,7 @@ from torchquant.files import reading, write_whole
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.signature import InputSpec, Signature
 
-__all__ = ["Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
+__all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
 
 _HEADER = slice(8, 12)  # of the extended header: its name, then its length, 4 bytes, and three sizes of 8
 # ExecuTorch's scalar type numbers
@@ -41,6 +41,10 @@ _DTYPES = {
     11: torch.bool,
     15: torch.bfloat16,
 }
+
+
+class ExecutorchError(LoweringError):
+    """ExecuTorch fails on a program, without saying at which op of the model."""
 
 
 def executorch_modules() -> SimpleNamespace:
@@ -68,18 +72,18 @@ def executorch_modules() -> SimpleNamespace:
 
 @contextmanager
 def _typed(what: str) -> Iterator[None]:
-    """ExecuTorch's own errors, which are RuntimeErrors with a number or a line, as LoweringErrors."""
+    """ExecuTorch's own errors, which are RuntimeErrors with a number or a line, as ones of ours."""
     try:
         yield
     except RuntimeError as error:
-        raise LoweringError(f"ExecuTorch cannot {what}: {error}") from error
+        raise ExecutorchError(f"ExecuTorch cannot {what}: {error}") from error
 
 
 class Method:
     """The `forward` of a `.pte`: tensors in, a tuple of tensors out, one call at a time.
 
     Raises:
-        LoweringError: ExecuTorch cannot load it.
+        ExecutorchError: ExecuTorch cannot load it, or not run it on these tensors.
     """
 
     def __init__(self, buffer: bytes) -> None:
@@ -94,7 +98,8 @@ class Method:
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         given = [t.detach().contiguous() for t in tensors]
-        with self._lock, _typed("run the program"):
+        sizes = ", ".join(str(tuple(t.shape)) for t in given)
+        with self._lock, _typed(f"run the program on tensors of {sizes}"):
             return tuple(self._method.execute(given))
 
     def signature(self) -> Signature:

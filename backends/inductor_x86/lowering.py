@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
 from torchquant.lowering import accountable_sites, left_float, names
-from torchquant.ops import native, saturation, tuning
+from torchquant.ops import cpu, native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.program import Metadata, Proof, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again
+from torchquant.stages import stages
+from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
 __all__ = ["dynamo_backend", "lower", "lower_float"]
@@ -53,6 +56,7 @@ _ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
+@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,
@@ -62,6 +66,7 @@ def lower(
     own_kernels: bool = True,
     tune: bool = True,
     compare_float: bool = False,
+    progress: bool = True,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
@@ -79,6 +84,7 @@ def lower(
         compare_float: also compile the graph in float32 and time both on `example_inputs`, with as many threads as
             torch has now. Where float is faster, that is what is returned, with a warning that names both times:
             its proof has `fused` 0 and says why. Takes twice as long.
+        progress: show on stderr what is being done.
 
     Raises:
         InputError: the graph is not converted, or `example_inputs` does not fit it.
@@ -96,36 +102,40 @@ def lower(
     mark_sites(floats)
     reference = flat(floats)
     cases = cases_of(reference, batch)
-    raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
-    kernels = _kernels(raw, regions)
-    wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
-    try:
-        fused = _prove_integer(wanted, kernels)
-    except LoweringError:
-        if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
-            raise
-        # between our regions Inductor may lose a pattern that it finds in the whole graph
-        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
+    with stages(f"lowering for {TARGET}", progress) as stage:
+        stage("compiling")
+        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
         kernels = _kernels(raw, regions)
-        fused = _prove_integer(wanted, kernels)
-    package = Path(folder.name) / "model.pt2"
-    _pack(raw, package, regions)
-    left = left_float(sites, allowed, {name for region in regions for name in region.sites})
-    if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
-        reference, package, kernels, reason = faster
-        fused = 0
-        left |= {f"{len(wanted)} annotated ops": reason}
-        warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
-    run = _OnCopies(run_package(package))
-    verdict = hold_against(
-        reference.graph,
-        run,
-        cases,
-        min_sqnr_db=min_sqnr_db,
-        op_error=torch.finfo(torch.float32).eps,
-        target=TARGET,
-        build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
-    )
+        wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
+        try:
+            fused = _prove_integer(wanted, kernels)
+        except LoweringError:
+            if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
+                raise
+            # between our regions Inductor may lose a pattern that it finds in the whole graph
+            raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
+            kernels = _kernels(raw, regions)
+            fused = _prove_integer(wanted, kernels)
+        package = Path(folder.name) / "model.pt2"
+        _pack(raw, package, regions)
+        left = left_float(sites, allowed, {name for region in regions for name in region.sites})
+        if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
+            reference, package, kernels, reason = faster
+            fused = 0
+            left |= {f"{len(wanted)} annotated ops": reason}
+            warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
+        stage("running and proving it")
+        run = _OnCopies(run_package(package))
+        with native.poisoned() if regions else nullcontext():
+            verdict = hold_against(
+                reference.graph,
+                run,
+                cases,
+                min_sqnr_db=min_sqnr_db,
+                op_error=torch.finfo(torch.float32).eps,
+                target=TARGET,
+                build=lambda graph: _built(graph, cases[0], Path(folder.name), bool(regions)),
+            )
     proof = Proof.of(verdict, kernels, len(wanted), fused, left)
     about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
     write_metadata(package, TARGET, about)
@@ -202,6 +212,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
+@unchanged()
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
 
@@ -292,6 +303,7 @@ def _compile(
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
         saturation.note(package, unsafe)
+        cpu.note(package)
     except LoweringError:
         raise
     except Exception as error:

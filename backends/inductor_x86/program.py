@@ -16,8 +16,8 @@ from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_l
 
 from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
-from torchquant.files import write_whole
-from torchquant.ops import exactness, native
+from torchquant.files import reading, write_whole
+from torchquant.ops import cpu, exactness, native
 from torchquant.program import Program, State, read_metadata
 from torchquant.signature import Signature
 
@@ -47,6 +47,7 @@ class X86Program(Program):
         self._folder = folder  # deleted with the program
         stored = read_metadata(package, TARGET)
         self._about = stored if signature is None else replace(stored, signature=signature)
+        cpu.check_package(package)
         exactness.check_package(package)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
@@ -84,10 +85,11 @@ def load(path: str | os.PathLike[str]) -> X86Program:
     Raises:
         ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
     """
-    try:
-        return X86Program(Path(path))
-    except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
+    with reading(path, "a program for x86"):
+        try:
+            return X86Program(Path(path))
+        except RuntimeError as error:
+            raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
 
 
 def _load_kernels(package: Path) -> None:

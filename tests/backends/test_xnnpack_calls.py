@@ -126,6 +126,29 @@ def test_state_goes_from_call_to_call_from_its_first_value_and_can_be_reset(form
     assert torch.equal(program.state["memory"], torch.full((2, 8), 0.5))
 
 
+class Returned(nn.Module):
+    """One value twice, a parameter, its input, and its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.register_buffer("memory", torch.zeros(2, 8))
+
+    def forward(self, x):
+        self.memory.add_(x)
+        y = self.mix(self.memory)
+        return y, y.clone(), x, self.mix.bias, self.memory, self.memory.clone()
+
+
+def test_a_value_returned_twice_a_parameter_an_input_and_state_are_outputs_like_others(form):
+    model, x = Returned(), torch.randn(2, 8)
+    program = form(lowered(model, (x,)))
+    model.memory.zero_()
+    expected, found = model(x), program(x)
+    assert all(tq.sqnr_db(a.detach(), b) > 25 for a, b in zip(expected, found, strict=True))
+    assert torch.equal(found[0], found[1])
+
+
 def test_a_model_that_writes_into_its_input_does_so(form):
     def forward(m, x):
         x.add_(1.0)

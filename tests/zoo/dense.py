@@ -180,9 +180,7 @@ CASES = (
     Case("autoencoder", autoencoder, images(1), dynamic_shapes=rows()),
     Case("vae", Vae, lambda n: (torch.randn(n, 16), torch.randn(n, 4)), dynamic_shapes=rows(2)),
     Case("detector", Detector, images(), dynamic_shapes=rows(), at_least_db=5, most_unequal=0.2),
-    Case(
-        "several_resizes", several_resizes, images(), dynamic_shapes=rows(), expected={"xnnpack": "adaptive_max_pool2d"}
-    ),
+    Case("several_resizes", several_resizes, images(), dynamic_shapes=rows()),
     Case("spatial_transformer", spatial_transformer, images(side=8), dynamic_shapes=rows()),
     Case("keypoints", keypoints, images(), dynamic_shapes=rows()),
     Case("style_transfer", style_transfer, images(side=8), dynamic_shapes=rows()),

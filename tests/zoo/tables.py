@@ -227,7 +227,6 @@ CASES = (
         Dlrm,
         lambda n: (torch.randn(n, 5), torch.randint(10, (n, 3)), torch.randint(10, (n, 2))),
         dynamic_shapes=rows(3),
-        expected={"xnnpack": "embedding_bag"},
     ),
     Case("two_tower", TwoTower, tower_batch, dynamic_shapes=tower_shapes),
     Case("wide_and_deep", WideAndDeep, lambda n: (torch.randint(10, (n, 3)),), dynamic_shapes=rows()),
@@ -242,14 +241,13 @@ CASES = (
         vectors(16),
         dynamic_shapes=rows(),
         most_unequal=0.1,
-        expected={"x86/foreign": "bool", "xnnpack": "searchsorted"},
+        expected={"x86/foreign": "bool"},
     ),
     Case(
         "bilinear",
         bilinear,
         lambda n: (torch.randn(n, 6), torch.randn(n, 6)),
         dynamic_shapes=rows(2),
-        expected={"xnnpack": "trilinear"},
     ),
     Case("crf", crf, vectors(4, 8), dynamic_shapes=rows()),
 )

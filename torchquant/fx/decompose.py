@@ -22,22 +22,22 @@ aten = torch.ops.aten
 _NEGATIVE = -1e9  # stands for minus infinity in an additive mask: softmax gives exactly 0, arithmetic stays finite
 
 
-class _Builder:
+class Builder:
     """Creates nodes in front of `at`, with their fake values, and buffers by value."""
 
     def __init__(self, model: GraphModule, at: Node) -> None:
         self.model, self.at = model, at
         self.made: set[Node] = set()
 
-    def call(self, target: Any, *args: Any) -> Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         with self.model.graph.inserting_before(self.at):
-            node = self.model.graph.call_function(target, args)
+            node = self.model.graph.call_function(target, args, kwargs)
         self.made.add(node)
         node.meta = {k: v for k, v in self.at.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
         fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         mode = next((t.fake_mode for t in pytree.tree_leaves(fakes) if hasattr(t, "fake_mode")), None)
         with mode or torch.no_grad():
-            node.meta["val"] = target(*fakes)
+            node.meta["val"] = target(*fakes, **kwargs)
         return node
 
     def constant(self, value: torch.Tensor, name: str) -> Node:
@@ -93,7 +93,7 @@ def _is_last(dims: Any, x: Node) -> bool:
     return len(dims) == 1 and dims[0] % rank == rank - 1
 
 
-def layer_norm(b: _Builder, node: Node) -> Node | None:
+def layer_norm(b: Builder, node: Node) -> Node | None:
     """LayerNorm over the last axis: (x - mean) * rsqrt(mean((x - mean)^2) + eps) * weight + bias."""
     x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
     if not _static(x) or len(shape) != 1:  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def layer_norm(b: _Builder, node: Node) -> Node | None:
     return y if bias is None else b.call(aten.add.Tensor, y, bias)
 
 
-def rms_norm(b: _Builder, node: Node) -> Node | None:
+def rms_norm(b: Builder, node: Node) -> Node | None:
     """RMSNorm over the last axis: x * rsqrt(mean(x^2) + eps) * weight."""
     x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])[:4]
     if not _static(x) or len(shape) != 1:  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def rms_norm(b: _Builder, node: Node) -> Node | None:
     return y if weight is None else b.call(aten.mul.Tensor, y, weight)
 
 
-def attention(b: _Builder, node: Node) -> Node | None:
+def attention(b: Builder, node: Node) -> Node | None:
     """Scaled dot-product attention as bmm, mask, softmax, bmm on (batch * heads, length, features).
 
     A row whose keys are all masked gives their mean here, where PyTorch's safe softmax gives zero.
@@ -150,13 +150,13 @@ def attention(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.reshape.default, b.call(aten.bmm.default, weights, v), [batch, heads, length, values])
 
 
-def _additive(b: _Builder, mask: Node) -> Node:
+def _additive(b: Builder, mask: Node) -> Node:
     if mask.meta["val"].dtype != torch.bool:
         return b.call(aten.clamp.default, mask, _NEGATIVE)  # minus infinity would make a masked row NaN
     return b.call(aten.where.self, mask, b.scalar(0.0), b.scalar(_NEGATIVE))
 
 
-def mean(b: _Builder, node: Node) -> Node | None:
+def mean(b: Builder, node: Node) -> Node | None:
     """A mean over the last axis, as in RMSNorm."""
     x, dims = node.args[0], node.args[1]
     if not _static(x) or node.kwargs.get("dtype") or x.meta["val"].ndim > 3 or not _is_last(dims, x):  # type: ignore
@@ -164,7 +164,7 @@ def mean(b: _Builder, node: Node) -> Node | None:
     return b.shaped(b.mean_last(x), node)  # type: ignore[arg-type]
 
 
-def total(b: _Builder, node: Node) -> Node | None:
+def total(b: Builder, node: Node) -> Node | None:
     """A sum over one axis: that axis moved last, then a linear with weights of one."""
     x, dims = node.args[0], node.args[1]
     if not _static(x) or node.kwargs.get("dtype") or dims is None or len(dims) != 1:  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def total(b: _Builder, node: Node) -> Node | None:
     return b.shaped(b.sum_last(moved), node)
 
 
-def vector_norm(b: _Builder, node: Node) -> Node | None:
+def vector_norm(b: Builder, node: Node) -> Node | None:
     """The Euclidean norm over the last axis."""
     x, order, dims = (*node.args, *(2, None)[len(node.args) - 1 :])[:3]
     if not _static(x) or float(order) != 2 or not _is_last(dims, x):  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def vector_norm(b: _Builder, node: Node) -> Node | None:
     return b.shaped(b.call(aten.sqrt.default, b.sum_last(b.call(aten.mul.Tensor, x, x))), node)
 
 
-def scalar_operand(b: _Builder, node: Node) -> Node | None:
+def scalar_operand(b: Builder, node: Node) -> Node | None:
     """`x + 2` and its like with the number as a tensor."""
     x, number = node.args[0], node.args[1]
     if not _is_float32(x) or isinstance(number, Node) or node.kwargs or x.meta["val"].ndim == 0:  # type: ignore
@@ -194,7 +194,7 @@ def scalar_operand(b: _Builder, node: Node) -> Node | None:
     return b.call(_TENSOR_FORM.get(node.target, node.target), x, b.scalar(float(number)))  # type: ignore
 
 
-def hard_sigmoid(b: _Builder, node: Node) -> Node | None:
+def hard_sigmoid(b: Builder, node: Node) -> Node | None:
     """Hard sigmoid as relu6(x + 3) / 6 with the numbers as tensors of its own dtype."""
     x = node.args[0]
     if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
@@ -203,7 +203,7 @@ def hard_sigmoid(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.mul.Tensor, clipped, b.scalar(1 / 6))
 
 
-def softplus(b: _Builder, node: Node) -> Node | None:
+def softplus(b: Builder, node: Node) -> Node | None:
     """log(1 + exp(beta x)) / beta as (relu(z) + log(1 + exp(-|z|))) / beta with z = beta x, which overflows nowhere.
 
     PyTorch takes x itself above the threshold; from 15 on the difference is below float32's resolution.
@@ -218,13 +218,13 @@ def softplus(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.mul.Tensor, _softplus(b, scaled), b.scalar(1 / beta))
 
 
-def _softplus(b: _Builder, x: Node) -> Node:
+def _softplus(b: Builder, x: Node) -> Node:
     decay = b.call(aten.exp.default, b.call(aten.neg.default, b.call(aten.abs.default, x)))
     tail = b.call(aten.log.default, b.call(aten.add.Tensor, decay, b.scalar(1.0)))
     return b.call(aten.add.Tensor, b.call(aten.relu.default, x), tail)
 
 
-def mish(b: _Builder, node: Node) -> Node | None:
+def mish(b: Builder, node: Node) -> Node | None:
     """x tanh(softplus(x))."""
     x = node.args[0]
     if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
@@ -232,7 +232,7 @@ def mish(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.mul.Tensor, x, b.call(aten.tanh.default, _softplus(b, x)))  # type: ignore[arg-type]
 
 
-def log_sigmoid(b: _Builder, node: Node) -> Node | None:
+def log_sigmoid(b: Builder, node: Node) -> Node | None:
     """-softplus(-x)."""
     x = node.args[0]
     if not _is_float32(x) or x.meta["val"].ndim == 0:  # type: ignore[union-attr]
@@ -240,22 +240,24 @@ def log_sigmoid(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.neg.default, _softplus(b, b.call(aten.neg.default, x)))
 
 
-def bilinear(b: _Builder, node: Node) -> Node | None:
+def bilinear(b: Builder, node: Node) -> Node | None:
     """x1 W x2 as a linear of x2, times x1, summed over the features of x1."""
     x1, x2, weight, bias = (*node.args, None)[:4]
-    if not _static(x1, x2, node) or not isinstance(weight, Node) or not ops.is_constant(weight):
+    leading = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape[:-1]]
+    if not (_is_float32(x1) and _is_float32(x2)) or not isinstance(weight, Node) or not ops.is_constant(weight):
+        return None
+    if leading.count(-1) > 1:
         return None
     value = ops.constant_value(b.model, weight)
     outputs, features = value.shape[:2]
     rows = b.constant(value.flatten(0, 1).contiguous(), f"bilinear_{node.name}")
-    leading = list(node.meta["val"].shape[:-1])
     products = b.call(aten.reshape.default, b.call(aten.linear.default, x2, rows), [*leading, outputs, features])
     left = b.call(aten.reshape.default, x1, [*leading, 1, features])
     total_ = b.call(aten.reshape.default, b.sum_last(b.call(aten.mul.Tensor, products, left)), [*leading, outputs])
     return total_ if bias is None else b.call(aten.add.Tensor, total_, bias)
 
 
-def reversed_subtraction(b: _Builder, node: Node) -> Node | None:
+def reversed_subtraction(b: Builder, node: Node) -> Node | None:
     """`2 - x` with the number as a tensor."""
     x, number = node.args[0], node.args[1]
     if not _is_float32(x) or isinstance(number, Node) or len(node.args) > 2 or x.meta["val"].ndim == 0:  # type: ignore
@@ -263,12 +265,12 @@ def reversed_subtraction(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.sub.Tensor, b.scalar(float(number)), x)  # type: ignore[arg-type]
 
 
-def reshaped(b: _Builder, node: Node) -> Node | None:
+def reshaped(b: Builder, node: Node) -> Node | None:
     """Axes of size one added or removed, as a reshape."""
     return b.call(aten.reshape.default, node.args[0], list(node.meta["val"].shape)) if _static(node) else None
 
 
-def select(b: _Builder, node: Node) -> Node | None:
+def select(b: Builder, node: Node) -> Node | None:
     """One position of an axis, as a slice and a reshape."""
     x, axis, index = node.args
     if not _static(x, node) or not isinstance(index, int):
@@ -278,7 +280,7 @@ def select(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.reshape.default, part, list(node.meta["val"].shape))
 
 
-def stack(b: _Builder, node: Node) -> Node | None:
+def stack(b: Builder, node: Node) -> Node | None:
     """Tensors stacked on a new axis, as a concatenation of reshaped ones."""
     tensors = list(node.args[0])  # type: ignore[arg-type]
     if not _static(node, *tensors):
@@ -289,13 +291,13 @@ def stack(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.cat.default, [b.call(aten.reshape.default, t, shape) for t in tensors], axis)
 
 
-def single(b: _Builder, node: Node) -> Node | None:
+def single(b: Builder, node: Node) -> Node | None:
     """A concatenation of one tensor."""
     tensors = node.args[0]
     return tensors[0] if isinstance(tensors, (list, tuple)) and len(tensors) == 1 else None  # type: ignore[return-value]
 
 
-def clamp(b: _Builder, node: Node) -> Node | None:
+def clamp(b: Builder, node: Node) -> Node | None:
     """A clamp by numbers as ReLU or hardtanh, which delegates compute in the kernel of the op before."""
     given = ops.arguments(node)
     x, low, high = given["self"], given.get("min"), given.get("max")
@@ -309,7 +311,7 @@ def clamp(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.hardtanh.default, x, low, high) if -limit <= low <= high <= limit else None
 
 
-def spatial_mean(b: _Builder, node: Node) -> Node | None:
+def spatial_mean(b: Builder, node: Node) -> Node | None:
     """A mean over the two last axes of an image, with these axes kept for the pooling kernel."""
     x, dims = node.args[0], node.args[1]
     if not isinstance(x, Node) or not ops.is_float(x) or x.meta["val"].ndim != 4 or node.kwargs.get("dtype"):
@@ -321,7 +323,7 @@ def spatial_mean(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.reshape.default, b.call(aten.mean.dim, x, [2, 3], True), [-1, channels])
 
 
-def whole_pool(b: _Builder, node: Node) -> Node | None:
+def whole_pool(b: Builder, node: Node) -> Node | None:
     """An average pool whose window is the whole image, as a mean."""
     given = ops.arguments(node)
     x = given["self"]
@@ -348,7 +350,7 @@ def _needs_copies(model: GraphModule) -> bool:
     return strided or any(schema is not None and schema.is_mutable for schema in schemas)
 
 
-def viewed(b: _Builder, node: Node) -> Node | None:
+def viewed(b: Builder, node: Node) -> Node | None:
     """A view to the same shape left out, and any other as a reshape, whatever the strides are by then."""
     return needless(b, node) or b.call(aten.reshape.default, *node.args)
 
@@ -358,7 +360,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1]) if values else (0, 0)
 
 
-def shuffle(b: _Builder, node: Node) -> Node | None:
+def shuffle(b: Builder, node: Node) -> Node | None:
     """Pixels or channels moved around: a reshape, a permute and a reshape."""
     x = node.args[0]
     if not _static(x, node) or x.meta["val"].ndim != 4:  # type: ignore[union-attr]
@@ -375,7 +377,7 @@ def shuffle(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.reshape.default, moved, list(node.meta["val"].shape))
 
 
-def cropped(b: _Builder, node: Node) -> Node | None:
+def cropped(b: Builder, node: Node) -> Node | None:
     """A pad with negative sizes: slices, then a pad of what is left."""
     given = ops.arguments(node)
     x, sizes = given["self"], list(given["pad"])
@@ -390,7 +392,7 @@ def cropped(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.constant_pad_nd.default, x, left, float(given.get("value") or 0.0)) if any(left) else x
 
 
-def needless(b: _Builder, node: Node) -> Node | None:
+def needless(b: Builder, node: Node) -> Node | None:
     """What leaves its input as it is: a copy, a dropout in eval mode, a reshape or a slice to the same shape."""
     x = node.args[0]
     if not isinstance(x, Node) or not isinstance(x.meta.get("val"), torch.Tensor):
@@ -409,7 +411,7 @@ def needless(b: _Builder, node: Node) -> Node | None:
     return x if _static(x, node) and before.shape == behind.shape else None
 
 
-def transpose(b: _Builder, node: Node) -> Node | None:
+def transpose(b: Builder, node: Node) -> Node | None:
     """Two axes swapped, as a permute."""
     x, i, j = node.args
     if not _static(x):
@@ -419,7 +421,7 @@ def transpose(b: _Builder, node: Node) -> Node | None:
     return b.call(aten.permute.default, x, order)
 
 
-def expand(b: _Builder, node: Node) -> Node | None:
+def expand(b: Builder, node: Node) -> Node | None:
     """An expansion that its users' broadcasting does anyway."""
     x = node.args[0]
     broadcasting = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
@@ -439,7 +441,7 @@ _TENSOR_FORM: dict[Any, Any] = {
     aten.sub.Scalar: aten.sub.Tensor,
     aten.div.Scalar: aten.div.Tensor,
 }
-Rule = Callable[[_Builder, Node], Node | None]
+Rule = Callable[[Builder, Node], "Node | tuple[Node, ...] | None"]
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 _NEEDLESS = (
     *_COPIES,
@@ -492,7 +494,7 @@ def decompose(model: GraphModule) -> int:
     """Apply every rule where it fits, fold what depends on constants alone; returns how many nodes changed."""
     _fill_values(model)
     fold_constants(model)
-    return _apply(model, RULES)
+    return rewrite(model, RULES)
 
 
 def normalize(model: GraphModule) -> int:
@@ -501,25 +503,43 @@ def normalize(model: GraphModule) -> int:
     A clamp becomes a ReLU or a hardtanh, a chunk slices, a select or squeeze a reshape, a pixel shuffle reshapes and a
     permute; copies and dropout vanish. The last node that stands for another keeps its name.
     """
-    return _apply(model, FORMS)
+    return rewrite(model, FORMS)
 
 
-def _apply(model: GraphModule, rules: Mapping[Any, Rule]) -> int:
+def rewrite(model: GraphModule, rules: Mapping[Any, Rule]) -> int:
     done = _split_chunks(model)
     for node in list(model.graph.nodes):
         rule = rules.get(node.target) if node.op == "call_function" else None
-        builder = _Builder(model, node)
+        builder = Builder(model, node)
         replacement = rule(builder, node) if rule is not None else None
-        if replacement is not None:
-            node.replace_all_uses_with(replacement)
+        if replacement is None:
+            continue
+        if isinstance(replacement, Node):
+            _replace(model, node, replacement, builder)
+        else:
+            for user in list(node.users):
+                if user.users:
+                    _replace(model, user, replacement[user.args[1]], builder)
+                else:
+                    model.graph.erase_node(user)
             model.graph.erase_node(node)
-            if replacement in builder.made:
-                replacement.name = node.name
-            done += 1
+        done += 1
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
     return done
+
+
+def _replace(model: GraphModule, node: Node, by: Node, builder: Builder) -> None:
+    node.replace_all_uses_with(by)
+    model.graph.erase_node(node)
+    if by in builder.made:
+        by.name = node.name
+
+
+def used_parts(node: Node) -> set[int]:
+    """Which results of an op with several are read."""
+    return {user.args[1] for user in node.users if user.users}  # type: ignore[misc]
 
 
 def _fill_values(model: GraphModule) -> None:
@@ -564,7 +584,7 @@ def _split_chunks(model: GraphModule) -> int:
         ends = torch.tensor(sizes).cumsum(0).tolist()
         for user in [u for u in node.users if u.target is operator.getitem]:
             i = user.args[1]
-            b = _Builder(model, user)
+            b = Builder(model, user)
             part = b.call(aten.slice.Tensor, x, axis, ends[i] - sizes[i], ends[i])
             if unbound:
                 part = b.call(aten.reshape.default, part, list(parts[i].shape))

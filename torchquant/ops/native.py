@@ -16,11 +16,22 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from torchquant.errors import LoweringError
 from torchquant.files import write_whole
 
-__all__ = ["PREFIX", "instruction_sets", "library_file", "load", "load_packaged", "profiled", "supported", "use"]
+__all__ = [
+    "PREFIX",
+    "instruction_sets",
+    "library_file",
+    "load",
+    "load_packaged",
+    "poisoned",
+    "profiled",
+    "supported",
+    "use",
+]
 
 PREFIX = "torchquant-x86-"
 
@@ -34,6 +45,7 @@ _SETS = {
     "portable": ("-DTQ_PORTABLE",),
 }
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-ivopts")
+_COMPILER_BYTES = 10**9  # what one takes of memory
 _TORCH = Path(torch.__file__).parent
 # the oldest torch whose stable interface the library uses
 _STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -53,15 +65,20 @@ def _compiler() -> str:
 def cache_folder() -> Path:
     """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
 
-    Where that cannot be written, a folder of this process, deleted at its end.
+    Where that cannot be written, or the user has no home, a folder of this process, deleted at its end.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("TORCHQUANT_CACHE") or Path(base) / "torchquant")
+    named, base = os.environ.get("TORCHQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
+        folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "torchquant"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(_own_folder().name)
-    return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
+    except (OSError, RuntimeError):  # RuntimeError: a user without an entry in the list of users
+        return own_folder()
+    return folder if os.access(folder, os.W_OK) else own_folder()
+
+
+def own_folder() -> Path:
+    """A folder of this process alone, deleted at its end."""
+    return Path(_own_folder().name)
 
 
 @cache
@@ -92,11 +109,32 @@ def library_file() -> Path:
     """
     if not supported():
         raise LoweringError(f"torchquant's x86 kernels do not run on {platform.machine()}")
-    found = cache_folder() / build_name()
-    if not found.exists():
-        with tempfile.TemporaryDirectory(dir=found.parent) as folder:
-            os.replace(_build(Path(folder)), found)
+    return _built(cache_folder())
+
+
+def _built(folder: Path) -> Path:
+    """The library in a folder, built there if it is not or not whole: by one process, while others wait for it."""
+    found = folder / build_name()
+    with FileLock(found.with_suffix(".lock")):
+        if not _is_whole(found):
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                made = _build(Path(place))
+                digest = hashlib.sha256(made.read_bytes()).hexdigest()
+                os.replace(made, found)
+            write_whole(_digest_of(found), lambda part: part.write_text(digest))
     return found
+
+
+def _digest_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is what was built: not cut off, not overwritten."""
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == _digest_of(library).read_text().strip()
+    except OSError:
+        return False
 
 
 def _build(folder: Path) -> Path:
@@ -126,7 +164,7 @@ def _build(folder: Path) -> Path:
         "-o",
         f"{folder / 'runtime'}.o",
     ]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(_compilers_at_once()) as pool:
         list(pool.map(_run, [*commands, runtime]))
     objects = [f"{folder / name}.o" for name in (*_SETS, "runtime")]
     library = folder / "kernels.so"
@@ -145,6 +183,22 @@ def _build(folder: Path) -> Path:
         ]
     )
     return library
+
+
+def _compilers_at_once() -> int:
+    """As many as there are cores, and as memory takes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        free = _COMPILER_BYTES * 64
+    return max(
+        1,
+        min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            free // _COMPILER_BYTES,
+        ),
+    )
 
 
 def _run(command: list[str]) -> None:
@@ -166,7 +220,13 @@ def load() -> ctypes.CDLL:
         LoweringError: as `library_file`, or the library cannot be loaded.
     """
     if not _loaded:
-        _load_file(library_file())
+        library = library_file()
+        try:
+            _load_file(library)
+        except LoweringError:  # a folder from which nothing may be run
+            if library.parent == own_folder():
+                raise
+            _load_file(_built(own_folder()))
     return _loaded[0]
 
 
@@ -186,7 +246,7 @@ def load_packaged(name: str, content: bytes) -> None:
             return
         except LoweringError:  # no compiler here: what came with the program serves
             pass
-    path = Path(_own_folder().name) / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    path = own_folder() / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         write_whole(path, lambda part: part.write_bytes(content))
     _load_file(path)
@@ -240,6 +300,20 @@ def use(instruction_set: str) -> Iterator[None]:
         yield
     finally:
         load().torchquant_x86_use(b"")
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Make workspaces and outputs of the kernels NaN before each use inside the block, in all threads.
+
+    What a kernel fails to write cannot then be what an earlier call wrote. `TORCHQUANT_POISON` in the environment of a
+    process does so from its start.
+    """
+    before = load().torchquant_x86_poison(1)
+    try:
+        yield
+    finally:
+        load().torchquant_x86_poison(before)
 
 
 def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequence[int]) -> list[list[float]]:

@@ -21,6 +21,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "check.h"
 #include "plan.h"
 
 #define TQ_SETS(X) X(avx512_vnni) X(avx512) X(avx_vnni) X(avx2) X(portable)
@@ -106,7 +107,14 @@ struct Workspace {
 std::mutex pool_lock;
 std::vector<std::unique_ptr<Workspace>> pool;
 
-std::unique_ptr<Workspace> borrow(size_t bytes) {
+// Whether memory is made useless before it is handed out, so that what a kernel does not write cannot be what it wrote
+// in an earlier call: floats are NaN, bytes 255. Slow; for tests and proofs.
+std::atomic<bool> poisoning{std::getenv("TORCHQUANT_POISON") != nullptr};
+void poison(void* memory, size_t bytes) {
+  if (poisoning.load(std::memory_order_relaxed)) std::memset(memory, 0xFF, bytes);
+}
+
+std::unique_ptr<Workspace> unused(size_t bytes) {
   {
     std::lock_guard<std::mutex> guard(pool_lock);
     for (auto& w : pool)
@@ -118,6 +126,11 @@ std::unique_ptr<Workspace> borrow(size_t bytes) {
       }
   }
   return std::make_unique<Workspace>(bytes);
+}
+std::unique_ptr<Workspace> borrow(size_t bytes) {
+  auto found = unused(bytes);
+  poison(found->memory, found->bytes);
+  return found;
 }
 void give_back(std::unique_ptr<Workspace> w) {
   std::lock_guard<std::mutex> guard(pool_lock);
@@ -137,14 +150,23 @@ struct Plan {
     STD_TORCH_CHECK(size >= int64_t(sizeof(tq::Header)) && header->magic == tq::kMagic, "torchquant: not a plan");
     STD_TORCH_CHECK(header->version == tq::kVersion, "torchquant: the plan has version ", header->version,
                     " and these kernels run version ", tq::kVersion, ": lower the model again");
+    constexpr int32_t kMost = 1 << 20;
+    bool counted = true;
+    for (int32_t n : {header->values, header->ops, header->ranges}) counted = counted && 0 <= n && n <= kMost;
+    int64_t records = int64_t(sizeof(tq::Header)) + (counted ? header->values * int64_t(sizeof(tq::Value)) +
+                      header->ops * int64_t(sizeof(tq::Op)) + header->ranges * int64_t(sizeof(tq::Range)) : 0);
+    int64_t begin = int64_t(header->blob) * tq::kUnit;
+    STD_TORCH_CHECK(counted && header->size == size && records <= begin && begin <= size, "torchquant: the plan is damaged: it has ",
+                    size, " bytes");
     values = reinterpret_cast<const tq::Value*>(bytes + sizeof(tq::Header));
     ops = reinterpret_cast<const tq::Op*>(values + header->values);
     ranges = reinterpret_cast<const tq::Range*>(ops + header->ops);
-    blob = bytes + int64_t(header->blob) * tq::kUnit;
-    int64_t records = int64_t(sizeof(tq::Header)) + header->values * int64_t(sizeof(tq::Value)) +
-                      header->ops * int64_t(sizeof(tq::Op)) + header->ranges * int64_t(sizeof(tq::Range));
-    STD_TORCH_CHECK(header->size == size && records <= int64_t(header->blob) * tq::kUnit, "torchquant: the plan is damaged: it has ",
-                    size, " bytes");
+    blob = bytes + begin;
+    try {
+      tq::Check(*header, values, ops, ranges, size - begin).all();
+    } catch (const tq::Complaint& complaint) {
+      STD_TORCH_CHECK(false, "torchquant: the plan is damaged: ", complaint.text);
+    }
   }
 };
 
@@ -399,6 +421,7 @@ Sizes sizes_of(const tq::Header& h, int64_t samples, int threads) {
 }
 
 std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::vector<int64_t> shapes) {
+  STD_TORCH_CHECK(plan_bytes.scalar_type() == torch::headeronly::ScalarType::Byte && plan_bytes.is_contiguous(), "torchquant: not a plan");
   Plan plan(static_cast<const uint8_t*>(plan_bytes.const_data_ptr()), plan_bytes.numel());
   const tq::Header& h = *plan.header;
   STD_TORCH_CHECK(int64_t(inputs.size()) == h.inputs, "torchquant: the region takes ", h.inputs, " tensors");
@@ -406,13 +429,13 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
   int64_t samples = 0;
   for (int i = 0; i < h.inputs; ++i) {
     if (!inputs[i].is_contiguous()) inputs[i] = torch::stable::contiguous(inputs[i]);
+    STD_TORCH_CHECK(inputs[i].scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: input ", i,
+                    " of the region is no float32");
     in[i] = static_cast<uint8_t*>(const_cast<void*>(inputs[i].const_data_ptr()));
     for (int v = 0; v < h.values; ++v) {
       const tq::Value& value = plan.values[v];
       if (value.external != i) continue;
       int64_t size = int64_t(value.h) * value.w * value.c, n = inputs[i].numel() / size;
-      STD_TORCH_CHECK(inputs[i].scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: input ", i,
-                      " of the region is no float32");
       STD_TORCH_CHECK(n * size == inputs[i].numel() && (i == 0 || n == samples), "torchquant: input ", i,
                       " of the region has ", inputs[i].numel(), " elements, and ", size, " make a sample");
       samples = n;
@@ -421,10 +444,15 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
   std::vector<Tensor> found;
   for (size_t at = 0; at < shapes.size();) {
     int64_t dims = shapes[at++];
+    STD_TORCH_CHECK(dims >= 0 && dims <= int64_t(shapes.size() - at), "torchquant: the shapes of the region's outputs are damaged");
     std::vector<int64_t> size;
-    for (int64_t d = 0; d < dims; ++d, ++at) size.push_back(shapes[at] < 0 ? inputs[0].size(-1 - shapes[at]) : shapes[at]);
+    for (int64_t d = 0; d < dims; ++d, ++at) {
+      STD_TORCH_CHECK(shapes[at] >= -inputs[0].dim(), "torchquant: the shapes of the region's outputs are damaged");
+      size.push_back(shapes[at] < 0 ? inputs[0].size(-1 - shapes[at]) : shapes[at]);
+    }
     found.push_back(torch::stable::new_empty(inputs[0], size));
     out.push_back(static_cast<uint8_t*>(found.back().mutable_data_ptr()));
+    poison(out.back(), size_t(found.back().numel()) * sizeof(float));
   }
   STD_TORCH_CHECK(int64_t(found.size()) == h.outputs, "torchquant: the region returns ", h.outputs, " tensors");
   for (int v = 0; v < h.values; ++v) {
@@ -445,7 +473,7 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale, bool causal) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "torchquant: attention takes four dimensions");
   for (Tensor* t : {&query, &key, &value}) {
-    STD_TORCH_CHECK(t->element_size() == 4, "torchquant: attention takes float32");
+    STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: attention takes float32");
     if (t->stride(3) != 1) *t = torch::stable::contiguous(*t);
   }
   tq::Attention a{};
@@ -453,7 +481,10 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
   a.key = static_cast<const float*>(key.const_data_ptr());
   a.value = static_cast<const float*>(value.const_data_ptr());
   a.heads = query.size(1), a.groups = key.size(1), a.rows = query.size(2), a.keys = key.size(2), a.width = query.size(3);
-  STD_TORCH_CHECK(value.size(3) == a.width && a.groups > 0 && a.heads % a.groups == 0, "torchquant: attention: sizes do not fit");
+  int64_t batch = query.size(0);
+  STD_TORCH_CHECK(key.size(0) == batch && value.size(0) == batch && value.size(1) == a.groups && value.size(2) == a.keys &&
+                  key.size(3) == a.width && value.size(3) == a.width && a.groups > 0 && a.heads % a.groups == 0,
+                  "torchquant: attention: sizes do not fit");
   for (int i = 0; i < 3; ++i) {
     a.query_stride[i] = query.stride(i);
     a.key_stride[i] = key.stride(i);
@@ -461,20 +492,26 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
   }
   if (mask) {
     int64_t dims = mask->dim();
+    const int64_t sizes[4] = {batch, a.heads, a.rows, a.keys};
+    bool is_bool = mask->scalar_type() == torch::headeronly::ScalarType::Bool;
+    STD_TORCH_CHECK(dims <= 4 && (is_bool || mask->scalar_type() == torch::headeronly::ScalarType::Float),
+                    "torchquant: attention takes a mask of bool or float32 with four dimensions at most");
     for (int i = 0; i < 4; ++i) {
       int64_t d = i - 4 + dims;
+      STD_TORCH_CHECK(d < 0 || mask->size(d) == 1 || mask->size(d) == sizes[i], "torchquant: attention: the mask does not fit");
       a.mask_stride[i] = d < 0 || mask->size(d) == 1 ? 0 : mask->stride(d);
     }
     a.mask = mask->const_data_ptr();
-    a.mask_is_byte = mask->element_size() == 1;
+    a.mask_is_byte = is_bool;
   }
   a.scale = static_cast<float>(scale);
   a.causal = causal;
-  std::vector<int64_t> size = {query.size(0), a.rows, a.heads, a.width};
+  std::vector<int64_t> size = {batch, a.rows, a.heads, a.width};
   Tensor out = torch::stable::new_empty(query, size);
   a.out = static_cast<float*>(out.mutable_data_ptr());
+  poison(a.out, size_t(out.numel()) * sizeof(float));
   const auto* k = kernels();
-  torch::stable::parallel_for(0, query.size(0) * a.heads, 1, [&](int64_t begin, int64_t end) { k->attention(a, begin, end); });
+  torch::stable::parallel_for(0, batch * a.heads, 1, [&](int64_t begin, int64_t end) { k->attention(a, begin, end); });
   return out;
 }
 
@@ -509,6 +546,8 @@ TQ_EXPORT int torchquant_x86_use(const char* name) {
     if (std::string(name) == k->name && runs_here(name)) { chosen.store(k); return 1; }
   return 0;
 }
+// Whether workspaces and outputs are made useless before they are written; whether they were so far.
+TQ_EXPORT int torchquant_x86_poison(int on) { return poisoning.exchange(on != 0); }
 TQ_EXPORT void torchquant_x86_profile(int on) {
   std::lock_guard<std::mutex> guard(profile_lock);
   profile_ns.clear();

@@ -1,0 +1,455 @@
+"""Ops that ExecuTorch runs nowhere, or fails on, written as those that it runs; each keeps its function."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops, passes
+from torchquant.fx.decompose import Builder, Rule, rewrite, used_parts
+
+__all__ = ["RULES", "other_branches", "rewrite_branches"]
+
+aten = torch.ops.aten
+
+
+def _value(node: Any) -> torch.Tensor | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_float32(node: Any, rank: int | None = None) -> bool:
+    value = _value(node)
+    return value is not None and value.dtype == torch.float32 and rank in (None, value.ndim)
+
+
+def _reshaped(b: Builder, x: Node, shape: Sequence[Any]) -> Node:
+    """A reshape to sizes of which at most one varies."""
+    return b.call(aten.reshape.default, x, [s if isinstance(s, int) else -1 for s in shape])
+
+
+def _varying(shape: Sequence[Any]) -> int:
+    return sum(not isinstance(s, int) for s in shape)
+
+
+def _gates(b: Builder, x: Node, weight: Any, bias: Any, gates: int) -> list[Node] | None:
+    """A linear, gate by gate: as one it would have to be sliced, which the delegate does for fixed sizes only."""
+    if not isinstance(weight, Node) or not ops.is_constant(weight) or (bias is not None and not ops.is_constant(bias)):
+        return None
+    weights = ops.constant_value(b.model, weight).chunk(gates)
+    biases = [None] * gates if bias is None else ops.constant_value(b.model, bias).chunk(gates)
+    found = []
+    for i, (rows, offsets) in enumerate(zip(weights, biases, strict=True)):
+        name = f"{weight.name}_gate_{i}"
+        given = [b.constant(rows.contiguous(), name)]
+        given += [] if offsets is None else [b.constant(offsets.contiguous(), f"{name}_bias")]
+        found.append(b.call(aten.linear.default, x, *given))
+    return found
+
+
+def _both_gates(b: Builder, node: Node, x: Node, h: Node, gates: int) -> tuple[list[Node], list[Node]] | None:
+    given = ops.arguments(node)
+    if not _is_float32(x, 2) or not _is_float32(h, 2):
+        return None
+    of_x = _gates(b, x, given["w_ih"], given.get("b_ih"), gates)
+    of_h = _gates(b, h, given["w_hh"], given.get("b_hh"), gates)
+    return None if of_x is None or of_h is None else (of_x, of_h)
+
+
+def gru_cell(b: Builder, node: Node) -> Node | None:
+    """One step of a GRU."""
+    given = ops.arguments(node)
+    gates = _both_gates(b, node, given["input"], given["hx"], 3)
+    return None if gates is None else _gru_step(b, gates[0], gates[1], given["hx"])
+
+
+def _gru_step(b: Builder, of_x: Sequence[Node], of_h: Sequence[Node], h: Node) -> Node:
+    """(h - n) z + n with r, z = sigmoid(x' + h'), n = tanh(x' + r h')."""
+    r = b.call(aten.sigmoid.default, b.call(aten.add.Tensor, of_x[0], of_h[0]))
+    z = b.call(aten.sigmoid.default, b.call(aten.add.Tensor, of_x[1], of_h[1]))
+    n = b.call(aten.tanh.default, b.call(aten.add.Tensor, of_x[2], b.call(aten.mul.Tensor, r, of_h[2])))
+    return b.call(aten.add.Tensor, b.call(aten.mul.Tensor, b.call(aten.sub.Tensor, h, n), z), n)
+
+
+def gru(b: Builder, node: Node) -> tuple[Node, ...] | None:
+    """A GRU step by step, layer by layer; torch's own form of it would fix the size of the batch."""
+    given = ops.arguments(node)
+    x, hx, parameters = given["input"], given["hx"], list(given["params"])
+    time = 1 if given["batch_first"] else 0
+    if not _is_float32(x, 3) or not _is_float32(hx, 3) or given["train"] or not isinstance(_size(x, time), int):
+        return None
+    if not all(ops.is_constant(p) for p in parameters):
+        return None
+    directions, each = 1 + bool(given["bidirectional"]), 4 if given["has_biases"] else 2
+    last = []
+    for layer in range(given["num_layers"]):
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = parameters[each * index : each * (index + 1)]
+            steps = _gru_steps(b, x, b.call(aten.select.int, hx, 0, index), own, time, bool(direction))
+            last.append(steps[0 if direction else -1])
+            outputs.append(b.call(aten.stack.default, steps, time))
+        x = outputs[0] if directions == 1 else b.call(aten.cat.default, outputs, 2)
+    return x, b.call(aten.stack.default, last, 0)
+
+
+def _gru_steps(b: Builder, x: Node, h: Node, parameters: Sequence[Node], time: int, backwards: bool) -> list[Node]:
+    """The hidden states of one direction of a layer, in the order of time."""
+    w_x, w_h, *biases = parameters
+    b_x, b_h = biases or (None, None)
+    of_x = _gates(b, x, w_x, b_x, 3) or []
+    order = range(_size(x, time))
+    found = []
+    for t in reversed(order) if backwards else order:
+        h = _gru_step(b, [b.call(aten.select.int, g, time, t) for g in of_x], _gates(b, h, w_h, b_h, 3) or [], h)
+        found.append(h)
+    return found[::-1] if backwards else found
+
+
+def _size(node: Node, axis: int) -> Any:
+    return node.meta["val"].shape[axis]
+
+
+def lstm_cell(b: Builder, node: Node) -> tuple[Node, ...] | None:
+    """c' = f c + i g and h' = o tanh(c') with i, f, o = sigmoid(x' + h'), g = tanh(x' + h')."""
+    given = ops.arguments(node)
+    h, c = given["hx"]
+    gates = _both_gates(b, node, given["input"], h, 4)
+    if gates is None or not _is_float32(c, 2):
+        return None
+    sums = [b.call(aten.add.Tensor, of_x, of_h) for of_x, of_h in zip(*gates, strict=True)]
+    i, f, o = (b.call(aten.sigmoid.default, sums[k]) for k in (0, 1, 3))
+    kept = b.call(aten.mul.Tensor, f, c)
+    c = b.call(aten.add.Tensor, kept, b.call(aten.mul.Tensor, i, b.call(aten.tanh.default, sums[2])))
+    return b.call(aten.mul.Tensor, o, b.call(aten.tanh.default, c)), c
+
+
+def rnn_cell(b: Builder, node: Node) -> Node | None:
+    """tanh(x' + h') or relu(x' + h')."""
+    given = ops.arguments(node)
+    gates = _both_gates(b, node, given["input"], given["hx"], 1)
+    if gates is None:
+        return None
+    activation = aten.tanh.default if node.target is aten.rnn_tanh_cell.default else aten.relu.default
+    return b.call(activation, b.call(aten.add.Tensor, gates[0][0], gates[1][0]))
+
+
+def prelu(b: Builder, node: Node) -> Node | None:
+    """relu(x) - w relu(-x), where x is no image, for which the delegate has a kernel."""
+    x, weight = node.args
+    if not _is_float32(x) or x.meta["val"].ndim == 4 or not isinstance(weight, Node):  # type: ignore[union-attr]
+        return None
+    assert isinstance(x, Node)
+    rank, count = x.meta["val"].ndim, weight.meta["val"].numel()
+    shape = [1, count, *[1] * (rank - 2)] if rank > 1 else [count]
+    if ops.is_constant(weight):
+        slope = b.constant(ops.constant_value(b.model, weight).reshape(shape), f"{weight.name}_slope_{rank}")
+    else:
+        slope = b.call(aten.reshape.default, weight, shape)
+    below = b.call(aten.relu.default, b.call(aten.neg.default, x))
+    return b.call(aten.sub.Tensor, b.call(aten.relu.default, x), b.call(aten.mul.Tensor, below, slope))
+
+
+def largest(b: Builder, node: Node) -> tuple[Node, ...] | None:
+    """The values of a maximum over an axis, whose places nobody reads.
+
+    The partitioner takes it for any axis of an image, and the delegate's compiler fails but for two of them.
+    """
+    x, axis, *keep = node.args
+    if used_parts(node) != {0} or not _is_float32(x, 4):
+        return None
+    return (b.call(aten.amax.default, x, [axis], bool(keep and keep[0])),)
+
+
+# pools ---------------------------------------------------------------------------------------------------------------
+
+
+def _three(value: Any, default: Any = 0) -> tuple[int, int, int]:
+    values = (value,) if isinstance(value, int) else tuple(value if value is not None else ())
+    values = values or ((default,) if isinstance(default, int) else tuple(default))
+    return (values * 3 if len(values) == 1 else values)[:3]
+
+
+def pool3d(b: Builder, node: Node) -> Node | None:
+    """A pool over three axes: one over the two last axes, then one over the first of them."""
+    given = ops.arguments(node)
+    x = given["self"]
+    if not _is_float32(x) or x.meta["val"].ndim not in (4, 5) or given.get("divisor_override"):
+        return None
+    kernel = _three(given["kernel_size"])
+    stride, padding = _three(given.get("stride"), kernel), _three(given.get("padding", 0))
+    *leading, depth, height, width = x.meta["val"].shape
+    if _varying(leading) > 1 or _varying((depth, height, width)):
+        return None
+    average = node.target is aten.avg_pool3d.default
+    ceil, dilation = bool(given.get("ceil_mode", False)), _three(given.get("dilation", 1))
+    options: list[Any] = [ceil, bool(given.get("count_include_pad", True))] if average else [ceil]
+    pool = aten.avg_pool2d.default if average else aten.max_pool2d.default
+
+    def pooled(images: Node, axes: tuple[int, int], at: Sequence[bool]) -> Node:
+        """A pool over two axes, of which those not `at` are left alone."""
+        sizes = [
+            [v[a] if here else neutral for a, here in zip(axes, at, strict=True)]
+            for v, neutral in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+        ]
+        return b.call(pool, images, *(sizes[:3] if average else sizes), *options)
+
+    count = -1 if _varying(leading) else int(torch.Size(leading).numel())
+    flat = pooled(b.call(aten.reshape.default, x, [-1, depth, height, width]), (1, 2), (True, True))
+    height, width = flat.meta["val"].shape[-2:]
+    deep = pooled(b.call(aten.reshape.default, flat, [count, 1, depth, height * width]), (0, 0), (True, False))
+    return _reshaped(b, deep, [*leading, deep.meta["val"].shape[2], height, width])
+
+
+def _windows(size: int, parts: int) -> list[tuple[int, int]]:
+    """Where the windows of an adaptive pool begin and end."""
+    return [(i * size // parts, -(-(i + 1) * size // parts)) for i in range(parts)]
+
+
+def adaptive_pool(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
+    """An adaptive maximum or average over the last axes, axis by axis: of each window its largest value or mean."""
+    x, sizes = node.args
+    several = "max" in ops.overload_of(node)
+    if not _is_float32(x) or (several and used_parts(node) != {0}):
+        return None
+    assert isinstance(x, Node)
+    given, rank = list(sizes), x.meta["val"].ndim  # type: ignore[arg-type]
+    axes = range(rank - len(given), rank)
+    if not all(isinstance(x.meta["val"].shape[axis], int) for axis in axes):
+        return None
+    for axis, parts in zip(axes, given, strict=True):
+        size = x.meta["val"].shape[axis]
+        if parts is None or parts == size:
+            continue
+        windows = [
+            x if (start, end) == (0, size) else b.call(aten.slice.Tensor, x, axis, start, end)
+            for start, end in _windows(size, parts)
+        ]
+        reduce = aten.amax.default if several else aten.mean.dim
+        values = [b.call(reduce, window, [axis], True) for window in windows]
+        x = values[0] if parts == 1 else b.call(aten.cat.default, values, axis)
+    return (x,) if several else x
+
+
+def circular_pad(b: Builder, node: Node) -> Node | None:
+    """A pad with what stands at the other end, as a concatenation; torch's own form of it would fix the batch."""
+    given = ops.arguments(node)
+    x, sizes = given["self"], list(given["pad"])
+    if given.get("mode") != "circular" or _value(x) is None:
+        return None
+    for i in range(len(sizes) // 2):
+        axis, before, behind = x.meta["val"].ndim - 1 - i, sizes[2 * i], sizes[2 * i + 1]
+        size = x.meta["val"].shape[axis]
+        if not all(isinstance(s, int) for s in (size, before, behind)) or min(before, behind) < 0:
+            return None
+        parts = [b.call(aten.slice.Tensor, x, axis, size - before, size)] if before else []
+        parts += [x]
+        parts += [b.call(aten.slice.Tensor, x, axis, 0, behind)] if behind else []
+        x = b.call(aten.cat.default, parts, axis) if len(parts) > 1 else x
+    return x
+
+
+# tables --------------------------------------------------------------------------------------------------------------
+
+
+def embedding_bag(b: Builder, node: Node) -> tuple[Node, ...] | None:
+    """Rows of a table, summed, averaged or maximized by bags of one size (as indices of two axes make them)."""
+    given = ops.arguments(node)
+    table, indices, mode = given["weight"], given["indices"], given.get("mode", 0)
+    size = _bag_size(b, given["offsets"], given.get("include_last_offset", False), _value(indices))
+    padding = given.get("padding_idx")
+    if used_parts(node) != {0} or size is None or (padding is not None and padding >= 0) or not _is_float32(table, 2):
+        return None
+    rows = b.call(aten.embedding.default, table, indices)
+    if (weights := given.get("per_sample_weights")) is not None:
+        rows = b.call(aten.mul.Tensor, rows, b.call(aten.reshape.default, weights, [-1, 1]))
+    bags = b.call(aten.reshape.default, rows, [-1, size, table.meta["val"].shape[1]])
+    if mode == 2:
+        return (b.call(aten.amax.default, bags, [1]),)
+    total = b.call(aten.sum.dim_IntList, bags, [1])
+    return (total if mode == 0 else b.call(aten.mul.Tensor, total, b.scalar(1 / size)),)
+
+
+def _bag_size(b: Builder, offsets: Any, last: bool, indices: torch.Tensor | None) -> int | None:
+    """How many indices each bag has, where that is one number known beforehand; else None."""
+    if not isinstance(offsets, Node) or indices is None or last:
+        return None
+    if ops.op_name(offsets) == "arange":
+        found = ops.arguments(offsets)
+        step = found.get("step", 1)
+        return step if isinstance(step, int) and step > 0 and found.get("start", 0) == 0 else None
+    if not ops.is_constant(offsets) or not isinstance(indices.shape[0], int):
+        return None
+    starts = [*ops.constant_value(b.model, offsets).tolist(), indices.shape[0]]
+    sizes = {after - before for before, after in itertools.pairwise(starts)}
+    return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 and starts[0] == 0 else None
+
+
+def sorted_place(b: Builder, node: Node) -> Node | None:
+    """Where values stand in a sorted row: how many of the row are smaller, or not larger."""
+    given = ops.arguments(node)
+    row = given.get("sorted_sequence", given.get("boundaries"))
+    x = given["self"]
+    value = _value(row)
+    if value is None or value.ndim != 1 or _value(x) is None or given.get("sorter") is not None:
+        return None
+    right = bool(given.get("right")) or given.get("side") == "right"
+    column = b.call(aten.unsqueeze.default, x, -1)
+    behind = b.call(aten.gt.Tensor if right else aten.ge.Tensor, row, column)
+    dtype = torch.int32 if given.get("out_int32") else torch.int64
+    before = b.call(aten._to_copy.default, b.call(aten.logical_not.default, behind), dtype=dtype)
+    return b.call(aten.sum.dim_IntList, before, [-1], dtype=dtype)
+
+
+_MOST_RANKED = 256  # of a row whose values are all compared with each other
+
+
+def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
+    """A sort, its places or its values: all values as the largest or smallest ones, places by comparing all pairs.
+
+    The portable kernel that gives the largest values leaves open which of equal ones comes first, and quantized values
+    often are equal.
+    """
+    given = ops.arguments(node)
+    x, name = given["self"], ops.overload_of(node).partition(".")[0]
+    value = _value(x)
+    axis = 0 if name == "msort" else int(given.get("dim", -1))
+    if value is None or not value.ndim or not isinstance(value.shape[axis], int):
+        return None
+    axis, descending = axis % value.ndim, bool(given.get("descending", False))
+    if name == "msort" or (name == "sort" and used_parts(node) == {0}):
+        best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
+        values = b.call(operator.getitem, best, 0)
+        return values if name == "msort" else (values,)
+    if value.shape[axis] <= _MOST_RANKED and value.is_floating_point():
+        places = _places(b, x, axis, descending)
+        return places if name == "argsort" else (b.call(aten.gather.default, x, axis, places), places)
+    if given.get("stable"):
+        return None
+    best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
+    values, places = (b.call(operator.getitem, best, i) for i in (0, 1))
+    return places if name == "argsort" else (values, places)
+
+
+def _places(b: Builder, x: Node, axis: int, descending: bool) -> Node:
+    """Where the values of a sorted row stood, of equal ones in their order; NaN counts as the largest, as in torch."""
+
+    def both(first: Node, second: Node) -> Node:
+        return b.call(aten.logical_and.default, first, second)
+
+    def either(first: Node, second: Node) -> Node:
+        return b.call(aten.logical_or.default, first, second)
+
+    count, rank = x.meta["val"].shape[axis], x.meta["val"].ndim
+    one, other = b.call(aten.unsqueeze.default, x, axis + 1), b.call(aten.unsqueeze.default, x, axis)
+    nan, other_nan = b.call(aten.isnan.default, one), b.call(aten.isnan.default, other)
+    before, behind = (nan, other_nan) if not descending else (other_nan, nan)
+    ahead = b.call(aten.gt.Tensor if descending else aten.lt.Tensor, other, one)
+    ahead = either(ahead, both(before, b.call(aten.logical_not.default, behind)))
+    earlier = torch.ones(count, count).tril(-1).bool().reshape(count, count, *[1] * (rank - 1 - axis))
+    equal = either(b.call(aten.eq.Tensor, other, one), both(nan, other_nan))
+    ahead = either(ahead, both(equal, b.constant(earlier, f"earlier_{count}_{rank - axis}")))
+    ahead = b.call(aten._to_copy.default, ahead, dtype=torch.int64)
+    ranks = b.call(aten.sum.dim_IntList, ahead, [axis + 1], dtype=torch.int64)
+    zeros = b.call(aten.mul.Scalar, ranks, 0)
+    own = b.constant(torch.arange(count).reshape(count, *[1] * (rank - 1 - axis)), f"places_{count}_{rank - axis}")
+    return b.call(aten.scatter.src, zeros, axis, ranks, b.call(aten.add.Tensor, zeros, own))
+
+
+def mean_slope(b: Builder, node: Node) -> Node | None:
+    """A randomized leaky ReLU outside of training: one with the mean slope."""
+    given = ops.arguments(node)
+    if given.get("training") or not _is_float32(given["self"]):
+        return None
+    slope = (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2
+    return b.call(aten.leaky_relu.default, given["self"], slope)
+
+
+# graphs of conditions and maps ---------------------------------------------------------------------------------------
+
+
+def _branch_linear(b: Builder, node: Node) -> Node:
+    x, weight, *bias = node.args
+    product = b.call(aten.matmul.default, x, b.call(aten.permute.default, weight, [1, 0]))
+    return b.call(aten.add.Tensor, product, bias[0]) if bias and bias[0] is not None else product
+
+
+def _branch_prelu(b: Builder, node: Node) -> Node:
+    x, weight = node.args
+    rank = x.meta["val"].ndim  # type: ignore[union-attr]
+    slope = b.call(aten.reshape.default, weight, [1, -1, *[1] * (rank - 2)] if rank > 1 else [-1])
+    return b.call(aten.where.self, b.call(aten.gt.Scalar, x, 0), x, b.call(aten.mul.Tensor, x, slope))
+
+
+def _branch_hardswish(b: Builder, node: Node) -> Node:
+    x = node.args[0]
+    clipped = b.call(aten.hardtanh.default, b.call(aten.add.Scalar, x, 3), 0.0, 6.0)
+    return b.call(aten.mul.Scalar, b.call(aten.mul.Tensor, x, clipped), 1 / 6)
+
+
+def _branch_max_pool(b: Builder, node: Node) -> Node:
+    both = b.call(aten.max_pool2d_with_indices.default, *node.args)
+    return b.call(operator.getitem, both, 0)
+
+
+_BRANCH_RULES: dict[Any, Rule] = {
+    aten.linear.default: _branch_linear,
+    aten.prelu.default: _branch_prelu,
+    aten.hardswish.default: _branch_hardswish,
+    aten.max_pool2d.default: _branch_max_pool,
+}
+
+
+def rewrite_branches(model: GraphModule) -> None:
+    """Write the ops that ExecuTorch keeps for its delegate, which sees no graph inside another, as portable ones."""
+    for node in model.graph.nodes:
+        inner = getattr(model, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, GraphModule):
+            rewrite(inner, _BRANCH_RULES)
+            rewrite_branches(inner)
+
+
+def other_branches(model: GraphModule) -> GraphModule | None:
+    """The graph with its conditions the other way round, so that what was not taken is; None if it has none."""
+    other = passes.copy_graph(model)
+    conditions = [n for n in other.graph.nodes if n.target is torch.ops.higher_order.cond]
+    conditions = [n for n in conditions if _value(n.args[0]) is not None]
+    for node in conditions:
+        b = Builder(other, node)
+        node.update_arg(0, b.call(aten.logical_not.default, node.args[0]))
+    other.recompile()
+    return other if conditions else None
+
+
+RULES: dict[Any, Rule] = {
+    aten.gru_cell.default: gru_cell,
+    aten.lstm_cell.default: lstm_cell,
+    aten.rnn_tanh_cell.default: rnn_cell,
+    aten.rnn_relu_cell.default: rnn_cell,
+    aten.prelu.default: prelu,
+    aten.max.dim: largest,
+    aten.avg_pool3d.default: pool3d,
+    aten.max_pool3d.default: pool3d,
+    aten.adaptive_avg_pool3d.default: adaptive_pool,
+    aten.adaptive_max_pool1d.default: adaptive_pool,
+    aten.adaptive_max_pool2d.default: adaptive_pool,
+    aten.adaptive_max_pool3d.default: adaptive_pool,
+    aten.pad.default: circular_pad,
+    aten.embedding_bag.default: embedding_bag,
+    aten.embedding_bag.padding_idx: embedding_bag,
+    aten.gru.input: gru,
+    aten.rrelu.default: mean_slope,
+    aten.argsort.default: sort,
+    aten.argsort.stable: sort,
+    aten.msort.default: sort,
+    aten.sort.default: sort,
+    aten.sort.stable: sort,
+    aten.searchsorted.Tensor: sorted_place,
+    aten.bucketize.Tensor: sorted_place,
+}

@@ -1,0 +1,69 @@
+"""What belongs to the whole process is after our calls what it was before them, also at the first call in a process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchquant as tq
+
+SCRIPT = """
+import logging, random, sys, warnings
+import numpy, torch
+import torchquant as tq
+from torchquant.backends import {backend} as backend
+from torchquant.quantizers import {quantizer} as quantizer
+
+tq.export, tq.quantize  # are imported when they are named
+
+def state():
+    return {{
+        "torch's random numbers": torch.get_rng_state().tolist(),
+        "numpy's random numbers": str(numpy.random.get_state()),
+        "python's random numbers": random.getstate(),
+        "filters": [str(f) for f in warnings.filters],
+        "handlers": list(logging.root.handlers),
+        "level": logging.root.level,
+        "recursion": sys.getrecursionlimit(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "engine": torch.backends.quantized.engine,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }}
+
+def same(before, what):
+    after = state()
+    for name in before:
+        assert before[name] == after[name], (what, name, str(before[name])[:300], str(after[name])[:300])
+
+layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Flatten()]
+model, x = torch.nn.Sequential(*layers, torch.nn.Linear(288, 4)).eval(), torch.randn(2, 3, 8, 8)
+before = state()
+exported = tq.export(model, (x,))
+same(before, "export")
+quantized = tq.quantize(exported, (x,), [(x,)], quantizer=quantizer(), algorithms=(), progress=False)
+same(before, "quantize")
+program = backend.lower(quantized, (x,), **{options})
+same(before, "lower")
+program(x)
+same(before, "call")
+backend.load(program.save(sys.argv[1]), **{options})(x)
+same(before, "save and load")
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantizer", "options"),
+    [
+        ("inductor_x86", "X86Quantizer", "{}"),
+        ("executorch_xnnpack", "XnnpackQuantizer", "{}"),
+        ("inductor_cuda", "CudaQuantizer", "{'device': 'cpu'}"),
+    ],
+)
+def test_a_whole_flow_leaves_the_process_as_it_was(backend, quantizer, options, tmp_path):
+    script = SCRIPT.format(backend=backend, quantizer=quantizer, options=options)
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(tq.__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
