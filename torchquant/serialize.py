@@ -1,9 +1,10 @@
-"""Save and load converted graphs: integer weights only, versions inside, no pickles of ours."""
+"""Save and load converted graphs: integer weights only, versions and digests inside, read without running anything."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch.ao.quantization.fx._decomposed  # registers the ops that a saved gr
 from torch.fx import GraphModule
 
 import torchquant.dialect  # noqa: F401 - likewise
-from torchquant import archive
+from torchquant import archive, exported
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, InputError
-from torchquant.files import write_whole
+from torchquant.files import reading, write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
 from torchquant.fx.states import own_states
 from torchquant.signature import Signature
 
-__all__ = ["export_again", "is_graph", "load", "save"]
+__all__ = ["export_again", "graph_in", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
@@ -42,14 +43,14 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
         raise InputError("save takes a converted graph, with dequantize ops in it; run convert_pt2e first")
     passes.remove_dead_weights(quantized)
     own_states(quantized)  # that have no part in autograd
-    exported = export_again(quantized, example_inputs)
-    extra = {archive.NAME: archive.text_of(_KIND, {})}
+    program = export_again(quantized, example_inputs)
 
     def write(part: Path) -> None:
         plain = part.with_suffix(".plain.pt2")
-        torch.export.save(exported, plain, extra_files=extra)
+        torch.export.save(program, plain)
         archive.compress(plain, part)
         plain.unlink()
+        archive.seal(part, _KIND, {})
 
     return write_whole(path, write)
 
@@ -95,16 +96,19 @@ def _with_distinct_names(graph: GraphModule) -> GraphModule:
 def load(path: str | os.PathLike[str]) -> GraphModule:
     """Read what `save` wrote, as a callable graph with bit-equal outputs.
 
+    Nothing that the file says is run: see `torchquant.exported`.
+
     Raises:
-        ArtifactError: no such file, truncated, foreign, of another format, or torch cannot read it.
+        ArtifactError: no such file, truncated, damaged, foreign, of another format, or torch cannot read it.
     """
-    written = archive.read(path, _KIND)
-    try:
-        graph = torch.export.load(path).module()
-    except Exception as error:
-        raise ArtifactError(
-            f"torch {torch.__version__} cannot read {path} (written by {written['versions']}): {error}"
-        ) from error
+    return graph_in(path, archive.contents(path, _KIND)[1])
+
+
+def graph_in(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> GraphModule:
+    """The graph in the members of an archive; raises ArtifactError, with `path` in it."""
+    program = exported.load_members(path, members)
+    with reading(path, "a graph"):
+        graph = program.module()
     assert isinstance(graph, GraphModule)
     return graph
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchquant.errors import InputError
+from torchquant.tensors import dtype_of
+from torchquant.trees import check_tree
 
 __all__ = ["Constant", "InputSpec", "Signature", "Size", "placeholders"]
 
@@ -283,7 +286,7 @@ class Signature:
         """Read what `to_json` gave; raises KeyError, TypeError or ValueError for anything else."""
         return Signature(
             tuple(_input_from(s) for s in stored["inputs"]),
-            tuple(stored["parameters"]),
+            tuple(map(str, stored["parameters"])),
             _loaded(stored["in_spec"]),
             None if stored["out_spec"] is None else _loaded(stored["out_spec"]),
             {int(i): v for i, v in stored["fixed_outputs"]},
@@ -362,10 +365,24 @@ def _parts(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
 
 
 def _input_from(stored: Mapping[str, Any]) -> InputSpec | Constant:
+    name = str(stored["name"])
     if stored["kind"] == "Constant":
-        return Constant(stored["name"], stored["value"])
-    sizes = tuple(None if s is None else Size(**s) for s in stored["sizes"])
-    return InputSpec(stored["name"], stored["dtype"], tuple(stored["shape"]), sizes)
+        if not isinstance(stored["value"], _PLAIN):
+            raise ValueError(f"{stored['value']!r:.100} is no constant")
+        return Constant(name, stored["value"])
+    sizes = tuple(None if s is None else _size_from(s) for s in stored["sizes"])
+    shape = tuple(None if s is None else operator.index(s) for s in stored["shape"])
+    if any(s is not None and s < 0 for s in shape) or len(sizes) not in (0, len(shape)):
+        raise ValueError(f"{shape} is no shape, or {sizes} are not its sizes")
+    return InputSpec(name, str(dtype_of(stored["dtype"])), shape, sizes)
+
+
+def _size_from(stored: Mapping[str, Any]) -> Size:
+    size = Size(**stored)
+    numbers = (size.factor, size.offset, size.minimum, 0 if size.maximum is None else size.maximum)
+    if not isinstance(size.symbol, str) or any(type(n) is not int for n in numbers) or size.factor < 1:
+        raise ValueError(f"{size!r:.200} is no size")
+    return size
 
 
 def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:
@@ -378,6 +395,8 @@ def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:
 
 
 def _loaded(stored: Mapping[str, str | None]) -> pytree.TreeSpec:
+    for text in filter(None, stored.values()):
+        check_tree(text)
     try:
         return pytree.treespec_loads(stored["exact"] or "")
     except (NotImplementedError, TypeError, ValueError):

@@ -125,9 +125,8 @@ def run(
     for _ in stream.walk([]):
         pass
     result.steps.append(("as calibrated", _db(stream), True))
-    checkpoints = Checkpoints.open(
-        settings.checkpoint, prepared, kept, algorithms, (settings.seed, sorted(settings.excluded))
-    )
+    choices = (settings.seed, sorted(settings.excluded), budget_s)
+    checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
     original = copy_graph(prepared)
     try:
         for number, algorithm in enumerate(algorithms):

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from torchquant.errors import ArtifactError
+from torchquant.files import reading
+
 __all__ = ["Store"]
 
 
@@ -45,7 +48,9 @@ class Store:
         """The value; one that was spilled is read from disk and stays there."""
         if key in self._kept:
             return self._kept[key]
-        return torch.load(self._spilled[key], weights_only=True)
+        path = self._spilled[key]
+        with reading(path, "what was put there", "leave the folder of temporary files alone while this runs"):
+            return torch.load(path, weights_only=True)
 
     def drop(self, key: Any) -> None:
         """Forget the value, if there is one."""
@@ -64,11 +69,17 @@ class Store:
             self._folder = None
 
     def _spill(self, key: Any, value: Any) -> None:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="torchquant-"))
-        path = self._folder / f"{self._named}.pt"
-        self._named += 1
-        torch.save(value, path)
+        try:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="torchquant-"))
+            path = self._folder / f"{self._named}.pt"
+            self._named += 1
+            torch.save(value, path)
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
+            raise ArtifactError(
+                f"{_bytes_of(value):,} bytes of values cannot be kept in {self._folder or tempfile.gettempdir()}: "
+                f"{str(error).splitlines()[0]}. Name a folder with more room in TMPDIR, or raise memory_bytes"
+            ) from error
         self._spilled[key] = path
         self._bytes -= _bytes_of(value)
         self.spilled_bytes += _bytes_of(value)

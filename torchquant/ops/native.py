@@ -231,20 +231,22 @@ def load() -> ctypes.CDLL:
 
 
 def load_packaged(name: str, content: bytes) -> None:
-    """Load the library that came with a program, unless this process has one: our own sources' where they differ.
+    """Load the library that came with a program, unless this process has one: our own sources' where it can be had.
+
+    What came with a program is never put into the cache, from which later programs take their library.
 
     Raises:
         LoweringError: it cannot be loaded here.
     """
     if _loaded:
         return
-    if name != build_name():
+    if name != build_name() or (cache_folder() / name).exists():
         try:
             load()
             return
         except LoweringError:  # no compiler here: what came with the program serves
             pass
-    path = cache_folder() / name
+    path = own_folder() / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         write_whole(path, lambda part: part.write_bytes(content))
     _load_file(path)
