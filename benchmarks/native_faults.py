@@ -3,8 +3,8 @@
 python benchmarks/native_faults.py [--plans 1000000] [--arguments 100000] [--sanitize]
 
 Each part runs in a process of its own, which a crash ends: `refused` and `ran` are as they should be, `crashed` counts
-the parts that ended. With `--sanitize` the kernels are compiled with AddressSanitizer and UndefinedBehaviorSanitizer, which
-takes a quarter of an hour and finds accesses that happen to hit memory. A row goes into `results/faults.json`.
+the parts that ended. With `--sanitize` the kernels are compiled with AddressSanitizer and UndefinedBehaviorSanitizer,
+which takes a quarter of an hour and finds accesses that happen to hit memory. A row goes into `results/faults.json`.
 """
 
 from __future__ import annotations

@@ -183,6 +183,39 @@ def test_a_resumed_run_equals_an_unbroken_one(model, batches, tmp_path, stopped,
     assert torch.equal(tq.convert(prepared)(batches[0]), tq.convert(unbroken)(batches[0]))
 
 
+def test_a_run_that_is_stopped_within_a_block_goes_on_behind_the_last_layer(model, batches, tmp_path, monkeypatch):
+    """BRECQ's spans are whole blocks; what stops here is the process, after the n-th file."""
+    algorithm = BRECQ(8, rounds=3, start=AdaRound(10), min_sites=2, max_sites=3)
+    unbroken = calibrated(model, batches, LINEAR)
+    whole = tq.optimize(unbroken, batches, [algorithm], progress=False)
+    write, solve = checkpoints.write, AdaRound.solve
+    written, solved_layers = [], []
+
+    def counted(path, solution):
+        write(path, solution)
+        written.append(path.name)
+        if stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write", counted)
+    monkeypatch.setattr("torchquant.solving.write", counted)
+    monkeypatch.setattr(AdaRound, "solve", lambda *a: solved_layers.append(a) or solve(*a))
+    for attempt in range(100):
+        stop, prepared = attempt < 99, calibrated(model, batches, LINEAR)
+        before = len(solved_layers)
+        try:
+            result = tq.optimize(prepared, batches, [algorithm], checkpoint=tmp_path, progress=False)
+            break
+        except KeyboardInterrupt:
+            assert len(solved_layers) - before <= 1  # no layer is solved again
+    sites = sum(len(span.sites) for span in algorithm.spans(calibrated(model, batches, LINEAR), frozenset()))
+    assert attempt == len(written) > sites
+    assert len(set(written)) == len(written)
+    assert not list(tmp_path.glob("*.part.pt"))
+    assert_same_codes(prepared, unbroken)
+    assert result.steps == whole.steps
+
+
 def test_a_finished_run_read_again_solves_nothing(model, batches, tmp_path, stopped):
     first, second = calibrated(model, batches, LINEAR), calibrated(model, batches, LINEAR)
     tq.optimize(first, batches, [stopped(None)], checkpoint=tmp_path, progress=False)

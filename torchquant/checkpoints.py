@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid
 from torchquant.fx.sites import observers
 from torchquant.fx.stream import Task
-from torchquant.parallel import is_parallel
+from torchquant.parallel import everywhere, is_parallel
 from torchquant.solved import Solution
 from torchquant.tensors import bytes_of
 
-__all__ = ["Checkpoints", "read", "write"]
+__all__ = ["Checkpoints", "Parts", "read", "write"]
 
 _MARK = "run.txt"
 _HEAD = "torchquant checkpoint 2"
@@ -82,6 +82,27 @@ class Checkpoints:
     def path(self, algorithm: int, span: int) -> Path | None:
         """Where the answer for a span is kept."""
         return None if self.folder is None else self.folder / f"{algorithm:02d}-{span:05d}.pt"
+
+
+class Parts:
+    """Answers for parts of a span, beside the place of the span's own; see `Clock.part`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count = path, 0
+
+    def __call__(self, task: Any, compute: Callable[[], Solution]) -> Solution:
+        path = self._path.with_name(f"{self._path.stem}-{self._count:03d}.part.pt")
+        self._count += 1
+        if everywhere(path.exists()):
+            return read(path, task)
+        found = compute()
+        write(path, found)
+        return found
+
+    def clear(self) -> None:
+        """Forget them: the span's own answer is kept."""
+        for path in self._path.parent.glob(f"{self._path.stem}-*.part.pt"):
+            path.unlink(missing_ok=True)
 
 
 def _mark(folder: Path) -> str:
@@ -152,7 +173,7 @@ def _digest_at(path: Path, content: bytes) -> str:
     return digest(f"{_mark(path.parent)} {path.name}\n".encode(), content)
 
 
-def read(path: Path, task: Task) -> Solution:
+def read(path: Path, task: Any) -> Solution:
     """An answer that was kept for this span.
 
     Raises:
