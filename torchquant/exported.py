@@ -96,7 +96,7 @@ def _plain_inputs(content: bytes) -> bytes:
     try:
         value = torch.load(io.BytesIO(content), weights_only=True)
         keys = (k for part in _parts(value) if isinstance(part, dict) for k in part if isinstance(k, str))
-        return _pickled(value) if isinstance(value, tuple) and all(map(_is_path, keys)) else b""
+        return _pickled(value) if isinstance(value, tuple) and all(map(_is_quotable, keys)) else b""
     except Exception:
         return b""
 
@@ -126,7 +126,12 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a text may stand between quotes in source code: names of modules may be `a-b`, or hold spaces."""
+    """Whether a text is the name of a parameter; names of modules may be `a-b`, or hold spaces."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.\-+/:@<>$~ ]*", value) is not None
+
+
+def _is_quotable(value: Any) -> bool:
+    """Whether a text may stand between quotes in source code."""
     return isinstance(value, str) and value.isprintable() and not set(value) & set("\"'\\")
 
 
@@ -155,6 +160,7 @@ _SYMPY = {
 }
 _METHODS = ("size", "stride", "storage_offset", "dim", "numel", "item")
 _GUARDS = ("max", "min", "abs", "int", "float", "bool", "len", "IsNonOverlappingAndDenseIndicator")
+_MATHEMATICS = {name for name in dir(math) if not name.startswith("_")}
 _LARGEST_EXPONENT = 64
 _LONGEST = 20_000
 
@@ -179,7 +185,7 @@ def _check_guard(text: Any) -> None:
         elif isinstance(node, ast.Attribute):
             fits = node.attr in _METHODS or _is_math(node)
         elif isinstance(node, ast.Constant):
-            fits = not isinstance(node.value, str) or _is_path(node.value)
+            fits = not isinstance(node.value, str) or _is_quotable(node.value)
         elif isinstance(node, ast.Call):
             fits = isinstance(node.func, (ast.Name, ast.Attribute))
         _require(fits and _is_small(node), text, "a guard")
@@ -187,7 +193,7 @@ def _check_guard(text: Any) -> None:
 
 def _is_math(node: ast.Attribute) -> bool:
     module = node.value.id if isinstance(node.value, ast.Name) else ""
-    return (module == "math" and hasattr(math, node.attr)) or (module == "torch" and node.attr.startswith("sym_"))
+    return (module == "math" and node.attr in _MATHEMATICS) or (module == "torch" and node.attr.startswith("sym_"))
 
 
 def _syntax(text: Any) -> Iterable[ast.AST]:
@@ -233,7 +239,12 @@ _HIGHER_ORDER = {
     *("hints_wrapper", "invoke_subgraph", "map_impl", "out_dtype", "scan", "strict_mode"),
     *("tag_activation_checkpoint", "while_loop", "wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled"),
 }
-_NOT_WALKED = {"metadata", "treespec_namedtuple_fields", "opset_version", "range_constraints"}  # texts that stay texts
+_NOT_WALKED = {"treespec_namedtuple_fields", "opset_version"}  # texts that stay texts
+_NUMBERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("as_int", "dtype", "layout", "as_scalar_type", "as_memory_format", "as_layout"), (int,)),
+    **dict.fromkeys(("min_val", "max_val"), (int, type(None))),
+    "as_bool": (bool,),
+}
 _TARGETS = {"parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"}
 
 
@@ -280,6 +291,10 @@ class _Checker:
             _check_operator(value)
         elif field in ("name", "as_name"):
             _require(value in (None, "") or _is_name(value), value, "a name")
+        elif field in _NUMBERS:
+            _require(type(value) in _NUMBERS[field], value, f"in the place of a number ({field})")
+        elif field == "metadata":
+            _clean(value)
         elif field in _TARGETS:
             _require(_is_path(value), value, "the name of a parameter")
         elif field == "expr_str":
@@ -310,7 +325,15 @@ class _Checker:
     def _quoted(self, value: Any) -> None:
         """Texts that are arguments of the graph come between quotes into its guards."""
         for part in _leaves(value, "as_string"):
-            _require(_is_path(part), part, "an argument of a graph")
+            _require(_is_quotable(part), part, "an argument of a graph")
+
+
+def _clean(metadata: Any) -> None:
+    """Take from notes (where a node came from) whatever would end a comment, which is where torch may write them."""
+    _require(isinstance(metadata, dict), metadata, "the notes of a node")
+    for name, text in metadata.items():
+        _require(isinstance(text, str), text, f"the note {name!r:.50} of a node")
+        metadata[name] = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _leaves(value: Any, field: str) -> Iterable[Any]:

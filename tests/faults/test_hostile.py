@@ -1,6 +1,7 @@
 """Files that were written to run something: nothing in them runs, whatever reads them."""
 
 import contextlib
+import hashlib
 import json
 import sys
 
@@ -197,6 +198,24 @@ def parameter_name(found, marker):
     found[GRAPH] = _renamed(found[GRAPH], name, evil)
 
 
+def attribute_name(found, marker):
+    config = found[WEIGHTS]["config"]
+    name = next(iter(config))
+    evil = "first or exec(bytes([112]))"
+    config[evil] = config.pop(name)
+    found[GRAPH] = _renamed(found[GRAPH], name, evil)
+
+
+def number(found, marker):
+    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+    values["x"]["sizes"][0] = {"as_expr": {"expr_str": "Symbol('s0')", "hint": {"as_int": expression(marker)}}}
+
+
+def tower(found, marker):
+    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+    values["x"]["sizes"][0] = {"as_expr": {"expr_str": "Pow(9, Pow(9, Pow(9, 9)))", "hint": {"as_int": 4}}}
+
+
 def text_argument(found, marker):
     found[GRAPH] = _renamed(found[GRAPH], "plain", f"' or {expression(marker)} or '")
 
@@ -259,6 +278,9 @@ OTHERS = {  # and these with more craft
     "a TorchScript object": object_member("custom_obj_", crafted.plainly_pickled),
     "a placeholder's name": placeholder_name,
     "a parameter's name": parameter_name,
+    "an attribute's name": attribute_name,
+    "a text in the place of a number": number,
+    "a number that takes for ever": tower,
     "a library": library,
 }
 
@@ -299,6 +321,102 @@ def test_what_torch_wrote_is_read_as_torch_reads_it(files):
     for program in (ours, theirs):
         with pytest.raises(AssertionError, match="Guard failed"):
             program.module()(x=torch.randn(65, 16), mode="plain")
+
+
+def test_notes_of_nodes_end_no_comment(files, tmp_path):
+    def change(found):
+        for node in found[GRAPH]["graph_module"]["graph"]["nodes"]:
+            node["metadata"]["stack_trace"] = 'File "a", line 1, in f\n    x = 1\r    exec(y)'
+
+    path = crafted.changed(files["theirs"][0], tmp_path / "noted.pt2", change)
+    traces = [n.meta["stack_trace"] for n in exported.load(path).graph.nodes if "stack_trace" in n.meta]
+    assert traces
+    assert all(t.splitlines()[-1] == "    x = 1     exec(y)" for t in traces)
+
+
+ARITHMETIC = (
+    "Mul(Integer(2), Symbol('s0', positive=True, integer=True))",
+    "2*s0 + 1",
+    "s0**2",
+    "(s0 - 1)//2",
+    "Mod(s0, 3)",
+    "FloorDiv(s0, Integer(2))",
+    "Max(1, s0)",
+    "-s0",
+    "Float('1.5', precision=53)",
+    "Pow(Symbol('s0'), Integer(-1))",
+)
+
+
+@pytest.mark.parametrize("text", ARITHMETIC)
+def test_expressions_of_sizes_are_let_through(text):
+    exported._check_expression(text)
+
+
+NO_ARITHMETIC = (
+    "s0.__class__",
+    "[s0]",
+    "(lambda: 1)()",
+    "f'{s0}'",
+    "open('a')",
+    "Symbol('a b')",
+    "s0[0]",
+    "9**9**9",
+    "1 << 1000",
+    "",
+    "s0;s1",
+    "(s0 := 1)",
+    "Add('f(x)')",
+    "Pow(2, 100000)",
+    "[x for x in s0]",
+    "s0 if s1 else s2",
+    3,
+    None,
+)
+
+
+@pytest.mark.parametrize("text", NO_ARITHMETIC)
+def test_other_expressions_are_not(text):
+    with pytest.raises(exported.UnsafeContentError):
+        exported._check_expression(text)
+
+
+GUARDS = (
+    "(L['x'].size()[0] // 2) != 1",
+    "L['x'].size()[0] <= 64",
+    "math.isnan(L['y'])",
+    "L['m'] == 'plain'",
+    "not L['flag']",
+    "max(1, L['x'].size()[0]) >= 2",
+    "L['flat_args'][0].stride()[1] == 1",
+)
+
+
+@pytest.mark.parametrize("text", GUARDS)
+def test_guards_are_let_through(text):
+    exported._check_guard(text)
+
+
+NO_GUARDS = (
+    "torch.os.system('x')",
+    "L.__class__",
+    "getattr(L, 'x')",
+    "torch.load('x')",
+    "eval('x')",
+    "L['\"']",
+    "exec(L['x'])",
+    "math.__loader__",
+    "L['x'].size.__globals__",
+    "().__class__",
+    "globals()",
+    "L['x'].tofile('x')",
+)
+
+
+@pytest.mark.parametrize("text", NO_GUARDS)
+def test_other_guards_are_not(text):
+    with pytest.raises(exported.UnsafeContentError):
+        exported._check_guard(text)
 
 
 def test_the_format_before_is_refused(tmp_path, marker):
@@ -378,6 +496,7 @@ def test_a_library_that_came_with_a_program_stays_out_of_the_cache(tmp_path, mon
     monkeypatch.setattr(native, "_build", lambda folder: pytest.fail("it is built"))
     built = tmp_path / "cache" / native.build_name()
     built.write_bytes(b"of our sources")
+    built.with_suffix(".sha256").write_text(hashlib.sha256(b"of our sources").hexdigest())
     assert native.library_file() == built
     monkeypatch.setattr(native, "_load_file", lambda path: [loaded.append(path), native._loaded.append(path)])
     native.load_packaged(native.build_name(), b"not of our sources")

@@ -133,7 +133,7 @@ def _is_whole(library: Path) -> bool:
     """Whether the file is what was built: not cut off, not overwritten."""
     try:
         return hashlib.sha256(library.read_bytes()).hexdigest() == _digest_of(library).read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -240,7 +240,7 @@ def load_packaged(name: str, content: bytes) -> None:
     """
     if _loaded:
         return
-    if name != build_name() or (cache_folder() / name).exists():
+    if name != build_name() or _is_whole(cache_folder() / name):
         try:
             load()
             return
