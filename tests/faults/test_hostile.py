@@ -497,6 +497,7 @@ def test_a_library_that_came_with_a_program_stays_out_of_the_cache(tmp_path, mon
     built = tmp_path / "cache" / native.build_name()
     built.write_bytes(b"of our sources")
     built.with_suffix(".sha256").write_text(hashlib.sha256(b"of our sources").hexdigest())
+    built.with_suffix(".sha256").write_text(hashlib.sha256(b"of our sources").hexdigest())
     assert native.library_file() == built
     monkeypatch.setattr(native, "_load_file", lambda path: [loaded.append(path), native._loaded.append(path)])
     native.load_packaged(native.build_name(), b"not of our sources")
