@@ -186,6 +186,12 @@ def test_every_candidate_is_known():
                 assert configs._is_known(format, "64x64", m, json.loads(json.dumps(vars(config))))
 
 
+def test_a_cache_that_takes_no_folder_costs_only_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
+    (tmp_path / "gpu").write_text("in the way")
+    assert configs._own_folder().is_dir()
+
+
 # files that cannot be read or written ---------------------------------------------------------------------------------
 
 
