@@ -18,7 +18,7 @@ LAYERS = [
     ["types"],
     [
         *("archive", "batches", "dialect", "exported", "files", "formats", "histograms", "observers", "parallel"),
-        *("ranges", "signature", "surroundings", "tensors", "trees"),
+        *("ranges", "signature", "surroundings", "tensors", "trees", "typed"),
     ],
     ["fx"],
     ["benchmark", "calibration", "dynamo", "scaled", "solved", "stages", "verify"],

@@ -76,5 +76,5 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}. Choose another folder.") from error
     except RuntimeError as error:  # what torch raises where a disk is full
         text = str(error).split("\n")[0][:300]
-        raise ArtifactError(f"cannot write {target}: {text}. Is the disk full? Choose another folder.") from error
+        raise ArtifactError(f"cannot write {target}: {text}. If the disk is full, choose another folder.") from error
     return target

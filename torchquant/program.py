@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 
-from torchquant import archive, tensors
+from torchquant import archive, tensors, typed
 from torchquant.errors import InputError
 from torchquant.files import reading
 from torchquant.signature import InputSpec, Signature
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Metadata", "Program", "Proof", "State", "metadata_from", "read_metadata", "write_metadata"]
 
 _STATES = "states/initial.safetensors"
+_LIMITS = ("quant_min", "quant_max")  # None where an observer has none
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,22 @@ def metadata_from(path: str | os.PathLike[str], stored: Mapping[str, Any], membe
     """
     with reading(path, "what torchquant writes about a program"):
         proof = {**stored["proof"], "comparison": _comparison_of(stored["proof"]["comparison"])}
-        return Metadata(
+        about = Metadata(
             Signature.from_json(stored["signature"]),
             tuple(_site_of(s) for s in stored["sites"]),
-            Proof(**proof),
+            typed.made(Proof, proof),
             bool(stored["overwrites_inputs"]),
             _states_in(path, members, stored["states"]),
             tuple(map(operator.index, stored["returns"])),
         )
+        if not all(0 <= i < len(about.signature.tensors) for i in about.returns):
+            raise ValueError(f"{about.returns} are no inputs")
+        return about
 
 
 def _comparison_of(stored: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{**stored, "outputs": tuple(OutputComparison(**o) for o in stored["outputs"])})
+    outputs = [{**o, "lost": None if o["lost"] is None else tuple(o["lost"])} for o in stored["outputs"]]
+    return typed.made(Comparison, {**stored, "outputs": tuple(typed.made(OutputComparison, o) for o in outputs)})
 
 
 def _states_in(
@@ -219,5 +224,7 @@ def _grid_of(qparams: QParams | None) -> dict[str, Any] | None:
 
 def _site_of(stored: Mapping[str, Any]) -> Site:
     grids: Sequence[Mapping[str, Any] | None] = [stored["activation"], stored["weight"]]
-    activation, weight = (QParams(**{**g, "dtype": tensors.dtype_of(g["dtype"])}) if g else None for g in grids)
-    return Site(**{**stored, "activation": activation, "weight": weight})
+    activation, weight = (
+        typed.made(QParams, {**g, "dtype": tensors.dtype_of(g["dtype"])}, _LIMITS) if g else None for g in grids
+    )
+    return typed.made(Site, {**stored, "activation": activation, "weight": weight})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from torchquant import typed
 from torchquant.errors import InputError
 from torchquant.tensors import dtype_of
 from torchquant.trees import check_tree
@@ -365,24 +365,17 @@ def _parts(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
 
 
 def _input_from(stored: Mapping[str, Any]) -> InputSpec | Constant:
-    name = str(stored["name"])
     if stored["kind"] == "Constant":
         if not isinstance(stored["value"], _PLAIN):
             raise ValueError(f"{stored['value']!r:.100} is no constant")
-        return Constant(name, stored["value"])
-    sizes = tuple(None if s is None else _size_from(s) for s in stored["sizes"])
-    shape = tuple(None if s is None else operator.index(s) for s in stored["shape"])
-    if any(s is not None and s < 0 for s in shape) or len(sizes) not in (0, len(shape)):
-        raise ValueError(f"{shape} is no shape, or {sizes} are not its sizes")
-    return InputSpec(name, str(dtype_of(stored["dtype"])), shape, sizes)
-
-
-def _size_from(stored: Mapping[str, Any]) -> Size:
-    size = Size(**stored)
-    numbers = (size.factor, size.offset, size.minimum, 0 if size.maximum is None else size.maximum)
-    if not isinstance(size.symbol, str) or any(type(n) is not int for n in numbers) or size.factor < 1:
-        raise ValueError(f"{size!r:.200} is no size")
-    return size
+        return typed.made(Constant, {k: stored[k] for k in ("name", "value")})
+    sizes = tuple(None if s is None else typed.made(Size, s) for s in stored["sizes"])
+    fields = {"name": stored["name"], "dtype": str(dtype_of(stored["dtype"])), "shape": tuple(stored["shape"])}
+    spec = typed.made(InputSpec, {**fields, "sizes": sizes})
+    lengths = [*spec.shape, *(s.factor - 1 for s in sizes if s is not None)]
+    if any(n is not None and n < 0 for n in lengths) or len(sizes) not in (0, len(spec.shape)):
+        raise ValueError(f"{spec.shape} is no shape, or {sizes} are not its sizes")
+    return spec
 
 
 def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:

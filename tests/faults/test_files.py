@@ -14,7 +14,7 @@ import torch
 
 import torchquant as tq
 from torchquant import archive, files, sources, tensors
-from torchquant.backends import executorch_xnnpack
+from torchquant.backends import executorch_xnnpack, inductor_cuda
 from torchquant.files import reading, warn_ignored, write_whole
 from torchquant.fx.store import Store
 from torchquant.ops import tuning
@@ -85,6 +85,34 @@ def test_odd_notes_of_another_format_are_refused(tmp_path, versions):
         out.writestr(f"model/extra/{archive.NAME}", json.dumps({"format": 2, "versions": versions}))
     with pytest.raises(tq.ArtifactError, match=r"Save it again"):
         archive.read_any(path)
+
+
+ODD_NOTES = {
+    "proof of text": lambda a: a["proof"].update(annotated="many"),
+    "comparison of text": lambda a: a["proof"]["comparison"].update(sqnr_db="good"),
+    "no proof": lambda a: a.pop("proof"),
+    "a field more": lambda a: a["proof"].update(more=1),
+    "kernels": lambda a: a["proof"].update(kernels=[1]),
+    "site": lambda a: a["sites"][0].update(status="great"),
+    "dtype": lambda a: a["signature"]["inputs"][0].update(dtype="torch.nn"),
+    "shape": lambda a: a["signature"]["inputs"][0].update(shape=["4", -1]),
+    "negative shape": lambda a: a["signature"]["inputs"][0].update(shape=[-4, 16]),
+    "tree": lambda a: a["signature"].update(in_spec={"exact": "[9]", "plain": "{}"}),
+    "no tree": lambda a: a["signature"].update(in_spec=3),
+    "state": lambda a: a.update(states=["none"]),
+    "returns": lambda a: a.update(returns=[7]),
+    "no list": lambda a: a.update(sites=None),
+}
+
+
+@pytest.mark.parametrize("name", ODD_NOTES)
+def test_odd_notes_of_a_program_are_refused(folder, tmp_path, name):
+    source = fuzz.make(folder, "cuda")
+    about = crafted.about(source)
+    ODD_NOTES[name](about)
+    path = crafted.write(tmp_path / "odd.pt2", crafted.members(source), about)
+    with pytest.raises(tq.ArtifactError, match=r"odd\.pt2"):
+        inductor_cuda.load(path, "cpu")
 
 
 def test_tensors_are_held_against_their_digest_wherever_they_have_one(tmp_path):
@@ -184,6 +212,12 @@ def test_every_candidate_is_known():
         for m in configs._BUCKETS:
             for config in configs.candidates(format, int(m)):
                 assert configs._is_known(format, "64x64", m, json.loads(json.dumps(vars(config))))
+
+
+def test_a_cache_that_takes_no_folder_costs_only_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
+    (tmp_path / "gpu").write_text("in the way")
+    assert configs._own_folder().is_dir()
 
 
 # files that cannot be read or written ---------------------------------------------------------------------------------

@@ -504,12 +504,18 @@ def test_a_library_that_came_with_a_program_stays_out_of_the_cache(tmp_path, mon
     assert loaded[1:] == [built]
 
 
-def test_a_program_of_files_from_elsewhere_says_how_to_trust_it(files, tmp_path, marker):
+def test_the_command_lets_torch_unpickle_a_model_only_if_it_is_trusted(files, tmp_path, marker):
     path = crafted.changed(
         files["theirs"][0], tmp_path / "hostile.pt2", lambda found: RUN_BY_TORCH["a weight"](found, marker)
     )
-    with pytest.raises(tq.ArtifactError, match="--trust"):
-        sources.load_model(str(path))
+    np.savez(tmp_path / "data.npz", x=np.zeros((2, 4, 16), "float32"))
+    command = ["report", "--model", str(path), "--calibration", str(tmp_path / "data.npz")]
+    refused = CliRunner().invoke(cli.app, command)
+    assert isinstance(refused.exception, tq.ArtifactError)
+    assert "give --trust" in str(refused.exception)
+    assert not marker.exists()
+    assert CliRunner().invoke(cli.app, [*command, "--trust"]).exit_code == 1  # what the payload returned is no tensor
+    assert marker.exists()
     assert sources.load_model(str(files["theirs"][0]), trust=True)(x=batch(), mode="plain").shape == (8, 8)
 
 

@@ -243,7 +243,11 @@ def slug(name: str) -> str:
 
 def _own_folder() -> Path:
     folder = native.cache_folder() / "gpu"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        folder = native.own_folder() / "gpu"
+        folder.mkdir(exist_ok=True)
     return folder
 
 
