@@ -67,18 +67,28 @@ def _harmless(members: Mapping[str, bytes]) -> io.BytesIO:
     for config, folder in _CONFIGS.items():
         found = json.loads(members[config])
         stored[config] = json.dumps(found).encode()
-        for name, about in found["config"].items():
-            _require(_is_path(name), name, "the name of a tensor")
-            member = folder + str(about["path_name"])
-            if not _TENSORS.fullmatch(member):
-                raise UnsafeContentError(f"{name} is an object that only pickle or TorchScript could make")
-            stored[member] = _tensor_again(members[member]) if about["use_pickle"] else members[member]
+        stored |= _tensors(members, folder, found["config"])
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as target:
         for name, content in stored.items():
             target.writestr(f"model/{name}", content)
     out.seek(0)
     return out
+
+
+def _tensors(members: Mapping[str, bytes], folder: str, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members that hold tensors, each in one form: as bytes, or pickled again."""
+    found: dict[str, bytes] = {}
+    forms: dict[str, bool] = {}
+    for name, about in config.items():
+        _require(_is_path(name), name, "the name of a tensor")
+        member, is_pickled = folder + str(about["path_name"]), about["use_pickle"]
+        if not _TENSORS.fullmatch(member):
+            raise UnsafeContentError(f"{name} is an object that only pickle or TorchScript could make")
+        if forms.setdefault(member, is_pickled) is not is_pickled or not isinstance(is_pickled, bool):
+            raise UnsafeContentError(f"{member} is pickled in one place, and not in another")
+        found[member] = _tensor_again(members[member]) if is_pickled else members[member]
+    return found
 
 
 def _tensor_again(content: bytes) -> bytes:
@@ -245,6 +255,10 @@ _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("min_val", "max_val"), (int, type(None))),
     "as_bool": (bool,),
 }
+_MAPS = {
+    *("tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values"),
+    *("range_constraints", "as_string_to_argument"),
+}
 _TARGETS = {"parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"}
 
 
@@ -287,7 +301,12 @@ class _Checker:
                 self._field(field, part)
 
     def _field(self, field: str, value: Any) -> None:
-        if field in ("target", "as_operator"):
+        if field in _MAPS:  # whose keys are names that the model's author chose: `target`, `metadata`
+            _require(isinstance(value, dict), value, f"a map ({field})")
+            for name, part in value.items():
+                _require(field == "range_constraints" or _is_name(name), name, "a name")  # those are of expressions
+                self.visit(part)
+        elif field in ("target", "as_operator"):
             _check_operator(value)
         elif field in ("name", "as_name"):
             _require(value in (None, "") or _is_name(value), value, "a name")
@@ -309,15 +328,14 @@ class _Checker:
         elif field == "guards_code":
             for guard in value:
                 _check_guard(guard)
-        elif field in ("as_custom_obj", "custom_obj", "custom_obj_values") and value:
+        elif field in ("as_custom_obj", "custom_obj", "custom_obj_values"):
+            if not value:
+                return
             raise UnsafeContentError("the graph holds an object that only pickle or TorchScript could make")
         elif field not in _NOT_WALKED:
             self._walk(field, value)
 
     def _walk(self, field: str, value: Any) -> None:
-        if field == "as_string_to_argument":
-            for name in value:
-                _require(_is_name(name), name, "the name of an argument")
         if field in ("signature", "constant_input"):
             self._quoted(value)
         self.visit(value)

@@ -100,6 +100,15 @@ def pickled_member(config, content):
     return change
 
 
+def member_of_two_forms(found, marker):
+    config = found[WEIGHTS]["config"]
+    name = next(iter(config))
+    pickled_member(WEIGHTS, lambda code: crafted.plainly_pickled(code))(found, marker)
+    member = f"data/weights/{config[name]['path_name']}"
+    found[member] += bytes(-len(found[member]) % 8)
+    config["another"] = {**config[name], "use_pickle": False}
+
+
 def object_member(prefix, content):
     def change(found, marker):
         entry = {"path_name": f"{prefix}0", "is_param": False, "use_pickle": True, "tensor_meta": None}
@@ -119,6 +128,12 @@ def legacy_member(folder):
 def size(found, marker):
     values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
     values["x"]["sizes"][0] = {"as_expr": {"expr_str": expression(marker), "hint": {"as_int": 4}}}
+
+
+def size_behind_a_name(found, marker):
+    found[GRAPH] = _renamed(found[GRAPH], "x", "opset_version")
+    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+    values["opset_version"]["sizes"][0] = {"as_expr": {"expr_str": expression(marker), "hint": {"as_int": 4}}}
 
 
 def hidden_size(found, marker):
@@ -253,12 +268,14 @@ RUN_BY_TORCH = {  # torch 2.13 runs these when it loads the file, or when the gr
     "example inputs": example_inputs,
     "example inputs, no zip": example_inputs_without_zip,
     "a weight": pickled_member(WEIGHTS, crafted.pickled),
+    "a weight in two forms": member_of_two_forms,
     "a constant": pickled_member(CONSTANTS, crafted.pickled),
     "an opaque constant": object_member("opaque_obj_", crafted.plainly_pickled),
     "all weights": legacy_member("weights"),
     "all constants": legacy_member("constants"),
     "a size": size,
     "a size in an expression": hidden_size,
+    "a size behind a name": size_behind_a_name,
     "an enumeration": enumeration,
     "a defaultdict": default_factory,
     "a guard": guard,
@@ -321,6 +338,32 @@ def test_what_torch_wrote_is_read_as_torch_reads_it(files):
     for program in (ours, theirs):
         with pytest.raises(AssertionError, match="Guard failed"):
             program.module()(x=torch.randn(65, 16), mode="plain")
+
+
+def test_inputs_may_be_named_like_the_fields_of_a_file(tmp_path):
+    class Named(torch.nn.Module):
+        def forward(self, target, name, metadata, inputs, nodes, dtype, signature):
+            return target + name + metadata + inputs + nodes + dtype + signature
+
+    x = torch.ones(3, 4)
+    shapes = tuple({0: torch.export.Dim("n")} for _ in range(7))
+    torch.export.save(torch.export.export(Named(), (x,) * 7, dynamic_shapes=shapes), tmp_path / "named.pt2")
+    assert torch.equal(exported.load(tmp_path / "named.pt2").module()(*[x[:2]] * 7), 7 * x[:2])
+
+
+def test_sizes_that_depend_on_each_other_are_read(tmp_path):
+    class Halves(torch.nn.Module):
+        def forward(self, x, y):
+            return x[: x.shape[0] // 2] + y[1:], x.reshape(-1)[: 3 * y.shape[0]] ** 2, max(x.shape[0], 7)
+
+    n = torch.export.Dim("n", min=2, max=32)
+    given = (torch.ones(8, 4), torch.ones(5, 4))
+    program = torch.export.export(Halves(), given, dynamic_shapes=({0: 2 * n}, {0: n + 1}), strict=False)
+    torch.export.save(program, tmp_path / "halves.pt2")
+    found, expected = exported.load(tmp_path / "halves.pt2"), torch.export.load(tmp_path / "halves.pt2")
+    assert found._guards_code == expected._guards_code
+    assert found.module().code == expected.module().code
+    assert str(found.range_constraints) == str(expected.range_constraints)
 
 
 def test_notes_of_nodes_end_no_comment(files, tmp_path):
