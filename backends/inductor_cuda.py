@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from torchquant import archive, dynamo
 from torchquant import batches as data
-from torchquant.errors import ArtifactError, LoweringError, TorchquantWarning
+from torchquant.errors import LoweringError, TorchquantWarning
 from torchquant.files import write_whole
 from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops, passes
@@ -32,9 +32,9 @@ from torchquant.fx.windows import window_of
 from torchquant.lowering import accountable_sites, left_float
 from torchquant.ops.gpu.rewriting import OPS, rewrite
 from torchquant.owned import OwnFolder
-from torchquant.program import Metadata, Program, Proof, State, read_metadata, write_metadata
+from torchquant.program import Metadata, Program, Proof, State, metadata_from, write_metadata
 from torchquant.proof import cases_of, hold_against
-from torchquant.serialize import export_again
+from torchquant.serialize import export_again, graph_in
 from torchquant.surroundings import unchanged
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
@@ -193,7 +193,8 @@ class CudaProgram(Program):
         """Compile ahead of time into an AOTInductor package (`.pt2`) for this device.
 
         It takes the tensors of the inputs by position and returns those of the outputs as a tuple; states, if the model
-        has any, stand behind both.
+        has any, stand behind both. The package is code, a shared library that torch loads: run none whose writer you do
+        not trust.
 
         `torch._inductor.aoti_load_package` runs it in Python once `torchquant.backends.inductor_cuda` is imported: the
         packed ops are called through torch's dispatcher, where that import puts them. A C++ process has to register ops
@@ -348,16 +349,15 @@ def load(
 ) -> CudaProgram:
     """Read what `CudaProgram.save` wrote; it is compiled again at the first call. The options are those of `lower`.
 
+    Nothing that the file says is run: see `torchquant.exported`. What `CudaProgram.package` wrote is another matter:
+    that is a shared library.
+
     Raises:
-        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+        ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
         LoweringError: there is no GPU, and `device` names no other place.
     """
-    place, about = _device(device), read_metadata(Path(path), TARGET)
-    try:
-        graph = torch.export.load(path).module()
-    except Exception as error:
-        raise ArtifactError(f"torch {torch.__version__} cannot read {path}: {error}") from error
-    assert isinstance(graph, GraphModule)
+    place, (stored, members) = _device(device), archive.contents(path, TARGET)
+    about, graph = metadata_from(path, stored, members), graph_in(path, members)
     return CudaProgram(graph, about, place, _settings(place, cuda_graphs, freezing, options))
 
 

@@ -158,7 +158,7 @@ def test_quantize_writes_a_proven_artefact_for_each_backend_into_a_folder(writte
 def test_run_prints_shape_and_range_of_each_output(written):
     out, _ = written
     for artefact in out.iterdir():
-        result = run("run", artefact, "--inputs", "users_net:batches")
+        result = run("run", artefact, "--inputs", "users_net:batches", "--trust")
         assert result.exit_code == 0
         lines = result.output.splitlines()
         assert len(lines) == 4
@@ -189,9 +189,9 @@ ERRORS = {
     "no model": (["report", "--model", "users_net:nothing", "--calibration", "data.npz"], "not a torch.nn.Module"),
     "no batches": ([*REPORT, "users_net:tensor"], "not an iterable"),
     "no package": (["report", "--model", ".x:y", "--calibration", "data.npz"], "cannot be imported"),
-    "cut file": ([*REPORT, "cut.npz"], "truncated or not a .npz file"),
-    "empty file": ([*REPORT, "empty.npz"], "truncated or not a .npz file"),
-    "words": ([*REPORT, "words.npz"], "truncated or not a .npz file"),
+    "cut file": ([*REPORT, "cut.npz"], "truncated, damaged or not a .npz file"),
+    "empty file": ([*REPORT, "empty.npz"], "truncated, damaged or not a .npz file"),
+    "words": ([*REPORT, "words.npz"], "truncated, damaged or not a .npz file"),
     "no file": ([*REPORT, "none.npz"], "is not a file"),
     "no input": (["report"], "give a saved file"),
     "no artefact": (["report", "none.pt2"], "is not a file"),

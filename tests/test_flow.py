@@ -1,5 +1,7 @@
 """export, prepare, convert, quantize: one export for several targets, and the float model untouched."""
 
+import importlib
+
 import nets
 import pytest
 import torch
@@ -238,3 +240,32 @@ def test_an_error_of_torchaos_convert_comes_with_the_way_out():
     tq.calibrate(prepared, [x], progress=False)
     with pytest.raises(tq.PrepareError, match=r"float64(?s:.*)Export a float32 model"):
         tq.convert(prepared)
+
+
+class NamedLikeOps(torch.nn.Module):
+    """Buffers and inputs whose names are those of ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2d = torch.nn.Conv2d(3, 4, 3)
+        self.linear = torch.nn.Linear(4, 5)
+        for name in ("mean", "pad", "relu", "add", "quantize_per_tensor"):
+            self.register_buffer(name, torch.rand(1, 3, 1, 1) + 0.5)
+
+    def forward(self, matmul, sum):
+        x = (matmul - self.mean) / self.pad * self.relu + self.add * self.quantize_per_tensor + sum
+        return self.linear(self.conv2d(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", ["inductor_x86", "executorch_xnnpack", "inductor_cuda"])
+def test_names_of_ops_are_no_ops(target):
+    from torchquant import quantizers
+
+    backend = importlib.import_module(f"torchquant.backends.{target}")
+    quantizer = {"inductor_x86": "X86Quantizer", "executorch_xnnpack": "XnnpackQuantizer"}.get(target, "CudaQuantizer")
+    quantizer = getattr(quantizers, quantizer)()
+    batch = (torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))
+    converted = tq.quantize(NamedLikeOps().eval(), batch, [batch], quantizer=quantizer, algorithms=(), progress=False)
+    options = {"device": "cpu"} if target == "inductor_cuda" else {}
+    program = backend.lower(converted, batch, **options)
+    assert tq.sqnr_db(converted(*batch), program(*batch)) > 30

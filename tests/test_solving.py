@@ -1,6 +1,7 @@
 """optimize: answers are guarded, timed, kept on disk; what is refused, and what the result says."""
 
 import itertools
+from dataclasses import replace
 
 import nets
 import pytest
@@ -9,6 +10,7 @@ from foreign import PlaceholderObserver, SpecQuantizer, calibrated, dynamic, per
 from torch import nn
 
 import torchquant as tq
+from torchquant import checkpoints
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.layerwise import float_weight
@@ -181,6 +183,39 @@ def test_a_resumed_run_equals_an_unbroken_one(model, batches, tmp_path, stopped,
     assert torch.equal(tq.convert(prepared)(batches[0]), tq.convert(unbroken)(batches[0]))
 
 
+def test_a_run_that_is_stopped_within_a_block_goes_on_behind_the_last_layer(model, batches, tmp_path, monkeypatch):
+    """BRECQ's spans are whole blocks; what stops here is the process, after the n-th file."""
+    algorithm = BRECQ(8, rounds=3, start=AdaRound(10), min_sites=2, max_sites=3)
+    unbroken = calibrated(model, batches, LINEAR)
+    whole = tq.optimize(unbroken, batches, [algorithm], progress=False)
+    write, solve = checkpoints.write, AdaRound.solve
+    written, solved_layers = [], []
+
+    def counted(path, solution):
+        write(path, solution)
+        written.append(path.name)
+        if stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write", counted)
+    monkeypatch.setattr("torchquant.solving.write", counted)
+    monkeypatch.setattr(AdaRound, "solve", lambda *a: solved_layers.append(a) or solve(*a))
+    for attempt in range(100):
+        stop, prepared = attempt < 99, calibrated(model, batches, LINEAR)
+        before = len(solved_layers)
+        try:
+            result = tq.optimize(prepared, batches, [algorithm], checkpoint=tmp_path, progress=False)
+            break
+        except KeyboardInterrupt:
+            assert len(solved_layers) - before <= 1  # no layer is solved again
+    sites = sum(len(span.sites) for span in algorithm.spans(calibrated(model, batches, LINEAR), frozenset()))
+    assert attempt == len(written) > sites
+    assert len(set(written)) == len(written)
+    assert not list(tmp_path.glob("*.part.pt"))
+    assert_same_codes(prepared, unbroken)
+    assert result.steps == whole.steps
+
+
 def test_a_finished_run_read_again_solves_nothing(model, batches, tmp_path, stopped):
     first, second = calibrated(model, batches, LINEAR), calibrated(model, batches, LINEAR)
     tq.optimize(first, batches, [stopped(None)], checkpoint=tmp_path, progress=False)
@@ -242,15 +277,77 @@ def test_checkpoints_of_another_run_are_refused_with_their_folder(model, batches
         tq.optimize(prepared, given, **arguments, checkpoint=tmp_path, progress=False)
 
 
+def kept_run(model, batches, folder):
+    tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=folder, progress=False)
+
+
 def test_a_broken_checkpoint_is_refused_with_its_path(model, batches, tmp_path):
-    tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
-    file = sorted(tmp_path.glob("*.pt"))[1]
-    torch.save({"weights": {"elsewhere": (1, 2, 3)}, "biases": {}, "activations": {}}, file)
+    kept_run(model, batches, tmp_path)
+    first, file = sorted(tmp_path.glob("*.pt"))[:2]
+    for content in (b"half of a file", b"", first.read_bytes(), file.read_bytes()[:-1], b"\xff" * 100):
+        file.write_bytes(content)
+        with pytest.raises(tq.ArtifactError, match=rf"{file.name}.*delete it"):
+            kept_run(model, batches, tmp_path)
+    torch.save({"weights": {}, "biases": {}, "activations": {}}, file)
     with pytest.raises(tq.ArtifactError, match=file.name):
-        tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
-    file.write_bytes(b"half of a file")
-    with pytest.raises(tq.ArtifactError, match=file.name):
-        tq.optimize(calibrated(model, batches, LINEAR), batches, [SeqMSE(8)], checkpoint=tmp_path, progress=False)
+        kept_run(model, batches, tmp_path)
+
+
+def test_no_bit_of_a_checkpoint_may_change(model, batches, tmp_path):
+    kept_run(model, batches, tmp_path)
+    file = sorted(tmp_path.glob("*.pt"))[0]
+    content = file.read_bytes()
+    for position in range(0, len(content), len(content) // 40):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(tq.ArtifactError, match=file.name):
+            kept_run(model, batches, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["codes", "range", "shape", "scale", "node", "bias", "target"])
+def test_a_checkpoint_that_does_not_fit_its_weights_is_refused(model, batches, tmp_path, monkeypatch, change):
+    def wrong(path, solution, write=checkpoints.write):
+        ((name, (codes, grid)),) = solution.weights.items()
+        if change == "codes":
+            grid = replace(grid, dtype=torch.int32)
+        elif change == "range":
+            codes = torch.full_like(codes, -128)
+        elif change == "shape":
+            codes = codes[:1]
+        elif change == "scale":
+            grid = replace(grid, scale=grid.scale * torch.nan)
+        biases = {name: torch.full((4,), torch.nan)} if change == "bias" else {}
+        activations = {"elsewhere": (1.0, 0)} if change == "target" else {}
+        write(path, Solution({"nowhere" if change == "node" else name: (codes, grid)}, biases, activations))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchquant.solving.write", wrong)
+        kept_run(model, batches, tmp_path)
+    with pytest.raises(tq.ArtifactError, match=r"00-00000\.pt"):
+        kept_run(model, batches, tmp_path)
+
+
+def test_another_version_or_budget_is_another_run(model, batches, tmp_path, monkeypatch):
+    kept_run(model, batches, tmp_path)
+    prepared = calibrated(model, batches, LINEAR)
+    with pytest.raises(tq.ArtifactError, match="another run"):
+        tq.optimize(prepared, batches, [SeqMSE(8)], budget_s=1000, checkpoint=tmp_path, progress=False)
+    monkeypatch.setattr("torchquant.checkpoints.versions", lambda: {"torch": "9.9"})
+    with pytest.raises(tq.ArtifactError, match="versions"):
+        kept_run(model, batches, tmp_path)
+
+
+def test_a_folder_that_cannot_hold_checkpoints_is_refused_with_its_name(model, batches, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(tq.ArtifactError, match="cannot be made a folder"):
+            kept_run(model, batches, folder)
+    (tmp_path / "marked").mkdir()
+    (tmp_path / "marked" / "run.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(tq.ArtifactError, match="delete the folder"):
+        kept_run(model, batches, tmp_path / "marked")
+    (tmp_path / "nested" / "run.txt").mkdir(parents=True)
+    with pytest.raises(tq.ArtifactError, match=r"run\.txt"):
+        kept_run(model, batches, tmp_path / "nested")
 
 
 # settings -------------------------------------------------------------------------------------------------------------

@@ -1,22 +1,26 @@
-"""What torchquant writes about itself inside a `.pt2` archive: format, versions, and a payload."""
+"""What torchquant writes about itself inside a zip archive: format, versions, a payload, and digests of all the rest.
+
+The digests notice damage to any byte that a reader would use. They are no signature: who writes a file writes them too.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torchquant.errors import ArtifactError
+from torchquant.files import digest, reading
 
-__all__ = ["FORMAT", "NAME", "compress", "read", "read_any", "text_of", "versions"]
+__all__ = ["FORMAT", "NAME", "compress", "contents", "members", "read", "read_any", "seal", "text_of", "versions"]
 
-FORMAT = 2  # raised when an older reader could not make sense of what is written
+FORMAT = 3  # raised when an older reader could not make sense of what is written
 NAME = "torchquant.json"
+_WHAT = "a .pt2 archive"
 
 
 def versions() -> dict[str, str]:
@@ -31,47 +35,122 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def text_of(kind: str, payload: dict[str, Any]) -> str:
-    """The JSON to store: `payload` with what it is and who wrote it."""
-    return json.dumps({"format": FORMAT, "kind": kind, "versions": versions(), **payload})
+def seal(package: Path, kind: str, payload: dict[str, Any]) -> None:
+    """Add `payload`, with what it is, who wrote it, and digests of each member and of what stands before the zip."""
+    with zipfile.ZipFile(package) as source:
+        root = source.namelist()[0].partition("/")[0]
+        about = {"format": FORMAT, "kind": kind, "versions": versions(), **payload}
+        about["members"] = {entry.filename: digest(source.read(entry)) for entry in source.infolist()}
+        about["before"] = digest(_before(package, source))
+    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
+        out.writestr(f"{root}/extra/{NAME}", text_of(about))
+
+
+def text_of(about: dict[str, Any]) -> str:
+    """The JSON to store, with a digest of itself."""
+    return json.dumps({**about, "digest": _digest_of(about)})
+
+
+def _digest_of(about: dict[str, Any]) -> str:
+    return digest(json.dumps(about, sort_keys=True).encode())
+
+
+def _before(package: Path, source: zipfile.ZipFile) -> bytes:
+    """The bytes of the file in front of its archive: the program of a `.pte`."""
+    start = min((entry.header_offset for entry in source.infolist()), default=0)
+    with package.open("rb") as file:
+        return file.read(start)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The JSON that an archive of `kind` carries.
+    """The JSON that an archive of `kind` carries, once all of it is known to be as it was written.
 
     Raises:
-        ArtifactError: no such file, truncated, not written by torchquant, of another kind or format.
+        ArtifactError: no such file, truncated, damaged, not written by torchquant, of another kind or format.
     """
-    found = read_any(path)
-    if found.get("kind") != kind:
-        raise ArtifactError(f"{path} holds a {found.get('kind')!r}, not a {kind!r}")
-    return found
+    return _of_kind(read_any(path), path, kind)
 
 
 def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON that an archive carries, of whatever `kind`; raises as `read`."""
+    return _checked(path, None)
+
+
+def contents(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The JSON, and all members by their names without the archive's root, as they were checked; raises as `read`."""
+    found: dict[str, bytes] = {}
+    return _of_kind(_checked(path, found), path, kind), found
+
+
+def _of_kind(about: dict[str, Any], path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    if about.get("kind") != kind:
+        raise ArtifactError(f"{path} holds a {about.get('kind')!r}, not a {kind!r}")
+    return about
+
+
+def _checked(path: str | os.PathLike[str], keep: dict[str, bytes] | None) -> dict[str, Any]:
     file = Path(path)
+    _require(file)
+    with reading(file, _WHAT), zipfile.ZipFile(file) as source:
+        found: dict[str, str] = {}
+        text = b""
+        for name, content in _entries(file, source):
+            if name.endswith(f"extra/{NAME}"):
+                text = content
+            else:
+                found[name] = digest(content)
+            if keep is not None:
+                keep[name.partition("/")[2]] = content
+        if not text:
+            raise ArtifactError(f"{file} was not written by torchquant: it has no {NAME}; save it again")
+        about = _parsed(file, text)
+        if about["members"] != found or about["before"] != digest(_before(file, source)):
+            wrong = sorted(n for n in {*found, *about["members"]} if found.get(n) != about["members"].get(n))
+            raise ArtifactError(f"{file} is damaged: {', '.join(wrong[:3]) or 'its start'} is not as it was written")
+    return about
+
+
+def _require(file: Path) -> None:
     if not file.is_file():
         raise ArtifactError(f"{file} is not a file")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = [n for n in archive.namelist() if n.endswith(f"extra/{NAME}")]
-            if not names:
-                raise ArtifactError(f"{file} was not written by torchquant: it has no {NAME}; save it again")
-            damaged = archive.testzip()
-            found: Any = json.loads(archive.read(names[0]))
-    except (zipfile.BadZipFile, EOFError, json.JSONDecodeError, zlib.error) as error:
-        raise ArtifactError(f"{file} is truncated or not a .pt2 archive: {error}") from error
-    if damaged:
-        raise ArtifactError(f"{file} is damaged: {damaged} does not match its checksum")
-    if not isinstance(found, dict):
+
+
+def _parsed(file: Path, text: bytes) -> dict[str, Any]:
+    about = json.loads(text)
+    if not isinstance(about, dict):
         raise ArtifactError(f"{file} is damaged: its {NAME} holds no object")
-    if found.get("format") != FORMAT:
-        writer = found.get("versions", {}).get("torchquant", "an unknown version")
+    if about.get("format") != FORMAT:
+        writers = about.get("versions")
+        writer = writers.get("torchquant") if isinstance(writers, dict) else "of an unknown version"
         raise ArtifactError(
-            f"{file} has format {found.get('format')} (torchquant {writer}); this one reads {FORMAT}. Save it again."
+            f"{file} has format {about.get('format')} (torchquant {writer}); this one reads {FORMAT}. Save it again."
         )
-    return dict(found)
+    recorded = about.pop("digest", None)
+    if recorded != _digest_of(about) or not isinstance(about.get("members"), dict) or "before" not in about:
+        raise ArtifactError(f"{file} is damaged: its {NAME} is not as it was written")
+    return about
+
+
+def members(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """All members of any zip archive by their names without the archive's root, their checksums checked.
+
+    Raises:
+        ArtifactError: no such file, truncated, damaged, or two members of one name.
+    """
+    file = Path(path)
+    _require(file)
+    with reading(file, _WHAT), zipfile.ZipFile(file) as source:
+        return {name.partition("/")[2]: content for name, content in _entries(file, source)}
+
+
+def _entries(file: Path, source: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
+    """Names and contents; reading one to its end checks its checksum."""
+    seen: set[str] = set()
+    for entry in source.infolist():
+        if entry.filename in seen:
+            raise ArtifactError(f"{file} is damaged: it holds {entry.filename} twice")
+        seen.add(entry.filename)
+        yield entry.filename, source.read(entry)
 
 
 def compress(plain: Path, out: Path, keep: Callable[[str, bytes], bytes | None] | None = None) -> None:

@@ -40,6 +40,10 @@ Algorithms = Annotated[
         "--algorithm", help=f"repeatable, in this order; bias-correction if left out: {', '.join(ALGORITHMS)}, none"
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="run what is in the file, code or pickles: you know who wrote it"),
+]
 
 
 @app.command()
@@ -52,6 +56,7 @@ def quantize(
     scheme: SchemeName = None,
     dynamic_batch: Annotated[bool, typer.Option(help="let the first size of every input vary")] = False,
     algorithm: Algorithms = None,
+    trust: Trust = False,
 ) -> None:
     """Quantize a model for one or several backends with one calibration, prove the artefacts, and write them."""
     _commands().quantize(
@@ -63,6 +68,7 @@ def quantize(
         scheme,
         dynamic_batch,
         algorithm or ["bias-correction"],
+        trust,
     )
 
 
@@ -74,6 +80,7 @@ def report(
     backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = TARGETS[0],
     exclude: Exclude = None,
     scheme: SchemeName = None,
+    trust: Trust = False,
 ) -> None:
     """Account for every op: of a saved artefact, or of a float model before any calibration."""
     if path is not None:
@@ -81,16 +88,17 @@ def report(
     elif model is None or calibration is None:
         raise InputError("give a saved file, or --model and --calibration")
     else:
-        _commands().preview(model, calibration, backend, exclude or [], scheme)
+        _commands().preview(model, calibration, backend, exclude or [], scheme, trust)
 
 
 @app.command()
 def run(
     path: Annotated[Path, typer.Argument(help="an artefact that quantize wrote")],
     inputs: Annotated[str, typer.Option("--inputs", help="as --calibration of quantize")],
+    trust: Trust = False,
 ) -> None:
     """Run a saved artefact on inputs and print the shape and range of each output."""
-    _commands().run(path, inputs)
+    _commands().run(path, inputs, trust)
 
 
 @app.command()

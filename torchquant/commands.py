@@ -25,12 +25,12 @@ from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.errors import InputError
-from torchquant.program import Program
+from torchquant.program import Program, read_metadata
 from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.reporting import program_text
+from torchquant.reporting import program_text, proof_text
 from torchquant.reporting import report as make_report
 from torchquant.verify import compare
 
@@ -72,6 +72,7 @@ def quantize(
     scheme: str | None,
     dynamic_batch: bool,
     algorithms: list[str],
+    trust: bool,
 ) -> None:
     """Quantize, prove and write; see `torchquant quantize --help`."""
     for name in backends:
@@ -82,7 +83,7 @@ def quantize(
     if not batches:
         raise InputError(f"{calibration} gave no batches")
     shapes = _dynamic_first(batches[0]) if dynamic_batch else None
-    float_model = flow.export(sources.load_model(model), batches[0], dynamic_shapes=shapes)
+    float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
     quantizers = [_target(name)[0](scheme, exclude=exclude) for name in backends]
     converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
     for name, graph in zip(backends, converted, strict=True):
@@ -96,18 +97,24 @@ def quantize(
 
 def report(path: Path) -> None:
     """Account for every op of a saved artefact or graph."""
-    print(make_report(serialize.load(path)) if serialize.is_graph(path) else program_text(_load(path)))
+    if serialize.is_graph(path):
+        print(make_report(serialize.load(path)))
+    elif _is_pte(path) or _kind(path) != inductor_x86.TARGET:
+        print(program_text(_load(path, trust=False)))
+    else:  # what it says of itself; the program is not loaded, for that would run it
+        proof = read_metadata(path, inductor_x86.TARGET).proof
+        print(proof_text(inductor_x86.TARGET, path.stat().st_size, proof))
 
 
-def preview(model: str, calibration: str, backend: str, exclude: list[str], scheme: str | None) -> None:
+def preview(model: str, calibration: str, backend: str, exclude: list[str], scheme: str | None, trust: bool) -> None:
     """Account for every op of a float model before any calibration."""
-    exported = flow.export(sources.load_model(model), sources.load_batches(calibration)[0])
+    exported = flow.export(sources.load_model(model, trust=trust), sources.load_batches(calibration)[0])
     print(make_report(flow.prepare(exported, _target(backend)[0](scheme, exclude=exclude))))
 
 
-def run(path: Path, inputs: str) -> None:
+def run(path: Path, inputs: str, trust: bool) -> None:
     """Run a saved artefact on inputs and print the shape and range of each output."""
-    program = _load(path)
+    program = _load(path, trust)
     for i, batch in enumerate(sources.load_batches(inputs)):
         for j, output in enumerate(pytree.tree_leaves(data.call(program, batch))):
             if not isinstance(output, torch.Tensor) or not output.numel():
@@ -163,9 +170,23 @@ def _lower(name: str, graph: GraphModule, batch: Any) -> Program:
     return program
 
 
-def _load(path: Path) -> Program:
-    if path.suffix != ".pte" and archive.read_any(path).get("kind") == inductor_cuda.TARGET:
-        return inductor_cuda.load(path, None if torch.cuda.is_available() else "cpu")
-    backend = executorch_xnnpack if path.suffix == ".pte" else inductor_x86
-    program: Program = backend.load(path)
+def _load(path: Path, trust: bool) -> Program:
+    program: Program
+    if _is_pte(path):
+        program = executorch_xnnpack.load(path)
+    elif _kind(path) == inductor_cuda.TARGET:
+        program = inductor_cuda.load(path, None if torch.cuda.is_available() else "cpu")
+    elif trust:
+        program = inductor_x86.load(path)
+    else:
+        text = f"{path} is code: an x86 program holds shared libraries, which run with your rights once it is loaded"
+        raise InputError(f"{text}. If you know who wrote it, give --trust")
     return program
+
+
+def _is_pte(path: Path) -> bool:
+    return path.suffix == ".pte"
+
+
+def _kind(path: Path) -> Any:
+    return archive.read_any(path).get("kind")

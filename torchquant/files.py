@@ -1,21 +1,69 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and whatever is wrong with one that is read is an `ArtifactError`."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from torchquant.errors import ArtifactError
+from torchquant.errors import ArtifactError, TorchquantError, TorchquantWarning
 from torchquant.owned import OwnFolder
+
+__all__ = ["digest", "reading", "warn_ignored", "write_whole"]
+
+
+def digest(*parts: bytes | memoryview) -> str:
+    """What is recorded of content, to notice later that it changed: damage, not forgery."""
+    found = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str, advice: str = "save it again") -> Iterator[None]:
+    """Read a file inside the block: any failure is an `ArtifactError` that names the file.
+
+    A parser of damaged content may raise anything, so that no list of errors would be complete.
+
+    Args:
+        what: what the file should be, e.g. `a .npz file`.
+        advice: what to do about it.
+    """
+    try:
+        yield
+    except TorchquantError:
+        raise
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is not a file") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise ArtifactError(f"{path} is truncated, damaged or not {what} ({_short(error)}); {advice}") from error
+
+
+@cache
+def warn_ignored(path: str | os.PathLike[str], why: str) -> None:
+    """Say once that what a file of measurements holds is not used."""
+    text = f"{path} is damaged ({why}): what is wrong in it is not used; delete the file to have it measured again"
+    warnings.warn(text, TorchquantWarning, stacklevel=3)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it into place.
 
     Raises:
-        ArtifactError: the folder does not exist or cannot be written. Nothing is left behind;
-            what a process left that was killed meanwhile goes at the next write into the same folder.
+        ArtifactError: the folder does not exist or cannot be written, or is full. Nothing is left behind; what a
+            process left that was killed meanwhile goes at the next write into the same folder.
     """
     target = Path(path)
     try:
@@ -27,4 +75,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
             os.replace(part, target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}. Choose another folder.") from error
+    except RuntimeError as error:  # what torch raises where a disk is full
+        text = str(error).split("\n")[0][:300]
+        raise ArtifactError(f"cannot write {target}: {text}. If the disk is full, choose another folder.") from error
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import zipfile
@@ -9,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-import safetensors.torch
 import torch
 
-from torchquant import archive
+from torchquant import archive, tensors, typed
 from torchquant.errors import InputError
+from torchquant.files import reading
 from torchquant.signature import InputSpec, Signature
 from torchquant.types import QParams, Site
 from torchquant.verify import Comparison, OutputComparison
@@ -23,9 +24,10 @@ from torchquant.verify import Comparison, OutputComparison
 if TYPE_CHECKING:
     from torchquant.proof import Verdict
 
-__all__ = ["Metadata", "Program", "Proof", "State", "read_metadata", "write_metadata"]
+__all__ = ["Metadata", "Program", "Proof", "State", "metadata_from", "read_metadata", "write_metadata"]
 
 _STATES = "states/initial.safetensors"
+_LIMITS = ("quant_min", "quant_max")  # None where an observer has none
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ class Program(ABC):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the artefact whole; raises ArtifactError if the folder cannot be written."""
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """No pickles and no deep copies: the artefact behind a program cannot be copied in memory."""
+        raise TypeError(f"a {type(self).__name__} cannot be pickled or copied; write it with .save(path) and load that")
+
     @property
     @abstractmethod
     def size_bytes(self) -> int:
@@ -148,7 +154,7 @@ class Program(ABC):
 
 
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
-    """Add what a program knows about itself to its archive."""
+    """Add what a program knows about itself to its archive, and a digest of all that is in it."""
     assert about.proof is not None
     sites = [{**asdict(replace(s, activation=None, weight=None)), **_tensors_of(s)} for s in about.sites]
     payload = {
@@ -159,35 +165,50 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "states": list(about.states),
         "returns": list(about.returns),
     }
-    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
-        root = out.namelist()[0].partition("/")[0]
-        out.writestr(f"{root}/extra/{archive.NAME}", archive.text_of(target, payload))
-        if about.states:
-            stored = {name: value.contiguous() for name, value in about.states.items()}
-            out.writestr(f"{root}/{_STATES}", safetensors.torch.save(stored))
+    if about.states:
+        with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
+            root = out.namelist()[0].partition("/")[0]
+            out.writestr(f"{root}/{_STATES}", tensors.stored(about.states))
+    archive.seal(package, target, payload)
 
 
 def read_metadata(package: Path, target: str) -> Metadata:
-    """What `write_metadata` stored; raises ArtifactError if `package` is no archive of `target`."""
-    found = archive.read(package, target)
-    proof = {**found["proof"], "comparison": _comparison_of(found["proof"]["comparison"])}
-    sites = tuple(_site_of(s) for s in found["sites"])
-    signature, returns = Signature.from_json(found["signature"]), tuple(found["returns"])
-    states = _states_in(package, found["states"])
-    return Metadata(signature, sites, Proof(**proof), found["overwrites_inputs"], states, returns)
+    """What `write_metadata` stored; raises ArtifactError if `package` is no archive of `target`, or is damaged."""
+    return metadata_from(package, *archive.contents(package, target))
+
+
+def metadata_from(path: str | os.PathLike[str], stored: Mapping[str, Any], members: Mapping[str, bytes]) -> Metadata:
+    """What an archive of a program says about it; raises ArtifactError if that makes no sense.
+
+    Args:
+        path: what errors name.
+        stored, members: as `archive.contents` gives them.
+    """
+    with reading(path, "what torchquant writes about a program"):
+        proof = {**stored["proof"], "comparison": _comparison_of(stored["proof"]["comparison"])}
+        about = Metadata(
+            Signature.from_json(stored["signature"]),
+            tuple(_site_of(s) for s in stored["sites"]),
+            typed.made(Proof, proof),
+            bool(stored["overwrites_inputs"]),
+            _states_in(path, members, stored["states"]),
+            tuple(map(operator.index, stored["returns"])),
+        )
+        if not all(0 <= i < len(about.signature.tensors) for i in about.returns):
+            raise ValueError(f"{about.returns} are no inputs")
+        return about
 
 
 def _comparison_of(stored: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{**stored, "outputs": tuple(OutputComparison(**o) for o in stored["outputs"])})
+    outputs = [{**o, "lost": None if o["lost"] is None else tuple(o["lost"])} for o in stored["outputs"]]
+    return typed.made(Comparison, {**stored, "outputs": tuple(typed.made(OutputComparison, o) for o in outputs)})
 
 
-def _states_in(package: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _states_in(
+    path: str | os.PathLike[str], members: Mapping[str, bytes], names: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The initial values in the order in which the artefact takes them, which safetensors does not keep."""
-    if not names:
-        return {}
-    with zipfile.ZipFile(package) as source:
-        file = next(n for n in source.namelist() if n.endswith(f"/{_STATES}"))
-        values = safetensors.torch.load(source.read(file))
+    values = tensors.read(path, members[_STATES], sealed=True) if names else {}
     return {name: values[name] for name in names}
 
 
@@ -204,6 +225,6 @@ def _grid_of(qparams: QParams | None) -> dict[str, Any] | None:
 def _site_of(stored: Mapping[str, Any]) -> Site:
     grids: Sequence[Mapping[str, Any] | None] = [stored["activation"], stored["weight"]]
     activation, weight = (
-        QParams(**{**g, "dtype": getattr(torch, str(g["dtype"]).removeprefix("torch."))}) if g else None for g in grids
+        typed.made(QParams, {**g, "dtype": tensors.dtype_of(g["dtype"])}, _LIMITS) if g else None for g in grids
     )
-    return Site(**{**stored, "activation": activation, "weight": weight})
+    return typed.made(Site, {**stored, "activation": activation, "weight": weight})

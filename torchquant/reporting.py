@@ -18,10 +18,10 @@ from torchquant.errors import InputError
 from torchquant.files import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import read_sites
-from torchquant.program import Program
+from torchquant.program import Program, Proof
 from torchquant.types import Site
 
-__all__ = ["Report", "program_text", "report"]
+__all__ = ["Report", "program_text", "proof_text", "report"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,16 @@ def _general(reason: str) -> str:
 
 def program_text(program: Program) -> str:
     """A program's size, kernels, proof, and what it runs in float."""
-    proof = program.proof
+    return proof_text(program.target, program.size_bytes, program.proof)
+
+
+def proof_text(target: str, size_bytes: int, proof: Proof | None) -> str:
+    """The same of what a file says of the program in it."""
     if proof is None:
-        return f"\n{program.target}: {program.size_bytes:,} bytes (the file carries no proof; lower again to get one)"
+        return f"\n{target}: {size_bytes:,} bytes (the file carries no proof; lower again to get one)"
     kernels = ", ".join(f"{n} {name}" for name, n in sorted(proof.kernels.items())) or "none"
     lines = [
-        f"\n{program.target}: {program.size_bytes:,} bytes",
+        f"\n{target}: {size_bytes:,} bytes",
         f"  matrix kernels: {kernels}",
         f"  annotated compute ops run quantized: {proof.fused}/{proof.annotated}",
         f"  against the converted graph: {proof.comparison.sqnr_db:.1f} dB, "

@@ -1,8 +1,10 @@
-"""Save and load converted graphs: integer weights only, versions inside, no pickles of ours."""
+"""Save and load converted graphs: integer weights only, versions and digests inside, read without running anything."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,16 @@ import torch.ao.quantization.fx._decomposed  # registers the ops that a saved gr
 from torch.fx import GraphModule
 
 import torchquant.dialect  # noqa: F401 - likewise
-from torchquant import archive
+from torchquant import archive, exported
 from torchquant import batches as data
 from torchquant.errors import ArtifactError, InputError
-from torchquant.files import write_whole
+from torchquant.files import reading, write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
 from torchquant.fx.states import own_states
 from torchquant.signature import Signature
 
-__all__ = ["export_again", "is_graph", "load", "save"]
+__all__ = ["export_again", "graph_in", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
@@ -41,14 +43,14 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
         raise InputError("save takes a converted graph, with dequantize ops in it; run convert_pt2e first")
     passes.remove_dead_weights(quantized)
     own_states(quantized)  # that have no part in autograd
-    exported = export_again(quantized, example_inputs)
-    extra = {archive.NAME: archive.text_of(_KIND, {})}
+    program = export_again(quantized, example_inputs)
 
     def write(part: Path) -> None:
         plain = part.with_suffix(".plain.pt2")
-        torch.export.save(exported, plain, extra_files=extra)
+        torch.export.save(program, plain)
         archive.compress(plain, part)
         plain.unlink()
+        archive.seal(part, _KIND, {})
 
     return write_whole(path, write)
 
@@ -59,6 +61,7 @@ def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export
     Raises:
         InputError: the example does not fit the graph.
     """
+    graph = _with_distinct_names(graph)
     signature = Signature.of(graph)
     batch = data.example_of(graph) if example_inputs is None else example_inputs
     leaves = data.leaves_of(signature, batch, "example_inputs")
@@ -74,19 +77,38 @@ def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export
         return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes)
 
 
+def _with_distinct_names(graph: GraphModule) -> GraphModule:
+    """The graph, or a copy in which no op has the name of a parameter or buffer.
+
+    torch.export makes inputs of those, and gives them the notes of the nodes of their names, whatever these are.
+    """
+    tensors = {re.sub(r"[^a-zA-Z0-9]", "_", name).lower() for name in graph.state_dict(keep_vars=True)}
+    if not any(n.op == "call_function" and n.name in tensors for n in graph.graph.nodes):
+        return graph
+    twin = passes.copy_graph(graph)
+    for node in twin.graph.nodes:
+        if node.op == "call_function" and node.name in tensors:
+            node._rename(f"{node.name}_op")
+    twin.recompile()
+    return twin
+
+
 def load(path: str | os.PathLike[str]) -> GraphModule:
     """Read what `save` wrote, as a callable graph with bit-equal outputs.
 
+    Nothing that the file says is run: see `torchquant.exported`.
+
     Raises:
-        ArtifactError: no such file, truncated, foreign, of another format, or torch cannot read it.
+        ArtifactError: no such file, truncated, damaged, foreign, of another format, or torch cannot read it.
     """
-    written = archive.read(path, _KIND)
-    try:
-        graph = torch.export.load(path).module()
-    except Exception as error:
-        raise ArtifactError(
-            f"torch {torch.__version__} cannot read {path} (written by {written['versions']}): {error}"
-        ) from error
+    return graph_in(path, archive.contents(path, _KIND)[1])
+
+
+def graph_in(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> GraphModule:
+    """The graph in the members of an archive; raises ArtifactError, with `path` in it."""
+    program = exported.load_members(path, members)
+    with reading(path, "a graph"):
+        graph = program.module()
     assert isinstance(graph, GraphModule)
     return graph
 

@@ -12,7 +12,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from torchquant import typed
 from torchquant.errors import InputError
+from torchquant.tensors import dtype_of
+from torchquant.trees import check_tree
 
 __all__ = ["Constant", "InputSpec", "Signature", "Size", "placeholders"]
 
@@ -283,7 +286,7 @@ class Signature:
         """Read what `to_json` gave; raises KeyError, TypeError or ValueError for anything else."""
         return Signature(
             tuple(_input_from(s) for s in stored["inputs"]),
-            tuple(stored["parameters"]),
+            tuple(map(str, stored["parameters"])),
             _loaded(stored["in_spec"]),
             None if stored["out_spec"] is None else _loaded(stored["out_spec"]),
             {int(i): v for i, v in stored["fixed_outputs"]},
@@ -363,9 +366,16 @@ def _parts(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
 
 def _input_from(stored: Mapping[str, Any]) -> InputSpec | Constant:
     if stored["kind"] == "Constant":
-        return Constant(stored["name"], stored["value"])
-    sizes = tuple(None if s is None else Size(**s) for s in stored["sizes"])
-    return InputSpec(stored["name"], stored["dtype"], tuple(stored["shape"]), sizes)
+        if not isinstance(stored["value"], _PLAIN):
+            raise ValueError(f"{stored['value']!r:.100} is no constant")
+        return typed.made(Constant, {k: stored[k] for k in ("name", "value")})
+    sizes = tuple(None if s is None else typed.made(Size, s) for s in stored["sizes"])
+    fields = {"name": stored["name"], "dtype": str(dtype_of(stored["dtype"])), "shape": tuple(stored["shape"])}
+    spec = typed.made(InputSpec, {**fields, "sizes": sizes})
+    lengths = [*spec.shape, *(s.factor - 1 for s in sizes if s is not None)]
+    if any(n is not None and n < 0 for n in lengths) or len(sizes) not in (0, len(spec.shape)):
+        raise ValueError(f"{spec.shape} is no shape, or {sizes} are not its sizes")
+    return spec
 
 
 def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:
@@ -378,6 +388,8 @@ def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:
 
 
 def _loaded(stored: Mapping[str, str | None]) -> pytree.TreeSpec:
+    for text in filter(None, stored.values()):
+        check_tree(text)
     try:
         return pytree.treespec_loads(stored["exact"] or "")
     except (NotImplementedError, TypeError, ValueError):

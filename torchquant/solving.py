@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torchquant import batches as data
 from torchquant.algorithms.contract import Algorithm, Clock, Solver, Transform
 from torchquant.calibration import recalibrate
-from torchquant.checkpoints import Checkpoints, read, write
+from torchquant.checkpoints import Checkpoints, Parts, read, write
 from torchquant.errors import InputError, TorchquantWarning
 from torchquant.fx import patterns
 from torchquant.fx.blocks import Span
@@ -145,9 +145,8 @@ def _run(
     for _ in stream.walk([]):
         pass
     result.steps.append(("as calibrated", _db(stream), True))
-    checkpoints = Checkpoints.open(
-        settings.checkpoint, prepared, kept, algorithms, (settings.seed, sorted(settings.excluded))
-    )
+    choices = (settings.seed, sorted(settings.excluded), budget_s)
+    checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
     original = copy_graph(prepared)
     try:
         for number, algorithm in enumerate(algorithms):
@@ -291,6 +290,7 @@ def _solve_span(
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
     found = read(path, task) if path is not None and everywhere(path.exists()) else None
+    parts = clock.parts = None if path is None else Parts(path)
     solution = algorithm.solve(task, clock) if found is None else found
     if not solution:
         return lambda: None
@@ -301,8 +301,10 @@ def _solve_span(
     kept = after <= before
     if not kept:
         undo()
-    if path is not None and found is None:
-        write(path, solution)
+    if path is not None and parts is not None:
+        if found is None:
+            write(path, solution)
+        parts.clear()
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
     return undo if kept else lambda: None

@@ -6,17 +6,16 @@ import importlib
 import os
 import sys
 import traceback
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from torchquant import exported, tensors
 from torchquant.errors import ArtifactError, InputError, TorchquantError
+from torchquant.files import reading
 
 __all__ = ["load_batches", "load_model", "resolve"]
 
@@ -48,14 +47,18 @@ def resolve(reference: str) -> Any:
     return getattr(module, name)
 
 
-def load_model(reference: str) -> torch.nn.Module:
+def load_model(reference: str, *, trust: bool = False) -> torch.nn.Module:
     """A float model from `package.module:function` (called), `package.module:instance`, or an ExportedProgram file.
 
+    Args:
+        trust: let torch unpickle what it likes from the file, which runs whatever its writer put there.
+
     Raises:
-        InputError: the reference does not resolve to a module. ArtifactError: the file cannot be read.
+        InputError: the reference does not resolve to a module. ArtifactError: the file cannot be read, or not without
+            running what is in it.
     """
     if reference.endswith(".pt2"):
-        return _exported(Path(reference))
+        return _exported(Path(reference), trust)
     found = resolve(reference)
     model = found if isinstance(found, torch.nn.Module) else _called(found, reference)
     if not isinstance(model, torch.nn.Module):
@@ -78,15 +81,13 @@ def _called(function: Any, reference: str) -> Any:
         ) from error
 
 
-def _exported(path: Path) -> torch.nn.Module:
+def _exported(path: Path, trust: bool) -> torch.nn.Module:
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file")
-    try:
-        return torch.export.load(path).module()
-    except Exception as error:
-        raise ArtifactError(
-            f"{path} is not an ExportedProgram that torch {torch.__version__} reads: {error}"
-        ) from error
+    advice = "export the model again, or give --trust to let torch run what is in the file"
+    with reading(path, f"an ExportedProgram that torch {torch.__version__} reads", advice):
+        program = torch.export.load(path) if trust else exported.load(path, advice)
+        return program.module()
 
 
 def load_batches(reference: str) -> list[Any]:
@@ -107,17 +108,18 @@ def load_batches(reference: str) -> list[Any]:
 
 
 def _split_file(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise ArtifactError(f"{path} is not a file")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        else:
-            tensors = load_file(path)
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ArtifactError(f"{path} is truncated or not a {path.suffix} file: {error}") from error
-    counts = {len(t) if t.ndim else 0 for t in tensors.values()}
+    found = _arrays(path)
+    counts = {len(t) if t.ndim else 0 for t in found.values()}
     if len(counts) != 1 or counts == {0}:
         raise InputError(f"{path} holds no batches: its tensors must share a first dimension that counts them")
-    return [{name: t[i] for name, t in tensors.items()} for i in range(counts.pop())]
+    return [{name: t[i] for name, t in found.items()} for i in range(counts.pop())]
+
+
+def _arrays(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file")
+    with reading(path, f"a {path.suffix} file", "write it again"):
+        if path.suffix == ".safetensors":
+            return tensors.read(path, path.read_bytes())
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

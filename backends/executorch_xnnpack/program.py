@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
-from torchquant.files import write_whole
+from torchquant.files import reading, write_whole
 from torchquant.owned import OwnFolder
 from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.signature import InputSpec, Signature
@@ -68,6 +70,15 @@ def executorch_modules() -> SimpleNamespace:
     )
 
 
+@contextmanager
+def _typed(what: str) -> Iterator[None]:
+    """ExecuTorch's own errors, which are RuntimeErrors with a number or a line, as ones of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExecutorchError(f"ExecuTorch cannot {what}: {error}") from error
+
+
 class Method:
     """The `forward` of a `.pte`: tensors in, a tuple of tensors out, one call at a time.
 
@@ -77,29 +88,25 @@ class Method:
 
     def __init__(self, buffer: bytes) -> None:
         executorch = executorch_modules()
-        try:
+        with _typed("load the program"):
             self._program = executorch.runtime.get().load_program(
                 buffer, verification=executorch.verification.InternalConsistency
             )
             with without_cpu_lines():
                 self._method = self._program.load_method("forward")
-        except RuntimeError as error:
-            raise ExecutorchError(f"ExecuTorch cannot load the program: {error}") from error
         self._lock = threading.Lock()
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         given = [t.detach().contiguous() for t in tensors]
-        try:
-            with self._lock:
-                return tuple(self._method.execute(given))
-        except RuntimeError as error:
-            sizes = ", ".join(str(tuple(t.shape)) for t in given)
-            raise ExecutorchError(f"ExecuTorch cannot run the program on tensors of {sizes}: {error}") from error
+        sizes = ", ".join(str(tuple(t.shape)) for t in given)
+        with self._lock, _typed(f"run the program on tensors of {sizes}"):
+            return tuple(self._method.execute(given))
 
     def signature(self) -> Signature:
         """What the runtime reports of the inputs: of a program with dynamic sizes, the largest ones."""
-        about = self._method.metadata
-        found = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
+        with _typed("say what the program takes"):
+            about = self._method.metadata
+            found = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
         return Signature.flat(
             InputSpec(f"input {i}", str(_DTYPES.get(m.dtype(), m.dtype())), tuple(m.sizes()))
             for i, m in enumerate(found)
@@ -149,23 +156,33 @@ def with_metadata(buffer: bytes, about: Metadata) -> bytes:
 def load(path: str | os.PathLike[str]) -> XnnpackProgram:
     """Read a saved `.pte`: the program as it was lowered, with its inputs, state, report and proof.
 
-    One that torchquant did not write has none of that: it takes tensors by position, of the sizes that the runtime
-    reports.
+    What torchquant wrote is held against the digests in the archive behind the program. A program that torchquant did
+    not write has neither digest nor report: it takes tensors by position, of the sizes that the runtime reports, and
+    what is wrong in it ExecuTorch may notice late or never. A `.pte` holds no machine code.
 
     Raises:
-        ArtifactError: no such file, truncated, or not a program that this ExecuTorch loads.
+        ArtifactError: no such file, truncated, damaged, or not a program that this ExecuTorch loads.
     """
     file = Path(path)
     if not file.is_file():
         raise ArtifactError(f"{file} is not a file")
-    content = file.read_bytes()
+    with reading(file, "an ExecuTorch program (.pte)"):
+        content = file.read_bytes()
     if content[4:6] != b"ET":
         raise ArtifactError(f"{file} is truncated or not an ExecuTorch program (.pte)")
-    about = read_metadata(file, TARGET) if content[_end_of(content) :][:2] == b"PK" else None
+    about = read_metadata(file, TARGET) if _has_archive(file, content) else None
     try:
         return XnnpackProgram(content, about)
     except (LoweringError, RuntimeError) as error:
         raise ArtifactError(f"{file} is truncated or from another ExecuTorch: {error}") from error
+
+
+def _has_archive(file: Path, content: bytes) -> bool:
+    """Whether anything stands behind the program: seen from the program's header, and from the end of the file."""
+    end = _end_of(content)
+    if end > len(content):
+        raise ArtifactError(f"{file} is truncated: it has {len(content)} bytes of {end}")
+    return any(content[end:]) or zipfile.is_zipfile(file)
 
 
 def _end_of(content: bytes) -> int:

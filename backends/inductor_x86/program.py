@@ -15,7 +15,7 @@ from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_l
 
 from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
-from torchquant.files import write_whole
+from torchquant.files import reading, write_whole
 from torchquant.ops import cpu, exactness, forks, native
 from torchquant.owned import OwnFolder
 from torchquant.program import Program, State, read_metadata
@@ -80,13 +80,17 @@ class X86Program(Program):
 def load(path: str | os.PathLike[str]) -> X86Program:
     """Read a saved X86Program.
 
+    The file holds shared libraries, which are mapped and run: load none whose writer you do not trust. Before anything
+    is mapped, every member is held against the digest that was recorded when it was written: that shows damage alone.
+
     Raises:
-        ArtifactError: no such file, truncated, foreign, for another target or of another format.
+        ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
     """
-    try:
-        return X86Program(Path(path))
-    except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
+    with reading(path, "a program for x86"):
+        try:
+            return X86Program(Path(path))
+        except RuntimeError as error:
+            raise ArtifactError(f"{path} cannot be loaded on this machine: {error}") from error
 
 
 def _load_kernels(package: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_truncated_foreign_or_other_archive_is_no_program(x86_pixels, tmp_path
     content = path.read_bytes()
     for i, part in enumerate((b"", content[: len(content) // 2], content[:-20], b"text")):
         (tmp_path / f"{i}.pt2").write_bytes(part)
-        with pytest.raises(tq.ArtifactError, match="truncated or not"):
+        with pytest.raises(tq.ArtifactError, match="truncated"):
             inductor_x86.load(tmp_path / f"{i}.pt2")
     graph = tq.save(x86_pixels.quantized, tmp_path / "graph.pt2")
     with pytest.raises(tq.ArtifactError, match="converted graph"):

@@ -12,6 +12,7 @@ then activation steps and biases are learned with the codes as they are, as the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch.fx import GraphModule
 
@@ -91,8 +92,11 @@ class BRECQ:
         first = standing(task) if self.start is None else _layer_by_layer(self.start, task, clock)
         aim = Compensated(task) if self.compensate else None
         objective = Objective(task, sensitive=self.fisher, aim=aim)
-        better = improve_codes(objective, first, clock, rounds=self.rounds, drop=self.drop, biases=self.learn_biases)
-        return self._learn(objective, better, clock)
+
+        def improved() -> Solution:
+            return improve_codes(objective, first, clock, rounds=self.rounds, drop=self.drop, biases=self.learn_biases)
+
+        return self._learn(objective, clock.part(task, improved), clock)
 
     def _learn(self, objective: Objective, first: Solution, clock: Clock) -> Solution:
         """Steps and biases, if that makes the error smaller."""
@@ -115,7 +119,8 @@ class BRECQ:
 def _layer_by_layer(start: Layerwise, task: Task, clock: Clock) -> Solution:
     found = Solution()
     for site in task.span.sites:
-        answer = start.solve(Inside(task, site, trial(task, found)), clock)
+        inside = Inside(task, site, trial(task, found))
+        answer = clock.part(inside, partial(start.solve, inside, clock))
         found.weights |= answer.weights
         found.biases |= answer.biases
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,9 @@ from torchquant.solved import Solution
 __all__ = ["Algorithm", "Clock", "Solver", "Transform"]
 
 
+Parts = Callable[[Any, Callable[[], Solution]], Solution]
+
+
 @dataclass
 class Clock:
     """How long a solver may take for a span, and the seed of what it draws.
@@ -26,10 +29,12 @@ class Clock:
     Args:
         seconds: from when the clock was made; infinite without a budget.
         seed: of this span.
+        parts: keeps answers for parts of the span, see `part`.
     """
 
     seconds: float = math.inf
     seed: int = 0
+    parts: Parts | None = None
     _start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -43,6 +48,17 @@ class Clock:
     def generator(self) -> torch.Generator:
         """A generator seeded for this span."""
         return torch.Generator().manual_seed(self.seed)
+
+    def part(self, task: Any, compute: Callable[[], Solution]) -> Solution:
+        """What `compute` finds, or found in a run that was cut short in this span.
+
+        For a solver that takes long over a span: parts are counted, so they must come in the same order in each run,
+        and depend on nothing that was drawn before.
+
+        Args:
+            task: whose sites the answer is for: this span's, or one within it.
+        """
+        return compute() if self.parts is None else self.parts(task, compute)
 
 
 @runtime_checkable

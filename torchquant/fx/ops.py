@@ -155,10 +155,12 @@ def is_higher_order(node: Node) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """The op kind's name, or the bare op name for an op outside the table."""
+    """The op kind's name, or the bare op name for an op outside the table; what else a node is if it calls no op."""
     kind = kind_of(node)
     if kind is not None:
         return kind.name
+    if node.op != "call_function":
+        return node.op  # a buffer or an input may be named like an op
     target = node.target
     return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else str(target)
 

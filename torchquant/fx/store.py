@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from torchquant.errors import ArtifactError
+from torchquant.files import reading
 from torchquant.owned import OwnFolder
 
 __all__ = ["Store", "give_back"]
@@ -46,7 +49,9 @@ class Store:
         """The value; one that was spilled is read from disk and stays there."""
         if key in self._kept:
             return self._kept[key]
-        return torch.load(self._spilled[key], weights_only=True)
+        path = self._spilled[key]
+        with reading(path, "what was put there", "leave the folder of temporary files alone while this runs"):
+            return torch.load(path, weights_only=True)
 
     def drop(self, key: Any) -> None:
         """Forget the value, if there is one."""
@@ -65,11 +70,17 @@ class Store:
             self._folder = None
 
     def _spill(self, key: Any, value: Any) -> None:
-        if self._folder is None:
-            self._folder = OwnFolder("torchquant-values-")
-        path = self._folder.path / f"{self._named}.pt"
-        self._named += 1
-        torch.save(value, path)
+        try:
+            if self._folder is None:
+                self._folder = OwnFolder("torchquant-values-")
+            path = self._folder.path / f"{self._named}.pt"
+            self._named += 1
+            torch.save(value, path)
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a disk is full
+            raise ArtifactError(
+                f"{_bytes_of(value):,} bytes of values cannot be kept in {tempfile.gettempdir()}: "
+                f"{str(error).splitlines()[0]}. Name a folder with more room in TMPDIR, or raise memory_bytes"
+            ) from error
         self._spilled[key] = path
         self._bytes -= _bytes_of(value)
         self.spilled_bytes += _bytes_of(value)

@@ -133,7 +133,7 @@ def _is_whole(library: Path) -> bool:
     """Whether the file is what was built: not cut off, not overwritten."""
     try:
         return hashlib.sha256(library.read_bytes()).hexdigest() == _digest_of(library).read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -231,20 +231,22 @@ def load() -> ctypes.CDLL:
 
 
 def load_packaged(name: str, content: bytes) -> None:
-    """Load the library that came with a program, unless this process has one: our own sources' where they differ.
+    """Load the library that came with a program, unless this process has one: our own sources' where it can be had.
+
+    What came with a program is never put into the cache, from which later programs take their library.
 
     Raises:
         LoweringError: it cannot be loaded here.
     """
     if _loaded:
         return
-    if name != build_name():
+    if name != build_name() or _is_whole(cache_folder() / name):
         try:
             load()
             return
         except LoweringError:  # no compiler here: what came with the program serves
             pass
-    path = cache_folder() / name
+    path = own_folder() / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         write_whole(path, lambda part: part.write_bytes(content))
     _load_file(path)

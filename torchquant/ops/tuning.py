@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from torchquant.errors import ArtifactError
-from torchquant.files import write_whole
+from torchquant.files import reading, warn_ignored, write_whole
 from torchquant.ops import native
 from torchquant.ops.plan import Step
 from torchquant.ops.translation import Built
@@ -93,11 +93,20 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, int]:
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What was measured before; without what is no choice that the kernels know, with a warning."""
+    file = _file()
+    if not file.exists():
         return {}
-    return {str(k): int(v) for k, v in found.items()}
+    try:
+        with reading(file, "a table of measurements"):
+            found = json.loads(file.read_text(encoding="utf-8"))
+    except ArtifactError as error:
+        warn_ignored(file, str(error.__cause__ or error))
+        return {}
+    known = {k: v for k, v in found.items() if type(v) is int and v in (0, *_PANELS)} if isinstance(found, dict) else {}
+    if known != found:
+        warn_ignored(file, f"it holds other panels than {(0, *_PANELS)}")
+    return known
 
 
 def _write(known: dict[str, int]) -> None:

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
-from torchquant.files import write_whole
+from torchquant.errors import ArtifactError
+from torchquant.files import reading, warn_ignored, write_whole
 from torchquant.ops import native
 
 __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "table"]
 
 WEIGHT_ONLY = ("w4a16", "w8a16")
+FORMATS = (*WEIGHT_ONLY, "int8", "fp8")
 _PACKAGED = Path(__file__).parent / "measured"
 _HOPPER_BYTES = 200 * 1024  # of shared memory: no earlier chip lets a program have so much
 _LARGEST = 8192  # rows: more are cut like this many
+_BUCKETS = {str(1 << i) for i in range(_LARGEST.bit_length())}
 
 
 @dataclass(frozen=True)
@@ -240,29 +243,67 @@ def slug(name: str) -> str:
 
 def _own_folder() -> Path:
     folder = native.cache_folder() / "gpu"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        folder = native.own_folder() / "gpu"
+        folder.mkdir(exist_ok=True)
     return folder
 
 
 @functools.cache
 def table(gpu: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """format -> `NxK` -> rows -> Config, of one GPU."""
+    """format -> `NxK` -> rows -> Config, of one GPU; without what the kernels do not know, with a warning."""
     known: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for folder in (_PACKAGED, _own_folder()):
-        file = folder / f"{gpu}.json"
-        if file.is_file():
-            for format, sizes in json.loads(file.read_text()).items():
-                for size, rows in sizes.items():
-                    known.setdefault(format, {}).setdefault(size, {}).update(rows)
+        for format, sizes in _measured(folder / f"{gpu}.json").items():
+            for size, rows in sizes.items():
+                known.setdefault(format, {}).setdefault(size, {}).update(rows)
     return known
+
+
+def _measured(file: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """A table, read from a file that anybody may have written: only configurations that could have been measured."""
+    if not file.exists():
+        return {}
+    try:
+        with reading(file, "a table of measurements"):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            entries = [
+                (format, size, rows, config)
+                for format, sizes in found.items()
+                for size, by_rows in sizes.items()
+                for rows, config in by_rows.items()
+            ]
+    except ArtifactError as error:
+        warn_ignored(file, str(error.__cause__ or error))
+        return {}
+    known: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for format, size, rows, config in entries:
+        if _is_known(format, size, rows, config):
+            known.setdefault(format, {}).setdefault(size, {})[rows] = config
+        else:
+            warn_ignored(file, f"no kernel is cut like {format} {size} {rows}: {config!r:.200}")
+    return known
+
+
+def _is_known(format: str, size: str, rows: str, config: Any) -> bool:
+    """Whether a search for a product of this size could have found this."""
+    if format not in FORMATS or not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) or rows not in _BUCKETS:
+        return False
+    return any(config == asdict(c) and _same_types(config, asdict(c)) for c in candidates(format, int(rows)))
+
+
+def _same_types(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(type(value) is type(other[name]) for name, value in one.items())  # JSON's true is no 1
 
 
 def remember(gpu: str, format: str, m: int, n: int, k: int, config: Config) -> Path:
     """Keep what was measured on this machine; products from now on use it."""
     file = _own_folder() / f"{gpu}.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = _measured(file)
     known.setdefault(format, {}).setdefault(f"{n}x{k}", {})[str(bucket(m))] = asdict(config)
-    write_whole(file, lambda part: part.write_text(json.dumps(known, indent=1, sort_keys=True)))
+    write_whole(file, lambda part: part.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8"))
     table.cache_clear()
     _chosen.cache_clear()
     return file

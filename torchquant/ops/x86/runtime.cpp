@@ -228,7 +228,7 @@ struct Resolved {
       op.compensation = at, op.scale = at + n;
       auto* sums_to = reinterpret_cast<int32_t*>(to + int64_t(op.compensation) * tq::kUnit);
       auto* factors_to = reinterpret_cast<float*>(to + int64_t(op.scale) * tq::kUnit);
-      for (int c = 0; c < n * 16; ++c) sums_to[c] = sums[c] * zero, factors_to[c] = factors[c] * scale;
+      for (int c = 0; c < n * 16; ++c) sums_to[c] = int32_t(uint32_t(sums[c]) * uint32_t(zero)), factors_to[c] = factors[c] * scale;
       at += 2 * n;
     }
     plan.ops = ops.data();
@@ -441,26 +441,30 @@ std::vector<Tensor> region(Tensor plan_bytes, std::vector<Tensor> inputs, std::v
       samples = n;
     }
   }
+  std::vector<int64_t> elements(h.outputs, -1);
+  for (int v = 0; v < h.values; ++v) {
+    const tq::Value& value = plan.values[v];
+    if (value.external >= 1000) elements[value.external - 1000] = int64_t(value.h) * value.w * value.c * samples;
+  }
   std::vector<Tensor> found;
   for (size_t at = 0; at < shapes.size();) {
     int64_t dims = shapes[at++];
     STD_TORCH_CHECK(dims >= 0 && dims <= int64_t(shapes.size() - at), "torchquant: the shapes of the region's outputs are damaged");
+    STD_TORCH_CHECK(int64_t(found.size()) < h.outputs, "torchquant: the region returns ", h.outputs, " tensors");
     std::vector<int64_t> size;
+    double given = 1;
     for (int64_t d = 0; d < dims; ++d, ++at) {
       STD_TORCH_CHECK(shapes[at] >= -inputs[0].dim(), "torchquant: the shapes of the region's outputs are damaged");
       size.push_back(shapes[at] < 0 ? inputs[0].size(-1 - shapes[at]) : shapes[at]);
+      given *= double(size.back());
     }
+    int64_t wanted = elements[found.size()];
+    STD_TORCH_CHECK(given == double(wanted), "torchquant: output ", found.size(), " of the region has ", wanted, " elements, not ", int64_t(std::min(given, 9e18)));
     found.push_back(torch::stable::new_empty(inputs[0], size));
     out.push_back(static_cast<uint8_t*>(found.back().mutable_data_ptr()));
     poison(out.back(), size_t(found.back().numel()) * sizeof(float));
   }
   STD_TORCH_CHECK(int64_t(found.size()) == h.outputs, "torchquant: the region returns ", h.outputs, " tensors");
-  for (int v = 0; v < h.values; ++v) {
-    const tq::Value& value = plan.values[v];
-    if (value.external < 1000) continue;
-    int64_t size = int64_t(value.h) * value.w * value.c * samples, given = found.at(value.external - 1000).numel();
-    STD_TORCH_CHECK(given == size, "torchquant: output ", value.external - 1000, " of the region has ", size, " elements, not ", given);
-  }
   if (samples == 0) return found;
   settle(plan.header, size_t(h.size));
   Resolved resolved(plan, inputs);
