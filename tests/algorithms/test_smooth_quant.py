@@ -136,7 +136,13 @@ def test_the_float_function_stays_the_same_under_any_quantizer(quantizer, networ
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
 @pytest.mark.parametrize(
     ("quantizer", "alpha"),
-    [("x86", 0.5), ("x86", None), ("x86 dynamic", None), ("torchao", None), ("executorch", 0.5)],
+    [
+        ("x86", 0.5),
+        pytest.param("x86", None, marks=pytest.mark.slow),
+        ("x86 dynamic", None),
+        pytest.param("torchao", None, marks=pytest.mark.slow),
+        ("executorch", 0.5),
+    ],
 )
 def test_planted_outlier_channels_cost_several_db_less(quantizer, alpha):
     model, batches = plant_outliers(nets.Block()).eval(), [torch.randn(8, 8, 32) for _ in range(4)]

@@ -243,7 +243,7 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
     assert tq.sqnr_db(quantized(x), program(x)) > 60
 
 
-@pytest.mark.parametrize("integer", [1.0, 1.02, 3.0])
+@pytest.mark.parametrize("integer", [pytest.param(v, marks=pytest.mark.slow) for v in (1.0, 3.0)] + [1.02])
 def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
     """Float must be clearly faster: the times of the race are given, all else is real."""
     monkeypatch.setattr(lowering, "_race", lambda packages, batch: [integer, 1.0])

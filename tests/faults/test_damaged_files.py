@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant import archive, files, sources, tensors
+from torchquant import archive, sources, tensors
 from torchquant.backends import executorch_xnnpack, inductor_cuda
 from torchquant.files import reading, warn_ignored, write_whole
 from torchquant.fx.store import Store
@@ -32,7 +32,7 @@ def folder(tmp_path_factory, x86_pixels, pte_mobile):
     return found
 
 
-@pytest.mark.parametrize(("kinds", "count"), [(CHEAP, 250), (sorted(set(fuzz.KINDS) - set(CHEAP)), 30)])
+@pytest.mark.parametrize(("kinds", "count"), [(CHEAP, 250), (sorted(set(fuzz.KINDS) - set(CHEAP)), 16)])
 def test_damaged_and_forged_files_are_refused_or_read_as_they_were(folder, kinds, count):
     for kind, result in fuzz.run(folder, kinds, count, seed=1).items():
         assert set(result.counts) <= GOOD, (kind, result.details)
@@ -290,7 +290,6 @@ def test_a_folder_that_takes_no_file_is_an_error_of_ours(tmp_path, monkeypatch, 
     def refuse(*_, **__):
         raise OSError(code, "no")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", refuse)
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(tq.ArtifactError, match=r"a\.bin"):
         write_whole(tmp_path / "a.bin", lambda part: part.write_bytes(b""))
