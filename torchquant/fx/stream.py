@@ -174,9 +174,7 @@ class Task:
     def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
         with torch.no_grad():
             pairs = zip(self.outputs(batch, evaluator), self.targets(batch), strict=True)
-            found = sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
-        give_back()
-        return found
+            return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
