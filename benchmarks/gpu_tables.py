@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "tables"]
+__all__ = ["Table", "ratios", "tables"]
 
 Row = dict[str, Any]
 
@@ -78,6 +78,18 @@ def _layers(rows: list[Row]) -> Table:
         "bytes at the speed of copying and operations at that of a large product. Columns: rows of activations."
     )
     return Table("Layers of Llama 3", note, ("layer", "format", "runtime", *map(str, sizes)), body)
+
+
+def ratios(found: Row) -> Table:
+    """Of our layers: how many times as fast as cuBLAS in bfloat16, by format and rows of activations."""
+    mine = [r for r in found["rows"] if r["section"] == "layers" and r["runtime"] == "torchquant" and "ratio" in r]
+    sizes = sorted({r["m"] for r in mine})
+    times = {(r["format"], r["case"], r["m"]): f"{r['ratio']:.2f}" for r in mine}
+    body = [
+        [f"`{format}`", layer, *(times.get((format, layer, m), "") for m in sizes)]
+        for format, layer in sorted({(r["format"], r["case"]) for r in mine})
+    ]
+    return Table("", "", ("format", "layer", *map(str, sizes)), body)
 
 
 def _layer_cell(row: Row) -> str:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKERS = ("<!-- capabilities -->", "<!-- /capabilities -->")
 ALGORITHM_MARKERS = ("<!-- algorithms -->", "<!-- /algorithms -->")
 MEMORY_MARKERS = ("<!-- memory -->", "<!-- /memory -->")
+LAYER_MARKERS = ("<!-- gpu layers -->", "<!-- /gpu layers -->")
 CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
@@ -54,6 +55,8 @@ def main() -> None:
     _write(page, _between(text, MEMORY_MARKERS, memory(records.read("memory"))))
     page = ROOT / "docs" / "gpu.md"
     text = _between(page.read_text(encoding="utf-8"), SCHEME_MARKERS, gpu_schemes(records.read("accuracy")))
+    layers = gpu_tables.ratios(records.read("gpu"))
+    text = _between(text, LAYER_MARKERS, markdown(layers.head, layers.rows))
     _write(page, _between(text, CODE_MARKERS, machine_code(records.read("gpu_code"))))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""

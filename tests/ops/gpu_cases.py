@@ -207,6 +207,11 @@ def cases():
                     Scaled(5, 40, 130, dtype, "affine", config, "relu", bias=True),
                     Scaled(5, 20, 130, dtype, "rows", config, even=False),
                 ]
+        split = Config(TILED, 16, 32, 64, slices=2)
+        found += [
+            Scaled(9, 24, 200, dtype, "codes", split, "gelu_tanh", bias=True, residual=True),
+            Scaled(3, 40, 256, dtype, "rows", replace(split, slices=4), "silu"),
+        ]
         library = Config("library")
         found += [
             Scaled(20, 48, 64, dtype, "rows", library, "silu", bias=True, residual=True),
@@ -216,6 +221,7 @@ def cases():
         tile = Config("copied", 64, 64, 128)
         found += [
             Scaled(70, 72, 208, dtype, "codes", tile, "gelu_tanh", bias=True),
+            Scaled(70, 72, 720, dtype, "codes", replace(tile, slices=4), "gelu_tanh", bias=True, residual=True),
             Scaled(300, 136, 512, dtype, "rows", tile, "relu6", bias=True, residual=True),
             Scaled(64, 64, 256, dtype, "tensor", tile, "silu"),
         ]

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -148,8 +150,10 @@ def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
         assert code.stack_bytes == 0
 
 
-def test_every_kernel_compiles_with_an_ending(compiled):
-    from torchquant.ops.gpu import kernels, launch
+@pytest.fixture(scope="module")
+def every_kernel():
+    """The code of every kernel, for an Ampere and for a Hopper GPU."""
+    from torchquant.ops.gpu import launch, machine_code
     from torchquant.ops.gpu.configs import Config
 
     m, n, k = 40, 256, 512
@@ -160,12 +164,13 @@ def test_every_kernel_compiles_with_an_ending(compiled):
     grid = (bias, residual, -128.0, 127.0, gpu_cases.EPS, "gelu", torch.bfloat16)
     tile = Config("tiled", 32, 64, 128)
 
-    def run():
+    def run(capability):
         direct = Config("direct", 8, 32, slices=4, warps=4, stages=1)
         for config in (Config("skinny", 8, 16, slices=4), direct, replace(tile, slices=2), tile, Config("dequantize")):
             launch.weight_only(x, packed, params, bias, residual, 4, 32, True, "gelu", config)
-        copied = replace(tile, kernel="copied", m=64)
-        for config in (Config("skinny", 8, 16, 128, slices=4, quantizes=True), tile, copied, Config("library")):
+        copied = [replace(tile, kernel="copied", m=64, slices=s) for s in (1, 2)] * (capability >= 90)
+        skinny = Config("skinny", 8, 16, 128, slices=4, quantizes=True)
+        for config in (skinny, tile, replace(tile, slices=2), *copied, Config("library")):
             launch.scaled(x, weight, torch.empty(n), scale, zero, sums, *grid, config)
             launch.scaled(x, weight, torch.empty(n), None, None, None, *grid, config)
         image, window = torch.empty(2, 8, 8, 64, dtype=torch.int8), torch.empty(n, 3, 3, 64, dtype=torch.int8)
@@ -173,9 +178,26 @@ def test_every_kernel_compiles_with_an_ending(compiled):
         out = torch.empty(2, 8, 8, n, dtype=torch.bfloat16)
         launch.convolution(image, window, *factors, out, *form, "gelu", torch.empty_like(out))
 
-    found = compiled(90, run)
-    assert {code.name for code in found} == set(kernels.__all__)
-    assert not any(code.stack_bytes for code in found)
+    with mock.patch.object(launch, "_EARLY", True):
+        return {capability: machine_code.compiled(capability, partial(run, capability)) for capability in (80, 90)}
+
+
+def test_every_kernel_compiles_with_an_ending(every_kernel):
+    from torchquant.ops.gpu import kernels
+
+    assert {code.name for code in every_kernel[90]} == set(kernels.__all__)
+    assert not any(code.stack_bytes for code in every_kernel[90])
+
+
+def test_a_kernel_that_begins_early_touches_memory_after_the_one_in_front(every_kernel):
+    memory = re.compile(r"\b(LDG|LDGSTS|STG|UTMALDG|ATOM|RED|LD|ST)\b")
+    for code in every_kernel[90]:
+        assert code.instructions.count("ACQBULK") == code.instructions.count("PREEXIT") == 1, code.name
+        before, _, after = code.instructions.partition("ACQBULK")
+        assert not memory.search(before), code.name
+        assert "CCTL.E.PF2" in before or code.name not in ("weight_only_skinny", "weight_only_direct", "scaled_skinny")
+        assert "PREEXIT" in after
+    assert not any("ACQBULK" in code.instructions for code in every_kernel[80])
 
 
 @pytest.mark.parametrize("activation", linears.ACTIVATIONS)

@@ -75,7 +75,7 @@ def candidates(format: str, m: int) -> list[Config]:
             found += [
                 Config("tiled", tile, n, slices=s, warps=w, stages=st)
                 for tile, n, w, st in _TILED_WEIGHT_ONLY
-                for s in (1, 2, 4, 8)
+                for s in (1, 2, 4)
                 if tile <= max(16, bucket(m)) and tile * 8 >= m and (s == 1 or m <= 256)
             ]
         if m > 32:
@@ -90,112 +90,111 @@ def candidates(format: str, m: int) -> list[Config]:
         ]
     if m > 16:
         found += [
-            Config("tiled", tile, n, k, warps=w, stages=st)
-            for tile, n, k, w, st in _TILED
-            if tile <= max(64, bucket(m))
-        ]
-        found += [
-            Config("copied", tile, n, k, warps=w, stages=st)
-            for tile, n, k, w, st in _COPIED
-            if tile <= max(64, bucket(m))
+            Config(kernel, tile, n, k, slices=s, warps=w, stages=st)
+            for kernel, cuts in (("tiled", _TILED), ("copied", _COPIED))
+            for tile, n, k, w, st in cuts
+            for s in (1, 2, 4)
+            if tile <= max(64, bucket(m)) and (s == 1 or m <= 256)
         ]
         found.append(Config("library"))
     return found
 
 
 # (outputs, slices, steps under way)
-_DIRECT = (
-    (16, 4, 2),
-    (16, 8, 1),
-    (16, 8, 2),
-    (16, 16, 1),
-    (32, 2, 2),
-    (32, 4, 1),
-    (32, 4, 2),
-    (32, 8, 1),
-    (64, 2, 1),
-    (64, 4, 1),
-)
+_DIRECT = ((16, 4, 2), (16, 8, 1), (16, 8, 2), (16, 16, 1), (32, 4, 1), (32, 4, 2), (32, 8, 1))
 # (outputs, slices, warps, stages)
-_SKINNY_WEIGHT_ONLY = ((16, 4, 4, 4), (16, 8, 8, 3), (32, 4, 4, 4), (64, 2, 2, 4), (64, 4, 4, 3))
+_SKINNY_WEIGHT_ONLY = ((32, 4, 4, 4), (64, 2, 2, 4), (64, 4, 4, 3), (128, 2, 2, 3))
 # (rows, outputs, warps, stages)
 _TILED_WEIGHT_ONLY = (
     (16, 64, 4, 4),
+    (16, 128, 4, 4),
     (32, 64, 4, 4),
     (32, 128, 4, 4),
     (64, 64, 4, 4),
     (64, 128, 4, 3),
-    (128, 64, 4, 3),
+    (64, 256, 8, 3),
+    (128, 128, 4, 2),
     (128, 128, 8, 3),
     (256, 128, 8, 3),
 )
 # (outputs, columns, slices, warps, stages)
 _SKINNY = (
+    (16, 128, 2, 2, 8),
     (16, 128, 4, 4, 4),
-    (16, 128, 8, 8, 3),
     (16, 256, 4, 4, 3),
     (32, 128, 4, 4, 4),
-    (32, 128, 8, 8, 3),
-    (64, 64, 4, 4, 4),
+    (32, 256, 4, 4, 3),
+    (64, 128, 4, 4, 3),
 )
 # (rows, outputs, columns, warps, stages)
 _TILED = (
     (64, 64, 128, 4, 4),
+    (64, 64, 256, 4, 3),
     (64, 128, 128, 4, 4),
     (128, 64, 128, 4, 4),
     (128, 128, 128, 4, 3),
     (128, 128, 128, 8, 3),
     (256, 128, 128, 8, 3),
-    (128, 256, 128, 8, 3),
 )
 # the same
 _COPIED = (
     (64, 64, 128, 4, 4),
     (64, 128, 128, 4, 4),
     (128, 128, 128, 4, 3),
-    (128, 256, 128, 8, 3),
     (128, 256, 128, 8, 4),
     (256, 128, 128, 8, 3),
 )
 
 
 def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int) -> Config:
-    """A cut that keeps all multiprocessors busy and reads x seldom, without having measured anything.
+    """A cut for sizes that were not measured, after what was fastest for others on an H200.
 
     Args:
         shared_bytes: shared memory that one program may have.
     """
-    rows = max(8, min(bucket(m), 32))
-    if m <= 8 and n >= 64 * multiprocessors:
-        # the fastest on an H200 for 28672 x 4096: a warp that computes more outputs reads x less often
-        if format in WEIGHT_ONLY:
-            found = Config("skinny", rows, 64, slices=2, warps=2, stages=4)
-        else:
-            found = Config("skinny", rows, 32, 256, slices=4, warps=4, stages=3)
-    elif m <= 32:
-        # few outputs a program where there are few in all; more of them where x would be read too often
-        outputs = (16 if m <= 8 else 32) * (1 if n < 64 * multiprocessors or rows == 32 else 2)
-        columns = 0 if format in WEIGHT_ONLY else 128
-        stages = 6 if outputs == 16 else 4  # that enough bytes are under way
-        found = Config("skinny", rows, outputs, columns, slices=4, stages=stages, quantizes=columns > 0 and m <= 4)
-    elif format in WEIGHT_ONLY:
-        if m > 1024:
-            return Config("dequantize")
-        # before Hopper tensor cores took both operands from registers, of which wide tiles have too few
-        tile = 64 if m <= 64 else 128 if m <= 256 or shared_bytes < _HOPPER_BYTES else 256
-        found = Config("tiled", tile, 128, warps=4 if tile == 64 else 8, stages=3)
-        while found.slices < 8 and -(-n // 128) * -(-m // tile) * found.slices < multiprocessors:
-            found = replace(found, slices=2 * found.slices)
-    elif format == "fp8" and m > 64:
-        return Config("library")
-    else:
-        tile, outputs = (64, 64 if n < 128 * multiprocessors else 128) if m <= 64 else (128, 128)
-        found = Config("tiled", tile, outputs, 128, warps=4 if tile == 64 else 8, stages=4)
+    hopper = shared_bytes >= _HOPPER_BYTES
+    found = (_weight_only_rule if format in WEIGHT_ONLY else _codes_rule)(format, m, n, multiprocessors, hopper)
     return _fitted(found, format, shared_bytes)
+
+
+def _weight_only_rule(format: str, m: int, n: int, multiprocessors: int, hopper: bool) -> Config:
+    rows, wide = max(8, min(bucket(m), 64)), n >= 64 * multiprocessors
+    if m <= 8 and wide:  # a warp that computes more outputs reads x less often
+        outputs, stages = (64, 4) if format == "w4a16" else (128, 3)
+        return Config("skinny", rows, outputs, slices=2, warps=2, stages=stages)
+    if m <= 8:
+        return Config("direct", rows, 16, slices=8, warps=8, stages=1)
+    if m > 256:
+        return Config("dequantize")
+    if m > 128 and wide and hopper:  # before Hopper tensor cores took both operands from registers: too few for this
+        return Config("tiled", 256, 128, warps=8, stages=3)
+    found = Config("tiled", rows, 128 if wide or m > 32 else 64, warps=4, stages=3 if m > 32 else 4)
+    tiles = -(-n // found.n) * -(-m // found.m)
+    while found.slices < 4 and 2 * tiles * found.slices <= 3 * multiprocessors:
+        found = replace(found, slices=2 * found.slices)
+    return found
+
+
+def _codes_rule(format: str, m: int, n: int, multiprocessors: int, hopper: bool) -> Config:
+    rows, wide = max(8, min(bucket(m), 32)), n >= 64 * multiprocessors
+    if m <= 32 and (wide or rows == 32):
+        return Config("skinny", rows, 32, 256 if wide else 128, slices=4, stages=3 if wide else 4)
+    if m <= 32:
+        return Config("skinny", rows, 16, 128, slices=4, stages=4, quantizes=m <= 2)
+    if m <= 64:
+        return Config("tiled", 64, 128, 128, stages=4) if wide else Config("tiled", 64, 64, 256, stages=3)
+    if format == "fp8":
+        return Config("library")
+    kernel = "copied" if hopper else "tiled"
+    if m <= 256 and not wide:
+        return Config(kernel, 64, 64, 128, stages=4)
+    return Config(kernel, 128, 128, 128, stages=3)
 
 
 def _fitted(config: Config, format: str, shared_bytes: int) -> Config:
     """The same with as many stages, or at least as many rows, as shared memory holds."""
+    if config.kernel in ("direct", "dequantize", "library"):
+        return config
     while config.stages > 2 and tile_bytes(config, format) * config.stages > shared_bytes:
         config = replace(config, stages=config.stages - 1)
     while tile_bytes(config, format) * config.stages > shared_bytes:

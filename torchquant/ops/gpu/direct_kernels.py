@@ -7,7 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from torchquant.ops.gpu import packing
-from torchquant.ops.gpu.kernel_parts import bytes_of, finish, nibbles_of, offset_of
+from torchquant.ops.gpu.kernel_parts import LINES, bytes_of, fetch, finish, follow, nibbles_of, offset_of
+from torchquant.ops.gpu.weight_only_kernels import lines_of
 
 __all__ = ["weight_only_direct"]
 
@@ -70,6 +71,7 @@ def weight_only_direct(
     BN: gl.constexpr,
     S: gl.constexpr,
     AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """y (M, N), as `weight_only_skinny`, without shared memory: codes are loaded where tensor cores take them.
 
@@ -86,6 +88,10 @@ def weight_only_direct(
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 8)
     right: gl.constexpr = gl.DotOperandLayout(1, sums, 8)
     n0, m0 = gl.program_id(0) * BN, gl.program_id(1) * BM
+    if EARLY:
+        line = gl.arange(0, LINES, gl.BlockedLayout([1], [32], [S], [0]))
+        fetch(lines_of(line, packed, n0, 0, 1, N, BLOCKS, BN, BITS), EARLY)
+    follow(EARLY)
     # outputs and rows beyond the matrices read the last ones instead: their sums are never stored
     at = gl.minimum(n0 + _along(BN, 1, left), N - 1) * CHUNK + _along(CHUNK, 2, left)
     rows = gl.minimum(m0 + _along(BM, 2, right), M - 1).to(gl.int64) * K + _along(CHUNK, 1, right)

@@ -1,11 +1,58 @@
-"""What the Triton kernels have in common: how products end, and how codes are unpacked."""
+"""What the Triton kernels have in common: how they begin and end, and how codes are unpacked."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["activate", "add_splits", "bytes_of", "clamp", "finish", "nibbles_of", "offset_of"]
+__all__ = [
+    "LINES",
+    "activate",
+    "add_splits",
+    "bytes_of",
+    "clamp",
+    "fetch",
+    "finish",
+    "follow",
+    "nibbles_of",
+    "offset_of",
+]
+
+_CONSTANT = (
+    int if triton.knobs.runtime.interpret else tl.constexpr
+)  # the interpreter does arithmetic with plain numbers
+LINES = _CONSTANT(256)  # of 128 bytes: what a program fetches of its weights before the kernel in front has ended
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Wait for the kernel in front, whose last programs may still run where this one was launched early.
+
+    Comes before anything that is read or written: what is read may be the other's, and what is written may be read by
+    it. From here on the next kernel may be made ready, up to its own `follow`. Since every program waits before it lets
+    another begin, all kernels but the one in front are known to have ended.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(pointers, EARLY: tl.constexpr):
+    """Bring the lines at these addresses to the second-level cache, before `follow`: the weights that come first.
+
+    Safe whoever writes them: that cache is where all processors' loads and stores meet.
+    """
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -44,9 +91,20 @@ def finish(y, m, n, mask, bias, residual, out, N, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def add_splits(
-    parts, bias, residual, out, M, N, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    parts,
+    bias,
+    residual,
+    out,
+    M,
+    N,
+    SPLIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out (M, N) = activation(sum of parts (SPLIT, M, N) + bias + residual), added in order. Grid (N / BN, M / BM)."""
+    follow(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     mask = (n < N)[:, None] & (m < M)[None, :]

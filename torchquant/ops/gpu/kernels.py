@@ -11,11 +11,13 @@ Two forms of each product:
 - *tiled*, for many rows: BN x BM tiles, with K split over SPLIT programs where there are few tiles; their float32 sums
   go to a workspace that `add_splits` adds up in a fixed order.
 
-Each has another form that no rule chooses, since none has run on a GPU yet. `tuning.search` tries them, checks what
-they compute, and takes them where they are faster:
+Each has another form:
 
-- *direct*, a skinny product of floats by codes that loads the codes as tensor cores take them, past shared memory.
-- *copied*, a tiled product of codes by codes whose tiles come by Hopper's copy engine.
+- *direct*, a skinny product of floats by codes that loads the codes as tensor cores take them, past shared memory:
+  the faster where there are few outputs.
+- *copied*, a tiled product of codes by codes whose tiles come by Hopper's copy engine: the faster for many rows.
+
+With `TORCHQUANT_EARLY_LAUNCH=1` they begin, on Hopper and later, while the kernel in front of them ends: see `follow`.
 
 M is never specialized on: one compiled kernel serves every M. K is a constant of the kernel.
 """

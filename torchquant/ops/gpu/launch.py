@@ -5,11 +5,14 @@ No call waits for the GPU: everything that decides about a launch is known on th
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torchquant.ops.gpu import configs, kernels
@@ -19,12 +22,26 @@ from torchquant.ops.gpu.packing import BLOCK
 __all__ = ["convolution", "dequantize", "quantize_rows", "scaled", "weight_only"]
 
 _INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter knows no inline assembly
+_EARLY = os.environ.get("TORCHQUANT_EARLY_LAUNCH") == "1" and not _INTERPRETED  # on Hopper and later
 _SPAN = 4096  # values that one program quantizes
 _WIDEST_ROW = 8192  # values of a row held in registers
 
 
 def _cut(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def _order(x: torch.Tensor) -> dict[str, bool]:
+    """Options of every launch: on Hopper and later a kernel is made ready while the one in front ends, see `follow`."""
+    early = not _INTERPRETED and (
+        _follows(x.device.index) if x.is_cuda else driver.active.get_current_target().arch >= 90
+    )
+    return {"EARLY": early, "launch_pdl": early} if not _INTERPRETED else {"EARLY": False}
+
+
+@functools.cache
+def _follows(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 # weight only ----------------------------------------------------------------------------------------------------------
@@ -72,6 +89,7 @@ def weight_only(
             config.slices,
             config.stages,
             num_warps=config.slices,
+            **_order(x),
         )
     elif config.kernel == "skinny":
         kernels.weight_only_skinny[(_cut(n, config.n), _cut(m, config.m))](
@@ -89,6 +107,7 @@ def weight_only(
             not _INTERPRETED,
             num_warps=config.warps,
             num_stages=config.stages,
+            **_order(x),
         )
     else:
         split = min(config.slices, _cut(k, BLOCK))
@@ -108,6 +127,7 @@ def weight_only(
             not _INTERPRETED,
             num_warps=config.warps,
             num_stages=config.stages,
+            **_order(x),
         )
         if split > 1:
             _add_splits(parts, *epilogue, out, split, activation)
@@ -122,7 +142,18 @@ def dequantize(
     weight = params.new_empty(n, k)
     rows = 32
     kernels.dequantize_weight[(_cut(n, rows), _cut(k, BLOCK))](
-        packed, _words(params), weight, n, k, group_size, asymmetric, bits, rows, not _INTERPRETED, num_warps=4
+        packed,
+        _words(params),
+        weight,
+        n,
+        k,
+        group_size,
+        asymmetric,
+        bits,
+        rows,
+        not _INTERPRETED,
+        num_warps=4,
+        **_order(packed),
     )
     return weight
 
@@ -142,7 +173,7 @@ def _add_splits(
 ) -> None:
     (m, n), (rows, columns) = out.shape, (4, 256)
     kernels.add_splits[(_cut(n, columns), _cut(m, rows))](
-        parts, bias, residual, out, m, n, split, activation, rows, columns, num_warps=4
+        parts, bias, residual, out, m, n, split, activation, rows, columns, num_warps=4, **_order(out)
     )
 
 
@@ -159,7 +190,7 @@ def quantize_rows(
     if m and k:
         width = min(triton.next_power_of_2(k), _WIDEST_ROW)
         warps = max(1, min(16, width // 512))
-        kernels.quantize_rows[(m,)](x, codes, scale, k, quant_min, quant_max, eps, width, num_warps=warps)
+        kernels.quantize_rows[(m,)](x, codes, scale, k, quant_min, quant_max, eps, width, num_warps=warps, **_order(x))
     return codes, scale
 
 
@@ -168,7 +199,7 @@ def _quantize_tensor(
 ) -> torch.Tensor:
     codes = torch.empty_like(x, dtype=dtype)
     grid = (_cut(x.numel(), _SPAN),)
-    kernels.quantize_tensor[grid](x, codes, scale, zero_point, x.numel(), low, high, _SPAN, num_warps=8)
+    kernels.quantize_tensor[grid](x, codes, scale, zero_point, x.numel(), low, high, _SPAN, num_warps=8, **_order(x))
     return codes
 
 
@@ -229,18 +260,23 @@ def scaled(
             wide,
             num_warps=config.warps,
             num_stages=config.stages,
+            **_order(x),
         )
     else:
         kernel, x_tiles, tiles = kernels.scaled_tiled, x, weight
-        if config.kernel == "copied":
+        split = min(config.slices, _cut(k, config.k))
+        parts = out
+        if split > 1:
+            parts = out.new_empty(split, m, n, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
+        if config.kernel == "copied" and _copied(x, weight):
             kernel = kernels.scaled_copied
             x_tiles = TensorDescriptor.from_tensor(x, [config.m, config.k])
             tiles = TensorDescriptor.from_tensor(weight, [config.n, config.k])
-        kernel[(_cut(n, config.n) * _cut(m, config.m),)](
+        kernel[(_cut(n, config.n) * _cut(m, config.m), split)](
             x_tiles,
             tiles,
             *epilogue,
-            out,
+            parts,
             m,
             n,
             k,
@@ -249,11 +285,45 @@ def scaled(
             config.m,
             config.n,
             config.k,
+            split,
             8,
             num_warps=config.warps,
             num_stages=config.stages,
+            **_order(x),
         )
+        if split > 1:
+            _scale_products(parts, epilogue, out, by_row, activation)
     return out
+
+
+def _scale_products(
+    products: torch.Tensor,
+    epilogue: tuple[torch.Tensor | None, ...],
+    out: torch.Tensor,
+    by_row: tuple[int, ...],
+    activation: str,
+) -> None:
+    """Finish a product of codes, (M, N) or in parts (split, M, N)."""
+    (m, n), (rows, columns) = out.shape, (4, 256)
+    kernels.scale_products[(_cut(n, columns), _cut(m, rows))](
+        products,
+        *epilogue,
+        out,
+        m,
+        n,
+        *by_row,
+        products.shape[0] if products.ndim == 3 else 1,
+        activation,
+        rows,
+        columns,
+        num_warps=4,
+        **_order(out),
+    )
+
+
+def _copied(*matrices: torch.Tensor) -> bool:
+    """Whether Hopper's engine copies tiles of these codes: rows that begin on 16 bytes."""
+    return all(t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
 
 
 _FORMAT = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -279,26 +349,11 @@ def _by_library(
     activation: str,
 ) -> torch.Tensor:
     """The product by cuBLAS, the rest by one kernel of ours where cuBLAS does not do it."""
-    (m, n), (rows, columns) = out.shape, (4, 256)
+    m, n = out.shape
     if weight.dtype == torch.int8:
         products = torch._int_mm(x, weight.t())
-        kernels.scale_products[(_cut(n, columns), _cut(m, rows))](
-            products,
-            x_scale,
-            x_zero_point,
-            weight_scale,
-            weight_sum,
-            bias,
-            residual,
-            out,
-            m,
-            n,
-            *by_row,
-            activation,
-            rows,
-            columns,
-            num_warps=4,
-        )
+        epilogue = (x_scale, x_zero_point, weight_scale, weight_sum, bias, residual)
+        _scale_products(products, epilogue, out, by_row, activation)
         return out
     if by_row[0] or by_row[2]:  # one factor a row for both, or one for all
         x_scale = x_scale.expand(m).contiguous().view(m, 1)
@@ -369,5 +424,6 @@ def convolution(
         config.k,
         num_warps=config.warps,
         num_stages=config.stages,
+        **_order(x),
     )
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchquant.ops.gpu.kernel_parts import clamp, finish
+from torchquant.ops.gpu.kernel_parts import LINES, clamp, fetch, finish, follow
 
 __all__ = [
     "quantize_rows",
@@ -74,10 +74,19 @@ def _largest(x, K: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def quantize_rows(
-    x, codes, scale, K: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, EPS: tl.constexpr, BK: tl.constexpr
+    x,
+    codes,
+    scale,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    EPS: tl.constexpr,
+    BK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """codes (M, K) and scale (M,) float32 of each row of x (M, K), symmetric. Grid (M,)."""
     D: tl.constexpr = codes.dtype.element_ty
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BK)
     if K <= BK:
@@ -94,12 +103,32 @@ def quantize_rows(
 
 
 @triton.jit(do_not_specialize=["count"])
-def quantize_tensor(x, codes, scale, zero_point, count, LOW: tl.constexpr, HIGH: tl.constexpr, SPAN: tl.constexpr):
+def quantize_tensor(
+    x,
+    codes,
+    scale,
+    zero_point,
+    count,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
     """codes of `count` values of x with the scale (1,) and zero point (1,) given. Grid (ceil(count / SPAN),)."""
+    follow(EARLY)
     at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
     values = tl.load(x + at, mask=at < count, other=0.0)
     values = _on_grid(values, scale, zero_point, codes.dtype.element_ty, LOW, HIGH)
     tl.store(codes + at, values, mask=at < count)
+
+
+@triton.jit
+def _fetch_rows(weight, n, k, N, K: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):
+    """Fetch what BN rows of weight (N, K), from n, hold from column k on."""
+    if EARLY:
+        i = tl.arange(0, LINES)
+        row, column = tl.minimum(n + i // (LINES // BN), N - 1), tl.minimum(k + i % (LINES // BN) * 128, K - 1)
+        fetch(weight + row.to(tl.int64) * K + column, EARLY)
 
 
 @triton.jit
@@ -152,6 +181,7 @@ def scaled_skinny(
     BK: tl.constexpr,
     S: tl.constexpr,
     WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (M, N) for few rows. x (M, K) codes, or floats that each program quantizes for itself.
 
@@ -159,6 +189,8 @@ def scaled_skinny(
     Grid (ceil(N / BN), ceil(M / BM)).
     """
     D: tl.constexpr = weight.dtype.element_ty
+    _fetch_rows(weight, tl.program_id(0) * BN, 0, N, K, BN, EARLY)
+    follow(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, S)[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
@@ -194,6 +226,13 @@ def scaled_skinny(
     finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
 
 
+@triton.jit
+def _store_part(acc, m, n, parts, M, N):
+    """acc (BN, BM) into this program's part of parts (SPLIT, M, N)."""
+    part = parts + tl.program_id(1).to(tl.int64) * M * N
+    tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=(n < N)[:, None] & (m < M)[None, :])
+
+
 @triton.jit(do_not_specialize=["M"])
 def scaled_tiled(
     x,
@@ -215,17 +254,24 @@ def scaled_tiled(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (M, N) by tiles, for many rows; x (M, K) codes. GROUP tiles of N are walked at a time, so that x stays in L2.
 
-    Grid (ceil(N / BN) * ceil(M / BM),).
+    Grid (ceil(N / BN) * ceil(M / BM), SPLIT). With SPLIT > 1 `out` are the products of a stretch of K each, (SPLIT, M,
+    N) in the type in which tensor cores add up; `scale_products` does the rest.
     """
     D: tl.constexpr = weight.dtype.element_ty
+    STRETCH: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     band = tl.program_id(0) // (GROUP * tiles_m)
     width = tl.minimum(tiles_n - band * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_m)
+    begin = tl.program_id(1) * STRETCH
+    _fetch_rows(weight, (band * GROUP + within % width) * BN, begin, N, K, BN, EARLY)
+    follow(EARLY)
     n = (band * GROUP + within % width) * BN + tl.arange(0, BN)
     m = within // width * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
@@ -233,15 +279,21 @@ def scaled_tiled(
     wp = weight + tl.where(n < N, n, 0)[:, None].to(tl.int64) * K + k[None, :]
     xp = x + tl.where(m < M, m, 0)[None, :].to(tl.int64) * K + k[:, None]
     acc = tl.zeros((BN, BM), tl.int32 if D == tl.int8 else tl.float32)
-    for first in range(0, K, BK):
-        if K % BK == 0:
+    for step in range(0, STRETCH, BK):
+        first = begin + step
+        if K % (SPLIT * BK) == 0:
             w, values = tl.load(wp + first), tl.load(xp + first)
         else:
             w = tl.load(wp + first, mask=(first + k < K)[None, :], other=0.0)
             values = tl.load(xp + first, mask=(first + k < K)[:, None], other=0.0)
         acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
-    y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
-    finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+    if SPLIT == 1:
+        y = _scaled(
+            acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows
+        )
+        finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+    else:
+        _store_part(acc, m, n, out, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -265,7 +317,9 @@ def scaled_copied(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """As `scaled_tiled`, with tiles copied by the engine that Hopper has for it: x and weight are descriptors."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -273,14 +327,22 @@ def scaled_copied(
     width = tl.minimum(tiles_n - band * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_m)
     n0, m0 = (band * GROUP + within % width) * BN, within // width * BM
+    follow(EARLY)
     D: tl.constexpr = weight.dtype
+    STRETCH: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     acc = tl.zeros((BN, BM), tl.int32 if D == tl.int8 else tl.float32)
-    for first in range(0, K, BK):
+    for step in range(0, STRETCH, BK):
+        first = tl.program_id(1) * STRETCH + step
         w, values = weight.load([n0, first]), x.load([m0, first])
         acc = tl.dot(w, values.T, acc, out_dtype=acc.dtype)
     n, m = n0 + tl.arange(0, BN), m0 + tl.arange(0, BM)
-    y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
-    finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+    if SPLIT == 1:
+        y = _scaled(
+            acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows
+        )
+        finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
+    else:
+        _store_part(acc, m, n, out, M, N)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
@@ -314,6 +376,7 @@ def scaled_convolution(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A convolution as the product of its weight (N, KH * KW * C) and windows that are never written out.
 
@@ -322,6 +385,7 @@ def scaled_convolution(
     """
     D: tl.constexpr = weight.dtype.element_ty
     K: tl.constexpr = KH * KW * C
+    follow(EARLY)
     tiles_n = tl.cdiv(N, BN)  # neighbours read the same pixels
     n = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
     m = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
@@ -368,14 +432,20 @@ def scale_products(
     scale_rows: tl.constexpr,
     zero_rows: tl.constexpr,
     weight_rows: tl.constexpr,
+    SPLIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """y (M, N) from products (M, N) int32 of codes that a library made. Grid (ceil(N / BN), ceil(M / BM))."""
+    """y (M, N) from the sum of products (SPLIT, M, N) of codes, int32 or float32. Grid (ceil(N / BN), ceil(M / BM))."""
+    follow(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     mask = (n < N)[:, None] & (m < M)[None, :]
-    acc = tl.load(products + m[None, :].to(tl.int64) * N + n[:, None], mask=mask, other=0)
+    at = m[None, :].to(tl.int64) * N + n[:, None]
+    acc = tl.load(products + at, mask=mask, other=0)
+    for i in tl.static_range(1, SPLIT):
+        acc += tl.load(products + i * (M.to(tl.int64) * N) + at, mask=mask, other=0)
     y = _scaled(acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows)
     finish(y, m, n, mask, bias, residual, out, N, ACTIVATION)

@@ -6,15 +6,25 @@ import triton
 import triton.language as tl
 
 from torchquant.ops.gpu import packing
-from torchquant.ops.gpu.kernel_parts import bytes_of, finish, nibbles_of, offset_of
+from torchquant.ops.gpu.kernel_parts import LINES, bytes_of, fetch, finish, follow, nibbles_of, offset_of
 
-__all__ = ["dequantize_weight", "weight_only_skinny", "weight_only_tiled"]
+__all__ = ["dequantize_weight", "lines_of", "weight_only_skinny", "weight_only_tiled"]
 
 _CONSTANT = (
     int if triton.knobs.runtime.interpret else tl.constexpr
 )  # the interpreter does arithmetic with plain numbers
 CHUNK = _CONSTANT(packing.CHUNK)  # neighbours on K that are packed side by side; see packing.py
 BLOCK = _CONSTANT(packing.BLOCK)  # codes along K in a packed block
+
+
+@triton.jit
+def lines_of(i, packed, n, first, step, N, BLOCKS: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr):
+    """Where lines 0, 1, ... (i) of the codes of BN outputs from n lie, in the blocks first, first + step, ..."""
+    parts: tl.constexpr = BITS // 4  # of a block
+    part = i // (BN // 2)  # two outputs' codes are a line
+    block = tl.minimum(first + part // parts * step, BLOCKS - 1)
+    output = tl.minimum(n + i % (BN // 2) * 2, N - 1)
+    return packed + ((block * parts + part % parts).to(tl.int64) * N + output) * CHUNK
 
 
 @triton.jit
@@ -90,6 +100,7 @@ def weight_only_skinny(
     BN: tl.constexpr,
     S: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (M, N). Without zero points the integers are multiplied exactly and each group's sum is scaled in float32.
 
@@ -101,6 +112,9 @@ def weight_only_skinny(
     REGULAR: tl.constexpr = (
         G % BLOCK == 0 or BLOCK % G == 0
     )  # groups end where chunks or blocks do, in all blocks alike
+    if EARLY:
+        fetch(lines_of(tl.arange(0, LINES), packed, tl.program_id(0) * BN, 0, 1, N, BLOCKS, BN, BITS), EARLY)
+    follow(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     s = tl.arange(0, S)
@@ -154,6 +168,7 @@ def weight_only_tiled(
     BN: tl.constexpr,
     SPLIT: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """As `weight_only_skinny`, by tiles; weights are scaled in x's dtype, before the product.
 
@@ -163,6 +178,20 @@ def weight_only_tiled(
     SHIFT: tl.constexpr = _shift(D, BITS)
     BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     tiles_m = tl.cdiv(M, BM)
+    if EARLY:
+        first = lines_of(
+            tl.arange(0, LINES),
+            packed,
+            tl.program_id(0) // tiles_m * BN,
+            tl.program_id(1),
+            SPLIT,
+            N,
+            BLOCKS,
+            BN,
+            BITS,
+        )
+        fetch(first, EARLY)
+    follow(EARLY)
     n = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     j = tl.arange(0, CHUNK)
@@ -200,6 +229,7 @@ def dequantize_weight(
     BITS: tl.constexpr,
     BN: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out (N, K) = (Q - z) s in out's dtype, for products with so many rows that this costs little.
 
@@ -207,6 +237,7 @@ def dequantize_weight(
     """
     D: tl.constexpr = out.dtype.element_ty
     SHIFT: tl.constexpr = _shift(D, BITS)
+    follow(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     j = tl.arange(0, CHUNK)
     block = tl.program_id(1)
