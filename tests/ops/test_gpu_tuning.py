@@ -113,13 +113,13 @@ def test_what_was_measured_here_wins_over_the_package_and_over_rules(monkeypatch
         name, multi_processor_count, shared_memory_per_block_optin = "A GPU", 132, 232448
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    packaged, own = (Config("tiled", 16, 64, slices=s, stages=4) for s in (2, 4))
+    packaged, own = (Config("tiled", 16, 64, slices=s, stages=4) for s in (1, 2))
     (tmp_path / "measured").mkdir()
     monkeypatch.setattr(configs, "_PACKAGED", tmp_path / "measured")
     monkeypatch.setattr(configs, "_own_folder", lambda: tmp_path)
     device = torch.device("cuda", 0)
     configs._chosen.cache_clear()
-    assert configs.choose("w4a16", 16, 64, 512, device).kernel == "skinny"
+    assert configs.choose("w4a16", 16, 64, 512, device) == Config("tiled", 16, 64, slices=4, stages=4)
     configs.remember(GPU, "w4a16", 16, 64, 512, packaged)
     tuning.write_table(tmp_path / "measured", GPU)
     (tmp_path / f"{GPU}.json").unlink()
