@@ -1,14 +1,15 @@
 """ExecuTorch's own tests with XnnpackQuantizer: how many pass, and why others do not.
 
-Writes results/executorch_suite.json.
+Writes results/executorch_suite.json. It takes about two hours; with --records it goes on where it was stopped.
 
 python benchmarks/executorch_suite.py
-python benchmarks/executorch_suite.py --part delegate
+python benchmarks/executorch_suite.py --part delegate --records /tmp/records.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,8 +25,21 @@ def main() -> None:
     """Run the parts asked for and write one row for each way in which tests ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=list(suite.PARTS), help="all without it")
-    for part in parser.parse_args().part or list(suite.PARTS):
-        records.write("executorch_suite", rows(part, suite.run(suite.PARTS[part])), ("part", "outcome", "reason"))
+    parser.add_argument("--records", type=Path, help="file of what became of each file of tests, kept between runs")
+    options = parser.parse_args()
+    known: dict[str, suite.Records] = {}
+    if options.records and options.records.exists():
+        known = json.loads(options.records.read_text())
+    for part in options.part or list(suite.PARTS):
+        files = suite.files(part)
+        for file in files:
+            if file not in known:
+                known[file] = suite.run(file)
+                print(f"{file}: {dict(Counter(r['outcome'] for r in known[file].values()))}", flush=True)
+                if options.records:
+                    options.records.write_text(json.dumps(known, indent=1) + "\n")
+        found = {name: record for file in files for name, record in known[file].items()}
+        records.write("executorch_suite", rows(part, found), ("part", "outcome", "reason"))
 
 
 def rows(part: str, found: suite.Records) -> list[records.Row]:

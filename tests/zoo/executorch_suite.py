@@ -19,6 +19,11 @@ PARTS = {
 Records = dict[str, dict[str, str]]
 
 
+def files(part: str) -> list[str]:
+    """The files of tests of a part, as `run` takes them."""
+    return sorted(str(path.relative_to(INSTALLED)) for path in (INSTALLED / PARTS[part]).glob("test_*.py"))
+
+
 def run(*paths: str, flow: str = "torchquant") -> Records:
     """Test -> how it ended, of the tests below these paths of the installed package; in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
