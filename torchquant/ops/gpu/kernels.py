@@ -15,6 +15,7 @@ Each has another form that no rule chooses, since none has run on a GPU yet. `tu
 they compute, and takes them where they are faster:
 
 - *direct*, a skinny product of floats by codes that loads the codes as tensor cores take them, past shared memory.
+- *pipelined*, a tiled product of floats by codes that unpacks while tensor cores multiply; Hopper only.
 - *copied*, a tiled product of codes by codes whose tiles come by Hopper's copy engine.
 
 M is never specialized on: one compiled kernel serves every M. K is a constant of the kernel.
@@ -22,6 +23,7 @@ M is never specialized on: one compiled kernel serves every M. K is a constant o
 
 from torchquant.ops.gpu.direct_kernels import weight_only_direct
 from torchquant.ops.gpu.kernel_parts import add_splits
+from torchquant.ops.gpu.pipelined_kernels import weight_only_pipelined
 from torchquant.ops.gpu.scaled_kernels import (
     quantize_rows,
     quantize_tensor,
@@ -44,6 +46,7 @@ __all__ = [
     "scaled_skinny",
     "scaled_tiled",
     "weight_only_direct",
+    "weight_only_pipelined",
     "weight_only_skinny",
     "weight_only_tiled",
 ]

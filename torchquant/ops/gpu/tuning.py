@@ -101,8 +101,9 @@ def sensible(product: Product, m: int, multiprocessors: int) -> list[Config]:
     """The candidates without those that split K although there are tiles enough for the whole GPU."""
 
     def needless(c: Config) -> bool:
-        programs = -(-product.n // c.n) * -(-m // c.m) if c.kernel == "tiled" else 0
-        return c.kernel == "tiled" and c.slices > 1 and programs * c.slices // 2 >= 2 * multiprocessors
+        if c.kernel not in ("tiled", "pipelined") or c.slices == 1:
+            return False
+        return -(-product.n // c.n) * -(-m // c.m) * c.slices // 2 >= 2 * multiprocessors
 
     return [c for c in configs.candidates(product.format, m) if not needless(c)]
 
