@@ -143,7 +143,7 @@ def pipelined_configs():
 def test_tensor_cores_multiply_a_chunk_while_the_next_is_unpacked(compiled, config, bits, group, asymmetric, dtype):
     (code,) = compiled(90, weight_only_launch(512, 4096, 4096, bits, asymmetric, config, group, dtype))
     assert code.stack_bytes == 0
-    assert code.shared_bytes * (8 // config.warps) <= SHARED_BYTES[90]
+    assert (code.shared_bytes + 1024) * (8 // config.warps) <= SHARED_BYTES[90] + 1024  # of which a program costs 1024
     waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code.instructions)
     assert waits == ["1"] * 4 + ["0"]  # all but the last chunk after each of a block; all at the end
     assert not overwritten(code.loop())

@@ -26,7 +26,7 @@ WEIGHT_ONLY = ("w4a16", "w8a16")
 FORMATS = (*WEIGHT_ONLY, "int8", "fp8")
 _PACKAGED = Path(__file__).parent / "measured"
 _HOPPER_BYTES = 200 * 1024  # of shared memory: no earlier chip lets a program have so much
-_PIPELINED_BYTES = 227 * 1024 - 64  # of shared memory: what a program may have on Hopper, without barriers
+_MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory on Hopper, of which each program loses 1024
 _LARGEST = 8192  # rows: more are cut like this many
 _BUCKETS = {str(1 << i) for i in range(_LARGEST.bit_length())}
 
@@ -233,10 +233,14 @@ def tile_bytes(config: Config, format: str) -> int:
 
 
 def pipelined_stages(config: Config, bits: int, group_size: int) -> int:
-    """How many stages of a pipelined product shared memory holds, of those that are wanted."""
+    """How many stages of a pipelined product shared memory holds, of those that are wanted.
+
+    Beside them it holds 16 rows of sums, and barriers.
+    """
     groups = 1 if group_size % 128 == 0 else 4
     stage = config.m * 256 + config.n * (16 * bits + 4 * groups)
-    return max(2, min(config.stages, (_PIPELINED_BYTES - config.n * 64) // stage))
+    free = _MULTIPROCESSOR_BYTES * config.warps // 8 - 1024 - config.n * 64 - 64
+    return max(2, min(config.stages, free // stage))
 
 
 def convolution_by_rule(m: int, n: int) -> Config:
