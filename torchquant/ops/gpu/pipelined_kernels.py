@@ -7,7 +7,9 @@ the copy engine fills, of the next tile too while the last one is stored: a prog
 What else could hide the unpacking, and why it is not here. Weights unpacked to shared memory would be written once and
 read once for each 64 outputs, out of the bandwidth that tensor cores need for x. A warp of its own to copy, and two
 groups of four warps that multiply out of step, leave a thread 240 registers; two chunks under way want more, and ptxas
-then makes all products wait. It also takes what the copying warp has, 24, for the limit of those that multiply.
+then makes all products wait. It also takes what the copying warp has, 24, for the limit of those that multiply. And
+it makes them wait where more than two chunks are under way (C7513): a wait has to follow each before the next is
+unpacked.
 """
 
 from __future__ import annotations
