@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from torchquant.ops.gpu import convolutions, linears, packing
+from torchquant.ops.gpu import configs, convolutions, linears, packing
 from torchquant.ops.gpu.configs import Config
 
 EPS = 2.0**-126
@@ -250,6 +250,26 @@ def compiled_cases():
             WeightOnly(9, 20, 200, 8, 0, False, config, "relu6", bias=True),
             WeightOnly(16, 64, 896, 4, 128, True, replace(config, m=16)),
         ]
+    every = [Config("pipelined", m, n, warps=warps, stages=stages) for m, n, warps, stages in configs._PIPELINED]
+    for config in every:
+        found.append(WeightOnly(300, 1000, 1024, 4, 128, False, config, "relu", bias=True, residual=True))
+        found.append(WeightOnly(130, 264, 200, 8, 0, True, replace(config, slices=2), bias=True))
+    for config in (every[0], every[4]):
+        split = replace(config, slices=2)
+        found += [
+            WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
+            WeightOnly(70, 264, 640, 4, 128, True, split, "silu", bias=True, residual=True),
+            WeightOnly(70, 100, 320, 4, 32, True, config, "gelu"),
+            WeightOnly(65, 136, 320, 4, 160, False, split, "gelu_tanh"),
+            WeightOnly(40, 20, 136, 4, 0, True, config, "silu", data="outliers"),
+            WeightOnly(5, 24, 130, 4, 0, False, config),  # rows that the copy engine does not take
+            WeightOnly(130, 320, 384, 4, 64, False, config, data="zeros"),
+            WeightOnly(70, 136, 160, 8, 32, True, split, residual=True),
+            WeightOnly(130, 264, 200, 8, 0, False, config, "relu6"),
+            WeightOnly(200, 2000, 1024, 8, 128, False, replace(config, slices=4)),
+        ]
+    # more tiles than there are multiprocessors, so that programs have several
+    found += [WeightOnly(300, 40000, 384, 4, 128, False, config) for config in (every[0], every[4])]
     return found
 
 

@@ -27,6 +27,8 @@ def runs_here(case):
     needs = (8, 9) if getattr(case, "dtype", None) == torch.float8_e4m3fn else (8, 0)
     if case.config is not None and case.config.kernel == "copied":
         needs = (9, 0)
+    if case.config is not None and case.config.kernel == "pipelined":  # no other GPU has these tensor cores
+        return torch.cuda.get_device_capability()[0] == 9
     return torch.cuda.get_device_capability() >= needs
 
 

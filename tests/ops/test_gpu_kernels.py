@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.ops import gpu_cases
-from torchquant.ops.gpu import linears
+from torchquant.ops.gpu import configs, linears
+from torchquant.ops.gpu.configs import Config
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, or with torchquant[test]")
 HERE = Path(__file__).parent
@@ -67,12 +68,12 @@ def compiled():
     return machine_code.compiled
 
 
-def weight_only_launch(m, n, k, bits, asymmetric, config, group=128):
+def weight_only_launch(m, n, k, bits, asymmetric, config, group=128, dtype=torch.bfloat16):
     from torchquant.ops.gpu import launch
 
     packed = torch.empty(k // 128, *([2] if bits == 8 else []), n, 32, dtype=torch.int16)
-    params = torch.empty(k // group, n, 2, dtype=torch.bfloat16)
-    x = torch.empty(m, k, dtype=torch.bfloat16)
+    params = torch.empty(k // group, n, 2, dtype=dtype)
+    x = torch.empty(m, k, dtype=dtype)
     return lambda: launch.weight_only(x, packed, params, None, None, bits, group, asymmetric, "none", config)
 
 
@@ -97,8 +98,6 @@ def launch_for(format, m, n, k, config, asymmetric=False):
     [("w4a16", 80), ("int8", 80), ("fp8", 89), ("w4a16", 90), ("w8a16", 90), ("int8", 90), ("fp8", 90)],
 )
 def test_what_a_size_is_cut_to_fits_the_gpu(compiled, format, capability, m):
-    from torchquant.ops.gpu import configs
-
     config = configs.by_rule(format, m, 4096, MULTIPROCESSORS[capability], SHARED_BYTES[capability])
     if config.kernel == "library":
         config = configs.Config("tiled", 128, 128, 128, warps=8, stages=3)
@@ -109,8 +108,6 @@ def test_what_a_size_is_cut_to_fits_the_gpu(compiled, format, capability, m):
 
 
 def test_tensor_cores_take_unpacked_weights_from_registers(compiled):
-    from torchquant.ops.gpu.configs import Config
-
     for config, instruction in (
         (Config("skinny", 8, 16, slices=4), "HMMA.16816"),
         (Config("tiled", 128, 128, warps=8), "HGMMA.64x128x16"),
@@ -126,8 +123,6 @@ def test_tensor_cores_take_unpacked_weights_from_registers(compiled):
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("format", "ahead"), [("w4a16", 1), ("w4a16", 2), ("w8a16", 1)])
 def test_direct_loads_go_past_shared_memory(compiled, format, ahead, asymmetric):
-    from torchquant.ops.gpu.configs import Config
-
     config = Config("direct", 8, 32, slices=4, warps=4, stages=ahead)
     for capability in (80, 90):
         (code,) = compiled(capability, launch_for(format, 1, 4096, 4096, config, asymmetric))
@@ -138,9 +133,66 @@ def test_direct_loads_go_past_shared_memory(compiled, format, ahead, asymmetric)
         assert code.stack_bytes == 0
 
 
-def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
-    from torchquant.ops.gpu.configs import Config
+def pipelined_configs():
+    return [Config("pipelined", m, n, warps=warps, stages=stages) for m, n, warps, stages in configs._PIPELINED]
 
+
+@pytest.mark.parametrize("config", pipelined_configs(), ids=str)
+@pytest.mark.parametrize(
+    ("bits", "group", "asymmetric", "dtype"),
+    [(4, 128, False, torch.bfloat16), (4, 32, True, torch.float16), (8, 4096, False, torch.bfloat16)],
+)
+def test_tensor_cores_multiply_a_chunk_while_the_next_is_unpacked(compiled, config, bits, group, asymmetric, dtype):
+    (code,) = compiled(90, weight_only_launch(512, 4096, 4096, bits, asymmetric, config, group, dtype))
+    assert code.stack_bytes == 0
+    assert (code.shared_bytes + 1024) * (8 // config.warps) <= SHARED_BYTES[90] + 1024  # of which a program costs 1024
+    waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code.instructions)
+    assert waits == ["1"] * 4 + ["0"]  # all but the last chunk after each of a block; all at the end
+    assert not overwritten(code.loop())
+    assert any(instruction.split()[0] == "SYNCS.PHASECHK.TRANS64.TRYWAIT" for instruction in code.loop())
+
+
+def overwritten(loop):
+    """Instructions that write a register of a product that may not have finished, in two rounds of a loop."""
+    under_way, product, found = [], set(), []
+    for line in loop + loop:
+        name, _, operands = re.sub(r"^@!?\w+\s+", "", line).partition(" ")
+        registers = [int(r) for r in re.findall(r"\bR(\d+)", operands)]
+        if name.startswith("HGMMA"):
+            sums = int(re.search(r"64x(\d+)x16", name).group(1)) // 2
+            product |= {*range(registers[0], registers[0] + sums), *range(registers[1], registers[1] + 4)}
+            if "gsb0" in operands:
+                under_way.append(product)
+                product = set()
+        elif name == "WARPGROUP.DEPBAR.LE":
+            last = int(re.search(r"0x(\d)", operands).group(1))
+            under_way = under_way[len(under_way) - last :] if last else []
+        elif re.match(r"\s*R\d+\b", operands) and not re.match(r"ST|R2UR", name):
+            width = 4 if "LDSM" in name or ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+            written = set(range(registers[0], registers[0] + width))
+            found += [line for taken in (*under_way, product) if written & taken]
+    return found
+
+
+def test_products_that_the_copy_engine_cannot_serve_are_cut_otherwise(compiled):
+    from torchquant.ops.gpu import launch
+
+    packed, params = torch.empty(2, 64, 32, dtype=torch.int16), torch.empty(1, 64, 2, dtype=torch.bfloat16)
+    config = pipelined_configs()[0]
+    for x, kernel in (
+        (torch.empty(64, 136, dtype=torch.bfloat16), "weight_only_pipelined"),
+        (torch.empty(64, 132, dtype=torch.bfloat16), "weight_only_tiled"),  # rows of 264 bytes
+        (torch.empty(64 * 136 + 1, dtype=torch.bfloat16)[1:].view(64, 136), "weight_only_tiled"),
+    ):
+        arguments = (x, packed, params, None, None, 4, x.shape[1], False, "none", config)
+        (code,) = compiled(90, lambda arguments=arguments: launch.weight_only(*arguments))
+        assert code.name == kernel
+    for k, kernel in ((144, "scaled_copied"), (136, "scaled_tiled")):
+        *_, code = compiled(90, scaled_launch(128, 64, k, torch.int8, Config("copied", 64, 64, 128)))
+        assert code.name == kernel
+
+
+def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
     for format, instruction in (("int8", "IGMMA.64x128x32"), ("fp8", "QGMMA.64x128x32")):
         config = Config("copied", 128, 128, 128, warps=8, stages=3)
         *_, code = compiled(90, launch_for(format, 1024, 4096, 4096, config))
@@ -154,7 +206,6 @@ def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
 def every_kernel():
     """The code of every kernel, for an Ampere and for a Hopper GPU."""
     from torchquant.ops.gpu import launch, machine_code
-    from torchquant.ops.gpu.configs import Config
 
     m, n, k = 40, 256, 512
     x, bias, residual = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((m, k), (n,), (m, n)))
@@ -166,7 +217,9 @@ def every_kernel():
 
     def run(capability):
         direct = Config("direct", 8, 32, slices=4, warps=4, stages=1)
-        for config in (Config("skinny", 8, 16, slices=4), direct, replace(tile, slices=2), tile, Config("dequantize")):
+        pipelined = [Config("pipelined", 64, 128, slices=s, stages=2) for s in (1, 2)] * (capability >= 90)
+        skinny = Config("skinny", 8, 16, slices=4)
+        for config in (skinny, direct, *pipelined, replace(tile, slices=2), tile, Config("dequantize")):
             launch.weight_only(x, packed, params, bias, residual, 4, 32, True, "gelu", config)
         copied = [replace(tile, kernel="copied", m=64, slices=s) for s in (1, 2)] * (capability >= 90)
         skinny = Config("skinny", 8, 16, 128, slices=4, quantizes=True)
@@ -200,10 +253,15 @@ def test_a_kernel_that_begins_early_touches_memory_after_the_one_in_front(every_
     assert not any("ACQBULK" in code.instructions for code in every_kernel[80])
 
 
+def test_no_kernel_begins_early_unless_it_is_tried(compiled):
+    codes = compiled(90, launch_for("int8", 1, 4096, 4096, Config("skinny", 8, 16, 128, slices=4)))
+    assert len(codes) == 2
+    assert not any("ACQBULK" in code.instructions for code in codes)
+
+
 @pytest.mark.parametrize("activation", linears.ACTIVATIONS)
 def test_every_activation_compiles(compiled, activation):
     from torchquant.ops.gpu import launch
-    from torchquant.ops.gpu.configs import Config
 
     x, packed = torch.empty(4, 128, dtype=torch.float16), torch.empty(1, 64, 32, dtype=torch.int16)
     params, config = torch.empty(1, 64, 2, dtype=torch.float16), Config("skinny", 8, 16)
@@ -216,6 +274,7 @@ def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
 
     for name in (
         "weight_only_direct",
+        "weight_only_pipelined",
         "weight_only_skinny",
         "weight_only_tiled",
         "scaled_copied",
@@ -229,10 +288,10 @@ def test_one_compiled_kernel_serves_every_number_of_rows(monkeypatch):
         assert not rows.is_constexpr
 
 
-def carried_out(text, words):
-    """The registers that a block of inline assembly leaves behind, as int32; `words` (n, 2) int16 go in last."""
-    count = max(int(i) for i in re.findall(r"\$(\d)", text))
-    registers = {f"${count}": words.view(torch.int32)[:, 0].long() & 0xFFFFFFFF}
+def carried_out(text, *inputs):
+    """The registers that a block of inline assembly leaves behind, as int32; `inputs` (n, 2) of 16 bits go in last."""
+    count = 1 + max(int(i) for i in re.findall(r"\$(\d)", text)) - len(inputs)
+    registers = {f"${count + i}": pairs.view(torch.int32)[:, 0].long() & 0xFFFFFFFF for i, pairs in enumerate(inputs)}
 
     def value(operand):
         return registers[operand] if operand in registers else torch.tensor([int(operand, 0)])
@@ -251,12 +310,42 @@ def carried_out(text, words):
             a, b, c = (value(v).to(torch.int32).view(torch.bfloat16).double() for v in operands)
             b = b if len(b) == len(a) else b.repeat(len(a) // 2)
             registers[target] = (a * b + c).bfloat16().view(torch.int32).long()
-        elif name == "add.rn.f16x2":
-            a, b = (value(v).to(torch.int32).view(torch.float16).double() for v in operands)
-            registers[target] = (a + b.repeat(len(a) // 2)).half().view(torch.int32).long()
+        elif name in WITH_TWO:
+            operation, dtype = WITH_TWO[name]
+            a, b = (value(v).to(torch.int32).view(dtype).double() for v in operands)
+            b = b if len(b) == len(a) else b.repeat(len(a) // 2)
+            registers[target] = operation(a, b).to(dtype).view(torch.int32).long()
         else:
             assert name == ".reg"
     return [registers[f"${i}"].to(torch.int32) for i in range(count)]
+
+
+WITH_TWO = {
+    f"{name}.rn.{kind}x2": (getattr(torch, name), dtype)
+    for name in ("add", "sub", "mul")
+    for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("bits", "chunk"), [(bits, chunk) for bits in (4, 8) for chunk in range(4)])
+def test_the_assembly_of_pipelined_products_scales_two_codes_at_a_time(bits, chunk, zero, dtype):
+    import triton.language as tl
+
+    from torchquant.ops.gpu import pipelined_kernels
+
+    kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    text = pipelined_kernels._unpacking(bits, chunk, kind, zero)
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16).reshape(-1, 2)
+    scales = (torch.rand(words.shape) * 0.02 + 0.01).to(dtype)
+    zeros = torch.randint(-8, 8, words.shape)
+    offset = (136 if dtype == torch.bfloat16 else 1032) if bits == 4 else 0  # that `_values` adds
+    inputs = (scales, (zeros + offset).to(dtype)) if zero else (scales,)
+    (register,) = carried_out(text.strip("{} "), words, *inputs)
+    codes = (words.int() >> 4 * chunk & 15) - 8 if bits == 4 else (words >> 8 * (chunk % 2)).to(torch.int8).int()
+    expected = ((codes - zeros * zero).to(dtype).double() * scales.double()).to(dtype)
+    assert torch.equal(register.view(dtype).reshape(-1, 2), expected)
 
 
 def assembly(constant, outputs):

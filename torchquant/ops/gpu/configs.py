@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "tabl
 
 WEIGHT_ONLY = ("w4a16", "w8a16")
 FORMATS = (*WEIGHT_ONLY, "int8", "fp8")
+TRIAL = frozenset(os.environ.get("TORCHQUANT_GPU_TRIAL", "").split(","))  # what no GPU has run, see kernels.py
 _PACKAGED = Path(__file__).parent / "measured"
 _HOPPER_BYTES = 200 * 1024  # of shared memory: no earlier chip lets a program have so much
+_MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory on Hopper, of which each program loses 1024
 _LARGEST = 8192  # rows: more are cut like this many
 _BUCKETS = {str(1 << i) for i in range(_LARGEST.bit_length())}
 
@@ -35,10 +38,11 @@ class Config:
     """A kernel and its cut.
 
     Args:
-        kernel: `skinny`, `tiled`, `direct` (weight only: without shared memory), `copied` (codes by codes: tiles by
-            Hopper's copies), `dequantize` (weight only: to a float weight, then cuBLAS) or `library` (cuBLAS).
+        kernel: `skinny`, `tiled`, `direct` (weight only: without shared memory), `pipelined` (weight only: unpacks
+            while Hopper's tensor cores multiply), `copied` (codes by codes: tiles by Hopper's copies), `dequantize`
+            (weight only: to a float weight, then cuBLAS) or `library` (cuBLAS).
         m, n, k: the tile, as far as the kernel has one.
-        slices: of K: within a program (skinny), or over programs (tiled).
+        slices: of K: within a program (skinny), or over programs (tiled, pipelined).
         warps, stages: as Triton's num_warps and num_stages.
         quantizes: the kernel quantizes float activations itself (skinny).
     """
@@ -79,6 +83,15 @@ def candidates(format: str, m: int) -> list[Config]:
                 if tile <= max(16, bucket(m)) and tile * 8 >= m and (s == 1 or m <= 256)
             ]
         if m > 32:
+            found += [
+                Config("pipelined", tile, n, slices=s, warps=w, stages=st)
+                for tile, n, w, st in _PIPELINED
+                for s in (1, 2, 4)
+                if "pipelined" in TRIAL
+                and tile <= max(64, bucket(m))
+                and (tile > 64 or m <= 512)
+                and (s == 1 or m <= 256)
+            ]
             found.append(Config("dequantize"))
         return found
     if m <= 128:
@@ -115,6 +128,17 @@ _TILED_WEIGHT_ONLY = (
     (64, 256, 8, 3),
     (128, 128, 4, 2),
     (128, 128, 8, 3),
+    (256, 128, 8, 3),
+)
+# the same; four warps: two programs on a multiprocessor
+_PIPELINED = (
+    (64, 128, 4, 4),
+    (64, 256, 8, 4),
+    (128, 128, 4, 2),
+    (128, 128, 8, 4),
+    (128, 256, 8, 3),
+    (128, 256, 8, 4),
+    (256, 128, 8, 2),
     (256, 128, 8, 3),
 )
 # (outputs, columns, slices, warps, stages)
@@ -210,6 +234,17 @@ def tile_bytes(config: Config, format: str) -> int:
     else:
         weight, x = config.n * config.k, config.m * config.k * (2 if config.quantizes else 1)
     return slices * (weight + x)
+
+
+def pipelined_stages(config: Config, bits: int, group_size: int) -> int:
+    """How many stages of a pipelined product shared memory holds, of those that are wanted.
+
+    Beside them it holds 16 rows of sums, and barriers.
+    """
+    groups = 1 if group_size % 128 == 0 else 4
+    stage = config.m * 256 + config.n * (16 * bits + 4 * groups)
+    free = _MULTIPROCESSOR_BYTES * config.warps // 8 - 1024 - config.n * 64 - 64
+    return max(2, min(config.stages, free // stage))
 
 
 def convolution_by_rule(m: int, n: int) -> Config:

@@ -16,14 +16,17 @@ Each has another form:
 - *direct*, a skinny product of floats by codes that loads the codes as tensor cores take them, past shared memory:
   the faster where there are few outputs.
 - *copied*, a tiled product of codes by codes whose tiles come by Hopper's copy engine: the faster for many rows.
+- *pipelined*, a tiled product of floats by codes that unpacks while tensor cores multiply; Hopper only.
 
-With `TORCHQUANT_EARLY_LAUNCH=1` they begin, on Hopper and later, while the kernel in front of them ends: see `follow`.
+No GPU has run *pipelined* yet, nor kernels that begin while the one in front of them ends (Hopper, see `follow`):
+`TORCHQUANT_GPU_TRIAL=pipelined,early` lets tuning try the one, and does the other.
 
 M is never specialized on: one compiled kernel serves every M. K is a constant of the kernel.
 """
 
 from torchquant.ops.gpu.direct_kernels import weight_only_direct
 from torchquant.ops.gpu.kernel_parts import add_splits
+from torchquant.ops.gpu.pipelined_kernels import weight_only_pipelined
 from torchquant.ops.gpu.scaled_kernels import (
     quantize_rows,
     quantize_tensor,
@@ -46,6 +49,7 @@ __all__ = [
     "scaled_skinny",
     "scaled_tiled",
     "weight_only_direct",
+    "weight_only_pipelined",
     "weight_only_skinny",
     "weight_only_tiled",
 ]

@@ -6,23 +6,25 @@ No call waits for the GPU: everything that decides about a launch is known on th
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torchquant.ops.gpu import configs, kernels
 from torchquant.ops.gpu.configs import Config
-from torchquant.ops.gpu.packing import BLOCK
+from torchquant.ops.gpu.packing import BLOCK, CHUNK
 
 __all__ = ["convolution", "dequantize", "quantize_rows", "scaled", "weight_only"]
 
 _INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter knows no inline assembly
-_EARLY = os.environ.get("TORCHQUANT_EARLY_LAUNCH") == "1" and not _INTERPRETED  # on Hopper and later
+_EARLY = "early" in configs.TRIAL and not _INTERPRETED
 _SPAN = 4096  # values that one program quantizes
 _WIDEST_ROW = 8192  # values of a row held in registers
 
@@ -32,11 +34,11 @@ def _cut(n: int, size: int) -> int:
 
 
 def _order(x: torch.Tensor) -> dict[str, bool]:
-    """Options of every launch: on Hopper and later a kernel is made ready while the one in front ends, see `follow`."""
-    early = not _INTERPRETED and (
-        _follows(x.device.index) if x.is_cuda else driver.active.get_current_target().arch >= 90
-    )
-    return {"EARLY": early, "launch_pdl": early} if not _INTERPRETED else {"EARLY": False}
+    """Options of every launch: where tried, a kernel begins on Hopper while the one in front ends, see `follow`."""
+    if not _EARLY:
+        return {"EARLY": False}
+    early = _follows(x.device.index) if x.is_cuda else driver.active.get_current_target().arch >= 90
+    return {"EARLY": early, "launch_pdl": early}
 
 
 @functools.cache
@@ -68,6 +70,8 @@ def weight_only(
     if config is None:
         config = configs.choose(f"w{bits}a16", m, n, k, x.device)
     epilogue = (bias, residual if residual is None else residual.contiguous())
+    if config.kernel == "pipelined" and (k % 8 or x.data_ptr() % 16):  # the copy engine wants multiples of 16 bytes
+        config = replace(config, kernel="tiled", m=min(config.m, 128), n=128, warps=8, stages=3)
     format = (n, k, group_size, asymmetric, bits)
     if config.kernel == "dequantize":
         weight = dequantize(packed, params, k, bits, group_size, asymmetric)
@@ -112,26 +116,60 @@ def weight_only(
     else:
         split = min(config.slices, _cut(k, BLOCK))
         parts = out if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
-        kernels.weight_only_tiled[(_cut(n, config.n) * _cut(m, config.m), split)](
-            x,
-            packed,
-            _words(params),
-            *(epilogue if split == 1 else (None, None)),
-            parts,
-            m,
-            *format,
-            activation,
-            config.m,
-            config.n,
-            split,
-            not _INTERPRETED,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **_order(x),
-        )
+        inside = epilogue if split == 1 else (None, None)
+        tiles = _cut(n, config.n) * _cut(m, config.m)
+        if config.kernel == "pipelined":
+            programs = min(tiles * split, _multiprocessors(x.device) * (8 // config.warps))
+            kernels.weight_only_pipelined[(programs,)](
+                *_tiles(x, packed, params, config),
+                *inside,
+                parts,
+                m,
+                *format,
+                activation,
+                split,
+                configs.pipelined_stages(config, bits, group_size),
+                num_warps=config.warps,
+                **_order(x),
+            )
+        else:
+            kernels.weight_only_tiled[(tiles, split)](
+                x,
+                packed,
+                _words(params),
+                *inside,
+                parts,
+                m,
+                *format,
+                activation,
+                config.m,
+                config.n,
+                split,
+                not _INTERPRETED,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                **_order(x),
+            )
         if split > 1:
             _add_splits(parts, *epilogue, out, split, activation)
     return out
+
+
+def _tiles(
+    x: torch.Tensor, packed: torch.Tensor, params: torch.Tensor, config: Config
+) -> tuple[GluonDescriptor, GluonDescriptor, GluonDescriptor]:
+    """What the copy engine has to know about the operands of `weight_only_pipelined`; see there."""
+    layout = gl.NVMMASharedLayout
+    return (
+        GluonDescriptor.from_tensor(x, [config.m, BLOCK], layout(128, 16)),
+        GluonDescriptor.from_tensor(packed.view(-1, CHUNK), [config.n, CHUNK], layout(64, 16)),
+        GluonDescriptor.from_tensor(_words(params).view(-1), [config.n], layout(0, 32, rank=1)),
+    )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def dequantize(

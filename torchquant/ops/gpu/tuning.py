@@ -101,7 +101,7 @@ def sensible(product: Product, m: int, multiprocessors: int) -> list[Config]:
     """The candidates without those that split K although there are tiles enough for the whole GPU."""
 
     def needless(c: Config) -> bool:
-        if c.kernel not in ("tiled", "copied") or c.slices == 1:
+        if c.kernel not in ("tiled", "pipelined", "copied") or c.slices == 1:
             return False
         return -(-product.n // c.n) * -(-m // c.m) * c.slices // 2 >= 2 * multiprocessors
 
