@@ -261,6 +261,7 @@ class _Transformed:
 def _transform(graph: GraphModule, sites: tuple[Site, ...], allowed: set[str]) -> _Transformed:
     """`graph` itself, rewritten."""
     wanted = tuple(s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed)
+    passes.fill_expanded_numbers(graph)
     count = rewrite(graph, {s.node for s in wanted})
     left = [n.name for n in graph.graph.nodes if ops.is_dequantize(n) and _is_matrix(graph, n)]
     if left:

@@ -25,6 +25,7 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_missing_kernels,
     refuse_narrow,
     refuse_overflow,
+    refuse_narrowed,
     refuse_unbounded,
     refuse_unrunnable,
     refuse_unshared,
@@ -229,7 +230,10 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         passes.duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
         own_storage(graph)
-        return executorch.lower(export_again(graph, batch), partitioner=[executorch.partitioner()])
+        exported = export_again(graph, batch)
+        edge = executorch.lower(exported, partitioner=[executorch.partitioner()])
+        refuse_narrowed(exported, edge.exported_program())
+        return edge
     except TorchquantError:
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
@@ -19,6 +20,7 @@ from torchquant.types import QParams, Site
 __all__ = [
     "refuse_missing_kernels",
     "refuse_narrow",
+    "refuse_narrowed",
     "refuse_overflow",
     "refuse_unbounded",
     "refuse_unrunnable",
@@ -105,6 +107,27 @@ def refuse_unbounded(signature: Signature) -> None:
                     "for the largest size. Export with one in dynamic_shapes, e.g. "
                     f"{{{axis}: torch.export.Dim('size', max=64)}}."
                 )
+
+
+def refuse_narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> None:
+    """Raise LoweringError if ExecuTorch's passes left a size a smaller maximum: memory is planned for that one."""
+    inputs = [n.meta["val"] for n in lowered.graph.nodes if n.op == "placeholder"]
+    sizes = [s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
+    left = {symbol: limits.upper for s in sizes for symbol, limits in s.node.shape_env.var_to_range.items()}
+    for symbol, asked in exported.range_constraints.items():
+        if left.get(symbol, asked.upper) < asked.upper:
+            where = next(
+                f"axis {axis} of {node.name!r}"
+                for node in exported.graph.nodes
+                if isinstance(value := node.meta.get("val"), torch.Tensor)
+                for axis, size in enumerate(value.shape)
+                if str(size) == str(symbol)
+            )
+            raise LoweringError(
+                f"ExecuTorch takes the size of {where} for {left[symbol]} at most, where dynamic_shapes allow "
+                f"{asked.upper}: an op of the model holds for no more. Export with a maximum of {left[symbol]} or with "
+                "fixed sizes, or lower the model for another target."
+            )
 
 
 _SHARED = ("cat", "max_pool2d", "slice")

@@ -294,6 +294,7 @@ def _compile(
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
         passes.rename_folded_weights(graph)
+        passes.fill_expanded_numbers(graph)
         exported = export_again(graph, batch)
         with (
             torch.no_grad(),

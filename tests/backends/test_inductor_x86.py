@@ -285,6 +285,26 @@ def test_example_inputs_that_do_not_fit_are_refused_before_compiling(x86_residua
         inductor_x86.lower(x86_residual.quantized, torch.randn(2, 16))
 
 
+def test_numbers_written_into_parts_of_tensors_with_dynamic_sizes():
+    """Inductor takes an expanded constant for a number, and wants a tensor there."""
+
+    def function(m, x):
+        y = m.first(x)
+        y[:, :4] = 0
+        y[:, 5] = 2.5
+        return m.second(y)
+
+    torch.manual_seed(0)
+    model, x = Call(function, first=nn.Linear(8, 8), second=nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    quantized = tq.quantize(
+        model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False, dynamic_shapes=(shapes,)
+    )
+    program = inductor_x86.lower(quantized, x)
+    more = torch.randn(7, 8)
+    assert tq.sqnr_db(quantized(more), program(more)) > 40
+
+
 def test_an_example_at_the_upper_bound_of_a_dynamic_batch_leaves_it_dynamic():
     x = torch.randn(8, 3, 6, 6)
     shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)

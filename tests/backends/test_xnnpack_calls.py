@@ -96,6 +96,20 @@ def test_a_batch_that_varies_stays_so_when_lowered_with_one_sample(form):
         program(*images(9))
 
 
+def test_a_convolution_behind_portable_ops_holds_for_every_size_that_was_asked_for():
+    """torch's choice between kernels notes `fewer than 16 samples` in the shape functions that ExecuTorch plans with."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1))
+    model, x = nn.Sequential(*layers).eval(), torch.randn(4, 3, 6, 6)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=40)},)
+    quantized = tq.quantize(
+        model, x, [x], quantizer=XnnpackQuantizer(), algorithms=(), progress=False, dynamic_shapes=shapes
+    )
+    program = executorch_xnnpack.lower(quantized, x)
+    more = torch.randn(40, 3, 6, 6)
+    assert tq.sqnr_db(quantized(more), program(more)) > 40
+
+
 def test_a_size_without_a_bound_is_refused_with_the_remedy():
     with pytest.raises(tq.LoweringError, match=r"axis 0 has no upper bound.*Dim\('size', max=64\)"):
         lowered(net(), images(4), dynamic_shapes=({0: torch.export.Dim("batch")},))

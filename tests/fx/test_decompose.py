@@ -49,6 +49,8 @@ CASES = {
     "rms_norm": (Call(module, inner=affine(nn.RMSNorm(8))), x3),
     "rms_norm without weight": (Call(module, inner=nn.RMSNorm(8, elementwise_affine=False, eps=0.1)), x3),
     "rms_norm by hand": (Call(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), x3),
+    "instance_norm": (Call(module, inner=affine(nn.InstanceNorm2d(4, affine=True))), lambda: image()),
+    "instance_norm without affine": (Call(module, inner=nn.InstanceNorm2d(4, eps=0.1)), lambda: image()),
     "attention": (Call(lambda m, q, k, v: attend(q, k, v)), qkv),
     "attention, causal": (Call(lambda m, q, k, v: attend(q, k, v, is_causal=True)), qkv),
     "attention, scale": (Call(lambda m, q, k, v: attend(q, k, v, scale=0.3)), qkv),

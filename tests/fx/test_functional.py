@@ -89,6 +89,17 @@ def complex_parts(m, x):
     return y.abs()
 
 
+def turned_around(m, x):
+    y = m.conv(x)
+    y.transpose_(1, 2)
+    y[:, 2:4] = 0.7
+    y.transpose_(1, 2)
+    y.swapaxes_(0, 1)
+    y[1].mul_(3)
+    y.unsqueeze_(0)
+    return y.squeeze(0)
+
+
 def in_place_functions(m, x):
     y = m.conv(x)
     r = F.relu(y, inplace=True)
@@ -142,6 +153,7 @@ FUNCTIONS = [
         indexed,
         constants_that_index,
         complex_parts,
+        turned_around,
         in_place_functions,
     ),
     *(constants, swapped_states, state_read_through_an_old_view, state_that_is_another, inputs),
@@ -191,6 +203,20 @@ def test_writes_of_a_graph_with_sizes_that_vary_hold_for_every_size():
         assert torch.equal(model(x), graph(x))
 
 
+def test_writes_into_parts_of_complex_numbers_leave_sizes_dynamic():
+    def function(m, x):
+        y = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+        y.real.mul_(2)
+        y.imag.zero_()
+        return m.conv(x)
+
+    model = model_of(function)
+    graph = tq.export(model, torch.randn(4, 3, 8, 8), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))
+    for n in (2, 7):
+        x = torch.randn(n, 3, 8, 8)
+        assert torch.equal(graph(x.clone()), model(x))
+
+
 @pytest.mark.parametrize("quantizer", [X86Quantizer, XnnpackQuantizer])
 @pytest.mark.parametrize("through", [tq.export, lambda m, x: torch.export.export(m, x).module()], ids=["ours", "torch"])
 def test_a_write_through_a_view_survives_quantization(quantizer, through):
@@ -237,6 +263,16 @@ def test_a_write_without_a_functional_form_is_refused_by_name():
 
     with pytest.raises(tq.ExportError, match=r"sort.*2 tensors at once"):
         tq.export(Call(function), torch.randn(4))
+
+
+def test_a_write_that_needs_other_memory_is_refused_by_name():
+    def function(m, x):
+        y = m.conv(x)
+        y.resize_(2, 8, 4, 16)
+        return y
+
+    with pytest.raises(tq.ExportError, match="resize_"):
+        tq.export(model_of(function), torch.randn(2, 3, 8, 8))
 
 
 def bits(m, x):

@@ -107,6 +107,41 @@ def layer_norm(b: Builder, node: Node) -> Node | None:
     return y if bias is None else b.call(aten.add.Tensor, y, bias)
 
 
+def batch_norm(b: Builder, node: Node) -> Node | None:
+    """BatchNorm by the batch's own statistics, in inference too (`track_running_stats=False`), as arithmetic.
+
+    torchao folds every BatchNorm behind a convolution into it, and fails where there are no statistics to fold.
+    """
+    x, weight, bias, mean, _, _, _, eps = node.args[:8]
+    if not isinstance(x, Node) or mean is not None:
+        return None
+    dtype = x.meta["val"].dtype
+    wide = b.call(aten.to.dtype, x, torch.float32) if dtype in (torch.float16, torch.bfloat16) else x
+    dims = [d for d in range(x.meta["val"].ndim) if d != 1]
+    variance = b.call(aten.var.correction, wide, dims, correction=0, keepdim=True)
+    centred = b.call(aten.sub.Tensor, wide, b.call(aten.mean.dim, wide, dims, True))
+    y = b.call(aten.mul.Tensor, centred, b.call(aten.rsqrt.default, b.call(aten.add.Tensor, variance, eps)))
+    for op, factor in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if isinstance(factor, Node):
+            y = b.call(op, y, b.call(aten.reshape.default, factor, [-1, *[1] * (len(dims) - 1)]))
+    return b.call(aten.to.dtype, y, dtype) if wide is not x else y
+
+
+def instance_norm(b: Builder, node: Node) -> Node | None:
+    """InstanceNorm of images by their own statistics: means over the two last axes, which delegates know."""
+    x, weight, bias, _, _, by_input, _, eps = node.args[:8]
+    if not _is_float32(x) or not by_input or x.meta["val"].ndim != 4:  # type: ignore[union-attr]
+        return None
+    centred = b.call(aten.sub.Tensor, x, b.call(aten.mean.dim, x, [2, 3], True))
+    variance = b.call(aten.mean.dim, b.call(aten.mul.Tensor, centred, centred), [2, 3], True)
+    shifted = b.call(aten.add.Tensor, variance, b.scalar(float(eps)))  # type: ignore[arg-type]
+    y = b.call(aten.mul.Tensor, centred, b.call(aten.rsqrt.default, shifted))
+    for op, factor in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if isinstance(factor, Node):
+            y = b.call(op, y, b.call(aten.reshape.default, factor, [-1, 1, 1]))
+    return y
+
+
 def rms_norm(b: Builder, node: Node) -> Node | None:
     """RMSNorm over the last axis: x * rsqrt(mean(x^2) + eps) * weight."""
     x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])[:4]
@@ -473,6 +508,7 @@ RULES: dict[Any, Rule] = {
     **FORMS,
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: rms_norm,
+    aten.instance_norm.default: instance_norm,
     aten.scaled_dot_product_attention.default: attention,
     aten.mean.dim: lambda b, node: spatial_mean(b, node) or mean(b, node),
     aten.sum.dim_IntList: total,
@@ -506,8 +542,17 @@ def normalize(model: GraphModule) -> int:
     return rewrite(model, FORMS)
 
 
+def expand_batch_norms(model: GraphModule) -> int:
+    """Write every BatchNorm without statistics of its own as arithmetic; returns how many there were."""
+    return _apply(model, {aten.batch_norm.default: batch_norm})
+
+
 def rewrite(model: GraphModule, rules: Mapping[Any, Rule]) -> int:
-    done = _split_chunks(model)
+    return _split_chunks(model) + _apply(model, rules)
+
+
+def _apply(model: GraphModule, rules: Mapping[Any, Rule]) -> int:
+    done = 0
     for node in list(model.graph.nodes):
         rule = rules.get(node.target) if node.op == "call_function" else None
         builder = Builder(model, node)

@@ -22,6 +22,7 @@ __all__ = ["functionalize", "memory_of", "refuse_stale_copies", "writes_in_place
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
 _GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_")  # write no value
+_RESIZING = ("resize_", "resize_as_", "set_")  # make another memory of it
 _COPIES = ("copy_", "clone", "lift_fresh_copy")  # whatever their fake values say
 
 
@@ -169,7 +170,7 @@ class _Functionalized:
         if name in ("fill_", "zero_"):
             return given.get("value", 0)
         found, kwargs = _without_write(node.target), {k: v for k, v in node.kwargs.items() if k != "out"}
-        if found is None:
+        if found is None or name in _RESIZING:
             raise ExportError(
                 f"{_where(node)} writes in place, and has no form without the write; use one in the model's forward"
             )
@@ -309,6 +310,11 @@ def _reversed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any
     return f.call(aten.permute.default, value, list(range(value.meta["val"].ndim))[::-1])
 
 
+def _complex(f: _Functionalized, real: Node, imag: Node) -> Node:
+    """Not by `aten.complex`, whose shape function makes a number of a dynamic size."""
+    return f.call(aten.view_as_complex.default, f.call(aten.stack.default, [real, imag], -1))
+
+
 _SCATTER: dict[str, Any] = {
     "slice": aten.slice_scatter.default,
     "select": aten.select_scatter.default,
@@ -323,8 +329,8 @@ _INVERSE: dict[str, Callable[[_Functionalized, Node, Node, dict[str, Any]], Node
     **dict.fromkeys(("mT", "matrix_H", "adjoint", "mH"), _matrix_turned),
     "view_as_real": lambda f, whole, value, given: f.call(aten.view_as_complex.default, value),
     "view_as_complex": lambda f, whole, value, given: f.call(aten.view_as_real.default, value),
-    "real": lambda f, whole, value, given: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
-    "imag": lambda f, whole, value, given: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
+    "real": lambda f, whole, value, given: _complex(f, value, f.call(aten.imag.default, whole)),
+    "imag": lambda f, whole, value, given: _complex(f, f.call(aten.real.default, whole), value),
 }
 _SPLIT_DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", *_SPLIT_DIMS)
@@ -382,8 +388,7 @@ def _check_strided(view: Node) -> None:
 
 def _rename(node: Node) -> None:
     """Make a view of `unsqueeze_` and its like, which write no value; all later readers read the node already."""
-    target: Any = node.target
-    node.target = getattr(getattr(aten, _name(node)[:-1]), target._overloadname)
+    node.target = _without_write(node.target)
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

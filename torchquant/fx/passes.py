@@ -227,6 +227,25 @@ def _retarget(model: GraphModule, old: Any, new: Any) -> None:
     model.recompile()
 
 
+def fill_expanded_numbers(model: GraphModule) -> int:
+    """Rewrite every expanded constant without axes, as in `x[:, :4] = 0`, as a tensor filled with its value.
+
+    Inductor takes the constant for a number, and then fails at ops that want a tensor.
+    """
+    return replace_each(model, _is_expanded_number, _filled)
+
+
+def _is_expanded_number(node: Node) -> bool:
+    source = node.args[0] if node.target is aten.expand.default else None
+    return isinstance(source, Node) and ops.shape_of(source) == () and ops.is_constant(source)
+
+
+def _filled(model: GraphModule, node: Node) -> Node:
+    value = ops.constant_value(model, node.args[0])
+    options = {"dtype": value.dtype, "device": value.device}
+    return model.graph.call_function(aten.full.default, (node.args[1], value.item()), options)
+
+
 def weight_bytes(model: GraphModule) -> int:
     """Bytes of the tensors that the graph reads, each storage once."""
     names = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
