@@ -292,3 +292,51 @@ def test_a_batch_norm_without_statistics_of_its_own_is_kept_as_arithmetic(layer,
         prepared = tq.prepare(graph, X86Quantizer())
         prepared(batches[1])
         assert tq.sqnr_db(model(batches[0]), tq.convert(prepared)(batches[0])) > 20
+
+
+def test_activations_that_become_zero_are_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)).eval()
+    batches = [torch.randn(4, 8) * 1e-9 for _ in range(4)]
+    with pytest.warns(tq.TorchquantWarning, match="too small to be told from 0.*Scale the model's inputs"):
+        tq.quantize(model, batches[0], batches, quantizer=X86Quantizer(), algorithms=(), progress=False)
+
+
+def test_a_size_that_depends_on_data_is_refused_by_algorithms_that_compare_values():
+    def function(m, x):
+        y = m.first(x)
+        return m.second(y[(y[:, 0] > 0).nonzero().squeeze(1)])
+
+    torch.manual_seed(0)
+    model = Call(function, first=nn.Linear(8, 8), second=nn.Linear(8, 8)).eval()
+    batches = [torch.randn(100, 8) for _ in range(16)]
+    with pytest.raises(tq.CalibrationError, match=r"depends on the data.*algorithms=\(\)"):
+        tq.quantize(model, batches[0], batches, quantizer=X86Quantizer(), progress=False)
+    tq.quantize(model, batches[0], batches, quantizer=X86Quantizer(), algorithms=(), progress=False)
+
+
+def test_infinities_among_the_outputs_do_not_hide_what_an_algorithm_gains():
+    def function(m, x):
+        y = m.first(x)
+        return m.second(y.relu()), y.masked_fill(y > 0, -torch.inf)
+
+    torch.manual_seed(0)
+    model = Call(function, first=nn.Linear(8, 32), second=nn.Linear(32, 4)).eval()
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    prepared = tq.prepare(tq.export(model, batches[0]), X86Quantizer())
+    tq.calibrate(prepared, batches, progress=False)
+    found = tq.optimize(prepared, batches, algorithms=[tq.BiasCorrection()], progress=False)
+    assert "nan" not in str(found)
+
+
+def test_branches_without_weights_are_no_layers_that_a_quantizer_missed():
+    def function(m, x):
+        y = m.first(x)
+        return m.second(torch.cond(y.sum() > 0, lambda z: z * 2, lambda z: -z, (y,)))
+
+    torch.manual_seed(0)
+    model, x = Call(function, first=nn.Linear(8, 8), second=nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    (site,) = (s for s in tq.report(quantized).sites if s.op == "cond")
+    assert site.status == "unsupported"
+    assert not site.compute

@@ -30,6 +30,7 @@ from torchquant.fx.digests import digest_of
 from torchquant.fx.functional import functionalize
 from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states
+from torchquant.observers import least_scale
 from torchquant.parallel import agree, is_parallel, together
 from torchquant.signature import Signature, placeholders
 from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
@@ -151,6 +152,7 @@ def convert(prepared: GraphModule) -> GraphModule:
         PrepareError: torchao fails on what a Quantizer of another make asked for.
     """
     _refuse_uncalibrated(prepared)
+    _warn_of_vanishing(prepared)
     passes.hide_batch_norms(prepared)
     try:
         converted = convert_pt2e(prepared)
@@ -175,6 +177,27 @@ def _refuse_uncalibrated(prepared: GraphModule) -> None:
         if isinstance(low, torch.Tensor) and (low.numel() == 0 or bool(torch.isinf(low).any())):
             site = getattr(observer, "site", f"{node.args[0]}, observed by {node.target},")
             raise CalibrationError(f"{site} never saw data: run torchquant.calibrate(prepared, batches) before convert")
+
+
+def _warn_of_vanishing(prepared: GraphModule) -> None:
+    """Warn of activations that are smaller than the least scale that their observers may choose: they become 0."""
+    lost = []
+    for node, observer in passes.static_observers(prepared):
+        bounds = [getattr(observer, name, None) for name in ("min_val", "max_val")]
+        known = [b.reshape(-1) for b in bounds if isinstance(b, torch.Tensor)]
+        if getattr(observer, "observes_weight", False) or not known:
+            continue
+        most, least = float(torch.cat(known).abs().max()), least_scale(observer)
+        if 0 < most < least / 2:
+            site = getattr(observer, "site", node.args[0])
+            lost.append(f"{site} (at most {most:.1e}, the least scale is {least:.1e})")
+    if lost:
+        warnings.warn(
+            f"{len(lost)} activations are too small to be told from 0 in the integers they are stored in: "
+            f"{', '.join(lost[:4])}. Scale the model's inputs up, or exclude what computes them.",
+            TorchquantWarning,
+            stacklevel=4,
+        )
 
 
 def quantize(

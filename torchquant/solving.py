@@ -339,6 +339,8 @@ def _cost(span: Span) -> float:
 def _db(stream: Stream) -> float:
     if stream.noise == 0:
         return math.inf
+    if not math.isfinite(stream.noise):
+        return -math.inf
     return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf
 
 

@@ -104,7 +104,8 @@ def _graphs(graph: GraphModule) -> Iterator[GraphModule]:
 
 def way_out(node: Node) -> str:
     """What a user can do about an op that ExecuTorch does not run."""
-    annotated = any(ops.is_dequantize(source) for source in node.all_input_nodes)
+    weights = ops.kind_of(node) is not None and any(map(ops.is_dequantize, node.all_input_nodes[1:]))
+    annotated = weights or (bool(node.users) and all(map(ops.is_quantize, node.users)))
     return ("Exclude it from quantization, or w" if annotated else "W") + f"{_ELSEWHERE[1:]}."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -112,7 +113,7 @@ def refuse_unbounded(signature: Signature) -> None:
 def refuse_narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> None:
     """Raise LoweringError if ExecuTorch's passes left a size a smaller maximum: memory is planned for that one."""
     inputs = [n.meta["val"] for n in lowered.graph.nodes if n.op == "placeholder"]
-    sizes = [s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
+    sizes: list[Any] = [s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
     left = {symbol: limits.upper for s in sizes for symbol, limits in s.node.shape_env.var_to_range.items()}
     for symbol, asked in exported.range_constraints.items():
         if left.get(symbol, asked.upper) < asked.upper:

@@ -427,7 +427,23 @@ def other_branches(model: GraphModule) -> GraphModule | None:
     return other if conditions else None
 
 
+def float_transposed_conv(b: Builder, node: Node) -> Node | None:
+    """A float transposed convolution of rows as one of images of one row: the delegate takes the former in int8 only."""
+    given = ops.arguments(node)
+    x, weight = given["input"], given["weight"]
+    if not _is_float32(x, 3) or ops.is_dequantize(weight):
+        return None
+    names, neutral = ("stride", "padding", "output_padding", "dilation"), (1, 0, 0, 1)
+    sizes = [given.get(name) for name in names]
+    last = [n if s is None else s if isinstance(s, int) else s[0] for s, n in zip(sizes, neutral, strict=True)]
+    stride, padding, output_padding, dilation = ([n, v] for n, v in zip(neutral, last, strict=True))
+    image, kernel = b.call(aten.unsqueeze.default, x, 2), b.call(aten.unsqueeze.default, weight, 2)
+    rest = (stride, padding, output_padding, given.get("groups", 1), dilation)
+    return b.call(aten.squeeze.dim, b.call(aten.conv_transpose2d.input, image, kernel, given.get("bias"), *rest), 2)
+
+
 RULES: dict[Any, Rule] = {
+    aten.conv_transpose1d.default: float_transposed_conv,
     aten.gru_cell.default: gru_cell,
     aten.lstm_cell.default: lstm_cell,
     aten.rnn_tanh_cell.default: rnn_cell,

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Call
 from torch import nn
 
 import torchquant as tq
+from torchquant import proof
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
 from torchquant.backends import executorch_xnnpack
+from torchquant.backends.executorch_xnnpack.program import executorch_modules
 
 
 def lowered(model, batch, example=None, dynamic_shapes=None, scheme="static_int8"):
@@ -97,7 +100,7 @@ def test_a_batch_that_varies_stays_so_when_lowered_with_one_sample(form):
 
 
 def test_a_convolution_behind_portable_ops_holds_for_every_size_that_was_asked_for():
-    """torch's choice between kernels notes `fewer than 16 samples` in the shape functions that ExecuTorch plans with."""
+    """Where torch chooses between its kernels, shape functions note `fewer than 16 samples`: ExecuTorch plans so."""
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1))
     model, x = nn.Sequential(*layers).eval(), torch.randn(4, 3, 6, 6)
@@ -108,6 +111,35 @@ def test_a_convolution_behind_portable_ops_holds_for_every_size_that_was_asked_f
     program = executorch_xnnpack.lower(quantized, x)
     more = torch.randn(40, 3, 6, 6)
     assert tq.sqnr_db(quantized(more), program(more)) > 40
+
+
+def test_float_ops_that_the_delegate_or_the_portable_kernels_take_in_other_forms_only():
+    """A transposed convolution of rows that is float; a pad with negative sizes beside a size that varies."""
+
+    torch.manual_seed(0)
+    layers = {"first": nn.Conv1d(3, 4, 3), "last": nn.ConvTranspose1d(4, 2, 3, stride=2, groups=2)}
+    layers["last"] = nn.Sequential(nn.Conv1d(5, 4, 1), layers["last"])
+    model = Call(lambda m, x: m.last(F.pad(m.first(x), (-1, -2, 0, 1))), **layers).eval()
+    x, shapes = torch.randn(2, 3, 16), (({0: torch.export.Dim("batch", max=8)},),)
+    quantized = tq.quantize(
+        model, x, [x], quantizer=XnnpackQuantizer(), algorithms=(), progress=False, dynamic_shapes=shapes
+    )
+    program = executorch_xnnpack.lower(quantized, x)
+    more = torch.randn(5, 3, 16)
+    assert tq.sqnr_db(quantized(more), program(more)) > 40
+
+
+def test_a_program_with_scales_found_at_run_time_can_be_looked_into():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x, quantizer = torch.randn(4, 8), XnnpackQuantizer("dynamic_int8")
+    quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
+    graph = executorch_xnnpack._pure(quantized, set()).graph
+    held = [n for part in proof._parts(graph)[:-1] for n in part.results]
+    assert len(held) == 2
+    program = executorch_xnnpack._built(executorch_modules(), proof._with_outputs(graph, held), [x])
+    expected = proof._with_outputs(graph, held)(x)
+    assert all(tq.sqnr_db(a, b) > 40 for a, b in zip(expected, program(x), strict=True))
 
 
 def test_a_size_without_a_bound_is_refused_with_the_remedy():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -36,7 +37,7 @@ class Builder:
         node.meta = {k: v for k, v in self.at.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
         fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         mode = next((t.fake_mode for t in pytree.tree_leaves(fakes) if hasattr(t, "fake_mode")), None)
-        with mode or torch.no_grad():
+        with mode or torch.no_grad(), enable_python_dispatcher():  # without it some ops fix dynamic sizes
             node.meta["val"] = target(*fakes, **kwargs)
         return node
 
@@ -416,13 +417,18 @@ def cropped(b: Builder, node: Node) -> Node | None:
     """A pad with negative sizes: slices, then a pad of what is left."""
     given = ops.arguments(node)
     x, sizes = given["self"], list(given["pad"])
-    if not _static(x, node) or all(s >= 0 for s in sizes) or given.get("mode", "constant") != "constant":
+    if not _is_float32(x) or all(s >= 0 for s in sizes) or given.get("mode", "constant") != "constant":
         return None
     rank = x.meta["val"].ndim
     for i in range(len(sizes) // 2):
         axis, before, behind = rank - 1 - i, max(-sizes[2 * i], 0), max(-sizes[2 * i + 1], 0)
-        if before or behind:
-            x = b.call(aten.slice.Tensor, x, axis, before, x.meta["val"].shape[axis] - behind)
+        size = x.meta["val"].shape[axis]
+        if behind:
+            x = b.call(aten.slice.Tensor, x, axis, before, size - behind if isinstance(size, int) else -behind)
+        elif before:
+            x = b.call(
+                aten.slice.Tensor, x, axis, before, size if isinstance(size, int) else torch.iinfo(torch.int64).max
+            )
     left = [max(s, 0) for s in sizes]
     return b.call(aten.constant_pad_nd.default, x, left, float(given.get("value") or 0.0)) if any(left) else x
 

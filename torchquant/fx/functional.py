@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -223,7 +224,10 @@ class _Functionalized:
             return value
         if name in _RESHAPING:
             return self.call(aten.reshape.default, value, self.sizes(whole))
-        raise ExportError(f"{_where(view)} makes a view through which is written, and torchquant knows no such views")
+        raise ExportError(
+            f"{_where(view)} makes a view through which is written, and torchquant knows no such views; write to a "
+            "slice of the tensor itself, or make the new value without a write (torch.where, torch.cat)"
+        )
 
     def _put_part(self, part: Node, value: Node) -> Node:
         """As `_put`, for one of the results of chunk, split or unbind."""
@@ -263,7 +267,7 @@ class _Functionalized:
         node.meta = {k: v for k, v in (like or self.at).meta.items() if k in _KEPT_META}
         values = torch.fx.node.map_arg((args, kwargs), self._fake)
         mode = next((v.fake_mode for v in pytree.tree_leaves(values) if hasattr(v, "fake_mode")), None)
-        with mode or torch.no_grad(), torch.no_grad():
+        with mode or torch.no_grad(), enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
         return node
 

@@ -241,8 +241,10 @@ def _is_expanded_number(node: Node) -> bool:
 
 
 def _filled(model: GraphModule, node: Node) -> Node:
-    value = ops.constant_value(model, node.args[0])
-    options = {"dtype": value.dtype, "device": value.device}
+    source = node.args[0]
+    assert isinstance(source, Node)
+    value = ops.constant_value(model, source)
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     return model.graph.call_function(aten.full.default, (node.args[1], value.item()), options)
 
 

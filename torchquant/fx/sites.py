@@ -184,8 +184,19 @@ def _computes(node: Node) -> bool:
 
 def _is_compute(node: Node) -> bool:
     """Whether the op multiplies matrices, looks up weights, or may hide ops that do."""
+    if ops.is_higher_order(node):
+        bodies = [body for n in node.all_input_nodes if (body := _body(node, n)) is not None]
+        return not bodies or any(_is_compute(n) for body in bodies for n in body.graph.nodes)
     kind = ops.kind_of(node)
-    return ops.is_higher_order(node) or (kind is not None and kind.compute)
+    return kind is not None and kind.compute
+
+
+def _body(node: Node, read: Node) -> GraphModule | None:
+    """The graph that a higher-order op runs, if that is what it reads there."""
+    if read.op != "get_attr":
+        return None
+    value: Any = operator.attrgetter(str(read.target))(node.graph.owning_module)
+    return value if isinstance(value, GraphModule) else None
 
 
 def _site(model: GraphModule, node: Node) -> Site:
@@ -217,6 +228,8 @@ def _status(
         return "missed", "annotated, yet left float by convert"
     if activation is not None and not weighted and (recorded is not None or _is_annotated(node)):
         return "quantized", ""
+    if ops.is_higher_order(node) and not compute:
+        return "unsupported", "nothing that its graphs compute could be quantized"
     if ops.is_higher_order(node):
         return "missed", f"the ops inside {node.target} are hidden from every Quantizer"
     if compute and ops.is_constant(node):

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchquant import batches as data
+from torchquant.errors import CalibrationError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
@@ -341,9 +342,18 @@ class Stream:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Sum of the squared differences, in double precision but without a copy of all."""
-    parts = zip(*(t.reshape(-1).split(1 << 17) for t in torch.broadcast_tensors(a, b)), strict=True)
-    return sum(float((x.double() - y).square_().sum()) for x, y in parts)
+    """Sum of the squared differences where `a` is finite, in double precision but without a copy of all.
+
+    Raises:
+        CalibrationError: the two differ in shape.
+    """
+    if a.shape != b.shape:
+        raise CalibrationError(
+            f"a value has the shape {tuple(a.shape)} in the float graph and {tuple(b.shape)} in the quantized one: its "
+            "size depends on the data, and algorithms compare values one by one. Quantize with `algorithms=()`."
+        )
+    parts = zip(*(t.reshape(-1).split(1 << 17) for t in (a, b)), strict=True)
+    return sum(float((x.double() - y).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
 
 
 def _random_gradients(
