@@ -203,7 +203,7 @@ def test_transposed_convolutions_run_in_int8(name):
     assert program.proof.comparison.sqnr_db > 60
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("norm_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_transformer_encoder_is_one_delegate_call(norm_first):
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first)
     program, sites = lowered(
