@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHQUANT_POISON", "1")  # kernels hand out no memory of earlier calls; see `native.poisoned`
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to other tests
 
 import nets
 import pytest

@@ -1,7 +1,10 @@
 """Small networks, each with ops that one trap or promise is about."""
 
 import threading
+from collections.abc import Iterable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -256,3 +259,15 @@ class Decoder(nn.Module):
         even, odd = x[..., 0::2], x[..., 1::2]
         sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def pairs(first: Iterable[Any], second: Iterable[Any], of_each: int = 1) -> list[Any]:
+    """All pairs as parameters of a test: each of the longer list has `of_each` of the shorter, the others are slow."""
+    first, second = list(first), list(second)
+    shorter = min(len(first), len(second))
+    fast = {(i, j) for i in range(len(first)) for j in range(len(second)) if (i - j) % shorter < of_each}
+    return [
+        pytest.param(a, b, marks=() if (i, j) in fast else pytest.mark.slow)
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]

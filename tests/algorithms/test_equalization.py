@@ -111,9 +111,16 @@ def spread(model, seed=0):
     return model
 
 
+def is_long(quantizer, network):
+    """ExecuTorch's Quantizer exports a pattern for each of its ops, which takes seconds."""
+    return quantizer == "executorch" and network not in ("block", "depthwise")
+
+
+EVERYWHERE = [pytest.param(q, n, marks=pytest.mark.slow if is_long(q, n) else ()) for q in QUANTIZERS for n in NETWORKS]
+
+
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(("quantizer", "network"), EVERYWHERE)
 def test_the_float_function_stays_the_same_under_any_quantizer(quantizer, network):
     model, exported, batches = exported_of(network)
     prepared = prepare_pt2e(exported.module(), QUANTIZERS[quantizer]())

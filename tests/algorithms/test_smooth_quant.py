@@ -112,9 +112,16 @@ def plant_outliers(model):
     return model
 
 
+def is_long(quantizer, network):
+    """ExecuTorch's Quantizer exports a pattern for each of its ops, which takes seconds."""
+    return quantizer.startswith("executorch") and network not in ("block", "convs")
+
+
+EVERYWHERE = [pytest.param(q, n, marks=pytest.mark.slow if is_long(q, n) else ()) for q in QUANTIZERS for n in NETWORKS]
+
+
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(("quantizer", "network"), EVERYWHERE)
 def test_the_float_function_stays_the_same_under_any_quantizer(quantizer, network):
     if quantizer.startswith("executorch") and network == "tokens":
         pytest.skip("ExecuTorch's Quantizer makes the positions floats, and an embedding refuses them")

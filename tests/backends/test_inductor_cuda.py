@@ -470,12 +470,14 @@ def test_the_graph_that_came_is_left_as_it_was():
 # programs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["w4a16_g32", "static_int8", "dynamic_fp8"])
+@pytest.fixture(
+    scope="module", params=["w4a16_g32", pytest.param("static_int8", marks=pytest.mark.slow), "dynamic_fp8"]
+)
 def program(request):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 64).bfloat16()
     graph = converted(request.param, nets.Decoder().bfloat16().eval(), x, dynamic_shapes=({0: ANY, 1: ANY},))
-    return graph, inductor_cuda.lower(graph, x, device="cpu", freezing=request.param != "static_int8")
+    return graph, inductor_cuda.lower(graph, x, device="cpu", freezing=request.param != "dynamic_fp8")
 
 
 def test_a_program_calls_every_op_of_its_graph_whether_frozen_or_not(program):

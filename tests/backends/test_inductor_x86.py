@@ -263,16 +263,13 @@ def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
     assert tq.sqnr_db(model(x), program(x)) > tq.sqnr_db(model(x), converted(x)) + 1  # activations are not rounded
 
 
-def test_the_race_between_packages_is_timed():
-    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval(), torch.randn(4, 64)
-    exported = tq.export(model, (x,))
-    converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
-    program = inductor_x86.lower(converted, (x,))
-    before = x.clone()
-    assert all(0 < ms < 1000 for ms in lowering._race([program._package] * 2, (x,)))
-    assert torch.equal(x, before)
+def test_the_race_between_packages_is_timed(x86_residual):
+    before = [t.clone() for t in x86_residual.batch]
+    assert all(0 < ms < 1000 for ms in lowering._race([x86_residual.program._package] * 2, x86_residual.batch))
+    assert all(torch.equal(a, b) for a, b in zip(x86_residual.batch, before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_transposed_convolution_may_be_allowed_too():
     image = torch.randn(2, 3, 6, 6)
     quantized = foreign(TRANSPOSED, image, {"conv_transpose2d"}, U8, per_channel(axis=1))
@@ -331,7 +328,7 @@ def test_torch_compile_reaches_the_same_lowering():
         wrong(x)
 
 
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("ours", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel(ours, monkeypatch):
     """As it did grouped convolutions before our kernels had them: that one is Inductor's, the others stay ours."""
     if not ours:

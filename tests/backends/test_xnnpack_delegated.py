@@ -1,5 +1,7 @@
 """What a report calls int8 is int8 in the delegate, read from its bytes, and nothing cuts the delegate in pieces."""
 
+import functools
+
 import nets
 import pytest
 import torch
@@ -85,7 +87,14 @@ INT8 = {  # every op behind the first convolution is int8: the sites, and no int
 }
 
 
-@pytest.mark.parametrize("name", INT8)
+TWINS = {  # of another one in this table, by the way they take to the delegate
+    *("add, clamp", "sub, relu", "cat of a tensor with itself", "chunk and cat", "unbind", "squeeze", "pad"),
+    *("average over the whole image", "channel shuffle", "a slice of everything", "clamp behind a convolution"),
+    *("clamp from above", "clamp in place"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in TWINS else ()) for n in INT8])
 def test_every_op_between_two_int8_convolutions_runs_in_int8_in_one_delegate_call(name):
     program, sites = lowered(INT8[name])
     kernels = dict(program.proof.kernels)
@@ -129,10 +138,14 @@ FLOAT = {  # float with the true reason, and right
 }
 
 
+@functools.cache
+def lowered_float(name):
+    return lowered(FLOAT[name][0])[0]
+
+
 @pytest.mark.parametrize("name", FLOAT)
 def test_what_has_no_int8_kernel_stays_float_with_the_reason_and_the_right_result(name):
-    model, reason = FLOAT[name]
-    program, _ = lowered(model)
+    reason, program = FLOAT[name][1], lowered_float(name)
     reasons = " ".join(program.proof.left_float.values())
     assert reason in reasons
     assert "annotated, yet" not in reasons
@@ -140,7 +153,7 @@ def test_what_has_no_int8_kernel_stays_float_with_the_reason_and_the_right_resul
 
 @pytest.mark.parametrize("name", ["softplus", "mish", "hard sigmoid", "a pad of ones", "a pad before a pool"])
 def test_float_functions_do_not_cut_the_delegate(name):
-    program, _ = lowered(FLOAT[name][0])
+    program = lowered_float(name)
     assert program.proof.kernels["delegate calls"] == 1
     assert not [k for k in program.proof.kernels if k.startswith("portable")]
 
@@ -190,7 +203,7 @@ def test_transposed_convolutions_run_in_int8(name):
     assert program.proof.comparison.sqnr_db > 60
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("norm_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_transformer_encoder_is_one_delegate_call(norm_first):
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first)
     program, sites = lowered(

@@ -26,15 +26,15 @@ FIELDS = {
 
 
 def test_no_damaged_plan_and_no_odd_argument_ends_the_process():
-    command = [sys.executable, "-W", "ignore", str(FUZZ), "0", "12000", "3000"]
+    command = [sys.executable, "-W", "ignore", str(FUZZ), "0", "6000", "1500"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for kind, count in (("plans", 12000), ("arguments", 3000)):
+    for kind, count in (("plans", 6000), ("arguments", 1500)):
         assert sum(found[kind].values()) == count
-    assert found["plans"]["refused"] > 4000  # and what runs has other numbers in it, or changed nothing that matters
-    assert found["plans"]["ran"] > 2000
-    assert found["arguments"]["refused"] > 1000
+    assert found["plans"]["refused"] > 2000  # and what runs has other numbers in it, or changed nothing that matters
+    assert found["plans"]["ran"] > 1000
+    assert found["arguments"]["refused"] > 500
 
 
 @pytest.fixture

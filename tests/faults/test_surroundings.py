@@ -9,11 +9,12 @@ import pytest
 import torchquant as tq
 
 SCRIPT = """
-import logging, random, sys, warnings
+import importlib, logging, random, sys, warnings
 import numpy, torch
 import torchquant as tq
-from torchquant.backends import {backend} as backend
-from torchquant.quantizers import {quantizer} as quantizer
+backends = {backends}
+modules = [importlib.import_module("torchquant.backends." + name) for name, _, _ in backends]
+from torchquant import quantizers
 
 tq.export, tq.quantize  # are imported when they are named
 
@@ -43,27 +44,26 @@ model, x = torch.nn.Sequential(*layers, torch.nn.Linear(288, 4)).eval(), torch.r
 before = state()
 exported = tq.export(model, (x,))
 same(before, "export")
-quantized = tq.quantize(exported, (x,), [(x,)], quantizer=quantizer(), algorithms=(), progress=False)
-same(before, "quantize")
-program = backend.lower(quantized, (x,), **{options})
-same(before, "lower")
-program(x)
-same(before, "call")
-backend.load(program.save(sys.argv[1]), **{options})(x)
-same(before, "save and load")
+for backend, (name, quantizer, options) in zip(modules, backends):
+    quantizer = getattr(quantizers, quantizer)()
+    quantized = tq.quantize(exported, (x,), [(x,)], quantizer=quantizer, algorithms=(), progress=False)
+    same(before, "quantize " + name)
+    program = backend.lower(quantized, (x,), **options)
+    same(before, "lower " + name)
+    program(x)
+    same(before, "call " + name)
+    backend.load(program.save(sys.argv[1] + "/" + name + ".pt2"), **options)(x)
+    same(before, "save and load " + name)
 """
 
 
-@pytest.mark.parametrize(
-    ("backend", "quantizer", "options"),
-    [
-        ("inductor_x86", "X86Quantizer", "{}"),
-        ("executorch_xnnpack", "XnnpackQuantizer", "{}"),
-        ("inductor_cuda", "CudaQuantizer", "{'device': 'cpu'}"),
-    ],
-)
-def test_a_whole_flow_leaves_the_process_as_it_was(backend, quantizer, options, tmp_path):
-    script = SCRIPT.format(backend=backend, quantizer=quantizer, options=options)
-    command = [sys.executable, "-c", script, str(tmp_path / "model.pt2")]
+X86, XNNPACK = ("inductor_x86", "X86Quantizer", {}), ("executorch_xnnpack", "XnnpackQuantizer", {})
+CUDA = ("inductor_cuda", "CudaQuantizer", {"device": "cpu"})
+
+
+@pytest.mark.parametrize("backends", [[X86, XNNPACK], [CUDA]], ids=["CPUs", "GPUs"])  # which share no compiler
+def test_a_whole_flow_leaves_the_process_as_it_was(backends, tmp_path):
+    script = SCRIPT.format(backends=backends)
+    command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(tq.__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]

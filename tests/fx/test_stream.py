@@ -10,6 +10,7 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
+from torchquant.fx import store as store_module
 from torchquant.fx.blocks import blocks, data_order, layers
 from torchquant.fx.stream import Evaluator, Store, Stream
 
@@ -130,6 +131,18 @@ def test_a_store_within_its_budget_writes_nothing(temporary):
     store.put("b", torch.randn(10, 10))
     assert store.spilled_bytes == 0
     assert not folders(temporary)
+
+
+@pytest.mark.skipif(store_module._TRIM is None, reason="another C library than glibc")
+@pytest.mark.parametrize(("budget_bytes", "goes_back"), [(1 << 20, True), (1 << 30, False), (None, False)])
+def test_holes_go_back_to_the_system_where_the_process_has_grown_by_more_than_the_budget(budget_bytes, goes_back):
+    store = Store(budget_bytes)
+    blocks_of_memory = [torch.ones(25_000) for _ in range(1000)]
+    del blocks_of_memory[::2]
+    grown = store_module._resident_bytes()
+    store.put("key", torch.zeros(1))
+    freed = grown - store_module._resident_bytes()
+    assert freed > 30e6 if goes_back else freed < 5e6
 
 
 def test_a_view_keeps_no_larger_tensor_alive():

@@ -401,7 +401,7 @@ def test_all_linears_of_an_encoder_are_in_regions(name):
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")  # attention is float
-@pytest.mark.parametrize("name", ["X86Quantizer", "torchao"])
+@pytest.mark.parametrize("name", ["X86Quantizer", pytest.param("torchao", marks=pytest.mark.slow)])
 def test_a_lowered_encoder_proves_that_all_linears_are_ours(name, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 32)
@@ -416,6 +416,7 @@ def test_a_lowered_encoder_proves_that_all_linears_are_ours(name, tmp_path):
         assert tq.sqnr_db(converted(y), loaded(y)) > 50
 
 
+@pytest.mark.slow
 def test_a_lowered_mlp_is_ours():
     torch.manual_seed(0)
     x = torch.randn(4, 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import INPUT, OUTPUT, REGION, Grid, conv, depthwise, exported, linear, products_left, regions_in, signed
-from nets import Call
+from nets import Call, pairs
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as leaves
 
@@ -16,6 +16,7 @@ from torchquant.ops import native
 from torchquant.ops.translation import replace_regions
 
 ROWS = range(1, 14)  # tiles of products have up to 12
+SOME_ROWS = (1, 4, 11, 13)
 CHANNELS = (1, 3, 7, 8, 15, 16, 17, 20, 31, 32, 33, 48, 64, 70)  # panels have up to 64, in blocks of 16
 WILD = (math.nan, math.inf, -math.inf)
 SIGNED, REDUCED, POSITIVE = signed(0.031, -17), Grid(0.031, 60, 3, 127), Grid(0.03, 0)
@@ -117,13 +118,12 @@ def test_what_is_not_finite_in_an_operand_of_a_linears_result(channels):
     norm = {"layer norm behind": lambda y, o: SIGNED(F.layer_norm(y + o, y.shape[-1:]))}
     model = each_of({**BEHIND, **norm}, lambda: linear(9, channels))
     case = Compared(model, INPUT.sample(3, 9), torch.randn(3, channels))
-    for rows in ROWS:
+    for rows in ROWS if channels in (17, 64) else SOME_ROWS:
         for other in with_wild(torch.randn(rows, channels)):
             case.check(INPUT.sample(rows, 9), other)
 
 
-@pytest.mark.parametrize("channels", [5, 16, 20, 33, 64, 70])
-@pytest.mark.parametrize("size", [(2, 6), (1, 13), (4, 4)])
+@pytest.mark.parametrize(("channels", "size"), pairs([5, 16, 20, 33, 64, 70], [(2, 6), (1, 13), (4, 4)]))
 def test_what_is_not_finite_in_an_operand_of_a_convolutions_result(size, channels):
     for layer, width in ((lambda: conv(5, channels, padding=1), 5), (lambda: depthwise(channels, padding=1), channels)):
         inputs = INPUT.sample(1, width, *size), torch.randn(1, channels, *size)
@@ -146,8 +146,7 @@ def test_a_gate_that_is_not_finite(channels):
 INPUTS = {"uint8": INPUT, "int8": signed(0.02, -17), "reduced": Grid(0.02, 60, 3, 127), "symmetric": signed(0.02, 0)}
 
 
-@pytest.mark.parametrize("grid", INPUTS)
-@pytest.mark.parametrize("channels", [1, 3, 4, 5, 17, 33])
+@pytest.mark.parametrize(("channels", "grid"), pairs([1, 3, 4, 5, 17, 33], INPUTS, of_each=2))
 def test_images_that_are_not_finite_are_quantized_as_torch_does(grid, channels):
     grid = INPUTS[grid]
     layers = {"a": conv(channels, 20, padding=1, grid=grid), "b": depthwise(channels, padding=1, grid=grid)}
@@ -236,11 +235,13 @@ def test_activations_of_infinity(name):
 # pools and norms -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 5, 16, 20, 33, 64, 70, 80])
-@pytest.mark.parametrize(
-    ("kernel", "options"), [(2, {}), (3, {"stride": 2, "padding": 1}), (3, {"stride": 1, "dilation": 2, "padding": 1})]
-)
-def test_a_max_pool_keeps_nan(channels, kernel, options):
+POOLS = [(2, {}), (3, {"stride": 2, "padding": 1}), (3, {"stride": 1, "dilation": 2, "padding": 1})]
+
+
+@pytest.mark.parametrize(("channels", "window"), pairs([1, 5, 16, 20, 33, 64, 70, 80], POOLS))
+def test_a_max_pool_keeps_nan(channels, window):
+    kernel, options = window
+
     def pool(x):
         return F.max_pool2d(x, kernel, **options)
 

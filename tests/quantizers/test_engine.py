@@ -144,7 +144,7 @@ def _only_first(annotate):
     return limited
 
 
-@pytest.mark.parametrize("make", OURS)
+@pytest.mark.parametrize("make", [X86Quantizer, pytest.param(OURS[1], marks=pytest.mark.slow)])  # see test_xnnpack.py
 def test_quantization_aware_training_steps_and_converts(make):
     image = torch.randn(4, 3, 8, 8)
     model = nets.cnn().train()

@@ -88,11 +88,11 @@ def test_what_hardly_moves_in_calibration_lowers_with_the_float_result(name):
 OBSERVERS = [
     ActivationMinMax,
     ActivationHistogram,
-    ranges.ActivationPercentile,
-    ranges.ActivationMSE,
-    ranges.ActivationEntropy,
+    pytest.param(ranges.ActivationPercentile, marks=pytest.mark.slow),
+    pytest.param(ranges.ActivationMSE, marks=pytest.mark.slow),
+    pytest.param(ranges.ActivationEntropy, marks=pytest.mark.slow),
     MinMaxObserver,
-    HistogramObserver,
+    pytest.param(HistogramObserver, marks=pytest.mark.slow),
 ]
 
 

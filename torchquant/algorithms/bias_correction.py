@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 from torchquant.algorithms.contract import Clock
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
-from torchquant.fx.store import give_back
 from torchquant.fx.stream import Flow, Task, outputs_of
 from torchquant.parallel import total_
 from torchquant.solved import Solution
@@ -73,7 +72,6 @@ def output_moments(task: Task, flow: Flow = "quantized") -> OutputMoments:
             count = y.new_full((len(y),), y.shape[1])
             sums += torch.stack([count, y.sum(1), yq.sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
         del both
-        give_back()
     total_(sums)
     mean, mean_q, square, product = sums[1:] / sums[0].clamp(min=1)
     return OutputMoments(

@@ -21,7 +21,6 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.layout import Layout
-from torchquant.fx.store import give_back
 from torchquant.fx.stream import Flow
 from torchquant.parallel import preceding, total_
 
@@ -77,7 +76,6 @@ def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
         for fold in range(2):
             sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
         del quantized, exact  # before the next ones are read
-        give_back()
     return sums[0].moments(), sums[1].moments()
 
 

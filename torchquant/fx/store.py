@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,11 +17,15 @@ from torchquant.errors import ArtifactError
 from torchquant.files import reading
 from torchquant.owned import OwnFolder
 
-__all__ = ["Store", "give_back"]
+__all__ = ["Store"]
+
+_LEAST_FREED, _MOST_FREED = 1 << 20, 1 << 26
 
 
 class Store:
     """Values by key; over `budget_bytes` of tensors in memory the oldest lie on disk, in a folder of its own.
+
+    Where the process has grown by more than the budget since the store was made, freed memory goes back to the system.
 
     Args:
         budget_bytes: None keeps everything in memory.
@@ -33,9 +38,11 @@ class Store:
         self._folder: OwnFolder | None = None
         self._bytes = self._named = 0
         self.spilled_bytes = 0
+        self._freed = _Freed(self._budget)
 
     def put(self, key: Any, value: Any) -> None:
         """Keep a value (tensors, or tuples and lists of them) under a key that is not in use."""
+        self._freed.give_back()
         value = pytree.tree_map_only(torch.Tensor, _compact, value)
         self._kept[key] = value
         self._bytes += _bytes_of(value)
@@ -49,6 +56,7 @@ class Store:
         """The value; one that was spilled is read from disk and stays there."""
         if key in self._kept:
             return self._kept[key]
+        self._freed.give_back()
         path = self._spilled[key]
         with reading(path, "what was put there", "leave the folder of temporary files alone while this runs"):
             return torch.load(path, weights_only=True)
@@ -86,15 +94,36 @@ class Store:
         self.spilled_bytes += _bytes_of(value)
 
 
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps blocks of up to 32 MB, and holes between others, for later."""
-    if _TRIM is not None:
-        _TRIM(0)
+class _Freed:
+    """Freed memory that the process still holds: glibc keeps blocks of up to 32 MB, and holes between others.
+
+    To give it back costs time, and so does to take it again: only where the process has grown by more than
+    `budget_bytes`, and then not before it has grown by a sixteenth of them more.
+    """
+
+    def __init__(self, budget_bytes: float) -> None:
+        self._most: float = math.inf
+        if _TRIM is not None and not math.isinf(budget_bytes):
+            self._step = min(max(int(budget_bytes) // 16, _LEAST_FREED), _MOST_FREED)
+            _TRIM(0)
+            self._allowed = _resident_bytes() + budget_bytes
+            self._most = self._allowed
+
+    def give_back(self) -> None:
+        """Return it to the system where there may be too much of it."""
+        if not math.isinf(self._most) and _resident_bytes() > self._most:
+            _TRIM(0)
+            self._most = max(self._allowed, _resident_bytes() + self._step)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _trim() -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return ctypes.CDLL(None).malloc_trim if Path("/proc/self/statm").exists() else None
     except (AttributeError, OSError, TypeError):  # another C library
         return None
 

@@ -22,7 +22,7 @@ from torchquant.fx.functional import functionalize
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.sites import observer_of
 from torchquant.fx.states import state_nodes
-from torchquant.fx.store import Store, give_back
+from torchquant.fx.store import Store
 from torchquant.parallel import total, total_
 from torchquant.signature import Signature, placeholders
 
@@ -308,7 +308,6 @@ class Stream:
                 for node in results:
                     self.store.put((flow, node, batch), env.pop(node))
                 env.clear()
-                give_back()
 
     def _free(self, start: int, end: int) -> None:
         self._alive += self._results(start, end)
