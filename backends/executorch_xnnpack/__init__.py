@@ -24,8 +24,8 @@ from torchquant.backends.executorch_xnnpack.kernels import (
 from torchquant.backends.executorch_xnnpack.limits import (
     refuse_missing_kernels,
     refuse_narrow,
-    refuse_overflow,
     refuse_narrowed,
+    refuse_overflow,
     refuse_unbounded,
     refuse_unrunnable,
     refuse_unshared,

@@ -113,7 +113,8 @@ def refuse_unbounded(signature: Signature) -> None:
 def refuse_narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> None:
     """Raise LoweringError if ExecuTorch's passes left a size a smaller maximum: memory is planned for that one."""
     inputs = [n.meta["val"] for n in lowered.graph.nodes if n.op == "placeholder"]
-    sizes: list[Any] = [s for v in inputs if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
+    shapes = [v.shape for v in inputs if isinstance(v, torch.Tensor)]
+    sizes: list[Any] = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
     left = {symbol: limits.upper for s in sizes for symbol, limits in s.node.shape_env.var_to_range.items()}
     for symbol, asked in exported.range_constraints.items():
         if left.get(symbol, asked.upper) < asked.upper:
@@ -244,6 +245,8 @@ def _layers(graph: GraphModule, names: set[str]) -> Iterator[_Layer]:
         weight = qparams_of(graph, weight_node)
         if weight_node is None or not _is_static(activation) or weight is None or weight.group_size:
             continue
+        if not ops.is_constant(weight_node):
+            continue  # made by the graph, as by a network that generates weights: the partitioner leaves it
         assert activation is not None
         assert activation.scale is not None
         values = ops.constant_value(graph, weight_node).float()

@@ -428,7 +428,7 @@ def other_branches(model: GraphModule) -> GraphModule | None:
 
 
 def float_transposed_conv(b: Builder, node: Node) -> Node | None:
-    """A float transposed convolution of rows as one of images of one row: the delegate takes the former in int8 only."""
+    """A float transposed convolution of rows as one of images of one row: the delegate takes the first in int8 only."""
     given = ops.arguments(node)
     x, weight = given["input"], given["weight"]
     if not _is_float32(x, 3) or ops.is_dequantize(weight):

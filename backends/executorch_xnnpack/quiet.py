@@ -56,8 +56,8 @@ def undisturbed() -> Iterator[None]:
 
     Put back: warning filters, the root logger's handlers and level, torch's random state. Errors still show.
 
-    Meanwhile torch does not choose between its own kernels: for that, shape functions of convolutions note that there are
-    fewer than 16 samples, and ExecuTorch plans the program's memory for no more.
+    Meanwhile torch does not choose between its own kernels: for that, shape functions of convolutions note that there
+    are fewer than 16 samples, and ExecuTorch plans the program's memory for no more.
     """
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, logging.root.manager.disable

@@ -30,7 +30,17 @@ def run(*paths: str, flow: str = "torchquant") -> Records:
         record = Path(folder) / "record.json"
         path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
         settings = {"PYTHONPATH": path, "TORCHQUANT_RECORD": str(record), "TORCHQUANT_FLOW": flow}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "zoo.executorch_flow", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "zoo.executorch_flow",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=1800",
+        ]
         files = [str(INSTALLED / p) for p in paths]
         done = subprocess.run(
             [*command, *files], env={**os.environ, **settings}, cwd=folder, capture_output=True, text=True, check=False
