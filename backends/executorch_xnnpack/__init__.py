@@ -22,9 +22,9 @@ from torchquant.backends.executorch_xnnpack.kernels import (
     refuse_without_kernel,
 )
 from torchquant.backends.executorch_xnnpack.limits import (
+    narrowed,
     refuse_missing_kernels,
     refuse_narrow,
-    refuse_narrowed,
     refuse_overflow,
     refuse_unbounded,
     refuse_unrunnable,
@@ -232,7 +232,8 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         own_storage(graph)
         exported = export_again(graph, batch)
         edge = executorch.lower(exported, partitioner=[executorch.partitioner()])
-        refuse_narrowed(exported, edge.exported_program())
+        if problem := narrowed(exported, edge.exported_program()):
+            raise ExecutorchError(problem)
         return edge
     except TorchquantError:
         raise

@@ -19,9 +19,9 @@ from torchquant.signature import Signature
 from torchquant.types import QParams, Site
 
 __all__ = [
+    "narrowed",
     "refuse_missing_kernels",
     "refuse_narrow",
-    "refuse_narrowed",
     "refuse_overflow",
     "refuse_unbounded",
     "refuse_unrunnable",
@@ -110,26 +110,19 @@ def refuse_unbounded(signature: Signature) -> None:
                 )
 
 
-def refuse_narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> None:
-    """Raise LoweringError if ExecuTorch's passes left a size a smaller maximum: memory is planned for that one."""
+def narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> str:
+    """Which size ExecuTorch's passes left a smaller maximum, for which memory would be planned; empty if none."""
     inputs = [n.meta["val"] for n in lowered.graph.nodes if n.op == "placeholder"]
     shapes = [v.shape for v in inputs if isinstance(v, torch.Tensor)]
     sizes: list[Any] = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
     left = {symbol: limits.upper for s in sizes for symbol, limits in s.node.shape_env.var_to_range.items()}
     for symbol, asked in exported.range_constraints.items():
         if left.get(symbol, asked.upper) < asked.upper:
-            where = next(
-                f"axis {axis} of {node.name!r}"
-                for node in exported.graph.nodes
-                if isinstance(value := node.meta.get("val"), torch.Tensor)
-                for axis, size in enumerate(value.shape)
-                if str(size) == str(symbol)
+            return (
+                f"it takes a size for {left[symbol]} at most where dynamic_shapes allow {asked.upper}; export with "
+                "that maximum or with fixed sizes"
             )
-            raise LoweringError(
-                f"ExecuTorch takes the size of {where} for {left[symbol]} at most, where dynamic_shapes allow "
-                f"{asked.upper}: an op of the model holds for no more. Export with a maximum of {left[symbol]} or with "
-                "fixed sizes, or lower the model for another target."
-            )
+    return ""
 
 
 _SHARED = ("cat", "max_pool2d", "slice")

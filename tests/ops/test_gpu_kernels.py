@@ -92,7 +92,7 @@ def launch_for(format, m, n, k, config, asymmetric=False):
     return scaled_launch(m, n, k, torch.int8 if format == "int8" else torch.float8_e4m3fn, config)
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 256, 1024])
+@pytest.mark.parametrize("m", [1, 64, *(pytest.param(m, marks=pytest.mark.slow) for m in (16, 256, 1024))])
 @pytest.mark.parametrize(
     ("format", "capability"),
     [("w4a16", 80), ("int8", 80), ("fp8", 89), ("w4a16", 90), ("w8a16", 90), ("int8", 90), ("fp8", 90)],
@@ -137,10 +137,19 @@ def pipelined_configs():
     return [Config("pipelined", m, n, warps=warps, stages=stages) for m, n, warps, stages in configs._PIPELINED]
 
 
-@pytest.mark.parametrize("config", pipelined_configs(), ids=str)
+CHUNKS = [(4, 128, False, torch.bfloat16), (4, 32, True, torch.float16), (8, 4096, False, torch.bfloat16)]
+FEW = {
+    (i, i % len(CHUNKS)) for i in range(0, 8, 2)
+}  # each form of weights, and half of the cuts; all with the slow tests
+
+
 @pytest.mark.parametrize(
-    ("bits", "group", "asymmetric", "dtype"),
-    [(4, 128, False, torch.bfloat16), (4, 32, True, torch.float16), (8, 4096, False, torch.bfloat16)],
+    ("config", "bits", "group", "asymmetric", "dtype"),
+    [
+        pytest.param(config, *form, marks=[] if (i, j) in FEW else [pytest.mark.slow], id=f"{config} {form}")
+        for i, config in enumerate(pipelined_configs())
+        for j, form in enumerate(CHUNKS)
+    ],
 )
 def test_tensor_cores_multiply_a_chunk_while_the_next_is_unpacked(compiled, config, bits, group, asymmetric, dtype):
     (code,) = compiled(90, weight_only_launch(512, 4096, 4096, bits, asymmetric, config, group, dtype))
