@@ -326,7 +326,13 @@ CASES = (
     Case("bert", Bert, bert_batch, dynamic_shapes=bert_shapes),
     Case("vit", Vit, lambda n: (torch.randn(n, 3, 16, 16),), dynamic_shapes=rows()),
     Case("swin", Swin, vectors(4, 6, 16), dynamic_shapes=rows()),
-    Case("detr", Detr, lambda n: (torch.randn(n, 3, 16, 16),), dynamic_shapes=rows()),
+    Case(
+        "detr",
+        Detr,
+        lambda n: (torch.randn(n, 3, 16, 16),),
+        dynamic_shapes=rows(),
+        expected={"xnnpack/foreign/static": "multihead_attn"},  # as in the decoder
+    ),
     Case("einsum_attention", einsum_attention, vectors(6, 16), dynamic_shapes=rows()),
     Case("linear_attention", linear_attention, vectors(6, 16), dynamic_shapes=rows()),
     Case("mixer", Mixer, vectors(9, 16), dynamic_shapes=rows()),
