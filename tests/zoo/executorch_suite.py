@@ -45,6 +45,8 @@ def run(*paths: str, flow: str = "torchquant") -> Records:
         done = subprocess.run(
             [*command, *files], env={**os.environ, **settings}, cwd=folder, capture_output=True, text=True, check=False
         )
+        if not record.is_file() and done.returncode in (0, 5):
+            return {}  # no test of this file was run
         assert record.is_file(), f"the suite did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         return json.loads(record.read_text())
 
