@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from torchquant import batches as data
 from torchquant.backends.executorch_xnnpack.blame import blamed
@@ -22,7 +24,6 @@ from torchquant.backends.executorch_xnnpack.kernels import (
     refuse_without_kernel,
 )
 from torchquant.backends.executorch_xnnpack.limits import (
-    narrowed,
     refuse_missing_kernels,
     refuse_narrow,
     refuse_overflow,
@@ -196,7 +197,8 @@ def _refuse(quantized: GraphModule, wanted: Sequence[Site], allowed: set[str]) -
 
 def _buffer(edge: Any) -> bytes:
     try:
-        return bytes(edge.to_executorch().buffer)
+        with _sizes_as_exported():
+            return bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise ExecutorchError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
 
@@ -231,14 +233,21 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         passes.unshare_weights(graph)
         own_storage(graph)
         exported = export_again(graph, batch)
-        edge = executorch.lower(exported, partitioner=[executorch.partitioner()])
-        if problem := narrowed(exported, edge.exported_program()):
-            raise ExecutorchError(problem)
-        return edge
+        with _sizes_as_exported():
+            return executorch.lower(exported, partitioner=[executorch.partitioner()])
     except TorchquantError:
         raise
     except Exception as error:
         raise ExecutorchError(f"ExecuTorch cannot lower the converted graph: {_with_causes(error)}") from error
+
+
+def _sizes_as_exported() -> AbstractContextManager[None]:
+    """Let shape functions narrow no size while a program is built.
+
+    That of a convolution looks for torch's fastest kernel and notes `fewer than 16 samples`, and ExecuTorch plans the
+    program's memory for no more. What an op really fixes is found by running the program with other sizes.
+    """
+    return ShapeEnv().suppress_guards()
 
 
 def _with_causes(error: BaseException) -> str:

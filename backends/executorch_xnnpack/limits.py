@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
@@ -19,7 +17,6 @@ from torchquant.signature import Signature
 from torchquant.types import QParams, Site
 
 __all__ = [
-    "narrowed",
     "refuse_missing_kernels",
     "refuse_narrow",
     "refuse_overflow",
@@ -108,21 +105,6 @@ def refuse_unbounded(signature: Signature) -> None:
                     "for the largest size. Export with one in dynamic_shapes, e.g. "
                     f"{{{axis}: torch.export.Dim('size', max=64)}}."
                 )
-
-
-def narrowed(exported: ExportedProgram, lowered: ExportedProgram) -> str:
-    """Which size ExecuTorch's passes left a smaller maximum, for which memory would be planned; empty if none."""
-    inputs = [n.meta["val"] for n in lowered.graph.nodes if n.op == "placeholder"]
-    shapes = [v.shape for v in inputs if isinstance(v, torch.Tensor)]
-    sizes: list[Any] = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
-    left = {symbol: limits.upper for s in sizes for symbol, limits in s.node.shape_env.var_to_range.items()}
-    for symbol, asked in exported.range_constraints.items():
-        if left.get(symbol, asked.upper) < asked.upper:
-            return (
-                f"it takes a size for {left[symbol]} at most where dynamic_shapes allow {asked.upper}; export with "
-                "that maximum or with fixed sizes"
-            )
-    return ""
 
 
 _SHARED = ("cat", "max_pool2d", "slice")

@@ -55,9 +55,6 @@ def undisturbed() -> Iterator[None]:
     """Drop warnings and log lines below errors while ExecuTorch works; put back what it changes in the process.
 
     Put back: warning filters, the root logger's handlers and level, torch's random state. Errors still show.
-
-    Meanwhile torch does not choose between its own kernels: for that, shape functions of convolutions note that there
-    are fewer than 16 samples, and ExecuTorch plans the program's memory for no more.
     """
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, logging.root.manager.disable
@@ -66,8 +63,7 @@ def undisturbed() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
-            with torch.backends.nnpack.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-                yield
+            yield
     finally:
         logging.disable(disabled)
         root.handlers[:] = handlers

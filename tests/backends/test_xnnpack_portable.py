@@ -1,5 +1,7 @@
 """Ops that the XNNPACK delegate does not know: right through other ops or portable kernels, or refused by name."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,9 +219,21 @@ def test_the_first_op_with_which_a_part_fails_is_the_one_to_blame():
     assert "cannot lower tanh tanh (its error: no tanh). Write it as other ops" in str(error)
 
 
-def test_a_size_that_an_op_fixes_is_found_by_running_with_others():
-    model = Call(lambda m, x: F.pdist(torch.cat([m.first(x), x + 1, x])), first=nn.Linear(8, 8))
-    with pytest.raises(tq.LoweringError, match=r"pdist pdist .*takes a size for 3 at most.*fixed sizes"):
+def test_an_op_whose_shape_function_looks_at_sizes_holds_for_all_of_them():
+    program, graph = lowered(distances(), (torch.randn(3, 8),), dynamic=True)
+    for n in (1, MOST):
+        x = torch.randn(n, 8)
+        assert tq.sqnr_db(graph(x), program(x)) > 40
+
+
+def distances():
+    return Call(lambda m, x: F.pdist(torch.cat([m.first(x), x + 1, x])), first=nn.Linear(8, 8))
+
+
+def test_a_size_that_an_op_fixes_is_found_by_running_with_others(monkeypatch):
+    monkeypatch.setattr(executorch_xnnpack, "_sizes_as_exported", nullcontext)
+    model = distances()
+    with pytest.raises(tq.LoweringError, match=r"cannot run pdist pdist with other sizes.*fixed sizes"):
         lowered(model, (torch.randn(3, 8),), dynamic=True)
 
 

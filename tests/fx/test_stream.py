@@ -208,3 +208,15 @@ def test_a_solvers_change_reaches_the_rest_of_the_walk():
         else:
             exact, found = (task.inputs(0, flow)[task.span.sites[0].args[0]] for flow in ("float", "quantized"))
             assert (found - exact).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_quantized_value_that_is_no_number_counts_where_the_float_one_is(value):
+    batches = [torch.randn(4, 8)]
+    prepared = calibrated(nets.mlp(), batches, QUANTIZER)
+    stream, last = Stream(prepared, batches), layers(prepared)[-1]
+    for task in stream.walk([last]):
+        before = task.error()
+        task.prepared.get_parameter("2.bias").data[0] = value
+        assert before < 1e3
+        assert not task.error() <= before

@@ -174,8 +174,8 @@ class Task:
 
     def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
         with torch.no_grad():
-            pairs = zip(self.outputs(batch, evaluator), self.targets(batch), strict=True)
-            return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point())
+            pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
+            return sum(_distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
@@ -340,19 +340,19 @@ class Stream:
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Sum of the squared differences where `a` is finite, in double precision but without a copy of all.
+def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Sum of the squared differences where the float graph's values are finite, in double precision, piece by piece.
 
     Raises:
         CalibrationError: the two differ in shape.
     """
-    if a.shape != b.shape:
+    if wanted.shape != got.shape:
         raise CalibrationError(
-            f"a value has the shape {tuple(a.shape)} in the float graph and {tuple(b.shape)} in the quantized one: its "
-            "size depends on the data, and algorithms compare values one by one. Quantize with `algorithms=()`."
+            f"a value has the shape {tuple(wanted.shape)} in the float graph and {tuple(got.shape)} in the quantized "
+            "one: its size depends on the data, and algorithms compare values one by one. Quantize with `algorithms=()`."
         )
-    parts = zip(*(t.reshape(-1).split(1 << 17) for t in (a, b)), strict=True)
-    return sum(float((x.double() - y).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
+    parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
+    return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
 
 
 def _random_gradients(
