@@ -454,24 +454,17 @@ def _is_product(node: Node) -> bool:
     return kind is not None and kind.compute
 
 
-def _has_own_scale(node: Node) -> bool:
-    """Whether a quantize or dequantize op has a scale or zero point that is found at run time."""
-    return any(isinstance(a, Node) and not ops.is_constant(a) for a in node.args[1:3])
-
-
-def _is_static(node: Node) -> bool:
-    return ops.is_quantize(node) and not _has_own_scale(node)
-
-
 def _may_cut(crossing: Sequence[Node], place: dict[Node, int], at: int) -> bool:
     """Whether these values may be looked at without changing how they are computed."""
     if len(crossing) > _MOST_CROSSING:
         return False
     for node in crossing:
         later = [u for u in node.users if place.get(u, -1) > at]
-        if ops.is_quantize(node) or any(_is_static(v) for u in later for v in (u, *u.users)):
+        if ops.is_quantize(node) or any(
+            ops.is_quantize(v) and not ops.has_own_scale(v) for u in later for v in (u, *u.users)
+        ):
             return False  # a kernel may end in an activation and the quantize op behind it
-        if ops.is_dequantize(node) and _has_own_scale(node):
+        if ops.has_own_scale(node):
             return False  # a kernel begins with what finds the scale and quantizes
         if not (ops.is_dequantize(node) or ops.is_float(node)):
             return False

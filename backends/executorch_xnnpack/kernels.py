@@ -97,8 +97,7 @@ def _graphs(graph: GraphModule) -> Iterator[GraphModule]:
     """A graph and those that its conditions and maps run, but no delegate's."""
     yield graph
     for node in graph.graph.nodes:
-        inner = getattr(graph, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(inner, GraphModule):
+        if (inner := ops.body_of(node)) is not None:
             yield from _graphs(inner)
 
 

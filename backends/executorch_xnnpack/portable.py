@@ -409,8 +409,7 @@ _BRANCH_RULES: dict[Any, Rule] = {
 def rewrite_branches(model: GraphModule) -> None:
     """Write the ops that ExecuTorch keeps for its delegate, which sees no graph inside another, as portable ones."""
     for node in model.graph.nodes:
-        inner = getattr(model, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(inner, GraphModule):
+        if (inner := ops.body_of(node)) is not None:
             rewrite(inner, _BRANCH_RULES)
             rewrite_branches(inner)
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torchquant.fx import ops
 
 aten = torch.ops.aten
+_LAST = torch.iinfo(torch.int64).max  # as the end of a slice: all there is
 _NEGATIVE = -1e9  # stands for minus infinity in an additive mask: softmax gives exactly 0, arithmetic stays finite
 
 
@@ -122,9 +123,7 @@ def batch_norm(b: Builder, node: Node) -> Node | None:
     variance = b.call(aten.var.correction, wide, dims, correction=0, keepdim=True)
     centred = b.call(aten.sub.Tensor, wide, b.call(aten.mean.dim, wide, dims, True))
     y = b.call(aten.mul.Tensor, centred, b.call(aten.rsqrt.default, b.call(aten.add.Tensor, variance, eps)))
-    for op, factor in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
-        if isinstance(factor, Node):
-            y = b.call(op, y, b.call(aten.reshape.default, factor, [-1, *[1] * (len(dims) - 1)]))
+    y = _by_channel(b, y, weight, bias)
     return b.call(aten.to.dtype, y, dtype) if wide is not x else y
 
 
@@ -137,9 +136,15 @@ def instance_norm(b: Builder, node: Node) -> Node | None:
     variance = b.call(aten.mean.dim, b.call(aten.mul.Tensor, centred, centred), [2, 3], True)
     shifted = b.call(aten.add.Tensor, variance, b.scalar(float(eps)))  # type: ignore[arg-type]
     y = b.call(aten.mul.Tensor, centred, b.call(aten.rsqrt.default, shifted))
+    return _by_channel(b, y, weight, bias)
+
+
+def _by_channel(b: Builder, y: Node, weight: Any, bias: Any) -> Node:
+    """y (batch, channels, ...) times a weight plus a bias for each channel, where there are any."""
+    shape = [-1, *[1] * (y.meta["val"].ndim - 2)]
     for op, factor in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if isinstance(factor, Node):
-            y = b.call(op, y, b.call(aten.reshape.default, factor, [-1, 1, 1]))
+            y = b.call(op, y, b.call(aten.reshape.default, factor, shape))
     return y
 
 
@@ -423,12 +428,9 @@ def cropped(b: Builder, node: Node) -> Node | None:
     for i in range(len(sizes) // 2):
         axis, before, behind = rank - 1 - i, max(-sizes[2 * i], 0), max(-sizes[2 * i + 1], 0)
         size = x.meta["val"].shape[axis]
-        if behind:
-            x = b.call(aten.slice.Tensor, x, axis, before, size - behind if isinstance(size, int) else -behind)
-        elif before:
-            x = b.call(
-                aten.slice.Tensor, x, axis, before, size if isinstance(size, int) else torch.iinfo(torch.int64).max
-            )
+        if before or behind:
+            end = size - behind if isinstance(size, int) else -behind or _LAST
+            x = b.call(aten.slice.Tensor, x, axis, before, end)
     left = [max(s, 0) for s in sizes]
     return b.call(aten.constant_pad_nd.default, x, left, float(given.get("value") or 0.0)) if any(left) else x
 

@@ -314,11 +314,6 @@ def _reversed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any
     return f.call(aten.permute.default, value, list(range(value.meta["val"].ndim))[::-1])
 
 
-def _complex(f: _Functionalized, real: Node, imag: Node) -> Node:
-    """Not by `aten.complex`, whose shape function makes a number of a dynamic size."""
-    return f.call(aten.view_as_complex.default, f.call(aten.stack.default, [real, imag], -1))
-
-
 _SCATTER: dict[str, Any] = {
     "slice": aten.slice_scatter.default,
     "select": aten.select_scatter.default,
@@ -333,8 +328,8 @@ _INVERSE: dict[str, Callable[[_Functionalized, Node, Node, dict[str, Any]], Node
     **dict.fromkeys(("mT", "matrix_H", "adjoint", "mH"), _matrix_turned),
     "view_as_real": lambda f, whole, value, given: f.call(aten.view_as_complex.default, value),
     "view_as_complex": lambda f, whole, value, given: f.call(aten.view_as_real.default, value),
-    "real": lambda f, whole, value, given: _complex(f, value, f.call(aten.imag.default, whole)),
-    "imag": lambda f, whole, value, given: _complex(f, f.call(aten.real.default, whole), value),
+    "real": lambda f, whole, value, given: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
+    "imag": lambda f, whole, value, given: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
 }
 _SPLIT_DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", *_SPLIT_DIMS)

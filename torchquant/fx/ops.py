@@ -154,6 +154,12 @@ def is_higher_order(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def body_of(read: Node) -> GraphModule | None:
+    """The graph that a node reads for a higher-order op to run, if that is what it reads."""
+    value: Any = operator.attrgetter(str(read.target))(read.graph.owning_module) if read.op == "get_attr" else None
+    return value if isinstance(value, GraphModule) else None
+
+
 def op_name(node: Node) -> str:
     """The op kind's name, or the bare op name for an op outside the table; what else a node is if it calls no op."""
     kind = kind_of(node)
@@ -201,6 +207,12 @@ def qdq_name(node: Node) -> str:
 
 def is_dequantize(node: Node) -> bool:
     return qdq_name(node).startswith("dequantize")
+
+
+def has_own_scale(node: Node) -> bool:
+    """Whether the node quantizes or dequantizes by a scale that is found at run time."""
+    scale = node.args[1] if qdq_name(node) and len(node.args) > 1 else None
+    return isinstance(scale, Node) and scale.target is operator.getitem
 
 
 def is_quantize(node: Node) -> bool:

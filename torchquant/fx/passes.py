@@ -369,8 +369,7 @@ def per_token_linears(model: GraphModule) -> int:
         n
         for n in model.graph.nodes
         if n.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
-        and isinstance(n.args[1], Node)
-        and n.args[1].target is operator.getitem
+        and ops.has_own_scale(n)
         and n.users
         and all(u.target is aten.linear.default for u in n.users)
     ]
@@ -394,18 +393,13 @@ def duplicate_dynamic_chains(model: GraphModule) -> int:
     """
     done = 0
     for node in list(model.graph.nodes):
-        if not _is_dynamic_dequantize(node):
+        if not ops.is_dequantize(node) or not ops.has_own_scale(node):
             continue
         shared = len(node.args[0].users) > 1
         for user in list(node.users)[0 if shared else 1 :]:
             user.replace_input_with(node, _copy_chain(model, node))
             done += 1
     return _finished(model, done)
-
-
-def _is_dynamic_dequantize(node: Node) -> bool:
-    scale = node.args[1] if ops.is_dequantize(node) and len(node.args) > 1 else None
-    return isinstance(scale, Node) and scale.target is operator.getitem
 
 
 def _copy_chain(model: GraphModule, dequantize: Node) -> Node:

@@ -185,18 +185,10 @@ def _computes(node: Node) -> bool:
 def _is_compute(node: Node) -> bool:
     """Whether the op multiplies matrices, looks up weights, or may hide ops that do."""
     if ops.is_higher_order(node):
-        bodies = [body for n in node.all_input_nodes if (body := _body(node, n)) is not None]
+        bodies = [body for n in node.all_input_nodes if (body := ops.body_of(n)) is not None]
         return not bodies or any(_is_compute(n) for body in bodies for n in body.graph.nodes)
     kind = ops.kind_of(node)
     return kind is not None and kind.compute
-
-
-def _body(node: Node, read: Node) -> GraphModule | None:
-    """The graph that a higher-order op runs, if that is what it reads there."""
-    if read.op != "get_attr":
-        return None
-    value: Any = operator.attrgetter(str(read.target))(node.graph.owning_module)
-    return value if isinstance(value, GraphModule) else None
 
 
 def _site(model: GraphModule, node: Node) -> Site:
