@@ -33,6 +33,21 @@ def data_folder() -> Path:
     return DATA
 
 
+@pytest.fixture
+def cuts_by_rule(tmp_path, monkeypatch):
+    """A cache folder of the test's own: what was tuned on this machine is not what is tested."""
+    from torchquant.ops.gpu import configs
+
+    def forget():
+        configs.table.cache_clear()
+        configs._chosen.cache_clear()
+
+    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
+    forget()
+    yield
+    forget()
+
+
 @dataclass
 class Lowered:
     """A float graph, what became of it, and one batch."""

@@ -7,22 +7,13 @@ import torch
 import torchquant as tq
 from torchquant.backends import inductor_cuda
 from torchquant.backends.inductor_cuda import SCHEMES
-from torchquant.ops.gpu import configs
 from torchquant.quantizers import CudaQuantizer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("cuts_by_rule"),
+]
 ANY = torch.export.Dim.DYNAMIC
-
-
-@pytest.fixture(autouse=True)
-def _by_rule(tmp_path, monkeypatch):
-    """What was tuned on this machine is not what is tested."""
-    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
-    configs.table.cache_clear()
-    configs._chosen.cache_clear()
-    yield
-    configs.table.cache_clear()
-    configs._chosen.cache_clear()
 
 
 def converted(scheme, model, batch, dtype=torch.bfloat16, **options):

@@ -5,22 +5,13 @@ import torch
 
 from tests.ops import gpu_cases
 from tests.ops.gpu_cases import Scaled, WeightOnly
-from torchquant.ops.gpu import configs
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("cuts_by_rule"),
+]
 SIZES = [1, 2, 7, 16, 17, 33, 64, 100, 256, 1000, 2049]
 DATA = ["normal", "outliers", "zeros", "tiny"]
-
-
-@pytest.fixture(autouse=True)
-def _by_rule(tmp_path, monkeypatch):
-    """What was tuned on this machine is not what is tested."""
-    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
-    configs.table.cache_clear()
-    configs._chosen.cache_clear()
-    yield
-    configs.table.cache_clear()
-    configs._chosen.cache_clear()
 
 
 def runs_here(case):

@@ -9,17 +9,10 @@ from torchquant.ops.gpu import configs, packing, timing, tuning
 from torchquant.ops.gpu.configs import Config
 from torchquant.ops.gpu.products import Product, relative_error
 
+pytestmark = pytest.mark.usefixtures("cuts_by_rule")
 GPU = "a-gpu"
 SMALL = Product("w4a16", 48, 256, 128, dtype=torch.float32)
 FORMATS = ("w4a16", "w8a16", "int8", "fp8")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
-    configs.table.cache_clear()
-    yield
-    configs.table.cache_clear()
 
 
 class Bench:

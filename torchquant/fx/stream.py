@@ -348,8 +348,8 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
     """
     if wanted.shape != got.shape:
         raise CalibrationError(
-            f"a value has the shape {tuple(wanted.shape)} in the float graph and {tuple(got.shape)} in the quantized one: "
-            "its size depends on the data, and algorithms compare value by value. Quantize with `algorithms=()`."
+            f"a value has the shape {tuple(wanted.shape)} in the float graph, and {tuple(got.shape)} in the quantized "
+            "one: its size depends on the data, and algorithms compare value by value. Quantize with `algorithms=()`."
         )
     parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
     return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)

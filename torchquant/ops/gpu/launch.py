@@ -33,7 +33,7 @@ def _cut(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def _order(x: torch.Tensor) -> dict[str, bool]:
+def _options(x: torch.Tensor) -> dict[str, bool]:
     """Options of every launch: where tried, a kernel begins on Hopper while the one in front ends, see `follow`."""
     if not _EARLY:
         return {"EARLY": False}
@@ -93,7 +93,7 @@ def weight_only(
             config.slices,
             config.stages,
             num_warps=config.slices,
-            **_order(x),
+            **_options(x),
         )
     elif config.kernel == "skinny":
         kernels.weight_only_skinny[(_cut(n, config.n), _cut(m, config.m))](
@@ -111,48 +111,63 @@ def weight_only(
             not _INTERPRETED,
             num_warps=config.warps,
             num_stages=config.stages,
-            **_order(x),
+            **_options(x),
         )
     else:
-        split = min(config.slices, _cut(k, BLOCK))
-        parts = out if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
-        inside = epilogue if split == 1 else (None, None)
-        tiles = _cut(n, config.n) * _cut(m, config.m)
-        if config.kernel == "pipelined":
-            programs = min(tiles * split, _multiprocessors(x.device) * (8 // config.warps))
-            kernels.weight_only_pipelined[(programs,)](
-                *_tiles(x, packed, params, config),
-                *inside,
-                parts,
-                m,
-                *format,
-                activation,
-                split,
-                configs.pipelined_stages(config, bits, group_size),
-                num_warps=config.warps,
-                **_order(x),
-            )
-        else:
-            kernels.weight_only_tiled[(tiles, split)](
-                x,
-                packed,
-                _words(params),
-                *inside,
-                parts,
-                m,
-                *format,
-                activation,
-                config.m,
-                config.n,
-                split,
-                not _INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                **_order(x),
-            )
-        if split > 1:
-            _add_splits(parts, *epilogue, out, split, activation)
+        _weight_only_by_tiles(x, packed, params, epilogue, out, format, activation, config)
     return out
+
+
+def _weight_only_by_tiles(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    epilogue: tuple[torch.Tensor | None, torch.Tensor | None],
+    out: torch.Tensor,
+    format: tuple[int, int, int, bool, int],
+    activation: str,
+    config: Config,
+) -> None:
+    """Fill `out`; `format`: outputs, inputs, group size, whether there are zero points, bits."""
+    m, (n, k, group_size, _, bits) = x.shape[0], format
+    split = min(config.slices, _cut(k, BLOCK))
+    parts = out if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+    inside = epilogue if split == 1 else (None, None)
+    tiles = _cut(n, config.n) * _cut(m, config.m)
+    if config.kernel == "pipelined":
+        programs = min(tiles * split, _multiprocessors(x.device) * (8 // config.warps))
+        kernels.weight_only_pipelined[(programs,)](
+            *_tiles(x, packed, params, config),
+            *inside,
+            parts,
+            m,
+            *format,
+            activation,
+            split,
+            configs.pipelined_stages(config, bits, group_size),
+            num_warps=config.warps,
+            **_options(x),
+        )
+    else:
+        kernels.weight_only_tiled[(tiles, split)](
+            x,
+            packed,
+            _words(params),
+            *inside,
+            parts,
+            m,
+            *format,
+            activation,
+            config.m,
+            config.n,
+            split,
+            not _INTERPRETED,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **_options(x),
+        )
+    if split > 1:
+        _add_splits(parts, *epilogue, out, split, activation)
 
 
 def _tiles(
@@ -191,7 +206,7 @@ def dequantize(
         rows,
         not _INTERPRETED,
         num_warps=4,
-        **_order(packed),
+        **_options(packed),
     )
     return weight
 
@@ -211,7 +226,7 @@ def _add_splits(
 ) -> None:
     (m, n), (rows, columns) = out.shape, (4, 256)
     kernels.add_splits[(_cut(n, columns), _cut(m, rows))](
-        parts, bias, residual, out, m, n, split, activation, rows, columns, num_warps=4, **_order(out)
+        parts, bias, residual, out, m, n, split, activation, rows, columns, num_warps=4, **_options(out)
     )
 
 
@@ -228,7 +243,9 @@ def quantize_rows(
     if m and k:
         width = min(triton.next_power_of_2(k), _WIDEST_ROW)
         warps = max(1, min(16, width // 512))
-        kernels.quantize_rows[(m,)](x, codes, scale, k, quant_min, quant_max, eps, width, num_warps=warps, **_order(x))
+        kernels.quantize_rows[(m,)](
+            x, codes, scale, k, quant_min, quant_max, eps, width, num_warps=warps, **_options(x)
+        )
     return codes, scale
 
 
@@ -237,7 +254,7 @@ def _quantize_tensor(
 ) -> torch.Tensor:
     codes = torch.empty_like(x, dtype=dtype)
     grid = (_cut(x.numel(), _SPAN),)
-    kernels.quantize_tensor[grid](x, codes, scale, zero_point, x.numel(), low, high, _SPAN, num_warps=8, **_order(x))
+    kernels.quantize_tensor[grid](x, codes, scale, zero_point, x.numel(), low, high, _SPAN, num_warps=8, **_options(x))
     return codes
 
 
@@ -298,40 +315,54 @@ def scaled(
             wide,
             num_warps=config.warps,
             num_stages=config.stages,
-            **_order(x),
+            **_options(x),
         )
     else:
-        kernel, x_tiles, tiles = kernels.scaled_tiled, x, weight
-        split = min(config.slices, _cut(k, config.k))
-        parts = out
-        if split > 1:
-            parts = out.new_empty(split, m, n, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
-        if config.kernel == "copied" and _copied(x, weight):
-            kernel = kernels.scaled_copied
-            x_tiles = TensorDescriptor.from_tensor(x, [config.m, config.k])
-            tiles = TensorDescriptor.from_tensor(weight, [config.n, config.k])
-        kernel[(_cut(n, config.n) * _cut(m, config.m), split)](
-            x_tiles,
-            tiles,
-            *epilogue,
-            parts,
-            m,
-            n,
-            k,
-            *by_row,
-            activation,
-            config.m,
-            config.n,
-            config.k,
-            split,
-            8,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **_order(x),
-        )
-        if split > 1:
-            _scale_products(parts, epilogue, out, by_row, activation)
+        _scaled_by_tiles(x, weight, epilogue, out, by_row, activation, config)
     return out
+
+
+def _scaled_by_tiles(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: tuple[torch.Tensor | None, ...],
+    out: torch.Tensor,
+    by_row: tuple[int, ...],
+    activation: str,
+    config: Config,
+) -> None:
+    """Fill `out` from codes x and weight."""
+    (m, k), n = x.shape, weight.shape[0]
+    kernel, x_tiles, tiles = kernels.scaled_tiled, x, weight
+    split = min(config.slices, _cut(k, config.k))
+    parts = out
+    if split > 1:
+        parts = out.new_empty(split, m, n, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
+    if config.kernel == "copied" and _copied(x, weight):
+        kernel = kernels.scaled_copied
+        x_tiles = TensorDescriptor.from_tensor(x, [config.m, config.k])
+        tiles = TensorDescriptor.from_tensor(weight, [config.n, config.k])
+    kernel[(_cut(n, config.n) * _cut(m, config.m), split)](
+        x_tiles,
+        tiles,
+        *epilogue,
+        parts,
+        m,
+        n,
+        k,
+        *by_row,
+        activation,
+        config.m,
+        config.n,
+        config.k,
+        split,
+        8,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **_options(x),
+    )
+    if split > 1:
+        _scale_products(parts, epilogue, out, by_row, activation)
 
 
 def _scale_products(
@@ -355,7 +386,7 @@ def _scale_products(
         rows,
         columns,
         num_warps=4,
-        **_order(out),
+        **_options(out),
     )
 
 
@@ -462,6 +493,6 @@ def convolution(
         config.k,
         num_warps=config.warps,
         num_stages=config.stages,
-        **_order(x),
+        **_options(x),
     )
     return out

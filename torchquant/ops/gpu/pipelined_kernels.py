@@ -78,6 +78,17 @@ def _place(tile, M, N, BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def _next(tile, place, block, M, N, BM: gl.constexpr, BN: gl.constexpr, BLOCKS: gl.constexpr, SPLIT: gl.constexpr):
+    """The block after one of a tile, of this program's next tile after the last."""
+    block += SPLIT
+    if block >= BLOCKS:
+        tile += gl.num_programs(0)
+        place = _place(tile, M, N, BM, BN, SPLIT)
+        block = place[2]
+    return tile, place, block
+
+
+@gluon.jit
 def _copy(x, packed, qparams, rings, place, block, stage, there, N, G: gl.constexpr):
     """Have the copy engine bring a block of a tile to a stage of the ring, if it is `there`."""
     x_ring, codes_ring, params_ring, ready = rings
@@ -168,11 +179,7 @@ def weight_only_pipelined(
     next_block = next_place[2]
     for i in gl.static_range(STAGES - 1):
         _copy(x, packed, qparams, rings, next_place, next_block, i, next_tile < tiles, N, G)
-        next_block += SPLIT
-        if next_block >= BLOCKS:
-            next_tile += gl.num_programs(0)
-            next_place = _place(next_tile, M, N, BM, BN, SPLIT)
-            next_block = next_place[2]
+        next_tile, next_place, next_block = _next(next_tile, next_place, next_block, M, N, BM, BN, BLOCKS, SPLIT)
     stage = 0
     phase = 0
     free = STAGES - 1  # the stage that the last step has left
@@ -192,11 +199,9 @@ def weight_only_pipelined(
                 if i == 1:  # the first wait was for the last chunk of the last step, and two chunks are under way
                     gl.thread_barrier()
                     _copy(x, packed, qparams, rings, next_place, next_block, free, next_tile < tiles, N, G)
-                    next_block += SPLIT
-                    if next_block >= BLOCKS:
-                        next_tile += gl.num_programs(0)
-                        next_place = _place(next_tile, M, N, BM, BN, SPLIT)
-                        next_block = next_place[2]
+                    next_tile, next_place, next_block = _next(
+                        next_tile, next_place, next_block, M, N, BM, BN, BLOCKS, SPLIT
+                    )
                 acc = warpgroup_mma_wait(1, deps=[acc])  # for the chunk before this one
             free = stage
             stage += 1

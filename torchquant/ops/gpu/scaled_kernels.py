@@ -227,10 +227,35 @@ def scaled_skinny(
 
 
 @triton.jit
-def _store_part(acc, m, n, parts, M, N):
-    """acc (BN, BM) into this program's part of parts (SPLIT, M, N)."""
-    part = parts + tl.program_id(1).to(tl.int64) * M * N
-    tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=(n < N)[:, None] & (m < M)[None, :])
+def _end(
+    acc,
+    m,
+    n,
+    M,
+    N,
+    x_scale,
+    x_zero_point,
+    weight_scale,
+    weight_sum,
+    bias,
+    residual,
+    out,
+    scale_rows: tl.constexpr,
+    zero_rows: tl.constexpr,
+    weight_rows: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Store a tile acc (BN, BM) of products, finished; or where K is split into this program's part (SPLIT, M, N)."""
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    if SPLIT == 1:
+        y = _scaled(
+            acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows
+        )
+        finish(y, m, n, mask, bias, residual, out, N, ACTIVATION)
+    else:
+        part = out + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -287,13 +312,25 @@ def scaled_tiled(
             w = tl.load(wp + first, mask=(first + k < K)[None, :], other=0.0)
             values = tl.load(xp + first, mask=(first + k < K)[:, None], other=0.0)
         acc = tl.dot(w, values, acc, out_dtype=acc.dtype)
-    if SPLIT == 1:
-        y = _scaled(
-            acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows
-        )
-        finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
-    else:
-        _store_part(acc, m, n, out, M, N)
+    _end(
+        acc,
+        m,
+        n,
+        M,
+        N,
+        x_scale,
+        x_zero_point,
+        weight_scale,
+        weight_sum,
+        bias,
+        residual,
+        out,
+        scale_rows,
+        zero_rows,
+        weight_rows,
+        ACTIVATION,
+        SPLIT,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -336,13 +373,25 @@ def scaled_copied(
         w, values = weight.load([n0, first]), x.load([m0, first])
         acc = tl.dot(w, values.T, acc, out_dtype=acc.dtype)
     n, m = n0 + tl.arange(0, BN), m0 + tl.arange(0, BM)
-    if SPLIT == 1:
-        y = _scaled(
-            acc, m, n, M, N, x_scale, x_zero_point, weight_scale, weight_sum, scale_rows, zero_rows, weight_rows
-        )
-        finish(y, m, n, (n < N)[:, None] & (m < M)[None, :], bias, residual, out, N, ACTIVATION)
-    else:
-        _store_part(acc, m, n, out, M, N)
+    _end(
+        acc,
+        m,
+        n,
+        M,
+        N,
+        x_scale,
+        x_zero_point,
+        weight_scale,
+        weight_sum,
+        bias,
+        residual,
+        out,
+        scale_rows,
+        zero_rows,
+        weight_rows,
+        ACTIVATION,
+        SPLIT,
+    )
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
