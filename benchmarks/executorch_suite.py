@@ -3,7 +3,7 @@
 Writes results/executorch_suite.json. It takes about two hours; with --records it goes on where it was stopped.
 
 python benchmarks/executorch_suite.py
-python benchmarks/executorch_suite.py --part delegate --records /tmp/records.json
+python benchmarks/executorch_suite.py --part delegate --files 20 --records records.json
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=list(suite.PARTS), help="all without it")
     parser.add_argument("--records", type=Path, help="file of what became of each file of tests, kept between runs")
+    parser.add_argument("--files", type=int, help="only so many of a part's files of tests, which its rows then say")
     options = parser.parse_args()
     known: dict[str, suite.Records] = {}
     if options.records and options.records.exists():
         known = json.loads(options.records.read_text())
     for part in options.part or list(suite.PARTS):
-        files = suite.files(part)
+        every = suite.files(part)
+        files = every[: options.files]
         for file in files:
             if file not in known:
                 known[file] = suite.run(file)
@@ -39,7 +41,8 @@ def main() -> None:
                 if options.records:
                     options.records.write_text(json.dumps(known, indent=1) + "\n")
         found = {name: record for file in files for name, record in known[file].items()}
-        records.write("executorch_suite", rows(part, found), ("part", "outcome", "reason"))
+        name = part if files == every else f"{part} (the first {len(files)} of {len(every)} files)"
+        records.write("executorch_suite", rows(name, found), ("part", "outcome", "reason"))
 
 
 def rows(part: str, found: suite.Records) -> list[records.Row]:
