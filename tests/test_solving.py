@@ -1,7 +1,9 @@
 """optimize: answers are guarded, timed, kept on disk; what is refused, and what the result says."""
 
 import itertools
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nets
 import pytest
@@ -10,7 +12,7 @@ from foreign import PlaceholderObserver, SpecQuantizer, calibrated, dynamic, per
 from torch import nn
 
 import torchquant as tq
-from torchquant import checkpoints
+from torchquant import checkpoints, solving
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.layerwise import float_weight
@@ -477,3 +479,8 @@ def test_a_graph_that_is_not_on_the_cpu_is_refused_with_the_way_out(model, batch
     prepared.register_buffer("elsewhere", torch.empty(1, device="meta"))
     with pytest.raises(tq.InputError, match=r"lies on meta.*algorithms=\(\)"):
         tq.optimize(prepared, batches, [AdaRound()], progress=False)
+
+
+@pytest.mark.parametrize("noise", [math.nan, math.inf])
+def test_a_network_that_returns_no_numbers_is_as_bad_as_can_be(noise):
+    assert solving._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf

@@ -11,8 +11,13 @@ from torchquant import proof
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
+from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+
 from torchquant.backends import executorch_xnnpack
+from torchquant.backends.executorch_xnnpack.kernels import way_out
+from torchquant.backends.executorch_xnnpack.limits import refuse_overflow
 from torchquant.backends.executorch_xnnpack.program import executorch_modules
+from torchquant.fx import ops
 
 
 def lowered(model, batch, example=None, dynamic_shapes=None, scheme="static_int8"):
@@ -246,3 +251,31 @@ def test_a_file_cut_or_damaged_in_what_torchquant_wrote_is_refused(two_images, t
         (tmp_path / name).write_bytes(bad)
         with pytest.raises(tq.ArtifactError):
             executorch_xnnpack.load(tmp_path / name)
+
+
+def test_a_weight_that_the_graph_makes_is_no_fault_of_its_scale():
+    """As in a network that generates weights: what becomes of the op is the partitioner's to say."""
+    model = Call(
+        lambda m, x, w: F.linear(m.first(x), m.make(w).view(4, 8)), first=nn.Linear(8, 8), make=nn.Linear(2, 32)
+    )
+    batch = (torch.randn(3, 8), torch.randn(1, 2))
+    config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=False)
+    quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
+    quantized = tq.quantize(model, batch, [batch], quantizer=quantizer, algorithms=(), progress=False)
+    sites = [s for s in tq.report(quantized).sites if s.status == "quantized"]
+    made = [s for s in sites if s.op == "linear" and not ops.is_constant(_weight_of(quantized, s.node))]
+    assert len(made) == 1
+    refuse_overflow(quantized, sites)
+
+
+def _weight_of(graph, name):
+    return next(n for n in graph.graph.nodes if n.name == name).args[1]
+
+
+def test_only_what_is_quantized_is_said_to_be_excluded():
+    model = Call(lambda m, x: torch.diagonal(m.first(x)) * 2, first=nn.Linear(8, 8))
+    batch = (torch.randn(8, 8),)
+    quantized = tq.quantize(model, batch, [batch], quantizer=XnnpackQuantizer(), algorithms=(), progress=False)
+    advice = {ops.op_name(n): way_out(n) for n in quantized.graph.nodes if ops.is_op(n)}
+    assert advice["linear"].startswith("Exclude it from quantization, or write it")
+    assert advice["diagonal"].startswith("Write it")
