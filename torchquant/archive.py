@@ -16,11 +16,16 @@ from typing import Any
 from torchquant.errors import ArtifactError
 from torchquant.files import digest, reading
 
-__all__ = ["FORMAT", "NAME", "compress", "contents", "members", "read", "read_any", "seal", "text_of", "versions"]
+__all__ = [
+    *("FORMAT", "NAME", "compress", "contents", "entries", "members", "read", "read_any", "seal", "text_of"),
+    "versions",
+]
 
 FORMAT = 3  # raised when an older reader could not make sense of what is written
 NAME = "torchquant.json"
 _WHAT = "a .pt2 archive"
+_LONGEST_END = 22 + 0xFFFF  # bytes of the record at the end of a zip file, with a comment
+_COUNTED_ELSEWHERE = 0xFFFF  # the count that sends readers to a larger record
 
 
 def versions() -> dict[str, str]:
@@ -94,7 +99,7 @@ def _checked(path: str | os.PathLike[str], keep: dict[str, bytes] | None) -> dic
     with reading(file, _WHAT), zipfile.ZipFile(file) as source:
         found: dict[str, str] = {}
         text = b""
-        for name, content in _entries(file, source):
+        for name, content in entries(file, source):
             if name.endswith(f"extra/{NAME}"):
                 text = content
             else:
@@ -140,17 +145,36 @@ def members(path: str | os.PathLike[str]) -> dict[str, bytes]:
     file = Path(path)
     _require(file)
     with reading(file, _WHAT), zipfile.ZipFile(file) as source:
-        return {name.partition("/")[2]: content for name, content in _entries(file, source)}
+        return {name.partition("/")[2]: content for name, content in entries(file, source)}
 
 
-def _entries(file: Path, source: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
-    """Names and contents; reading one to its end checks its checksum."""
+def entries(file: Path, source: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of all members, with their checksums checked, which is done where one is read to its end.
+
+    Raises:
+        ArtifactError: two members of one name, one shorter than its entry says, or fewer than the archive counts.
+    """
     seen: set[str] = set()
+    listed, count = len(source.infolist()), _recorded_count(file)
+    if count not in (listed, _COUNTED_ELSEWHERE):
+        raise ArtifactError(f"{file} is damaged: it lists {listed} members and says that it has {count}")
     for entry in source.infolist():
         if entry.filename in seen:
             raise ArtifactError(f"{file} is damaged: it holds {entry.filename} twice")
         seen.add(entry.filename)
-        yield entry.filename, source.read(entry)
+        content = source.read(entry)
+        if len(content) != entry.file_size:  # then zipfile has not compared the checksum
+            raise ArtifactError(f"{file} is damaged: {entry.filename} has {len(content)} bytes of {entry.file_size}")
+        yield entry.filename, content
+
+
+def _recorded_count(file: Path) -> int:
+    """How many members an archive has by the record at its end, which zipfile does not look at."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - _LONGEST_END))
+        end = opened.read()
+    start = end.rfind(b"PK\x05\x06")
+    return int.from_bytes(end[start + 10 : start + 12], "little")
 
 
 def compress(plain: Path, out: Path, keep: Callable[[str, bytes], bytes | None] | None = None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchquant import exported, tensors
+from torchquant import archive, exported, tensors
 from torchquant.errors import ArtifactError, InputError, TorchquantError
 from torchquant.files import reading
 
@@ -121,5 +123,9 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, f"a {path.suffix} file", "write it again"):
         if path.suffix == ".safetensors":
             return tensors.read(path, path.read_bytes())
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        with zipfile.ZipFile(path) as source:
+            return {name.removesuffix(".npy"): _array(content) for name, content in archive.entries(path, source)}
+
+
+def _array(content: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))

@@ -65,6 +65,26 @@ def test_each_byte_of_a_member_and_of_the_archive_s_own_notes_is_held(tmp_path):
             pytest.fail(f"{name}: {archive.read(path, 'thing')}")
 
 
+def _with_a_comment_over_the_next_entry(content: bytearray) -> None:
+    content[content.index(b"PK\x01\x02") + 33] = 1  # 256 bytes of comment, which swallow it
+
+
+def _with_a_longer_member(content: bytearray) -> None:
+    content[content.index(b"PK\x01\x02") + 26] = 1  # 65,536 bytes more; numpy reads as many as its header says
+
+
+@pytest.mark.parametrize("damage", [_with_a_comment_over_the_next_entry, _with_a_longer_member])
+def test_members_that_zipfile_loses_or_leaves_unchecked_are_missed(tmp_path, damage):
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3)), y=np.ones((2, 3)))
+    assert [sorted(batch) for batch in sources.load_batches(str(tmp_path / "a.npz"))] == [["x", "y"]] * 2
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    damage(content)
+    (tmp_path / "b.npz").write_bytes(content)
+    assert zipfile.ZipFile(tmp_path / "b.npz").namelist()[0] == "x.npy"  # nothing wrong with it for zipfile
+    with pytest.raises(tq.ArtifactError, match=r"b.npz is damaged: (it lists 1 members .* 2|x.npy has)"):
+        sources.load_batches(str(tmp_path / "b.npz"))
+
+
 def test_what_stands_before_an_archive_is_held(tmp_path):
     path = tmp_path / "a.pte"
     path.write_bytes(b"a program")
