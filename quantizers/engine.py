@@ -23,7 +23,8 @@ from torchquant.errors import SchemeError, TorchquantWarning
 from torchquant.fx import ops, passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
-from torchquant.fx.sites import CONSTANT, is_observer, note
+from torchquant.fx.reading import is_observer
+from torchquant.fx.sites import CONSTANT, note
 from torchquant.fx.windows import window_of
 from torchquant.observers import (
     ActivationMinMax,

@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.observer import HistogramObserver, MovingAverageM
 import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.ranges import ActivationEntropy, ActivationMSE, ActivationPercentile
 from torchquant.solved import SolvedWeight
 

@@ -14,7 +14,7 @@ from torchquant.algorithms.layerwise import float_weight
 from torchquant.backends import inductor_x86
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import layers, weight_grid, weight_of
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.fx.stream import FLOAT_BIAS, Evaluator, Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer

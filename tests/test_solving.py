@@ -19,7 +19,7 @@ from torchquant.algorithms.layerwise import float_weight
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.fx import ops
 from torchquant.fx.blocks import layers, weight_grid
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.solved import Solution, SolvedWeight
 from torchquant.solving import SpanResult
 

@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchquant import batches as data
 from torchquant.errors import CalibrationError, TorchquantWarning
 from torchquant.fx import merging, ops
-from torchquant.fx.sites import is_observer, observers, read_sites, refuse_lost_writes
+from torchquant.fx.reading import is_observer, observers
+from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import own_inputs, restored, set_states, states_of
 from torchquant.observers import check_finite, reset
 from torchquant.parallel import is_parallel, together

@@ -22,7 +22,7 @@ from torchquant.files import digest, reading, write_whole
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.fx.stream import Task
 from torchquant.parallel import everywhere, is_parallel
 from torchquant.solved import Solution

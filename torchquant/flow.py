@@ -28,7 +28,8 @@ from torchquant.fx import ops, passes
 from torchquant.fx.decompose import expand_batch_norms
 from torchquant.fx.digests import digest_of
 from torchquant.fx.functional import functionalize
-from torchquant.fx.sites import is_converted, is_prepared, read_sites, refuse_lost_writes
+from torchquant.fx.reading import is_converted, is_prepared
+from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states
 from torchquant.observers import least_scale
 from torchquant.parallel import agree, is_parallel, together

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx.patterns import match
-from torchquant.fx.sites import NOTE, is_converted, is_prepared, read_sites, refuse_lost_writes
+from torchquant.fx.reading import is_converted, is_prepared
+from torchquant.fx.sites import NOTE, read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states
 from torchquant.types import Capability, Site
 

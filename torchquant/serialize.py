@@ -18,7 +18,7 @@ from torchquant import batches as data
 from torchquant.errors import ArtifactError, InputError
 from torchquant.files import reading, write_whole
 from torchquant.fx import passes
-from torchquant.fx.sites import is_converted
+from torchquant.fx.reading import is_converted
 from torchquant.fx.states import own_states
 from torchquant.signature import Signature
 

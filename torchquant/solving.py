@@ -24,7 +24,7 @@ from torchquant.fx import patterns
 from torchquant.fx.blocks import Span
 from torchquant.fx.digests import digest_of
 from torchquant.fx.passes import copy_graph
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.fx.stream import Stream, Task, given_to
 from torchquant.parallel import agree, anywhere, everywhere, is_parallel, together
 from torchquant.solved import SolvedActivation, SolvedWeight, apply

@@ -12,9 +12,9 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, TARGET
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
-from torchquant.fx.sites import qparams_of
+from torchquant.fx.reading import GraphReading
 from torchquant.signature import Signature
-from torchquant.types import QParams, Site
+from torchquant.types import Site
 
 __all__ = [
     "refuse_missing_kernels",
@@ -211,28 +211,26 @@ def _named(node: Node) -> str:
 
 
 def _layers(graph: GraphModule, names: set[str]) -> Iterator[_Layer]:
+    reading = GraphReading(graph)
     for node in graph.graph.nodes:
         kind = ops.kind_of(node)
         if node.name not in names or kind is None or kind.weight is None:
             continue
         weight_node = ops.argument(node, kind.weight)
-        activation = qparams_of(graph, ops.argument(node, 0))
-        weight = qparams_of(graph, weight_node)
-        if weight_node is None or not _is_static(activation) or weight is None or weight.group_size:
+        activation, weight = (reading.tensor(n) for n in (ops.argument(node, 0), weight_node))
+        if weight_node is None or activation is None or weight is None or weight.qparams.group_size:
             continue
-        if not ops.is_constant(weight_node):
-            continue  # made by the graph, as by a network that generates weights: the partitioner leaves it
-        assert activation is not None
-        assert activation.scale is not None
+        if activation.qparams.scale is None or not ops.is_constant(weight_node):
+            continue  # dynamic; or a weight that the graph makes, which the partitioner leaves
         values = ops.constant_value(graph, weight_node).float()
         axis, groups = kind.axis, int(ops.arguments(node).get("groups", 1))
         rows = _channels(values, axis, groups)
-        scale = weight.scale.float() if weight.scale is not None else torch.ones(1)
+        scale = torch.ones(1) if weight.qparams.scale is None else weight.qparams.scale.float()
         scale = scale if scale.numel() == len(rows) else scale.max().expand(len(rows))
         source = ops.argument(node, 2)
         bias = ops.constant_value(graph, source).float() if source is not None and ops.is_constant(source) else None
         codes = (rows / scale[:, None]).round()
-        yield _Layer(node, float(activation.scale), scale, _output_scale(graph, node), bias, codes)
+        yield _Layer(node, float(activation.qparams.scale), scale, _output_scale(graph, node), bias, codes)
 
 
 def _channels(values: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
@@ -241,10 +239,6 @@ def _channels(values: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
         return values.flatten(1)
     parts = [part.transpose(0, 1).flatten(1) for part in values.chunk(groups)]
     return torch.cat(parts)
-
-
-def _is_static(activation: QParams | None) -> bool:
-    return activation is not None and not activation.dynamic and activation.scale is not None
 
 
 def _output_scale(graph: GraphModule, node: Node) -> float | None:

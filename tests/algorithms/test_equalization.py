@@ -20,7 +20,7 @@ from torchquant.algorithms import folding
 from torchquant.algorithms.equalization import CrossLayerEqualization, equalizing_factor
 from torchquant.calibration import Recorder, recalibrate
 from torchquant.fx import ops, passes
-from torchquant.fx.sites import is_prepared
+from torchquant.fx.reading import is_prepared
 from torchquant.quantizers.x86 import X86Quantizer
 
 LAYERS = ("linear", "conv2d", "conv1d")

@@ -12,7 +12,7 @@ import torchquant as tq
 from torchquant.algorithms.contract import Clock
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.fx.grids import grid_of
-from torchquant.fx.sites import observer_of, observers
+from torchquant.fx.reading import observer_of, observers
 from torchquant.fx.stream import Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer

@@ -20,7 +20,7 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.reconstruction import LearnedStep, Reconstruction, StraightThrough
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.grids import grid_of
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.fx.stream import Stream
 from torchquant.solved import Solution, SolvedWeight
 

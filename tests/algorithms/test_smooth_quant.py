@@ -21,7 +21,7 @@ from torchquant.algorithms.channel_statistics import ChannelSample
 from torchquant.algorithms.smooth_quant import SmoothQuant, outlier_factor, smoothing_factor
 from torchquant.calibration import Recorder, recalibrate
 from torchquant.fx import passes
-from torchquant.fx.sites import is_prepared
+from torchquant.fx.reading import is_prepared
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 

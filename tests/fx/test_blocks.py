@@ -11,7 +11,7 @@ from torch import nn
 import torchquant as tq
 from torchquant.fx import ops
 from torchquant.fx.blocks import blocks, data_order, layers, weight_grid
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Quantizer left:torchquant.errors.TorchquantWarning")
 KINDS = ("conv1d", "conv2d", "linear", "conv_transpose2d")

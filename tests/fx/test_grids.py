@@ -18,7 +18,7 @@ from torchquant import batches as data
 from torchquant.fx import passes
 from torchquant.fx.blocks import data_order
 from torchquant.fx.grids import Grid, grid_of
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.fx.stream import Evaluator, Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer

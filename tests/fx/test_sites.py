@@ -10,7 +10,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant.fx.sites import is_converted, is_prepared, observers, read_sites
+from torchquant.fx.reading import is_converted, is_prepared, observers
+from torchquant.fx.sites import read_sites
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 

@@ -24,7 +24,7 @@ import torchquant as tq
 from torchquant import batches as data
 from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.fx import passes
-from torchquant.fx.sites import is_prepared
+from torchquant.fx.reading import is_prepared
 from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
 from zoo.case import RIGHT, Call, Case
 

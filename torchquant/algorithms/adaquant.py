@@ -15,7 +15,7 @@ from torchquant.algorithms.layerwise import float_weight
 from torchquant.algorithms.objective import Objective
 from torchquant.algorithms.reconstruction import Reconstruction, StraightThrough, standing
 from torchquant.fx.blocks import Span, layers
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.stream import Task
 from torchquant.solved import Solution
 

@@ -24,7 +24,7 @@ from torchquant.calibration import record
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.producers import LAYERS, Producer, channel_axis, has_constants, is_padded, producer_of, readers
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 
 __all__ = ["CrossLayerEqualization", "equalizing_factor"]
 

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops, passes
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.producers import Producer, affine_positions, shape_behind
-from torchquant.fx.sites import note, observer_of
+from torchquant.fx.reading import observer_of
+from torchquant.fx.sites import note
 from torchquant.observers import reset
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from torchquant.algorithms.compensation import Compensated
 from torchquant.fx.grids import fake_quantizer, grid_of
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.stream import Evaluator, Task
 from torchquant.parallel import total
 

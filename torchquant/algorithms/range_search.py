@@ -24,7 +24,7 @@ from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import Grid, grid_of, per_tensor
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.stream import Evaluator, Stream, Task
 from torchquant.observers import least_scale
 from torchquant.parallel import total

@@ -34,7 +34,7 @@ from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.producers import Producer, is_padded, shape_behind
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.ties import quantizes_output
 
 __all__ = ["Rule", "SmoothQuant", "outlier_factor", "smoothing_factor"]

@@ -30,7 +30,7 @@ from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.consumers import Reader
 from torchquant.fx.producers import channel_axis
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.stream import Stream
 from torchquant.fx.ties import Tie, has_static_range, ties_of
 from torchquant.parallel import gathered, rank, world_size

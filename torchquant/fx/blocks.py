@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torchquant.errors import SchemeError
 from torchquant.fx import ops
 from torchquant.fx.grids import Grid, grid_of
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 
 __all__ = ["Span", "blocks", "data_order", "layers", "weight_grid", "weight_of"]
 

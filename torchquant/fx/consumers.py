@@ -20,7 +20,7 @@ from torchquant.fx.producers import (
     readers,
     shape_behind,
 )
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.types import DTYPE_RANGE
 
 __all__ = ["Group", "Reader", "groups_of"]

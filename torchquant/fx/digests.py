@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from torchquant.fx import ops
 from torchquant.fx.grids import Grid
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 
 __all__ = ["digest_of"]
 

@@ -22,7 +22,7 @@ from torchao.quantization.pt2e.observer import (
 from torchquant import histograms
 from torchquant.errors import CalibrationError
 from torchquant.fx import ops
-from torchquant.fx.sites import observers
+from torchquant.fx.reading import observers
 from torchquant.observers import reset
 from torchquant.parallel import gathered, rank
 from torchquant.ranges import ActivationEntropy, ActivationMSE, ActivationPercentile

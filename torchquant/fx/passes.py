@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQ
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
-from torchquant.fx.sites import is_observer, observers
+from torchquant.fx.reading import is_observer, observers
 from torchquant.observers import per_token
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import FixedQParamsObserver
 
 from torchquant.fx import ops
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 
 __all__ = [
     "LAYERS",

@@ -20,7 +20,7 @@ from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
 from torchquant.fx.grids import fake_quantizer
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.fx.states import state_nodes
 from torchquant.fx.store import Store
 from torchquant.parallel import total, total_

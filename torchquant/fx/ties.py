@@ -22,7 +22,7 @@ from torchquant.fx.producers import (
     readers,
     shape_behind,
 )
-from torchquant.fx.sites import observer_of
+from torchquant.fx.reading import observer_of
 from torchquant.types import DTYPE_RANGE
 
 __all__ = ["Tie", "has_static_range", "is_annotated", "quantizes_output", "ties_of"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
-from torchquant.fx.sites import qparams_of
+from torchquant.fx.reading import Choice, GraphReading, Quantized
 from torchquant.ops.plan import Dynamic, Quantization
 
 ACCUMULATOR = 2**31 - 1
@@ -106,66 +105,46 @@ def pair(value: Any, flat: bool = False) -> tuple[int, int] | None:
     return None
 
 
-def grid_of(graph: GraphModule, node: Node) -> Quantization | Dynamic | None:
-    """The grid of a per-tensor quantize or dequantize op, counted as unsigned bytes."""
-    if ops.qdq_name(node) not in ("quantize_per_tensor", "dequantize_per_tensor"):
+def byte_grid(quantized: Quantized | None) -> Quantization | Dynamic | None:
+    """The grid of a per-tensor quantize or dequantize op, counted as unsigned bytes; None for all else."""
+    if quantized is None or ops.qdq_name(quantized.node) not in ("quantize_per_tensor", "dequantize_per_tensor"):
         return None
-    given = ops.arguments(node)
-    low, high, dtype = given.get("quant_min"), given.get("quant_max"), given.get("dtype")
-    if dtype not in (torch.uint8, torch.int8) or given.get("out_dtype") not in (None, torch.float32):
+    qparams = quantized.qparams
+    low, high = qparams.quant_min, qparams.quant_max
+    if qparams.dtype not in (torch.uint8, torch.int8) or quantized.output_dtype not in (None, torch.float32):
         return None
     if not isinstance(low, int) or not isinstance(high, int):
         return None
-    shift = 128 if dtype == torch.int8 else 0
-    chosen = chosen_for(node)
-    if chosen is not None:
-        return _dynamic_grid(node, chosen, shift)
-    scale, zero = (_number(graph, given.get(k)) for k in ("scale", "zero_point"))
-    if scale is None or zero is None or not 0 < scale < math.inf:
+    shift = 128 if qparams.dtype == torch.int8 else 0
+    if quantized.choice is not None:
+        return _dynamic_grid(quantized, quantized.choice, low + shift, high + shift)
+    scale, zero_point = (_number(value) for value in (qparams.scale, qparams.zero_point))
+    if scale is None or zero_point is None or not 0 < scale < math.inf:
         return None
-    found = Quantization(scale, int(zero) + shift, low + shift, high + shift, nan=shift)
-    return found if 0 <= found.low <= found.zero_point <= found.high <= 255 else None
+    grid = Quantization(scale, int(zero_point) + shift, low + shift, high + shift, nan=shift)
+    return grid if 0 <= grid.low <= grid.zero_point <= grid.high <= 255 else None
 
 
-def chosen_for(node: Node) -> Node | None:
-    """The `choose_qparams` op whose scale and zero point a quantize or dequantize op takes."""
-    given = ops.arguments(node)
-    found = []
-    for index, name in enumerate(("scale", "zero_point")):
-        part = given.get(name)
-        if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
-            return None
-        found.append(part.all_input_nodes[0])
-    return found[0] if found[0] is found[1] and ops.qdq_name(found[0]) in _CHOOSING else None
+def qparams_nodes(quantized: Quantized | None) -> list[Node]:
+    """What makes the scale and zero point of a dynamic quantize op: the op that chooses and what takes it apart."""
+    choice = None if quantized is None else quantized.choice
+    return [] if choice is None else [choice.node, *choice.node.users]
 
 
-def qparams_nodes(node: Node) -> list[Node]:
-    """What makes the scale and zero point of a dynamic quantize op: `choose_qparams` and what takes it apart."""
-    chosen = chosen_for(node)
-    return [] if chosen is None else [chosen, *chosen.users]
-
-
-def _dynamic_grid(node: Node, chosen: Node, shift: int) -> Dynamic | None:
+def _dynamic_grid(quantized: Quantized, choice: Choice, low: int, high: int) -> Dynamic | None:
     """The grid of an op whose scale is chosen from the range of the very tensor that is quantized."""
-    given, choice = ops.arguments(node), ops.arguments(chosen)
-    quantize = quantize_behind(node) if ops.is_dequantize(node) else node
-    if quantize is None or ops.argument(quantize, 0) is not choice.get("input"):
+    qparams = quantized.qparams
+    if ops.qdq_name(choice.node) not in _CHOOSING or quantized.source is not choice.source or choice.eps is None:
         return None
-    if any(given[k] != choice.get(k) for k in ("quant_min", "quant_max", "dtype")):
+    if choice.grid != (qparams.dtype, qparams.quant_min, qparams.quant_max):
         return None
-    symmetric = ops.qdq_name(chosen) == "choose_qparams_symmetric"
-    found = Dynamic(given["quant_min"] + shift, given["quant_max"] + shift, float(choice["eps"]), symmetric)
-    middle = 128 if symmetric else found.low
-    return found if 0 <= found.low <= middle <= found.high <= 255 and found.low < found.high else None
+    grid = Dynamic(low, high, choice.eps, choice.symmetric)
+    middle = 128 if choice.symmetric else grid.low
+    return grid if 0 <= grid.low <= middle <= grid.high <= 255 and grid.low < grid.high else None
 
 
-def _number(graph: GraphModule, value: Any) -> float | None:
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Node) and value.op == "get_attr":
-        tensor = ops.constant_value(graph, value)
-        return float(tensor) if tensor.numel() == 1 else None
-    return None
+def _number(value: torch.Tensor | None) -> float | None:
+    return float(value) if value is not None and value.numel() == 1 else None
 
 
 @dataclass(frozen=True)
@@ -174,19 +153,20 @@ class Weight:
     scale: torch.Tensor  # float64, one a channel
 
 
-def weight_of(graph: GraphModule, node: Any) -> Weight | None:
+def weight_of(reading: GraphReading, node: Any) -> Weight | None:
     """The codes and scales behind a dequantized constant: symmetric int8 on axis 0 or for the whole tensor."""
     if not isinstance(node, Node) or ops.qdq_name(node) not in ("dequantize_per_channel", "dequantize_per_tensor"):
         return None
-    source, found = ops.argument(node, 0), qparams_of(graph, node)
-    if source is None or not ops.is_constant(source) or found is None or found.scale is None:
+    quantized = reading.op(node)
+    if quantized is None or quantized.codes is None or not ops.is_constant(quantized.codes):
         return None
-    codes = ops.constant_value(graph, source)
-    if codes.dtype != torch.int8 or found.axis not in (None, 0) or found.scale.numel() not in (1, codes.shape[0]):
+    scale, zero_point, axis = quantized.qparams.scale, quantized.qparams.zero_point, quantized.qparams.axis
+    codes = ops.constant_value(reading.model, quantized.codes)
+    if scale is None or codes.dtype != torch.int8 or axis not in (None, 0) or scale.numel() not in (1, len(codes)):
         return None
-    if found.zero_point is not None and bool(found.zero_point.any()):
+    if zero_point is not None and bool(zero_point.any()):
         return None
-    return Weight(codes, found.scale.double().flatten().expand(codes.shape[0]))
+    return Weight(codes, scale.float().double().flatten().expand(len(codes)))
 
 
 def quantize_behind(node: Any) -> Node | None:

@@ -14,8 +14,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
+from torchquant.fx.reading import GraphReading
 from torchquant.ops import matching
-from torchquant.ops.plan import Dynamic
+from torchquant.ops.plan import Dynamic, Quantization
 
 _TURNS = ("permute.default", "transpose.int", "movedim.int")  # between images and rows, whatever their shapes
 _SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
@@ -26,6 +27,7 @@ class Finder:
 
     def __init__(self, graph: GraphModule) -> None:
         self.graph = graph
+        self.reading = GraphReading(graph)
         self.layout: dict[Node, str] = {}
         self.known: set[Node] = set()
         self.constants: set[Node] = set()
@@ -43,6 +45,14 @@ class Finder:
         self._drop_partial()
         self._part()
         yield from self._grouped()
+
+    def grid(self, node: Node) -> Quantization | Dynamic | None:
+        """The grid of a quantize or dequantize op, counted as unsigned bytes, or None."""
+        return matching.byte_grid(self.reading.op(node))
+
+    def weight(self, node: Any) -> matching.Weight | None:
+        """The codes and scales behind what a product multiplies by, where the kernels take them."""
+        return matching.weight_of(self.reading, node)
 
     def _part(self) -> None:
         """Give the products of others quantize and dequantize ops of their own, in front of which a region ends.
@@ -142,16 +152,16 @@ class Finder:
         if ops.is_quantize(node):
             source = ops.argument(node, 0)
             return (
-                matching.grid_of(self.graph, node) is not None
+                self.grid(node) is not None
                 and source is not None
                 and matching.is_float32(source)
                 and all(ops.is_dequantize(u) for u in node.users)
             )
         if ops.is_dequantize(node):
-            source, grid = matching.quantize_behind(node), matching.grid_of(self.graph, node)
+            source, grid = matching.quantize_behind(node), self.grid(node)
             if isinstance(grid, Dynamic) and not all(ops.op_name(u) == "linear" for u in node.users):
                 return False
-            return source in self.known and grid == matching.grid_of(self.graph, source)
+            return source in self.known and grid == self.grid(source)
         if not matching.is_float32(node) or not self._agrees(node):
             return False
         name = ops.op_name(node)
@@ -184,7 +194,7 @@ class Finder:
 
     def _product(self, node: Node) -> matching.Weight | None:
         given = ops.arguments(node)
-        source, weight = matching.quantize_behind(given["input"]), matching.weight_of(self.graph, given["weight"])
+        source, weight = matching.quantize_behind(given["input"]), self.weight(given["weight"])
         if source is None or given["input"] not in self.known or weight is None:
             return None
         bias = given.get("bias")
@@ -341,12 +351,11 @@ class Finder:
 
     def _is_dynamic(self, node: Node) -> bool:
         """Whether a quantize op or the dequantize op behind it has the range of a whole tensor."""
-        return isinstance(matching.grid_of(self.graph, node), Dynamic)
+        return isinstance(self.grid(node), Dynamic)
 
-    @staticmethod
-    def _qparams_readers(node: Node) -> Iterator[Node]:
+    def _qparams_readers(self, node: Node) -> Iterator[Node]:
         """What must be known too: the readers of the scale and zero point, and of what is on that grid."""
-        for made in (node, *matching.qparams_nodes(node)[1:]):
+        for made in (node, *matching.qparams_nodes(self.reading.op(node))[1:]):
             yield from made.users
 
     @staticmethod
@@ -385,7 +394,10 @@ class Finder:
                 group[root(dynamic.setdefault(node.all_input_nodes[0], node))] = root(node)
         members: dict[Node, list[Node]] = defaultdict(list)
         for node in group:
-            members[root(node)] += [node, *(matching.qparams_nodes(node) if ops.is_quantize(node) else ())]
+            members[root(node)] += [
+                node,
+                *(matching.qparams_nodes(self.reading.op(node)) if ops.is_quantize(node) else ()),
+            ]
         for nodes in members.values():
             if any(ops.op_name(n) in matching.PRODUCTS for n in nodes):
                 yield list(dict.fromkeys(nodes))

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
+from torchquant.fx.reading import GraphReading
 from torchquant.ops import exactness, matching
 
 __all__ = ["note", "refuse", "saturating", "unsafe_products"]
@@ -33,19 +34,20 @@ _REMEDY = (
 def unsafe_products(graph: GraphModule) -> dict[torch.dtype, list[Node]]:
     """By the dtype of their activations: products of codes that `vpmaddubsw` may saturate on."""
     found: dict[torch.dtype, list[Node]] = {}
+    reading = GraphReading(graph)
     for node in graph.graph.nodes:
-        dtype = _unsafe_dtype(graph, node) if ops.op_name(node) in matching.PRODUCTS else None
+        dtype = _unsafe_dtype(reading, node) if ops.op_name(node) in matching.PRODUCTS else None
         if dtype is not None:
             found.setdefault(dtype, []).append(node)
     return found
 
 
-def _unsafe_dtype(graph: GraphModule, node: Node) -> torch.dtype | None:
-    source, weight = ops.argument(node, 0), matching.weight_of(graph, ops.argument(node, 1))
-    if source is None or not ops.is_dequantize(source) or weight is None:
+def _unsafe_dtype(reading: GraphReading, node: Node) -> torch.dtype | None:
+    values, weight = ops.argument(node, 0), matching.weight_of(reading, ops.argument(node, 1))
+    quantized = None if values is None else reading.op(values)
+    if quantized is None or weight is None:
         return None  # a float product
-    given = ops.arguments(source)
-    dtype, top = given.get("dtype"), given.get("quant_max")
+    dtype, top = quantized.qparams.dtype, quantized.qparams.quant_max
     if dtype not in (torch.uint8, torch.int8):
         return None
     top = int(top) if isinstance(top, int) else torch.iinfo(dtype).max

@@ -128,7 +128,7 @@ class _Translator:
     """One region into one plan."""
 
     def __init__(self, finder: Finder, nodes: list[Node]) -> None:
-        self.graph, self.layouts = finder.graph, finder.layout
+        self.finder, self.graph, self.layouts = finder, finder.graph, finder.layout
         order = {n: i for i, n in enumerate(self.graph.graph.nodes)}
         self.nodes = sorted(nodes, key=order.__getitem__)
         self.inside = set(nodes)
@@ -278,7 +278,7 @@ class _Translator:
 
     def _grid(self, quantize: Node) -> Quantization | Dynamic:
         """The grid of a quantize op; of a dynamic one with the place of its source among the region's inputs."""
-        grid = matching.grid_of(self.graph, quantize)
+        grid = self.finder.grid(quantize)
         assert grid is not None
         if isinstance(grid, Dynamic):
             return replace(grid, input=self.inputs.index(quantize.all_input_nodes[0]))
@@ -469,7 +469,7 @@ class _Translator:
         """A bound on the magnitude of a node's values, from those of what it reads; infinity if there is none."""
         name = ops.op_name(node)
         if ops.is_dequantize(node):
-            grid = matching.grid_of(self.graph, node)
+            grid = self.finder.grid(node)
             if not isinstance(grid, Quantization):
                 return math.inf
             return 255 * grid.scale
@@ -490,7 +490,7 @@ class _Translator:
 
     def _largest_sum(self, node: Node, largest: float) -> float:
         given = ops.arguments(node)
-        weight = matching.weight_of(self.graph, given["weight"])
+        weight = self.finder.weight(given["weight"])
         assert weight is not None
         bias = self._bias(given, len(weight.codes))
         sums = weight.codes.reshape(len(weight.codes), -1).double().abs().sum(1) * weight.scale.abs()
@@ -505,7 +505,7 @@ class _Translator:
 
     def _step_conv2d(self, node: Node) -> Step:
         given = ops.arguments(node)
-        weight, window = matching.weight_of(self.graph, given["weight"]), matching.window_of(node)
+        weight, window = self.finder.weight(given["weight"]), matching.window_of(node)
         assert weight is not None
         assert window is not None
         quantize = matching.quantize_behind(given["input"])
@@ -531,7 +531,10 @@ class _Translator:
 
     def _step_linear(self, node: Node) -> Step:
         given = ops.arguments(node)
-        weight, quantize = matching.weight_of(self.graph, given["weight"]), matching.quantize_behind(given["input"])
+        weight, quantize = (
+            self.finder.weight(given["weight"]),
+            matching.quantize_behind(given["input"]),
+        )
         assert weight is not None
         assert quantize is not None
         n, c = weight.codes.shape

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from torchquant.dialect import EPS
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
-from torchquant.fx.sites import qparams_of, source_of
+from torchquant.fx.reading import GraphReading, Quantized, source_of
 from torchquant.fx.windows import Window, window_of
 from torchquant.types import DTYPE_RANGE
 
@@ -99,14 +98,14 @@ class Layer:
         return (self.input, self.scaled, self.window, *(weights if not self.scaled else ()))
 
 
-def read_layer(model: GraphModule, node: Node) -> Layer:
+def read_layer(reading: GraphReading, node: Node) -> Layer:
     """What `node` multiplies.
 
     Raises:
         LoweringError: no kernel computes it; names the op, its module, and what to do.
     """
     try:
-        return _read(model, node)
+        return _read(reading, node)
     except _NoKernelError as problem:
         where = ops.module_path(node) or "root"
         raise LoweringError(
@@ -119,14 +118,14 @@ class _NoKernelError(Exception):
     """Why an op has no kernel."""
 
 
-def _read(model: GraphModule, node: Node) -> Layer:
+def _read(reading: GraphReading, node: Node) -> Layer:
     op = ops.op_name(node)
     if op not in ("linear", "conv1d", "conv2d"):
         raise _NoKernelError("only linears and convolutions in one or two dimensions have kernels that multiply codes")
-    weight, window = _read_weight(model, node, op)
+    weight, window = _read_weight(reading, node, op)
     values = ops.argument(node, 0)
     assert values is not None
-    read = read_input(model, values)
+    read = read_input(reading, values)
     along = -1 if op == "linear" else 1
     rows = read.how != "dynamic" or read.axis is None or read.axis in (along, _rank(values) + along)
     scaled = rows and read.how != "float" and read.dtype == weight.codes.dtype and weight.per_channel()
@@ -139,19 +138,18 @@ def _read(model: GraphModule, node: Node) -> Layer:
     bias = ops.argument(node, 2)
     if bias is not None and not ops.is_constant(bias):
         raise _NoKernelError("its bias is computed at run time")
-    return Layer(node, read, weight, None if bias is None else ops.constant_value(model, bias), scaled, window)
+    return Layer(node, read, weight, None if bias is None else ops.constant_value(reading.model, bias), scaled, window)
 
 
-def _read_weight(model: GraphModule, node: Node, op: str) -> tuple[Weight, Window | None]:
+def _read_weight(reading: GraphReading, node: Node, op: str) -> tuple[Weight, Window | None]:
     values = ops.argument(node, 1)
-    grid = qparams_of(model, values)
-    if values is None or grid is None or not ops.is_dequantize(values) or not ops.is_constant(values):
+    quantized = reading.tensor(values)
+    if quantized is None or quantized.node is not values or quantized.codes is None or not ops.is_constant(values):
         raise _NoKernelError("its weight is not stored as codes with a dequantize op right behind them")
-    codes = ops.constant_value(model, values.args[0])  # type: ignore[arg-type]
+    grid, codes = quantized.qparams, ops.constant_value(reading.model, quantized.codes)
     window = None if op == "linear" else _read_window(node, codes)
     codes = codes.movedim(1, -1).flatten(1)
-    domain = ops.arguments(values).get("zero_point_domain", "INT")
-    if getattr(domain, "name", domain) != "INT":
+    if not quantized.integer_zero_point:
         raise _NoKernelError("its weight has zero points that are no integers")
     if codes.dtype not in _CODES or grid.scale is None:
         raise _NoKernelError(f"its weight is stored in {codes.dtype}; kernels take 4 and 8 bits")
@@ -194,33 +192,25 @@ def _check_weight_only(weight: Weight) -> None:
         raise _NoKernelError(f"its weight has groups of {size}, and kernels take multiples of 32")
 
 
-def read_input(model: GraphModule, values: Node) -> Input:
+def read_input(reading: GraphReading, values: Node) -> Input:
     """How `values` were quantized, as far as kernels take it; otherwise the floats as they are."""
-    node = source_of(values)
-    found = _quantized(model, node) if ops.is_dequantize(node) else None
+    node, quantized = source_of(values), reading.tensor(values)
+    found = None if quantized is None else _input_of(quantized)
     if found is None or (node is not values and found.how != "static"):
         return Input(values)
     # behind a reshape: quantized once more, a static grid gives the same codes
     return found if node is values else replace(found, source=values)
 
 
-def _quantized(model: GraphModule, node: Node) -> Input | None:
-    given = ops.arguments(node)
-    codes, scale = node.args[0], given.get("scale", given.get("scales"))
-    dtype = given.get("dtype", given.get("input_dtype"))
-    if not isinstance(codes, Node) or not ops.is_quantize(codes) or dtype not in _CODES:
+def _input_of(quantized: Quantized) -> Input | None:
+    grid, source = quantized.qparams, quantized.source
+    if source is None or grid.dtype not in _CODES:
         return None
-    source = codes.args[0]
-    low, high = _limits(dtype, given.get("quant_min"), given.get("quant_max"))
-    offset = 128 if dtype == torch.uint8 else 0
-    wanted = given.get("out_dtype", given.get("output_dtype")) or torch.float32
-    limits = (_CODES[dtype], low - offset, high - offset)
-    if not isinstance(source, Node):
-        return None
-    if isinstance(scale, Node) and not ops.is_constant(scale):
-        return _dynamic(source, scale, node, limits, wanted)
-    grid = qparams_of(model, node)
-    assert grid is not None
+    low, high = _limits(grid.dtype, grid.quant_min, grid.quant_max)
+    offset = 128 if grid.dtype == torch.uint8 else 0
+    limits, wanted = (_CODES[grid.dtype], low - offset, high - offset), quantized.output_dtype or torch.float32
+    if grid.dynamic:
+        return _dynamic(quantized, source, limits, wanted)
     if grid.scale is None or grid.scale.numel() != 1 or grid.axis is not None or grid.group_size:
         return None
     zero_point = 0 if grid.zero_point is None else int(grid.zero_point) - offset
@@ -228,27 +218,16 @@ def _quantized(model: GraphModule, node: Node) -> Input | None:
 
 
 def _dynamic(
-    source: Node, scale: Node, node: Node, limits: tuple[torch.dtype, float, float], wanted: torch.dtype
+    quantized: Quantized, source: Node, limits: tuple[torch.dtype, float, float], wanted: torch.dtype
 ) -> Input | None:
     """From the op that chose the scale."""
-    chosen = scale.args[0] if scale.target is operator.getitem else scale
-    if not isinstance(chosen, Node) or chosen.args[0] is not source:
+    choice = quantized.choice
+    if choice is None or choice.source is not source:
         return None
-    name, given = ops.qdq_name(chosen), ops.arguments(chosen)
-    mapping, block = given.get("mapping_type"), given.get("block_size", ())
-    axis: int | None = -1
-    symmetric = mapping == "SYMMETRIC"
-    if name in ("choose_scale", "choose_affine"):
-        axis, symmetric = given["axis"], name == "choose_scale"
-    elif name in ("choose_qparams", "choose_qparams_symmetric"):
-        axis, symmetric = None, name.endswith("symmetric")
-    elif name == "choose_qparams_affine":
-        if len(block) < 2 or any(size != 1 for size in block[:-1]) or mapping not in ("SYMMETRIC", "ASYMMETRIC"):
-            return None
-    elif name != _PER_TOKEN or limits[1:] != (-128, 127):  # a grid that this op takes for granted
+    if ops.qdq_name(choice.node) == _PER_TOKEN and limits[1:] != (-128, 127):  # a grid that this op takes for granted
         return None
-    eps = max(float(given.get("eps") or EPS), EPS)
-    return Input(source, "dynamic", *limits, axis, symmetric, eps, output_dtype=wanted)
+    eps = max(choice.eps or EPS, EPS)
+    return Input(source, "dynamic", *limits, choice.axis, choice.symmetric, eps, output_dtype=wanted)
 
 
 def _limits(dtype: torch.dtype, low: float | None, high: float | None) -> tuple[float, float]:

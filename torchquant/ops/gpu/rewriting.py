@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import torchquant.ops.gpu.convolutions  # noqa: F401 - registers the ops, as does linears.py that it imports
 from torchquant.fx import ops, passes
+from torchquant.fx.reading import GraphReading
 from torchquant.fx.windows import Window
 from torchquant.ops.gpu import packing
 from torchquant.ops.gpu.reading import Input, Layer, read_input, read_layer
@@ -33,7 +34,8 @@ def rewrite(model: GraphModule, names: set[str]) -> int:
     Raises:
         LoweringError: an op named has no kernel.
     """
-    layers = [read_layer(model, n) for n in model.graph.nodes if n.name in names]
+    reading = GraphReading(model)
+    layers = [read_layer(reading, n) for n in model.graph.nodes if n.name in names]
     work = _Rewriting(model)
     groups = _siblings(work, layers)
     for group in groups:
@@ -287,8 +289,10 @@ def _quantized(
 def _fusible_rounding(model: GraphModule) -> None:
     """Dynamic quantize and dequantize ops that stay, in our dialect: Inductor has no lowering of torch's."""
 
+    reading = GraphReading(model)
+
     def rewrite_one(model: GraphModule, node: Node) -> Node | None:
-        given = read_input(model, node)
+        given = read_input(reading, node)
         if given.how != "dynamic":
             return None
         codes, scale, zero_point = _quantized(model, given.source, given)
