@@ -108,7 +108,7 @@ def _rows(
         return
     for name in ("seconds", "cpu_seconds", "peak_bytes"):
         del about[name]
-    about |= {"artefact": candidate.backend.TARGET}
+    about |= {"artefact": candidate.backend.TARGET.name}
     program, refusal = lower(candidate.backend, converted, network.example)
     if program is None:
         yield {**about, "error": refusal}

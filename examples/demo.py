@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import torchquant as tq
-from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.benchmark import interleaved
+from torchquant.lowering.target import Target
 from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
 
 OUT = Path(os.environ.get("TORCHQUANT_DEMO_OUT", "demo-output"))
@@ -27,28 +27,28 @@ def main() -> None:
     network, images, unseen = model(), calibration(), held_out()
     console.print(f"EfficientNet-Lite0, {len(images)} calibration crops, {len(unseen)} held-out crops")
     exported = tq.export(network, images[0])
-    quantizers = {inductor_x86.TARGET: X86Quantizer(), executorch_xnnpack.TARGET: XnnpackQuantizer()}
-    converted = tq.quantize(exported, images[0], images, quantizer=list(quantizers.values()))
-    table = Table("", *quantizers)
-    columns = [_target(name, graph, exported, unseen) for name, graph in zip(quantizers, converted, strict=True)]
+    quantizers = [X86Quantizer(), XnnpackQuantizer()]
+    converted = tq.quantize(exported, images[0], images, quantizer=quantizers)
+    targets = [quantizer.target for quantizer in quantizers]
+    table = Table("", *map(str, targets))
+    columns = [_lowered(target, graph, exported, unseen) for target, graph in zip(targets, converted, strict=True)]
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
     console.print(table)
     console.print(f"artefacts and reports: {OUT}/")
 
 
-def _target(name: str, graph: torch.fx.GraphModule, exported: torch.fx.GraphModule, unseen: list) -> dict[str, str]:
-    backend, suffix = {
-        inductor_x86.TARGET: (inductor_x86, ".pt2"),
-        executorch_xnnpack.TARGET: (executorch_xnnpack, ".pte"),
-    }[name]
+def _lowered(
+    target: Target, graph: torch.fx.GraphModule, exported: torch.fx.GraphModule, unseen: list
+) -> dict[str, str]:
+    backend = target.backend()
     start = time.perf_counter()
     program = backend.lower(graph, unseen[0])
     seconds = time.perf_counter() - start
     float_run, float_bytes = backend.lower_float(exported, unseen[0])
-    program.save(OUT / f"efficientnet_lite0.{name}{suffix}")
+    program.save(OUT / f"efficientnet_lite0.{target}{target.suffix}")
     report = tq.report(graph, program)
-    report.save(OUT / f"report.{name}.txt")
+    report.save(OUT / f"report.{target}.txt")
     found = tq.compare(exported, program, unseen)
     times = interleaved({"float": float_run, "int8": program}, unseen[0], rounds=40)
     return {

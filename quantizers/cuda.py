@@ -1,9 +1,8 @@
 """CudaQuantizer: what NVIDIA GPUs run with packed weights, in int8 or in float8."""
 
-import torch
 from torch.fx import Node
 
-from torchquant.backends.inductor_cuda import CAPABILITIES, SCHEMES, TARGET
+from torchquant.backends.inductor_cuda.capabilities import TARGET
 from torchquant.fx import ops
 from torchquant.quantizers.engine import CapabilityQuantizer
 
@@ -32,14 +31,11 @@ class CudaQuantizer(CapabilityQuantizer):
     """
 
     target = TARGET
-    capabilities = CAPABILITIES
-    schemes = SCHEMES
     default_scheme = "dynamic_int8"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
         """The same with smaller groups where the input is no whole groups."""
-        weight = SCHEMES[scheme].weight
+        weight = TARGET.schemes[scheme].weight
         if ops.op_name(node) not in ("linear", "conv1d", "conv2d") or weight is None or weight.group_size is None:
             return scheme, ""
         shape = ops.shape_of(node.args[1])  # type: ignore[arg-type]
@@ -47,7 +43,7 @@ class CudaQuantizer(CapabilityQuantizer):
             return scheme, ""
         alike = {
             s.weight.group_size: s.name
-            for s in SCHEMES.values()
+            for s in TARGET.schemes.values()
             if s.weight is not None
             and s.weight.group_size is not None
             and (s.weight.format, s.weight.symmetric) == (weight.format, weight.symmetric)

@@ -26,6 +26,7 @@ from torchquant.fx.patterns import match
 from torchquant.fx.reading import is_observer
 from torchquant.fx.sites import CONSTANT, note
 from torchquant.fx.windows import window_of
+from torchquant.lowering.target import Target
 from torchquant.observers import (
     ActivationMinMax,
     DynamicActivation,
@@ -56,11 +57,20 @@ class CapabilityQuantizer(Quantizer):
         PatternError: a pattern matches nothing (raised by `prepare_pt2e`).
     """
 
-    target: ClassVar[str]
-    capabilities: ClassVar[tuple[Capability, ...]]
+    target: ClassVar[Target]
+    capabilities: ClassVar[tuple[Capability, ...]]  # these four are the target's unless a class has its own
     schemes: ClassVar[Mapping[str, Scheme]]
     default_scheme: ClassVar[str]
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # of the inputs that the target's kernels take
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "target" in vars(cls):
+            target = cls.target
+            own = {"capabilities": target.capabilities, "schemes": target.schemes, "dtypes": target.dtypes}
+            for name, value in {**own, "default_scheme": next(iter(target.schemes))}.items():
+                if name not in vars(cls):
+                    setattr(cls, name, value)
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """X86Quantizer: what Inductor runs in int8 on x86 CPUs."""
 
-from torchquant.backends.inductor_x86 import CAPABILITIES, SCHEMES, TARGET
+from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.quantizers.engine import CapabilityQuantizer
 
 __all__ = ["X86Quantizer"]
@@ -15,6 +15,3 @@ class X86Quantizer(CapabilityQuantizer):
     """
 
     target = TARGET
-    capabilities = CAPABILITIES
-    schemes = SCHEMES
-    default_scheme = "static_int8"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from torchquant.backends.executorch_xnnpack import CAPABILITIES, REQUANTIZATION_LIMIT, SCHEMES, TARGET
+from torchquant.backends.executorch_xnnpack.capabilities import REQUANTIZATION_LIMIT, TARGET
 from torchquant.fx import ops
 from torchquant.fx.decompose import normalize
 from torchquant.quantizers.engine import CapabilityQuantizer, has_quantized_output, is_annotated
@@ -35,8 +35,10 @@ class XnnpackQuantizer(CapabilityQuantizer):
     """
 
     target = TARGET
-    capabilities = CAPABILITIES
-    schemes: ClassVar[Mapping[str, Scheme]] = {**SCHEMES, _AUTO: replace(SCHEMES["static_int8"], name=_AUTO)}
+    schemes: ClassVar[Mapping[str, Scheme]] = {
+        **TARGET.schemes,
+        _AUTO: replace(TARGET.schemes["static_int8"], name=_AUTO),
+    }
     default_scheme = _AUTO
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
@@ -51,7 +53,7 @@ class XnnpackQuantizer(CapabilityQuantizer):
         Whether a sum is float is known only once the whole graph is annotated: both its operands may be linears.
         """
         chosen = recommended_scheme(model, is_qat=self.is_qat)
-        self._resolved = {_AUTO: chosen, **{name: name for name in SCHEMES}}
+        self._resolved = {_AUTO: chosen, **{name: name for name in TARGET.schemes}}
         self._joining: set[Node] = set()
         before = {n: (n.meta.get(Q_ANNOTATION_KEY), n.meta.get("custom")) for n in model.graph.nodes}
         while True:

@@ -6,7 +6,7 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.fx.flat import flat
-from torchquant.proof import cases_of
+from torchquant.lowering.proof import cases_of
 
 
 def flattened(model, batch, dynamic_shapes=None):

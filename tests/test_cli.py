@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import torchquant as tq
-from torchquant import cli, commands
+from torchquant import backends, cli, commands
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.quantizers import CudaQuantizer
 
@@ -114,9 +114,9 @@ def test_a_program_for_gpus_is_built_where_there_is_none(folder, tmp_path, monke
 
 def test_targets_lists_every_op_with_its_schemes_or_reason():
     text = run("targets").output
-    for name, (_, backend, _) in commands.TARGETS.items():
+    for name in backends.names():
         assert name in text
-        for row in backend.CAPABILITIES:
+        for row in backends.target(name).capabilities:
             assert row.op in text
 
 
@@ -170,7 +170,7 @@ def test_report_reads_a_program_and_a_saved_graph(written, tmp_path):
     assert "annotated compute ops run quantized: 2/2" in run("report", out / "inductor_x86.pt2").output
     x = torch.randn(4, 8)
     model = torch.nn.Linear(8, 4)
-    quantizer = commands.TARGETS["inductor_x86"][0]()
+    quantizer = backends.target("inductor_x86").quantizer_class()()
     graph = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
     assert "1/1" in run("report", tq.save(graph, tmp_path / "graph.pt2")).output
 
@@ -282,7 +282,7 @@ _ENTRY = (
 
 
 def test_the_command_lists_the_targets_and_algorithms_that_there_are():
-    assert set(cli.TARGETS) == set(commands.TARGETS)
+    assert set(cli.TARGETS) == {"inductor_x86", "executorch_xnnpack", "inductor_cuda"}
     assert set(cli.ALGORITHMS) == set(commands.ALGORITHMS)
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.fx import Interpreter
 
 import torchquant as tq
-from torchquant import proof
 from torchquant.fx import ops
 from torchquant.fx.flat import flat
-from torchquant.proof import hold_against
+from torchquant.lowering import proof
+from torchquant.lowering.proof import hold_against
 from torchquant.quantizers import X86Quantizer
 
 EPS = {"op_error": 1e-7, "target": "test"}

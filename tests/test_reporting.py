@@ -6,8 +6,8 @@ import torch
 from foreign import SpecQuantizer, per_channel, per_tensor
 
 import torchquant as tq
-from torchquant.lowering import accountable_sites
-from torchquant.proof import hold_against
+from torchquant.lowering.accounts import accountable_sites
+from torchquant.lowering.proof import hold_against
 from torchquant.quantizers.x86 import X86Quantizer
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from torchquant.backends import executorch_xnnpack, inductor_x86
-from torchquant.stages import stages
+from torchquant.lowering.stages import stages
 
 
 def shown(terminal: bool, progress: bool) -> str:

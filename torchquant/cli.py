@@ -16,10 +16,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from torchquant.backends import names
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-TARGETS = ("inductor_x86", "executorch_xnnpack", "inductor_cuda")
+TARGETS = names()
+_DEFAULT = "inductor_x86"
 ALGORITHMS = (
     *("adaquant", "adaround", "batch-norm", "bias-correction", "brecq", "equalization", "qdrop", "range-search"),
     *("seq-mse", "smooth-quant"),
@@ -63,7 +65,7 @@ def quantize(
         model,
         calibration,
         out,
-        backend or [TARGETS[0]],
+        backend or [_DEFAULT],
         exclude or [],
         scheme,
         dynamic_batch,
@@ -77,7 +79,7 @@ def report(
     path: Annotated[Path | None, typer.Argument(help="an artefact or a saved converted graph; or give --model")] = None,
     model: Annotated[str | None, typer.Option("--model", help="what a Quantizer would do to this float model")] = None,
     calibration: Annotated[str | None, typer.Option("--calibration", help="its inputs, as for quantize")] = None,
-    backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = TARGETS[0],
+    backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
     exclude: Exclude = None,
     scheme: SchemeName = None,
     trust: Trust = False,

@@ -23,23 +23,15 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
-from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
+from torchquant.backends import names, target
 from torchquant.errors import InputError
+from torchquant.lowering.target import Target
 from torchquant.program import Program, read_metadata
-from torchquant.quantizers.cuda import CudaQuantizer
-from torchquant.quantizers.engine import CapabilityQuantizer
-from torchquant.quantizers.x86 import X86Quantizer
-from torchquant.quantizers.xnnpack import XnnpackQuantizer
 from torchquant.reporting import program_text, proof_text
 from torchquant.reporting import report as make_report
 from torchquant.verify import compare
 
 _console = Console(stderr=True)
-TARGETS: dict[str, tuple[type[CapabilityQuantizer], Any, str]] = {
-    inductor_x86.TARGET: (X86Quantizer, inductor_x86, ".pt2"),
-    executorch_xnnpack.TARGET: (XnnpackQuantizer, executorch_xnnpack, ".pte"),
-    inductor_cuda.TARGET: (CudaQuantizer, inductor_cuda, ".pt2"),
-}
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
@@ -84,11 +76,11 @@ def quantize(
         raise InputError(f"{calibration} gave no batches")
     shapes = _dynamic_first(batches[0]) if dynamic_batch else None
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
-    quantizers = [_target(name)[0](scheme, exclude=exclude) for name in backends]
+    quantizers = [_target(name).quantizer_class()(scheme, exclude=exclude) for name in backends]
     converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
     for name, graph in zip(backends, converted, strict=True):
         with _console.status(f"lowering and proving for {name}"):
-            program = _lower(name, graph, batches[0])
+            program = _lower(_target(name), graph, batches[0])
         program.save(paths[name])
         accuracy = compare(float_model, program, batches[:8])
         print(make_report(graph, program))
@@ -99,17 +91,19 @@ def report(path: Path) -> None:
     """Account for every op of a saved artefact or graph."""
     if serialize.is_graph(path):
         print(make_report(serialize.load(path)))
-    elif _is_pte(path) or _kind(path) != inductor_x86.TARGET:
+        return
+    made_for = _target_of(path)
+    if made_for.is_code:  # what it says of itself; the program is not loaded, for that would run it
+        proof = read_metadata(path, made_for.name).proof
+        print(proof_text(made_for.name, path.stat().st_size, proof))
+    else:
         print(program_text(_load(path, trust=False)))
-    else:  # what it says of itself; the program is not loaded, for that would run it
-        proof = read_metadata(path, inductor_x86.TARGET).proof
-        print(proof_text(inductor_x86.TARGET, path.stat().st_size, proof))
 
 
 def preview(model: str, calibration: str, backend: str, exclude: list[str], scheme: str | None, trust: bool) -> None:
     """Account for every op of a float model before any calibration."""
     exported = flow.export(sources.load_model(model, trust=trust), sources.load_batches(calibration)[0])
-    print(make_report(flow.prepare(exported, _target(backend)[0](scheme, exclude=exclude))))
+    print(make_report(flow.prepare(exported, _target(backend).quantizer_class()(scheme, exclude=exclude))))
 
 
 def run(path: Path, inputs: str, trust: bool) -> None:
@@ -127,17 +121,19 @@ def run(path: Path, inputs: str, trust: bool) -> None:
 
 def targets() -> None:
     """Which op runs in which scheme on which target, and why the others do not."""
-    for name, (_, backend, suffix) in TARGETS.items():
-        table = Table("op", "schemes", "condition, or why it stays float", title=f"{name} ({suffix})", expand=False)
-        for row in backend.CAPABILITIES:
+    for name in names():
+        of = target(name)
+        table = Table("op", "schemes", "condition, or why it stays float", title=f"{name} ({of.suffix})", expand=False)
+        for row in of.capabilities:
             table.add_row(row.op, ", ".join(row.schemes) or "float", row.reason)
         Console().print(table)
 
 
-def _target(name: str) -> tuple[type[CapabilityQuantizer], Any, str]:
-    if name not in TARGETS:
-        raise InputError(f"there is no backend {name!r}; choose from {', '.join(TARGETS)}")
-    return TARGETS[name]
+def _target(name: str) -> Target:
+    if name not in names():
+        raise InputError(f"there is no backend {name!r}; choose from {', '.join(names())}")
+    found: Target = target(name)
+    return found
 
 
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
@@ -149,7 +145,7 @@ def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
     except OSError as error:
         text = f"{folder} cannot be made a folder for the artefacts ({error}); choose another --out"
         raise InputError(text) from error
-    return {name: out / f"{name}{TARGETS[name][2]}" for name in chosen} if is_folder else {chosen[0]: out}
+    return {name: out / f"{name}{_target(name).suffix}" for name in chosen} if is_folder else {chosen[0]: out}
 
 
 def _dynamic_first(batch: Any) -> Any:
@@ -161,32 +157,30 @@ def _first(value: Any) -> dict[int, Any] | None:
     return {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
 
 
-def _lower(name: str, graph: GraphModule, batch: Any) -> Program:
-    """The artefact; one for GPUs is proven by its kernels' references where there is none."""
-    options = {"device": "cpu"} if name == inductor_cuda.TARGET and not torch.cuda.is_available() else {}
-    if options:
-        print(f"{name}: torch sees no GPU here, so the program is checked with reference kernels on the CPU")
-    program: Program = _target(name)[1].lower(graph, batch, **options)
+def _lower(made_for: Target, graph: GraphModule, batch: Any) -> Program:
+    """The artefact; where this machine is not what it is made for, with the options that prove it here all the same."""
+    options, said = made_for.here()
+    if said:
+        print(f"{made_for}: {said}")
+    program: Program = made_for.backend().lower(graph, batch, **options)
     return program
 
 
 def _load(path: Path, trust: bool) -> Program:
-    program: Program
-    if _is_pte(path):
-        program = executorch_xnnpack.load(path)
-    elif _kind(path) == inductor_cuda.TARGET:
-        program = inductor_cuda.load(path, None if torch.cuda.is_available() else "cpu")
-    elif trust:
-        program = inductor_x86.load(path)
-    else:
-        text = f"{path} is code: an x86 program holds shared libraries, which run with your rights once it is loaded"
-        raise InputError(f"{text}. If you know who wrote it, give --trust")
+    made_for = _target_of(path)
+    if made_for.is_code and not trust:
+        text = f"{path} is code: a program for {made_for} holds shared libraries, which run with your rights once it"
+        raise InputError(f"{text} is loaded. If you know who wrote it, give --trust")
+    program: Program = made_for.backend().load(path, **made_for.here()[0])
     return program
 
 
-def _is_pte(path: Path) -> bool:
-    return path.suffix == ".pte"
-
-
-def _kind(path: Path) -> Any:
-    return archive.read_any(path).get("kind")
+def _target_of(path: Path) -> Target:
+    """By the file's suffix, or where that is not enough by what the file says."""
+    alike = [t for t in map(_target, names()) if t.suffix == path.suffix]
+    if len(alike) == 1:
+        return alike[0]
+    kind = archive.read_any(path).get("kind")
+    if kind not in names():
+        raise InputError(f"{path} holds a {kind}, which is no program; lower it first")
+    return _target(str(kind))

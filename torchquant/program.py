@@ -22,7 +22,7 @@ from torchquant.types import QParams, Site
 from torchquant.verify import Comparison, OutputComparison
 
 if TYPE_CHECKING:
-    from torchquant.proof import Verdict
+    from torchquant.lowering.proof import Verdict
 
 __all__ = ["Metadata", "Program", "Proof", "State", "metadata_from", "read_metadata", "write_metadata"]
 

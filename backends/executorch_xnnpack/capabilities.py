@@ -8,11 +8,11 @@ from torch.fx import Node
 
 from torchquant.formats import INT8, INT8_NARROW
 from torchquant.fx import ops
+from torchquant.lowering.target import Target
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "is_spatial_pad"]
 
-TARGET = "executorch_xnnpack"
 REQUANTIZATION_LIMIT = 2.0**8  # of input scale x weight scale / output scale, exclusive
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
 SCHEMES = {
@@ -181,4 +181,13 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("reshape", _STATIC, "shared", (), True, _moved, "between int8 ops; not expand"),
     Capability("slice", _STATIC, "shared", (), True, _sliced, "between int8 ops; step 1"),
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
+)
+
+TARGET = Target(
+    "executorch_xnnpack",
+    "torchquant.backends.executorch_xnnpack",
+    "torchquant.quantizers.xnnpack:XnnpackQuantizer",
+    ".pte",
+    SCHEMES,
+    CAPABILITIES,
 )

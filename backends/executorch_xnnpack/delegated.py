@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.errors import LoweringError, TorchquantWarning
 from torchquant.fx.sites import marked
-from torchquant.lowering import names
+from torchquant.lowering.accounts import names
 from torchquant.owned import OwnFolder
 from torchquant.types import Site
 

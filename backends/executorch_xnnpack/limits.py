@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from torchquant.backends.executorch_xnnpack.capabilities import CAPABILITIES, REQUANTIZATION_LIMIT, TARGET
+from torchquant.backends.executorch_xnnpack.capabilities import REQUANTIZATION_LIMIT, TARGET
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading
@@ -40,10 +40,7 @@ def refuse_unrunnable(sites: Sequence[Site]) -> None:
 
 
 def _problem(site: Site) -> str:
-    row = next((r for r in CAPABILITIES if r.op == site.op), None)
-    if row is None or not row.schemes:
-        return row.reason if row else f"{TARGET} has no entry for {site.op}"
-    return _weight_problem(site) or _activation_problem(site)
+    return TARGET.why_float(site.op) or _weight_problem(site) or _activation_problem(site)
 
 
 def _weight_problem(site: Site) -> str:

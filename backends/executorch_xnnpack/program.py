@@ -119,7 +119,7 @@ class XnnpackProgram(Program):
     State is what the program takes behind its inputs and returns behind its outputs, in the order of `state`.
     """
 
-    target = TARGET
+    target = TARGET.name
 
     def __init__(self, buffer: bytes, about: Metadata | None = None) -> None:
         self._buffer, self._method = buffer, Method(buffer)
@@ -149,7 +149,7 @@ def with_metadata(buffer: bytes, about: Metadata) -> bytes:
         file.write_bytes(buffer)
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr("torchquant/about", "what torchquant knows of the program before this archive\n")
-        write_metadata(file, TARGET, about)
+        write_metadata(file, TARGET.name, about)
         return file.read_bytes()
 
 
@@ -170,7 +170,7 @@ def load(path: str | os.PathLike[str]) -> XnnpackProgram:
         content = file.read_bytes()
     if content[4:6] != b"ET":
         raise ArtifactError(f"{file} is truncated or not an ExecuTorch program (.pte)")
-    about = read_metadata(file, TARGET) if _has_archive(file, content) else None
+    about = read_metadata(file, TARGET.name) if _has_archive(file, content) else None
     try:
         return XnnpackProgram(content, about)
     except (LoweringError, RuntimeError) as error:

@@ -6,11 +6,12 @@ from torch.fx import Node
 
 from torchquant.formats import INT8_NARROW, UINT8
 from torchquant.fx import ops
+from torchquant.lowering.target import Target
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CAPABILITIES", "LONG_KERNEL", "SCHEMES", "TARGET"]
 
-TARGET = "inductor_x86"
+
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
@@ -55,4 +56,14 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     *(Capability(op, reason=why) for op, why in _FLOAT.items()),
     *(Capability(k.name, reason=_ELEMENTWISE) for k in ops.KINDS if not (k.compute or k.moves)),
+)
+
+TARGET = Target(
+    "inductor_x86",
+    "torchquant.backends.inductor_x86",
+    "torchquant.quantizers.x86:X86Quantizer",
+    ".pt2",
+    SCHEMES,
+    CAPABILITIES,
+    is_code=True,  # a package holds shared libraries
 )

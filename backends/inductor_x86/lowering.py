@@ -15,6 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ import torch
 import torch._inductor
 from torch.fx import GraphModule, Node
 
-from torchquant import archive, dynamo
-from torchquant import batches as data
-from torchquant.backends.inductor_x86.capabilities import CAPABILITIES, LONG_KERNEL, TARGET
+from torchquant import archive
+from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
 from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
-from torchquant.fx.sites import mark_sites
-from torchquant.lowering import accountable_sites, left_float, names
+from torchquant.fx.sites import marked
+from torchquant.lowering import dynamo, skeleton
+from torchquant.lowering.accounts import names
+from torchquant.lowering.proof import Verdict, cases_of
+from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
 from torchquant.ops import cpu, native, saturation, tuning
 from torchquant.ops.translation import Built, replace_regions
 from torchquant.owned import OwnFolder
-from torchquant.program import Metadata, Proof, write_metadata
-from torchquant.proof import cases_of, hold_against
+from torchquant.program import Metadata, write_metadata
 from torchquant.serialize import export_again
-from torchquant.stages import stages
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
@@ -56,7 +57,6 @@ _ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
-@unchanged()
 def lower(
     quantized: GraphModule,
     example_inputs: Any = None,
@@ -70,14 +70,14 @@ def lower(
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
 
-    Sizes that were dynamic at export stay dynamic. No global Inductor or grad state is changed.
+    Sizes that were dynamic at export stay dynamic. No global Inductor or grad state is changed, nor is the graph.
 
     Args:
-        quantized: what `convert_pt2e` returned, of any Quantizer. Its dead float weights are removed.
+        quantized: what `convert_pt2e` returned, of any Quantizer.
         example_inputs: one batch to prove it with; made up from the input shapes if None.
         allow_float: patterns of annotated ops that may run in float.
         min_sqnr_db: how close each output must be to the converted graph's on `example_inputs`; None: as
-            `torchquant.proof.hold_against` says.
+            `torchquant.lowering.proof.hold_against` says.
         own_kernels: use torchquant's kernels where they apply; False leaves all to Inductor and oneDNN.
         tune: measure on this machine how our kernels should cut each product (some runs of the model; remembered
             by CPU and sizes in the cache folder); False chooses by the sizes alone.
@@ -91,83 +91,94 @@ def lower(
         LoweringError: an annotated op has no int8 kernel in the package, the package cannot be built or
             run, or its output is off; or oneDNN would run a product on which it saturates on this CPU.
     """
-    sites, allowed = accountable_sites(quantized, allow_float, CAPABILITIES)
-    _refuse_unrunnable(quantized, [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed])
-    passes.remove_dead_weights(quantized)
-    batch = data.example_of(quantized) if example_inputs is None else example_inputs
-    folder = OwnFolder("torchquant-x86-")
-    raw_file = folder.path / "raw.pt2"
-    floats = passes.copy_graph(quantized)
-    passes.make_float(floats, allowed)
-    mark_sites(floats)
-    reference = flat(floats)
-    cases = cases_of(reference, batch)
-    with stages(f"lowering for {TARGET}", progress) as stage:
+    return skeleton.lower(
+        _X86Lowering(own_kernels, tune, compare_float),
+        quantized,
+        example_inputs,
+        allow_float=allow_float,
+        min_sqnr_db=min_sqnr_db,
+        progress=progress,
+    )
+
+
+class _X86Lowering(Lowering[X86Program]):
+    """A package of Inductor's, with what our kernels run put into the graph before."""
+
+    target = TARGET
+
+    def __init__(self, own_kernels: bool, tune: bool, compare_float: bool) -> None:
+        self._own_kernels, self._tune, self._compare_float = own_kernels, tune, compare_float
+        self._folder = OwnFolder("torchquant-x86-")
+        self._regions: list[Built] = []
+
+    def refuse(self, quantized: GraphModule) -> None:
+        """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
+        _refuse_unrunnable(quantized, self.compute)
+
+    def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
+        self._case, graph = cases[0], reference.graph
+        raw_file = self._folder.path / "raw.pt2"
         stage("compiling")
-        raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels, tune)
-        kernels = _kernels(raw, regions)
-        wanted = [s for s in sites if s.status == "quantized" and s.compute and s.node not in allowed]
+        raw, self._regions = _compile(graph, self._case, raw_file, self._own_kernels, self._tune)
+        kernels = _kernels(raw, self._regions)
         try:
-            fused = _prove_integer(wanted, kernels)
+            fused = _prove_integer(self.compute, kernels)
         except LoweringError:
-            if not regions or saturation.saturating(saturation.unsafe_products(reference.graph)):
+            if not self._regions or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
-            raw, regions = _compile(reference.graph, cases[0], raw_file, own_kernels=False)
-            kernels = _kernels(raw, regions)
-            fused = _prove_integer(wanted, kernels)
-        package = folder.path / "model.pt2"
+            raw, self._regions = _compile(graph, self._case, raw_file, own_kernels=False)
+            kernels = _kernels(raw, self._regions)
+            fused = _prove_integer(self.compute, kernels)
+        self._package = self._folder.path / "model.pt2"
+        _pack(raw, self._package, self._regions)
+        inside = {name for region in self._regions for name in region.sites}
+        artefact = Artefact(self._runner(), kernels, fused, graph, inside=inside)
+        return self._faster(reference, artefact) if self._compare_float else artefact
+
+    def _faster(self, reference: Flat, artefact: Artefact) -> Artefact:
+        """The artefact, or the float one if that takes less time."""
+        floats = passes.copy_graph(reference.graph)
+        passes.make_float(floats, _sites_in(floats, {s.node for s in self.sites if s.status == "quantized"}))
+        raw, _ = _compile(floats, self._case, self._folder.path / "raw.pt2", own_kernels=False)
+        kernels, package = _kernels(raw, []), self._folder.path / "float.pt2"
+        _pack(raw, package, [])
+        integer_ms, float_ms = _race([self._package, package], self._case)
+        if float_ms >= _FASTER * integer_ms:
+            return artefact
+        reason = f"float32 takes {float_ms:.3g} ms on this machine, int8 {integer_ms:.3g} ms"
+        warnings.warn(f"{reason}: the float program is returned", stacklevel=4)
+        self._package, self._regions = package, []
+        left = {f"{len(self.compute)} annotated ops": reason}
+        return Artefact(self._runner(), kernels, 0, floats, left, artefact.inside)
+
+    def build_again(self, graph: GraphModule) -> Run:
+        raw, regions = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", bool(self._regions))
+        package = self._folder.path / "deep.pt2"
         _pack(raw, package, regions)
-        left = left_float(sites, allowed, {name for region in regions for name in region.sites})
-        if compare_float and (faster := _faster_float(quantized, sites, cases[0], package)):
-            reference, package, kernels, reason = faster
-            fused = 0
-            left |= {f"{len(wanted)} annotated ops": reason}
-            warnings.warn(f"{reason}: the float program is returned", stacklevel=2)
-        stage("running and proving it")
-        run = _OnCopies(run_package(package))
-        with native.poisoned() if regions else nullcontext():
-            verdict = hold_against(
-                reference.graph,
-                run,
-                cases,
-                min_sqnr_db=min_sqnr_db,
-                op_error=torch.finfo(torch.float32).eps,
-                target=TARGET,
-                build=lambda graph: _built(graph, cases[0], folder.path, bool(regions)),
-            )
-    proof = Proof.of(verdict, kernels, len(wanted), fused, left)
-    about = Metadata(reference.signature, sites, proof, run.overwrote, reference.initial, reference.overwritten)
-    write_metadata(package, TARGET, about)
-    return X86Program(package, folder, reference.signature)
+        return _OnCopies(run_package(package))
+
+    def hold(self, hold: Hold, artefact: Artefact) -> Verdict:
+        """With poisoned memory, so that no kernel that skips a write finds the right value there by chance."""
+        with native.poisoned() if self._regions else nullcontext():
+            return super().hold(hold, artefact)
+
+    def _runner(self) -> _OnCopies:
+        self._run = _OnCopies(run_package(self._package))
+        return self._run
+
+    def finish(self, about: Metadata) -> X86Program:
+        write_metadata(self._package, TARGET.name, replace(about, overwrites_inputs=self._run.overwrote))
+        return X86Program(self._package, self._folder, about.signature)
 
 
-def _built(graph: GraphModule, tensors: Sequence[torch.Tensor], folder: Path, own_kernels: bool) -> Callable[..., Any]:
-    """A package of a graph with further outputs."""
-    raw, regions = _compile(graph, tensors, folder / "deep.raw.pt2", own_kernels)
-    package = folder / "deep.pt2"
-    _pack(raw, package, regions)
-    return _OnCopies(run_package(package))
+def _sites_in(graph: GraphModule, names: set[str]) -> set[str]:
+    """Names of the nodes that had those names when the graph was marked."""
+    return {n.name for n in graph.graph.nodes if marked(n) in names}
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t.clone() for t in tensors]
-
-
-def _faster_float(
-    quantized: GraphModule, sites: Sequence[Site], batch: Any, package: Path
-) -> tuple[Flat, Path, dict[str, int], str] | None:
-    """The graph in float32, its package beside `package`, its kernels, and why it is preferred; None if it is not."""
-    graph = passes.copy_graph(quantized)
-    passes.make_float(graph, {s.node for s in sites if s.status == "quantized"})
-    floats = flat(graph)
-    raw, _ = _compile(floats.graph, batch, package.with_name("raw.pt2"), own_kernels=False)
-    kernels, found = _kernels(raw, []), package.with_name("float.pt2")
-    _pack(raw, found, [])
-    integer, float_ = _race([package, found], batch)
-    if float_ >= _FASTER * integer:
-        return None
-    return floats, found, kernels, f"float32 takes {float_:.3g} ms on this machine, int8 {integer:.3g} ms"
 
 
 def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
@@ -260,9 +271,8 @@ def _kernel_problem(graph: GraphModule, node: Node) -> str:
 
 
 def _problem(site: Site) -> str:
-    row = next((r for r in CAPABILITIES if r.op == site.op), None)
-    if row is None or not row.schemes:
-        return row.reason if row else f"{TARGET} has no entry for {site.op}"
+    if why := TARGET.why_float(site.op):
+        return why
     weight, activation = site.weight, site.activation
     if activation is None:
         return "only its weight is quantized: Inductor folds such weights back to float"

@@ -35,7 +35,7 @@ def run_package(package: Path) -> Callable[..., list[Any]]:
 class X86Program(Program):
     """An AOTInductor package: int8 kernels whatever the caller's grad mode and Inductor settings are."""
 
-    target = TARGET
+    target = TARGET.name
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class X86Program(Program):
     ) -> None:
         self._package = package
         self._folder = folder  # deleted with the program
-        stored = read_metadata(package, TARGET)
+        stored = read_metadata(package, TARGET.name)
         self._about = stored if signature is None else replace(stored, signature=signature)
         cpu.check_package(package)
         exactness.check_package(package)

@@ -23,7 +23,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 import torchquant as tq
 from torchquant.backends import inductor_cuda
 from torchquant.backends.inductor_cuda import SCHEMES
+from torchquant.backends.inductor_cuda import program as program_of_ops
 from torchquant.fx import ops, passes
+from torchquant.ops.gpu.rewriting import OPS
 from torchquant.quantizers import CudaQuantizer, X86Quantizer, XnnpackQuantizer
 
 ANY = torch.export.Dim.DYNAMIC
@@ -49,7 +51,7 @@ def converted(quantizer, model, batch, **options):
 
 
 def our_ops(graph):
-    return [n for n in graph.graph.nodes if str(n.target).split(".")[1:2] in ([name] for name in inductor_cuda.OPS)]
+    return [n for n in graph.graph.nodes if str(n.target).split(".")[1:2] in ([name] for name in OPS)]
 
 
 def convolutions(graph):
@@ -505,7 +507,7 @@ def test_arguments_may_be_given_by_name(program):
 
 def test_a_graph_moves_with_what_it_makes(program):
     _, lowered = program
-    moved = inductor_cuda._moved(lowered.graph, torch.device("meta"))
+    moved = program_of_ops.moved(lowered.graph, torch.device("meta"))
     assert all(t.device.type == "meta" for t in moved.state_dict().values())
     assert not [n for n in moved.graph.nodes if torch.device("cpu") in (*n.args, *n.kwargs.values())]
     assert all(t.device.type == "cpu" for t in lowered.graph.state_dict().values())

@@ -7,13 +7,14 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
-from torchquant import proof
+from torchquant.lowering import proof
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
 from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
 
 from torchquant.backends import executorch_xnnpack
+from torchquant.backends.executorch_xnnpack import lowering
 from torchquant.backends.executorch_xnnpack.kernels import way_out
 from torchquant.backends.executorch_xnnpack.limits import refuse_overflow
 from torchquant.backends.executorch_xnnpack.program import executorch_modules
@@ -137,10 +138,10 @@ def test_a_program_with_scales_found_at_run_time_can_be_looked_into():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     x, quantizer = torch.randn(4, 8), XnnpackQuantizer("dynamic_int8")
     quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
-    graph = executorch_xnnpack._pure(quantized, set()).graph
+    graph = lowering._XnnpackLowering().reference(quantized).graph
     held = [n for part in proof._parts(graph)[:-1] for n in part.results]
     assert len(held) == 2
-    program = executorch_xnnpack._built(executorch_modules(), proof._with_outputs(graph, held), [x])
+    program = lowering._built(executorch_modules(), proof._with_outputs(graph, held), [x])
     expected = proof._with_outputs(graph, held)(x)
     assert all(tq.sqnr_db(a, b) > 40 for a, b in zip(expected, program(x), strict=True))
 

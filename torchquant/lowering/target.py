@@ -1,0 +1,73 @@
+"""A target: where quantized models run, and what it computes there in which scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from torchquant.errors import SchemeError
+from torchquant.types import Capability, Scheme
+
+__all__ = ["Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Quantizers, reports and the command line know of a target. It is light to import; what lowers to it is not.
+
+    Args:
+        name: in proofs, files and on the command line.
+        module: where `lower` and `load` are.
+        quantizer: `module:class` of the Quantizer that annotates for it.
+        suffix: of its artefacts' files.
+        schemes: by name; the first one is the default.
+        capabilities: a row for each kind of op that it knows of.
+        dtypes: of the activations that its quantized kernels take.
+        is_code: loading one of its files runs what is in it.
+        here: options of `lower` and `load` that this machine asks for, and what to tell people about that.
+    """
+
+    name: str
+    module: str
+    quantizer: str
+    suffix: str
+    schemes: Mapping[str, Scheme]
+    capabilities: tuple[Capability, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    is_code: bool = False
+    here: Callable[[], tuple[dict[str, Any], str]] = lambda: ({}, "")
+
+    def __post_init__(self) -> None:
+        names = [row.op for row in self.capabilities]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SchemeError(f"target {self.name!r}: {', '.join(twice)} have more than one row of capabilities")
+        used = {scheme for row in self.capabilities for scheme in row.schemes}
+        if unknown := sorted(used - set(self.schemes)):
+            raise SchemeError(f"target {self.name!r}: its capabilities name schemes it does not have: {unknown}")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row(self, op: str) -> Capability | None:
+        """What the target does with a kind of op, or None if it knows nothing of it."""
+        return next((row for row in self.capabilities if row.op == op), None)
+
+    def why_float(self, op: str) -> str:
+        """Why the target runs a kind of op in no scheme; empty if it runs it in one."""
+        row = self.row(op)
+        if row is None:
+            return f"{self.name} has no entry for {op}"
+        return "" if row.schemes else row.reason
+
+    def backend(self) -> Any:
+        """The module with `lower` and `load`, imported when it is first asked for."""
+        return import_module(self.module)
+
+    def quantizer_class(self) -> Any:
+        """The class of the Quantizer that annotates for this target."""
+        module, _, name = self.quantizer.partition(":")
+        return getattr(import_module(module), name)
