@@ -21,7 +21,7 @@ from candidates import ALGORITHMS, QUANTIZERS, Candidate, lower, quantize
 from networks import NETWORKS, TRAINED, Batch, Network, load_network
 
 import torchquant as tq
-from torchquant.program import Program
+from torchquant.artifacts.program import Program
 
 KEY = ("network", "quantizer", "algorithm", "artefact")
 MINE = ("x86", "x86_dynamic", "xnnpack", "xnnpack_static", "torchao_x86", "torchao_x86_nonstrict", "et_xnnpack")

@@ -20,14 +20,14 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant import ranges
+from torchquant.artifacts.program import Program
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.fx import ops
-from torchquant.program import Program
+from torchquant.observers import ranges
 from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solving import Optimization
+from torchquant.solving.run import Optimization
 from torchquant.types import Format, Scheme, TensorSpec
 
 __all__ = ["ALGORITHMS", "QUANTIZERS", "Candidate", "LowBitQuantizer", "lower", "quantize"]

@@ -21,8 +21,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import torchquant as tq
+from torchquant.calibration.stream import Evaluator, Stream
 from torchquant.fx.blocks import Span
-from torchquant.fx.stream import Evaluator, Stream
 
 KEY = ("network", "algorithm", "budget_bytes")
 

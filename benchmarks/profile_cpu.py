@@ -22,11 +22,11 @@ from networks import NETWORKS, Batch, load_network
 from torch.fx import GraphModule, Node
 
 import torchquant as tq
+from torchquant.artifacts.serialize import export_again
 from torchquant.backends import inductor_x86
 from torchquant.fx import ops
-from torchquant.ops import native, tuning
-from torchquant.ops.translation import replace_regions
-from torchquant.serialize import export_again
+from torchquant.ops.x86 import native, tuning
+from torchquant.ops.x86.translation import replace_regions
 
 __all__ = ["Work", "work"]
 

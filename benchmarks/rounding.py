@@ -17,10 +17,10 @@ from candidates import LowBitQuantizer
 from torch import nn
 
 import torchquant as tq
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.reconstruction import Reconstruction, SoftRounding
+from torchquant.algorithms.spans.reconstruction import Reconstruction, SoftRounding
+from torchquant.calibration.stream import Stream, Task
 from torchquant.fx.blocks import layers
-from torchquant.fx.stream import Stream, Task
+from torchquant.solving.contract import Clock
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3x3, 64 to 64, 8x8": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8)),

@@ -20,8 +20,8 @@ from networks import Batch, Network
 from torch.fx import GraphModule
 
 import torchquant as tq
+from torchquant.artifacts.program import Program
 from torchquant.backends import executorch_xnnpack
-from torchquant.program import Program
 
 __all__ = ["RUNTIMES", "Case", "Runtime", "set_threads"]
 

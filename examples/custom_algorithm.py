@@ -14,9 +14,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import Answer, Layerwise
-from torchquant.algorithms.rounding import Problem
+from torchquant.algorithms.layers.layerwise import Answer, Layerwise
+from torchquant.algorithms.layers.rounding import Problem
+from torchquant.solving.contract import Clock
 
 
 class BestOfManyRoundings(Layerwise):

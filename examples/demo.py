@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import torchquant as tq
-from torchquant.benchmark import interleaved
 from torchquant.lowering.target import Target
+from torchquant.measure.benchmark import interleaved
 from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
 
 OUT = Path(os.environ.get("TORCHQUANT_DEMO_OUT", "demo-output"))

@@ -27,7 +27,7 @@ from torchquant.fx.reading import is_observer
 from torchquant.fx.sites import CONSTANT, note
 from torchquant.fx.windows import window_of
 from torchquant.lowering.target import Target
-from torchquant.observers import (
+from torchquant.observers.minmax import (
     ActivationMinMax,
     DynamicActivation,
     GroupWeight,
@@ -36,7 +36,7 @@ from torchquant.observers import (
     PerChannelWeight,
     PerTokenActivation,
 )
-from torchquant.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
+from torchquant.observers.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CapabilityQuantizer", "has_quantized_output", "is_annotated"]

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
-from torchquant.observers import Floor
+from torchquant.observers.minmax import Floor
 
 __all__ = ["set_floors"]
 

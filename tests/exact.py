@@ -8,9 +8,9 @@ from torch import nn
 from torch.fx import Interpreter
 
 from torchquant.fx import ops
-from torchquant.ops import native
-from torchquant.ops.matching import PRODUCTS
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native
+from torchquant.ops.x86.matching import PRODUCTS
+from torchquant.ops.x86.translation import replace_regions
 
 Q = torch.ops.quantized_decomposed
 REGION = torch.ops.torchquant

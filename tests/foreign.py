@@ -24,7 +24,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 import torchquant as tq
 from torchquant.fx import ops
-from torchquant.observers import PerTokenActivation
+from torchquant.observers.minmax import PerTokenActivation
 
 
 def calibrated(model, batches, quantizer, *, dynamic_shapes=None):

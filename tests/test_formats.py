@@ -6,8 +6,8 @@ import torch.ao.quantization.fx._decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchquant import formats
 from torchquant.errors import SchemeError
+from torchquant.formats import integer as formats
 from torchquant.types import Format, QParams, TensorSpec
 
 OPS = torch.ops.quantized_decomposed

@@ -18,8 +18,8 @@ import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.fx.reading import observers
-from torchquant.ranges import ActivationEntropy, ActivationMSE, ActivationPercentile
-from torchquant.solved import SolvedWeight
+from torchquant.observers.ranges import ActivationEntropy, ActivationMSE, ActivationPercentile
+from torchquant.solving.solved import SolvedWeight
 
 OBSERVERS = {"histogram": HistogramObserver, "mse": ActivationMSE, "percentile": ActivationPercentile}
 ALGORITHMS = {

@@ -13,10 +13,10 @@ from torchao.quantization.pt2e.observer import MappingType, MinMaxObserver
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 import torchquant as tq
-from torchquant import histograms
-from torchquant.calibration import recalibrate
-from torchquant.observers import PerChannelWeight, reset
-from torchquant.ranges import (
+from torchquant.calibration.calibrate import recalibrate
+from torchquant.observers import histograms
+from torchquant.observers.minmax import PerChannelWeight, reset
+from torchquant.observers.ranges import (
     ActivationEntropy,
     ActivationMSE,
     ActivationPercentile,

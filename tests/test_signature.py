@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import torchquant as tq
-from torchquant import batches as data
+from torchquant.artifacts.serialize import export_again
 from torchquant.backends import inductor_x86
+from torchquant.calibration import batches as data
+from torchquant.fx.signature import Constant, InputSpec, Signature
 from torchquant.quantizers import X86Quantizer
-from torchquant.serialize import export_again
-from torchquant.signature import Constant, InputSpec, Signature
 
 Pair = namedtuple("Pair", "first second")
 

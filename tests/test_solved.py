@@ -10,15 +10,15 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
-from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.backends import inductor_x86
+from torchquant.calibration.stream import FLOAT_BIAS, Evaluator, Stream
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import layers, weight_grid, weight_of
 from torchquant.fx.reading import observers
-from torchquant.fx.stream import FLOAT_BIAS, Evaluator, Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solved import Solution, SolvedActivation, SolvedWeight, apply
+from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 
 U8 = per_tensor(torch.uint8, 0, 255)
 

@@ -12,16 +12,17 @@ from foreign import PlaceholderObserver, SpecQuantizer, calibrated, dynamic, per
 from torch import nn
 
 import torchquant as tq
-from torchquant import checkpoints, solving
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
-from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.fx import ops
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.reading import observers
-from torchquant.solved import Solution, SolvedWeight
-from torchquant.solving import SpanResult
+from torchquant.solving import checkpoints
+from torchquant.solving import run as solving
+from torchquant.solving.run import SpanResult
+from torchquant.solving.solved import Solution, SolvedWeight
 
 LINEAR = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel(low=-3, high=3))
 
@@ -200,7 +201,7 @@ def test_a_run_that_is_stopped_within_a_block_goes_on_behind_the_last_layer(mode
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "write", counted)
-    monkeypatch.setattr("torchquant.solving.write", counted)
+    monkeypatch.setattr("torchquant.solving.run.write", counted)
     monkeypatch.setattr(AdaRound, "solve", lambda *a: solved_layers.append(a) or solve(*a))
     for attempt in range(100):
         stop, prepared = attempt < 99, calibrated(model, batches, LINEAR)
@@ -322,7 +323,7 @@ def test_a_checkpoint_that_does_not_fit_its_weights_is_refused(model, batches, t
         write(path, Solution({"nowhere" if change == "node" else name: (codes, grid)}, biases, activations))
 
     with monkeypatch.context() as patch:
-        patch.setattr("torchquant.solving.write", wrong)
+        patch.setattr("torchquant.solving.run.write", wrong)
         kept_run(model, batches, tmp_path)
     with pytest.raises(tq.ArtifactError, match=r"00-00000\.pt"):
         kept_run(model, batches, tmp_path)
@@ -333,7 +334,7 @@ def test_another_version_or_budget_is_another_run(model, batches, tmp_path, monk
     prepared = calibrated(model, batches, LINEAR)
     with pytest.raises(tq.ArtifactError, match="another run"):
         tq.optimize(prepared, batches, [SeqMSE(8)], budget_s=1000, checkpoint=tmp_path, progress=False)
-    monkeypatch.setattr("torchquant.checkpoints.versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("torchquant.solving.checkpoints.versions", lambda: {"torch": "9.9"})
     with pytest.raises(tq.ArtifactError, match="versions"):
         kept_run(model, batches, tmp_path)
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
     from torchquant.algorithms.smooth_quant import SmoothQuant
-    from torchquant.batches import Steps
-    from torchquant.calibration import calibrate
+    from torchquant.artifacts.program import Program
+    from torchquant.artifacts.serialize import load, save
+    from torchquant.calibration.batches import Steps
+    from torchquant.calibration.calibrate import calibrate
     from torchquant.errors import (
         ArtifactError,
         CalibrationError,
@@ -34,11 +36,9 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
-    from torchquant.program import Program
-    from torchquant.reporting import Report, report
-    from torchquant.serialize import load, save
-    from torchquant.solving import Optimization
-    from torchquant.verify import Comparison, compare, sqnr_db
+    from torchquant.measure.verify import Comparison, compare, sqnr_db
+    from torchquant.reporting.terminal import Report, report
+    from torchquant.solving.run import Optimization
 
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
@@ -51,8 +51,8 @@ _HOMES = {
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
     "algorithms.smooth_quant": ("SmoothQuant",),
-    "batches": ("Steps",),
-    "calibration": ("calibrate",),
+    "calibration.batches": ("Steps",),
+    "calibration.calibrate": ("calibrate",),
     "errors": (
         "ArtifactError",
         "CalibrationError",
@@ -74,17 +74,17 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
-    "program": ("Program",),
-    "reporting": (
+    "artifacts.program": ("Program",),
+    "reporting.terminal": (
         "Report",
         "report",
     ),
-    "serialize": (
+    "artifacts.serialize": (
         "load",
         "save",
     ),
-    "solving": ("Optimization",),
-    "verify": (
+    "solving.run": ("Optimization",),
+    "measure.verify": (
         "Comparison",
         "compare",
         "sqnr_db",

@@ -12,10 +12,11 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from torchquant import batches as data
 from torchquant.algorithms.bias_correction import BiasCorrection
-from torchquant.algorithms.contract import Algorithm
-from torchquant.calibration import calibrate
+from torchquant.calibration import batches as data
+from torchquant.calibration.calibrate import calibrate
+from torchquant.calibration.digests import digest_of
+from torchquant.calibration.parallel import agree, is_parallel, together
 from torchquant.errors import (
     CalibrationError,
     ExportError,
@@ -26,15 +27,14 @@ from torchquant.errors import (
 )
 from torchquant.fx import ops, passes
 from torchquant.fx.decompose import expand_batch_norms
-from torchquant.fx.digests import digest_of
 from torchquant.fx.functional import functionalize
 from torchquant.fx.reading import is_converted, is_prepared
+from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states
-from torchquant.observers import least_scale
-from torchquant.parallel import agree, is_parallel, together
-from torchquant.signature import Signature, placeholders
-from torchquant.solving import DEFAULT_MEMORY_BYTES, Optimization, run
+from torchquant.observers.minmax import least_scale
+from torchquant.solving.contract import Algorithm
+from torchquant.solving.run import DEFAULT_MEMORY_BYTES, Optimization, run
 from torchquant.surroundings import unchanged
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from torchquant.formats import INT8, INT8_NARROW
+from torchquant.formats.integer import INT8, INT8_NARROW
 from torchquant.fx import ops
 from torchquant.lowering.target import Target
 from torchquant.types import Capability, Scheme, TensorSpec

@@ -13,7 +13,7 @@ from torchquant.backends.executorch_xnnpack.capabilities import REQUANTIZATION_L
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading
-from torchquant.signature import Signature
+from torchquant.fx.signature import Signature
 from torchquant.types import Site
 
 __all__ = [

@@ -12,6 +12,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from torchquant.artifacts.program import Metadata
+from torchquant.artifacts.serialize import export_again
 from torchquant.backends.executorch_xnnpack.blame import blamed
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.delegated import Delegated, read_delegates
@@ -43,12 +45,10 @@ from torchquant.errors import TorchquantError
 from torchquant.fx import passes
 from torchquant.fx.decompose import decompose, rewrite
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.signature import Signature
 from torchquant.lowering import skeleton
 from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
-from torchquant.program import Metadata
-from torchquant.serialize import export_again
-from torchquant.signature import Signature
 from torchquant.types import Site
 
 __all__ = ["lower", "lower_float"]

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from torchquant.artifacts.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
 from torchquant.files import reading, write_whole
+from torchquant.fx.signature import InputSpec, Signature
 from torchquant.owned import OwnFolder
-from torchquant.program import Metadata, Program, State, read_metadata, write_metadata
-from torchquant.signature import InputSpec, Signature
 
 __all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
 

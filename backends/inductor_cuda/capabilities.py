@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from torchquant.formats import FLOAT8, INT4, INT8, INT8_NARROW
+from torchquant.formats.integer import FLOAT8, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops
 from torchquant.fx.windows import window_of
 from torchquant.lowering.target import Target

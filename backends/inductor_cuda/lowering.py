@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.artifacts.program import Metadata
 from torchquant.backends.inductor_cuda.capabilities import CAPABILITIES, FLOATS, TARGET
 from torchquant.backends.inductor_cuda.program import CudaProgram, device_of, moved, settings_of
 from torchquant.errors import LoweringError, TorchquantWarning
@@ -20,7 +21,6 @@ from torchquant.lowering import dynamo, skeleton
 from torchquant.lowering.accounts import accountable_sites
 from torchquant.lowering.skeleton import Artefact, Cases, Lowering, Run, Stage
 from torchquant.ops.gpu.rewriting import OPS, rewrite
-from torchquant.program import Metadata
 from torchquant.types import FLOAT_RANGE, Site
 
 __all__ = ["dynamo_backend", "lower", "transform"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from torchquant.formats import INT8_NARROW, UINT8
+from torchquant.formats.integer import INT8_NARROW, UINT8
 from torchquant.fx import ops
 from torchquant.lowering.target import Target
 from torchquant.types import Capability, Scheme, TensorSpec

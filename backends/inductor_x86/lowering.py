@@ -23,7 +23,9 @@ import torch
 import torch._inductor
 from torch.fx import GraphModule, Node
 
-from torchquant import archive
+from torchquant.artifacts import archive
+from torchquant.artifacts.program import Metadata, write_metadata
+from torchquant.artifacts.serialize import export_again
 from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
 from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
@@ -34,11 +36,9 @@ from torchquant.lowering import dynamo, skeleton
 from torchquant.lowering.accounts import names
 from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
-from torchquant.ops import cpu, native, saturation, tuning
-from torchquant.ops.translation import Built, replace_regions
+from torchquant.ops.x86 import cpu, native, saturation, tuning
+from torchquant.ops.x86.translation import Built, replace_regions
 from torchquant.owned import OwnFolder
-from torchquant.program import Metadata, write_metadata
-from torchquant.serialize import export_again
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
 

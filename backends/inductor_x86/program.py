@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_load_package wraps; that takes seconds
 
+from torchquant.artifacts.program import Program, State, read_metadata
 from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
 from torchquant.files import reading, write_whole
-from torchquant.ops import cpu, exactness, forks, native
+from torchquant.fx.signature import Signature
+from torchquant.ops.x86 import cpu, exactness, forks, native
 from torchquant.owned import OwnFolder
-from torchquant.program import Program, State, read_metadata
-from torchquant.signature import Signature
 
 __all__ = ["X86Program", "load", "run_package"]
 

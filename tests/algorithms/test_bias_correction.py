@@ -14,12 +14,12 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 import torchquant as tq
 from torchquant.algorithms.bias_correction import output_moments
-from torchquant.formats import UINT8
+from torchquant.calibration.stream import Stream
+from torchquant.formats.integer import UINT8
 from torchquant.fx.blocks import layers
-from torchquant.fx.stream import Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solved import Solution
+from torchquant.solving.solved import Solution
 from torchquant.types import Format, Scheme, TensorSpec
 
 
@@ -118,7 +118,9 @@ def test_a_worse_result_is_not_kept_and_a_warning_says_so(monkeypatch):
         return Solution(biases={task.span.sites[0].name: torch.full((5,), 1e3)})
 
     monkeypatch.setattr(tq.BiasCorrection, "solve", spoil)
-    monkeypatch.setattr("torchquant.fx.stream.Task.error", lambda task: 0.0)  # each layer by itself looks no worse
+    monkeypatch.setattr(
+        "torchquant.calibration.stream.Task.error", lambda task: 0.0
+    )  # each layer by itself looks no worse
     model, batches = nn.Sequential(nn.Linear(6, 5)).eval(), [torch.randn(4, 6)]
     prepared = calibrated(model, batches, X86Quantizer())
     with pytest.warns(tq.TorchquantWarning, match=r"BiasCorrection would lower .* the plain result is kept"):

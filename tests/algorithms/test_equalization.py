@@ -16,9 +16,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant.algorithms import folding
+from torchquant.algorithms.channels import folding
 from torchquant.algorithms.equalization import CrossLayerEqualization, equalizing_factor
-from torchquant.calibration import Recorder, recalibrate
+from torchquant.calibration.calibrate import Recorder, recalibrate
 from torchquant.fx import ops, passes
 from torchquant.fx.reading import is_prepared
 from torchquant.quantizers.x86 import X86Quantizer

@@ -7,15 +7,15 @@ import torch
 from foreign import EveryKind, EverySpec, SpecQuantizer, calibrated, per_channel, per_tensor
 from torch import nn
 
-from torchquant.algorithms.compensation import Compensated
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gauss_newton import _Steps, improve_codes
-from torchquant.algorithms.layerwise import trial
-from torchquant.algorithms.objective import Objective
-from torchquant.algorithms.reconstruction import standing
+from torchquant.algorithms.layers.layerwise import trial
+from torchquant.algorithms.spans.compensation import Compensated
+from torchquant.algorithms.spans.gauss_newton import _Steps, improve_codes
+from torchquant.algorithms.spans.objective import Objective
+from torchquant.algorithms.spans.reconstruction import standing
+from torchquant.calibration.stream import Stream
 from torchquant.fx.blocks import blocks
-from torchquant.fx.stream import Stream
-from torchquant.solved import Solution
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 KINDS = ("conv2d", "linear")
 W3A8 = SpecQuantizer(KINDS, per_tensor(torch.uint8, 0, 255), per_channel(low=-3, high=3))
@@ -36,7 +36,7 @@ def net(*sizes):
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("sensitive", [False, True])
 def test_the_error_never_rises_and_falls_from_rounding_to_nearest(drop, sensitive, coupled, monkeypatch):
-    monkeypatch.setattr("torchquant.algorithms.gauss_newton._LARGEST_COUPLED", coupled)
+    monkeypatch.setattr("torchquant.algorithms.spans.gauss_newton._LARGEST_COUPLED", coupled)
     batches = [torch.randn(16, 8) for _ in range(3)]
     prepared = calibrated(net(8, 12, 6), batches, W3A8)
     spans, stream = blocks(prepared), Stream(prepared, batches)

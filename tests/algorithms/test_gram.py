@@ -11,17 +11,17 @@ import torch
 from foreign import SpecQuantizer, calibrated, groupwise, per_channel, per_tensor
 from torch import nn
 
-from torchquant.algorithms import gram
 from torchquant.algorithms.adaround import AdaRound
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Moments, choose_damp, compensated, damped, moments
-from torchquant.algorithms.layerwise import float_weight
-from torchquant.algorithms.layout import Layout
-from torchquant.algorithms.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
+from torchquant.algorithms.layers import gram
+from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layers.layerwise import float_weight
+from torchquant.algorithms.layers.layout import Layout
+from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
 from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.calibration.stream import Stream
 from torchquant.errors import SchemeError
 from torchquant.fx.blocks import layers, weight_grid
-from torchquant.fx.stream import Stream
+from torchquant.solving.contract import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear")
@@ -373,8 +373,8 @@ def test_moments_of_a_wide_image_take_little_more_memory_than_the_image():
     script = """
 from pathlib import Path
 import torch
-from torchquant.algorithms.gram import _Sums
-from torchquant.algorithms.layout import Layout
+from torchquant.algorithms.layers.gram import _Sums
+from torchquant.algorithms.layers.layout import Layout
 layout = Layout(torch.Size((96, 1, 5, 5)), 96, (1, 1), (2, 2), (1, 1))
 sums, small, x = _Sums(96, 25), torch.randn(1, 96, 8, 8), torch.randn(1, 96, 160, 160)
 sums.add(small, small, layout)  # what is set up once

@@ -9,14 +9,14 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
-from torchquant.algorithms.contract import Clock
 from torchquant.algorithms.range_search import RangeSearch
+from torchquant.calibration.stream import Stream
 from torchquant.fx.grids import grid_of
 from torchquant.fx.reading import observer_of, observers
-from torchquant.fx.stream import Stream
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solved import SolvedActivation
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import SolvedActivation
 
 U8 = per_tensor(torch.uint8, 0, 255)
 pytestmark = pytest.mark.filterwarnings("ignore:the Quantizer left:torchquant.errors.TorchquantWarning")

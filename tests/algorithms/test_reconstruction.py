@@ -11,18 +11,18 @@ import torchquant as tq
 from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gram import Moments, moments
-from torchquant.algorithms.layerwise import float_weight, trial
-from torchquant.algorithms.layout import Layout
-from torchquant.algorithms.objective import Objective
+from torchquant.algorithms.layers.gram import Moments, moments
+from torchquant.algorithms.layers.layerwise import float_weight, trial
+from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.qdrop import QDrop
-from torchquant.algorithms.reconstruction import LearnedStep, Reconstruction, StraightThrough
+from torchquant.algorithms.spans.objective import Objective
+from torchquant.algorithms.spans.reconstruction import LearnedStep, Reconstruction, StraightThrough
+from torchquant.calibration.stream import Stream
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.grids import grid_of
 from torchquant.fx.reading import observers
-from torchquant.fx.stream import Stream
-from torchquant.solved import Solution, SolvedWeight
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution, SolvedWeight
 
 KINDS = ("conv2d", "linear", "conv_transpose2d")
 W4A8 = SpecQuantizer(KINDS, per_tensor(torch.uint8, 0, 255), per_channel(low=-7, high=7))

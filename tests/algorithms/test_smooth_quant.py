@@ -17,9 +17,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant.algorithms.channel_statistics import ChannelSample
+from torchquant.algorithms.channels.channel_statistics import ChannelSample
 from torchquant.algorithms.smooth_quant import SmoothQuant, outlier_factor, smoothing_factor
-from torchquant.calibration import Recorder, recalibrate
+from torchquant.calibration.calibrate import Recorder, recalibrate
 from torchquant.fx import passes
 from torchquant.fx.reading import is_prepared
 from torchquant.quantizers.x86 import X86Quantizer

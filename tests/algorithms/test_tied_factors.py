@@ -9,11 +9,11 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import torchquant as tq
-from torchquant.algorithms import tied_factors
-from torchquant.algorithms.tied_factors import smooth_ties, spread
-from torchquant.calibration import Recorder, recalibrate
+from torchquant.algorithms.channels import tied_factors
+from torchquant.algorithms.channels.tied_factors import smooth_ties, spread
+from torchquant.calibration.calibrate import Recorder, recalibrate
+from torchquant.calibration.stream import Stream
 from torchquant.fx import ops
-from torchquant.fx.stream import Stream
 from torchquant.fx.ties import ties_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Quantizer left:torchquant.errors.TorchquantWarning")

@@ -18,10 +18,10 @@ from torch import nn
 import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.backends.inductor_x86 import lowering
-from torchquant.formats import UINT7
+from torchquant.formats.integer import UINT7
 from torchquant.fx import ops
-from torchquant.ops import exactness
-from torchquant.ops.regions import Finder
+from torchquant.ops.x86 import exactness
+from torchquant.ops.x86.regions import Finder
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
 

@@ -8,7 +8,7 @@ import zipfile
 
 import torch
 
-from torchquant import archive
+from torchquant.artifacts import archive
 
 SEAL = ("format", "kind", "versions", "members", "before", "digest")
 

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 import torchquant as tq
-from torchquant import sources, tensors
 from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.artifacts import tensors
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
+from torchquant.cli import sources
 from torchquant.errors import TorchquantError, TorchquantWarning
-from torchquant.ops import tuning
 from torchquant.ops.gpu import configs
+from torchquant.ops.x86 import tuning
 from torchquant.quantizers import CudaQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer

@@ -21,8 +21,8 @@ from exact import REGION, Grid, conv, depthwise, exported, linear, regions_in
 from nets import Call
 from test_x86_dynamic import GRIDS
 
-from torchquant.ops import native
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native
+from torchquant.ops.x86.translation import replace_regions
 
 FIELD = struct.Struct("<i")
 VALUES = (0, -1, 1, 2, 3, 4, 15, 16, 17, 255, 256, 999, 1000, 1001, 65536, 10**6, 2**26, 2**31 - 1, -(2**31))

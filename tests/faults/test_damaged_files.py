@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant import archive, sources, tensors
+from torchquant.artifacts import archive, tensors
 from torchquant.backends import executorch_xnnpack, inductor_cuda
+from torchquant.calibration.store import Store
+from torchquant.cli import sources
 from torchquant.files import reading, warn_ignored, write_whole
-from torchquant.fx.store import Store
-from torchquant.ops import tuning
 from torchquant.ops.gpu import configs
+from torchquant.ops.x86 import tuning
 
 CHEAP = ("safetensors", "panels", "cuts", "npz")
 GOOD = {"refused", "same", "forged"}
@@ -281,7 +282,7 @@ FULL = """
 import resource, signal, sys, torch
 from torchquant.errors import ArtifactError
 from torchquant.files import write_whole
-from torchquant.fx.store import Store
+from torchquant.calibration.store import Store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 values = torch.zeros(100_000)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 
 pytestmark = pytest.mark.skipif(not native.supported() or not hasattr(os, "fork"), reason="x86, and fork")
 ROOT = str(Path(tq.__file__).parents[1])

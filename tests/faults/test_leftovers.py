@@ -13,15 +13,15 @@ from foreign import SpecQuantizer, calibrated, per_channel, per_tensor
 from torch import nn
 
 import torchquant as tq
+from torchquant.calibration.store import Store
 from torchquant.files import write_whole
-from torchquant.fx.store import Store
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 from torchquant.owned import SUFFIX, OwnFolder, sweep
 
 ROOT = str(Path(tq.__file__).parents[1])
 MAKERS = {
     "spilled values": """
-from torchquant.fx.store import Store
+from torchquant.calibration.store import Store
 import torch
 store = Store(100)
 for i in range(4):

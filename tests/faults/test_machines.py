@@ -13,7 +13,7 @@ import torch
 import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.errors import ArtifactError
-from torchquant.ops import cpu, native
+from torchquant.ops.x86 import cpu, native
 from torchquant.quantizers.x86 import X86Quantizer
 
 pytestmark = pytest.mark.skipif(not native.supported(), reason="kernels for x86")

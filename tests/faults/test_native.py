@@ -10,10 +10,10 @@ import torch
 from exact import REGION, conv, exported, regions_in
 from nets import Call
 
-from torchquant.ops import native
-from torchquant.ops import plan as plans
-from torchquant.ops.plan import KINDS
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native
+from torchquant.ops.x86 import plan as plans
+from torchquant.ops.x86.plan import KINDS
+from torchquant.ops.x86.translation import replace_regions
 
 FUZZ = Path(__file__).with_name("native_fuzz.py")
 

@@ -14,15 +14,15 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
-from torchquant import batches as data
+from torchquant.calibration import batches as data
+from torchquant.calibration.stream import Evaluator, Stream
 from torchquant.fx import passes
 from torchquant.fx.blocks import data_order
 from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.reading import observers
-from torchquant.fx.stream import Evaluator, Stream
+from torchquant.fx.signature import Signature, placeholders
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.signature import Signature, placeholders
 
 QDQ = torch.ops.quantized_decomposed
 

@@ -10,9 +10,9 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
-from torchquant.fx import store as store_module
+from torchquant.calibration import store as store_module
+from torchquant.calibration.stream import Evaluator, Store, Stream
 from torchquant.fx.blocks import blocks, data_order, layers
-from torchquant.fx.stream import Evaluator, Store, Stream
 
 QUANTIZER = SpecQuantizer(("conv2d", "linear", "conv_transpose2d"), per_tensor(torch.uint8, 0, 255), per_channel())
 

@@ -13,9 +13,9 @@ from nets import Call
 
 from torchquant.errors import ArtifactError, LoweringError
 from torchquant.fx import ops
-from torchquant.ops import exactness, saturation
-from torchquant.ops.regions import Finder
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import exactness, saturation
+from torchquant.ops.x86.regions import Finder
+from torchquant.ops.x86.translation import replace_regions
 
 UINT8, UINT7, INT8 = Grid(0.02, 117), Grid(0.04, 60, 0, 127), signed(0.02, -17)
 

@@ -19,14 +19,14 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
+from torchquant.artifacts.serialize import export_again
 from torchquant.backends import inductor_x86
 from torchquant.fx.flat import flat
-from torchquant.ops import native, tuning
-from torchquant.ops.plan import Dynamic
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native, tuning
+from torchquant.ops.x86.plan import Dynamic
+from torchquant.ops.x86.translation import replace_regions
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.serialize import export_again
 
 EPS = 2.0**-23
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from nets import Call
 from torch import nn
 
-from torchquant.ops import native
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native
+from torchquant.ops.x86.translation import replace_regions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

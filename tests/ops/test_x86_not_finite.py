@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as leaves
 
 from torchquant.fx import ops
-from torchquant.ops import native
-from torchquant.ops.translation import replace_regions
+from torchquant.ops.x86 import native
+from torchquant.ops.x86.translation import replace_regions
 
 ROWS = range(1, 14)  # tiles of products have up to 12
 SOME_ROWS = (1, 4, 11, 13)

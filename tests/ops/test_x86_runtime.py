@@ -15,13 +15,13 @@ from nets import Call, callers_agree
 from torch import nn
 
 import torchquant as tq
+from torchquant.artifacts.serialize import export_again
 from torchquant.errors import LoweringError
 from torchquant.fx.flat import flat
-from torchquant.ops import native
-from torchquant.ops import plan as plans
-from torchquant.ops.plan import Quantization, Step, Value
-from torchquant.ops.translation import replace_regions
-from torchquant.serialize import export_again
+from torchquant.ops.x86 import native
+from torchquant.ops.x86 import plan as plans
+from torchquant.ops.x86.plan import Quantization, Step, Value
+from torchquant.ops.x86.translation import replace_regions
 
 # threads ------------------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,11 @@ import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.backends.inductor_cuda import SCHEMES
-from torchquant.dialect import EPS, choose_scale, quantize_scaled
 from torchquant.errors import SchemeError
-from torchquant.formats import encode
+from torchquant.formats.dialect import EPS, choose_scale, quantize_scaled
+from torchquant.formats.integer import encode
 from torchquant.fx import ops
-from torchquant.observers import GroupWeight
+from torchquant.observers.minmax import GroupWeight
 from torchquant.quantizers.cuda import CudaQuantizer
 
 ANY = torch.export.Dim.DYNAMIC

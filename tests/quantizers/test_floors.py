@@ -11,10 +11,10 @@ from torch import nn
 from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
 import torchquant as tq
-from torchquant import ranges
-from torchquant.observers import ActivationHistogram, ActivationMinMax, Floor, MovingWeight, least_scale
+from torchquant.observers import ranges
+from torchquant.observers.minmax import ActivationHistogram, ActivationMinMax, Floor, MovingWeight, least_scale
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solved import SolvedActivation
+from torchquant.solving.solved import SolvedActivation
 
 pytest.importorskip("executorch")
 from torchquant.backends import executorch_xnnpack

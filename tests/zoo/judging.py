@@ -21,8 +21,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 import torchquant as tq
-from torchquant import batches as data
 from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.calibration import batches as data
 from torchquant.fx import passes
 from torchquant.fx.reading import is_prepared
 from torchquant.quantizers import X86Quantizer, XnnpackQuantizer

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import float_weight
-from torchquant.algorithms.objective import Objective
-from torchquant.algorithms.reconstruction import Reconstruction, StraightThrough, standing
+from torchquant.algorithms.layers.layerwise import float_weight
+from torchquant.algorithms.spans.objective import Objective
+from torchquant.algorithms.spans.reconstruction import Reconstruction, StraightThrough, standing
+from torchquant.calibration.stream import Task
 from torchquant.fx.blocks import Span, layers
 from torchquant.fx.reading import observer_of
-from torchquant.fx.stream import Task
-from torchquant.solved import Solution
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 __all__ = ["AdaQuant"]
 

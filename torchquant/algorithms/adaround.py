@@ -19,9 +19,9 @@ from dataclasses import replace
 
 import torch
 
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import Answer, Layerwise
-from torchquant.algorithms.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
+from torchquant.algorithms.layers.layerwise import Answer, Layerwise
+from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
+from torchquant.solving.contract import Clock
 
 __all__ = ["AdaRound", "relax"]
 

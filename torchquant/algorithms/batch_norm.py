@@ -15,13 +15,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.bias_correction import bias_now, output_moments
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import float_weight
+from torchquant.algorithms.layers.layerwise import float_weight
+from torchquant.calibration.stream import Task
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers, weight_grid, weight_of
 from torchquant.fx.grids import Grid
-from torchquant.fx.stream import Task
-from torchquant.solved import Solution, SolvedWeight
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution, SolvedWeight
 
 __all__ = ["BatchNormReestimation"]
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from torchquant.algorithms.contract import Clock
+from torchquant.calibration.parallel import total_
+from torchquant.calibration.stream import Flow, Task, outputs_of
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
-from torchquant.fx.stream import Flow, Task, outputs_of
-from torchquant.parallel import total_
-from torchquant.solved import Solution
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 __all__ = ["BiasCorrection", "OutputMoments", "output_moments"]
 

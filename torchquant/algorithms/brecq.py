@@ -17,16 +17,16 @@ from functools import partial
 from torch.fx import GraphModule
 
 from torchquant.algorithms.adaround import AdaRound
-from torchquant.algorithms.compensation import Compensated
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.gauss_newton import improve_codes
-from torchquant.algorithms.layerwise import Inside, Layerwise, trial
-from torchquant.algorithms.objective import Objective
-from torchquant.algorithms.reconstruction import Reconstruction, standing
+from torchquant.algorithms.layers.layerwise import Inside, Layerwise, trial
+from torchquant.algorithms.spans.compensation import Compensated
+from torchquant.algorithms.spans.gauss_newton import improve_codes
+from torchquant.algorithms.spans.objective import Objective
+from torchquant.algorithms.spans.reconstruction import Reconstruction, standing
+from torchquant.calibration.stream import Stream, Task
 from torchquant.errors import InputError
 from torchquant.fx.blocks import Span, blocks
-from torchquant.fx.stream import Stream, Task
-from torchquant.solved import Solution
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 __all__ = ["BRECQ"]
 

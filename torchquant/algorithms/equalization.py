@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.algorithms import folding
-from torchquant.algorithms.channel_statistics import Smallest
-from torchquant.calibration import record
+from torchquant.algorithms.channels import folding
+from torchquant.algorithms.channels.channel_statistics import Smallest
+from torchquant.calibration.calibrate import record
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.producers import LAYERS, Producer, channel_axis, has_constants, is_padded, producer_of, readers

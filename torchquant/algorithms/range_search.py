@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.algorithms.contract import Clock
+from torchquant.calibration.parallel import total
+from torchquant.calibration.stream import Evaluator, Stream, Task
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.grids import Grid, grid_of, per_tensor
 from torchquant.fx.reading import observer_of
-from torchquant.fx.stream import Evaluator, Stream, Task
-from torchquant.observers import least_scale
-from torchquant.parallel import total
-from torchquant.solved import Solution
+from torchquant.observers.minmax import least_scale
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 __all__ = ["RangeSearch"]
 

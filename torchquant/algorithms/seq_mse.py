@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from torchquant.algorithms.contract import Clock
-from torchquant.algorithms.layerwise import Answer, Layerwise
-from torchquant.algorithms.rounding import Problem, search_scale
+from torchquant.algorithms.layers.layerwise import Answer, Layerwise
+from torchquant.algorithms.layers.rounding import Problem, search_scale
+from torchquant.solving.contract import Clock
 
 __all__ = ["SeqMSE"]
 

@@ -25,10 +25,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import MinMaxObserver
 
-from torchquant.algorithms import folding
-from torchquant.algorithms.channel_statistics import ChannelSample, Fold
-from torchquant.algorithms.tied_factors import smooth_ties
-from torchquant.calibration import record
+from torchquant.algorithms.channels import folding
+from torchquant.algorithms.channels.channel_statistics import ChannelSample, Fold
+from torchquant.algorithms.channels.tied_factors import smooth_ties
+from torchquant.calibration.calibrate import record
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
@@ -101,7 +101,7 @@ class SmoothQuant:
         alpha: how much of the outliers to move, 0 to 1; None: the best of a grid for each tensor, by output error.
         shift: subtract the middle of each channel's range too, where that pays: its effect goes into biases.
         explicit: insert ops where nothing can take the factor; if not, such tensors stay as they are (see `notes`).
-        ties: smooth also what quantized additions tie together: see `torchquant.algorithms.tied_factors`.
+        ties: smooth also what quantized additions tie together: see `torchquant.algorithms.channels.tied_factors`.
         rows: how many rows of each tensor the search looks at.
         seed: of their draw.
     """

@@ -13,8 +13,8 @@ from torch.fx.graph import CodeGen
 from torchquant.errors import ExportError
 from torchquant.fx import ops, passes
 from torchquant.fx.functional import functionalize
+from torchquant.fx.signature import Constant, InputSpec, Signature
 from torchquant.fx.states import states_of
-from torchquant.signature import Constant, InputSpec, Signature
 
 __all__ = ["Flat", "flat"]
 

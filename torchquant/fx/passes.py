@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
 from torchquant.fx.reading import is_observer, observers
-from torchquant.observers import per_token
+from torchquant.observers.minmax import per_token
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.batches import Given
+from torchquant.calibration.batches import Given
 from torchquant.fx import ops
-from torchquant.signature import placeholders
+from torchquant.fx.signature import placeholders
 
 __all__ = ["hidden_states", "own_inputs", "own_states", "restored", "set_states", "state_nodes", "states_of"]
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.errors import LoweringError
 from torchquant.fx import passes
-from torchquant.signature import placeholders
+from torchquant.fx.signature import placeholders
 
 __all__ = ["backend"]
 

@@ -18,12 +18,12 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from torchquant import batches as data
+from torchquant.calibration import batches as data
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat
-from torchquant.signature import InputSpec, Signature
-from torchquant.verify import Comparison, OutputComparison, compare, compare_tensors
+from torchquant.fx.signature import InputSpec, Signature
+from torchquant.measure.verify import Comparison, OutputComparison, compare, compare_tensors
 
 __all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "cases_of", "hold_against"]
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from torchquant import batches as data
+from torchquant.artifacts.program import Metadata, Program, Proof
+from torchquant.calibration import batches as data
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
@@ -19,7 +20,6 @@ from torchquant.lowering.accounts import accountable_sites, left_float
 from torchquant.lowering.proof import Verdict, cases_of, hold_against
 from torchquant.lowering.stages import stages
 from torchquant.lowering.target import Target
-from torchquant.program import Metadata, Program, Proof
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
 

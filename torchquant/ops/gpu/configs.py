@@ -19,7 +19,7 @@ import torch
 
 from torchquant.errors import ArtifactError
 from torchquant.files import reading, warn_ignored, write_whole
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 
 __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "table"]
 

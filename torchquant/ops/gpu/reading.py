@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from torchquant.dialect import EPS
 from torchquant.errors import LoweringError
+from torchquant.formats.dialect import EPS
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading, Quantized, source_of
 from torchquant.fx.windows import Window, window_of

@@ -1,0 +1,147 @@
+"""Layer objectives that depend on the data only through second moments of a site's input.
+
+    W (g, o, k)     weight of a conv or linear as matrices: g groups, o outputs and k inputs each
+    x, xq (g, k)    an input column of the float function, and of the quantized prefix
+    A = E[xq xqT]   (g, k, k), or the covariance where a bias takes up the mean error
+    B = E[x xqT]    (g, k, k), likewise
+
+    E |Wq xq - W x|^2 = tr((Wq - T) A (Wq - T)T) + const,   T = W B A^-1
+
+The data are read once, whatever the number of iterations, and the cost of one iteration is that of a product with A.
+T is what the layer should be, given what the quantized prefix makes of the data; with x = xq it is W itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch.fx import Node
+
+from torchquant.algorithms.layers.layout import Layout
+from torchquant.calibration.parallel import preceding, total_
+from torchquant.calibration.stream import Flow
+
+__all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
+
+_LEAST_CHUNK, _LARGEST_CHUNK = 1 << 17, 1 << 23  # elements of unfolded input at once
+
+
+# moments ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a site's input.
+
+    Args:
+        a: E[xq xqT] (g, k, k). b: E[x xqT] (g, k, k). mean_q, mean: E[xq], E[x] (g, k). float32.
+        count: columns they were taken over.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    mean_q: torch.Tensor
+    mean: torch.Tensor
+    count: int
+
+    @staticmethod
+    def joined(folds: Sequence[Moments]) -> Moments:
+        """Moments over the data of all folds."""
+        count = max(1, sum(f.count for f in folds))
+        a, b, mean_q, mean = (
+            sum((getattr(f, name) * (f.count / count) for f in folds), torch.zeros(()))
+            for name in ("a", "b", "mean_q", "mean")
+        )
+        return Moments(a, b, mean_q, mean, count)
+
+    def centred(self) -> Moments:
+        """The same with covariances in the place of second moments: what is left to a layer with a free bias."""
+        a = self.a - self.mean_q[:, :, None] * self.mean_q[:, None, :]
+        b = self.b - self.mean[:, :, None] * self.mean_q[:, None, :]
+        return replace(self, a=a, b=b)
+
+
+def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
+    """Read the data of a one-site task once (over all processes): moments of every other sample, and of the rest."""
+    source = site.args[0]
+    assert isinstance(source, Node)
+    size = layout.matrix(torch.empty(layout.shape, device="meta")).shape
+    sums = [_Sums(size[0], size[2]) for _ in range(2)]
+    first = preceding(task.count)  # so that the halves do not depend on how many processes share the batches in order
+    for batch in range(task.count):
+        quantized, exact = (task.inputs(batch, flow)[source] for flow in ("quantized", "float"))
+        for fold in range(2):
+            sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
+        del quantized, exact  # before the next ones are read
+    return sums[0].moments(), sums[1].moments()
+
+
+class Data(Protocol):
+    """Where a site's inputs come from."""
+
+    count: int
+
+    def inputs(self, batch: int, flow: Flow) -> dict[Node, Any]:
+        """The values that the site reads, for one batch."""
+
+
+class _Sums:
+    """Moments on the way."""
+
+    def __init__(self, groups: int, inputs: int) -> None:
+        self._products = torch.zeros(2, groups, inputs, inputs, dtype=torch.float64)
+        self._sums = torch.zeros(2, groups, inputs, dtype=torch.float64)
+        self._count = torch.zeros((), dtype=torch.float64)
+        # little beside a layer's values, and not so little that adding the products up takes longer than they do
+        self._chunk = min(max(_LEAST_CHUNK, 2 * self._products[0].numel()), _LARGEST_CHUNK)
+
+    def add(self, quantized: torch.Tensor, exact: torch.Tensor, layout: Layout) -> None:
+        pieces = (layout.pieces(side.float(), self._chunk) for side in (quantized, exact))
+        for columns in zip(*pieces, strict=True):
+            for i, side in enumerate(columns):
+                self._products[i] += side @ columns[0].transpose(1, 2)
+                self._sums[i] += side.sum(-1, dtype=torch.float64)
+            self._count += columns[0].shape[-1]
+
+    def moments(self) -> Moments:
+        for tensor in (self._products, self._sums, self._count):
+            total_(tensor)
+        count = self._count.clamp(min=1)
+        products, sums = (self._products / count).float(), (self._sums / count).float()
+        return Moments(products[0], products[1], sums[0], sums[1], int(self._count))
+
+
+# what the layer should be -----------------------------------------------------------------------------------------
+
+
+def damped(a: torch.Tensor, damp: float) -> torch.Tensor:
+    """A matrix to add to `a` (g, k, k): `damp` times its mean diagonal, on the diagonal."""
+    ridge = damp * a.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
+    return torch.eye(a.shape[-1]).expand_as(a) * ridge[:, None, None]
+
+
+def compensated(matrix: torch.Tensor, found: Moments, damp: float) -> torch.Tensor:
+    """T = W (B + D) (A + D)^-1, D = damped(A): the matrix (g, o, k) that best gives W x from xq."""
+    ridge = damped(found.a, damp)
+    factor, failed = torch.linalg.cholesky_ex((found.a + ridge).double())
+    if bool(failed.any()):
+        return matrix
+    moved = (matrix @ (found.b + ridge)).double()
+    return torch.cholesky_solve(moved.transpose(1, 2), factor).transpose(1, 2).float()
+
+
+def choose_damp(matrix: torch.Tensor, folds: Sequence[Moments], candidates: Sequence[float]) -> float:
+    """The damping whose T, found on one half of the data, does best on the other half."""
+    if min(f.count for f in folds) == 0:
+        return max(candidates)
+    errors = [0.0] * len(candidates)
+    for fit, judge in (folds, reversed(folds)):
+        for i, damp in enumerate(candidates):
+            target = compensated(matrix, fit, damp)
+            off = ((target @ judge.a) * target).sum(dtype=torch.float64)
+            off -= 2 * ((matrix @ judge.b) * target).sum(dtype=torch.float64)
+            errors[i] += float(off)
+    return candidates[errors.index(min(errors))]

@@ -1,0 +1,183 @@
+"""What the layer-by-layer algorithms share: one site, its moments, and codes, scale and bias in return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layers.layout import Layout
+from torchquant.algorithms.layers.rounding import Problem
+from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
+from torchquant.errors import InputError
+from torchquant.fx import ops
+from torchquant.fx.blocks import Span, layers, weight_grid, weight_of
+from torchquant.fx.grids import Grid
+from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
+
+__all__ = ["DAMPS", "Answer", "Inside", "Layerwise", "by_groups", "float_bias", "float_weight", "moved_bias", "trial"]
+
+DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+_LEAST_DAMP, _METRIC_DAMP = 0.001, 0.01
+_DRAWS = 2  # random projections of the network's output
+_FLOOR = 2.0**-16  # of the largest scale: a bias in units of the smallest must fit an int32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Codes (g, o, k) and the factor (cells,) on the grid's scale they belong to."""
+
+    codes: torch.Tensor
+    factor: torch.Tensor
+
+
+class Layerwise:
+    """An algorithm that chooses each site's codes from the second moments of its input.
+
+    Args:
+        correct_bias: choose the bias too: the mean error of the output on the calibration data becomes zero.
+        compensate: aim at the output of the float network, given the inputs from the quantized prefix; if not, at
+            the output of the float layer on its float inputs.
+        damp: share of the mean diagonal of the moments added to their diagonal, which holds the answer near the float
+            weight. None: chosen at each site by two-fold cross-validation.
+        sensitive: count errors of a layer's outputs as the network's output feels them together.
+    """
+
+    def __init__(
+        self,
+        *,
+        correct_bias: bool = True,
+        compensate: bool = True,
+        damp: float | None = None,
+        sensitive: bool = False,
+    ) -> None:
+        if damp is not None and damp <= 0:
+            raise InputError(f"damp is {damp}; it must be above 0, or the moments may have no inverse")
+        self.correct_bias, self.compensate, self.damp = correct_bias, compensate, damp
+        self.sensitive = sensitive
+
+    def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:
+        """The spans to solve: each site for itself."""
+        return layers(prepared, excluded)
+
+    def begin(self, stream: Stream, spans: Sequence[Span], seed: int) -> None:
+        """Measure what the network's output feels of the sites' outputs."""
+        if self.sensitive:
+            stream.sensitivities(spans, seed, _DRAWS, elements=False)
+
+    def choose(self, problem: Problem, clock: Clock) -> Answer:
+        """Codes and scale factors for one site."""
+        raise NotImplementedError
+
+    def solve(self, task: Task | Inside, clock: Clock) -> Solution:
+        """The answer for a span of one site."""
+        (site,) = task.span.sites
+        weight, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
+        layout = Layout.of(site, weight.shape)
+        folds = moments(task, site, layout)
+        found = Moments.joined(folds)
+        problem = Problem.of(weight, layout, grid, *self._aim(layout.matrix(weight.float()), folds, found))
+        outputs = task.output_metric(site)
+        if outputs is not None:
+            problem = replace(problem, outputs=by_groups(outputs, layout))
+        answer = self.choose(problem, clock)
+        chosen = _floored(grid, answer.factor)
+        solution = Solution(weights={site.name: (layout.tensor(answer.codes), chosen)})
+        if self.correct_bias:
+            decoded = layout.matrix(chosen.decode(solution.weights[site.name][0]))
+            solution.biases[site.name] = moved_bias(task.prepared, site, layout, decoded, found)
+        return solution
+
+    def _aim(self, matrix: torch.Tensor, folds: Sequence[Moments], found: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target (g, o, k) and metric (g, k, k)."""
+        if self.correct_bias:
+            folds, found = [f.centred() for f in folds], found.centred()
+        if not self.compensate:
+            return matrix, found.a + damped(found.a, self.damp or _LEAST_DAMP)
+        damp = choose_damp(matrix, folds, DAMPS) if self.damp is None else self.damp
+        return compensated(matrix, found, damp), found.a + damped(found.a, min(damp, _METRIC_DAMP))
+
+
+class Inside:
+    """One site within a span, as a task of its own.
+
+    Args:
+        task: of the span. site: one of its sites.
+        before: how the nodes in front of the site see the inputs from the quantized prefix.
+    """
+
+    def __init__(self, task: Task, site: Node, before: Evaluator) -> None:
+        self.prepared, self.count, self.span = task.prepared, task.count, Span((site,), (site,))
+        self._task, self._source = task, site.args[0]
+        self._before = task.span.nodes[: task.span.nodes.index(site)]
+        self._evaluators = {"float": task.evaluator("float"), "quantized": before}
+
+    def inputs(self, batch: int, flow: Flow) -> dict[Node, Any]:
+        """The site's input, for one batch."""
+        assert isinstance(self._source, Node)
+        env = self._task.inputs(batch, flow)
+        if self._source not in env:
+            with torch.no_grad():
+                self._evaluators[flow].run(self._before, env)
+        return {self._source: env[self._source]}
+
+    def output_metric(self, site: Node) -> torch.Tensor | None:
+        """See `Task.output_metric`."""
+        return self._task.output_metric(site)
+
+
+def trial(task: Task, solution: Solution) -> Evaluator:
+    """An Evaluator of the quantized graph with a solution in it."""
+    nodes = {site.name: site for site in task.span.sites}
+    weights, biases = {}, {}
+    for name, (codes, grid) in solution.weights.items():
+        found = weight_of(task.prepared, nodes[name])
+        assert found is not None
+        weights[found[0]] = grid.decode(codes)
+    for name, bias in solution.biases.items():
+        biases[nodes[name]] = bias
+    fakes = {target: _fixed(task, target, *found) for target, found in solution.activations.items()}
+    return task.evaluator(weights=weights, biases=biases, fakes=fakes)
+
+
+def _fixed(task: Task, target: str, scale: float, zero_point: int) -> Fake:
+    original: Any = task.prepared.get_submodule(target)
+    low, high = int(original.quant_min), int(original.quant_max)
+    return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+
+
+def float_weight(prepared: GraphModule, site: Node) -> torch.Tensor:
+    """The float weight of a site."""
+    found = weight_of(prepared, site)
+    assert found is not None
+    return ops.constant_value(prepared, found[0].args[0])  # type: ignore[arg-type]
+
+
+def _floored(grid: Grid, factor: torch.Tensor) -> Grid:
+    scale = grid.scale * factor
+    return grid.with_scale(torch.maximum(scale, scale.max() * _FLOOR))
+
+
+def moved_bias(prepared: GraphModule, site: Node, layout: Layout, matrix: torch.Tensor, found: Moments) -> torch.Tensor:
+    """b + W E[x] - V E[xq]: the bias (out,) that makes the mean error of a site with weight V (g, o, k) zero."""
+    exact, bias = layout.matrix(float_weight(prepared, site).float()), float_bias(prepared, site)
+    moved = (exact @ found.mean[..., None] - matrix @ found.mean_q[..., None]).reshape(-1)
+    return moved if bias is None else bias + moved
+
+
+def by_groups(outputs: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(g, o, o) of a matrix over all outputs (out, out)."""
+    size = len(outputs) // layout.matrix(torch.empty(layout.shape, device="meta")).shape[0]
+    return torch.stack([outputs[i : i + size, i : i + size] for i in range(0, len(outputs), size)])
+
+
+def float_bias(prepared: GraphModule, site: Node) -> torch.Tensor | None:
+    """The bias of the float function, (out,), or None."""
+    source = ops.argument(site, 2)
+    value = None if source is None else Evaluator(prepared, "float").value(source, {})
+    return None if value is None else value.float()

@@ -1,0 +1,1 @@
+"""What algorithms share that see a block at a time: an objective, and learning what is continuous."""

@@ -1,0 +1,429 @@
+"""The stream: all calibration batches through a prepared graph in one walk, in float and as quantized.
+
+At each span the solver gets the inputs from the quantized prefix, the inputs and outputs of the float function, and
+leaves its answer in the graph; the walk goes on with it. What no later node reads is freed; what
+exceeds the byte budget lies on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from torchquant.calibration import batches as data
+from torchquant.calibration.parallel import total, total_
+from torchquant.calibration.store import Store
+from torchquant.errors import CalibrationError
+from torchquant.fx import ops
+from torchquant.fx.blocks import Span, data_order
+from torchquant.fx.functional import functionalize
+from torchquant.fx.grids import fake_quantizer
+from torchquant.fx.reading import observer_of
+from torchquant.fx.signature import Signature, placeholders
+from torchquant.fx.states import state_nodes
+
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "outputs_of"]
+
+Flow = Literal["float", "quantized"]
+FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
+Env = dict[Node, Any]
+_LARGEST_METRIC = 2048  # outputs of a site up to which their products are kept
+_EVEN = 0.01  # share of every output's weight that is the same for all
+Fake = Callable[[torch.Tensor], torch.Tensor]
+Known = dict[tuple[int, torch.Size], tuple[torch.nn.Module, Fake]]
+
+
+class Evaluator:
+    """Runs nodes of a prepared graph: as the float function, or as convert will quantize it.
+
+    Args:
+        prepared: the graph; its observers hold the grids.
+        flow: `float` skips observers and reads the biases that stood there before any correction.
+        weights: weight observer node -> tensor to use in its place (a solver's trial).
+        fakes: activation observer's target -> function to use in its place.
+        biases: op node -> bias to use in its place.
+        known: what is known of observers already, shared between evaluators of one graph.
+    """
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        flow: Flow,
+        *,
+        weights: Mapping[Node, torch.Tensor] | None = None,
+        fakes: Mapping[str, Fake] | None = None,
+        biases: Mapping[Node, torch.Tensor] | None = None,
+        known: Known | None = None,
+    ) -> None:
+        self._prepared, self._flow = prepared, flow
+        self._weights, self._fakes, self._biases = weights or {}, fakes or {}, biases or {}
+        self._known: Known = {} if known is None else known
+        self._constants: dict[Node, Any] = {}
+
+    def run(self, nodes: Sequence[Node], env: Env) -> Env:
+        """Evaluate the nodes in order; `env` holds the values they read from outside and is filled."""
+        for node in nodes:
+            env[node] = self._node(node, env)
+        return env
+
+    def value(self, of: Any, env: Env) -> Any:
+        """Arguments with the values of their nodes."""
+        return torch.fx.node.map_arg(of, lambda n: env[n] if n in env else self._constant(n))
+
+    def _node(self, node: Node, env: Env) -> Any:
+        if node.op == "call_module":
+            observer = observer_of(self._prepared, node)
+            if observer is not None:
+                value = self.value(node.args[0], env)
+                return value if self._flow == "float" else self._fake(node, observer, value)(value)
+            return self._prepared.get_submodule(str(node.target))(*self.value(node.args, env))
+        args, kwargs = self.value(node.args, env), self.value(node.kwargs, env)
+        if node in self._biases:
+            args = (*args[:2], self._biases[node].to(args[1].dtype), *args[3:])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = node.target
+        if _mutates(node):
+            args = (args[0].clone(), *args[1:])
+        return target(*args, **kwargs)
+
+    def _fake(self, node: Node, observer: torch.nn.Module, value: torch.Tensor) -> Fake:
+        if str(node.target) in self._fakes:
+            return self._fakes[str(node.target)]
+        key = (id(observer), value.shape)
+        if key not in self._known:
+            self._known[key] = observer, fake_quantizer(observer, value.shape)
+        return self._known[key][1]
+
+    def _constant(self, node: Node) -> Any:
+        if node in self._weights:
+            return self._weights[node].to(self._constant(node.all_input_nodes[0]).dtype)
+        if node not in self._constants:
+            self._constants[node] = self._evaluate(node)
+        return self._constants[node]
+
+    def _evaluate(self, node: Node) -> Any:
+        with torch.no_grad():
+            if node.op == "get_attr":
+                if self._flow == "float" and FLOAT_BIAS in node.meta:
+                    name = node.meta[FLOAT_BIAS]
+                    return None if name is None else _attribute(self._prepared, name)
+                return _attribute(self._prepared, str(node.target))
+            observer: Any = observer_of(self._prepared, node)
+            if observer is not None and self._flow == "quantized" and hasattr(observer, "values"):
+                return observer.values().to(self._constant(node.all_input_nodes[0]).dtype)
+            return self._node(node, {})
+
+
+def _attribute(model: GraphModule, name: str) -> Any:
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+class Task:
+    """One span to be solved, with the data that reaches it.
+
+    Args:
+        prepared, span: where.
+        count: batches.
+    """
+
+    def __init__(self, stream: Stream, span: Span, reads: Sequence[Node], results: Sequence[Node]) -> None:
+        self._stream, self.span, self._reads, self.results = stream, span, reads, tuple(results)
+        self.prepared, self.count = stream.prepared, stream.count
+
+    def inputs(self, batch: int, flow: Flow) -> Env:
+        """The values that the span reads from outside, for one batch."""
+        return {node: self._stream.value(flow, node, batch) for node in self._reads}
+
+    def targets(self, batch: int) -> list[torch.Tensor]:
+        """The float values of `results`: what is made in the span and read behind it."""
+        return [self._stream.value("float", node, batch) for node in self.results]
+
+    def outputs(self, batch: int, evaluator: Evaluator, flow: Flow = "quantized") -> list[torch.Tensor]:
+        """The span's results for one batch with its inputs from a flow."""
+        env = evaluator.run(self.span.nodes, self.inputs(batch, flow))
+        return [env[node] for node in self.results]
+
+    def sensitivity(self, batch: int) -> list[torch.Tensor | None]:
+        """For each result, how much the network's output feels an error in each element; see `Stream.sensitivities`.
+
+        Mean square of the derivatives of the output, by random projections: the diagonal of the Gauss-Newton
+        matrix. None where it was not measured.
+        """
+        keys = [("sensitivity", node, batch) for node in self.results]
+        return [self._stream.store.get(k) if k in self._stream.store else None for k in keys]
+
+    def output_metric(self, site: Node) -> torch.Tensor | None:
+        """(out, out): how the network's output feels errors in the outputs of a site together; mean diagonal 1.
+
+        None where it was not measured, see `Stream.sensitivities`.
+        """
+        return self._stream.output_metrics.get(site)
+
+    def error(self, evaluator: Evaluator | None = None) -> float:
+        """Squared error of the results, summed over all batches: as the graph stands now, or with a trial."""
+        evaluator = evaluator or self.evaluator()
+        return total(sum(self._batch_error(batch, evaluator) for batch in range(self.count)))[0]
+
+    def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
+        with torch.no_grad():
+            pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
+            return sum(_distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
+
+    def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
+        """An Evaluator of the graph, with a solver's trial values."""
+        return self._stream.evaluator(flow, **trial)
+
+
+class Stream:
+    """All batches through a prepared, calibrated graph.
+
+    Args:
+        prepared: the graph; solvers change its observers and biases while the stream walks.
+        batches: the calibration batches (of this process).
+        budget_bytes: for what is kept between nodes; the rest lies on disk.
+    """
+
+    def __init__(self, prepared: GraphModule, batches: Sequence[Any], *, budget_bytes: int | None = None) -> None:
+        functionalize(prepared)
+        self.prepared = prepared
+        self.store = Store(budget_bytes)
+        inputs = [*placeholders(prepared), *state_nodes(prepared)]
+        self._given = [_values(prepared, g) for g in given_to(prepared, batches)]
+        self.count = len(self._given)
+        self._order = data_order(prepared)
+        self._place = {node: i for i, node in enumerate(self._order)}
+        self._inputs = set(inputs)
+        self._last = {n: max((self._place.get(u, len(self._order)) for u in n.users), default=-1) for n in self._order}
+        self._measured = [n for n in ops.measured_nodes(prepared) if n in self._last]
+        self._last |= {n: len(self._order) for n in self._measured}  # kept to the end
+        self._alive: list[Node] = []
+        self._known: Known = {}
+        self.output_metrics: dict[Node, torch.Tensor] = {}
+        self.signal = self.noise = 0.0  # energies of the float output and of its error, after a walk
+
+    def value(self, flow: Flow, node: Node, batch: int) -> Any:
+        """A live value."""
+        given = self._given[batch]
+        return given[node] if node in given else self.store.get((flow, node, batch))
+
+    def evaluator(self, flow: Flow, **trial: Any) -> Evaluator:
+        """An Evaluator that shares what is known of the observers."""
+        return Evaluator(self.prepared, flow, known=self._known, **trial)
+
+    def walk(self, spans: Sequence[Span]) -> Iterator[Task]:
+        """Yield a task for each span, in graph order; what the caller leaves in the graph holds for the rest of it.
+
+        After the walk, `signal` and `noise` say how the quantized output follows the float one.
+        """
+        start = 0
+        try:
+            for span in spans:
+                first, end = self._place[span.nodes[0]], self._place[span.nodes[-1]] + 1
+                self._advance(start, first)
+                self._run(first, end, "float")
+                yield Task(self, span, self._reads(first, end), self._results(first, end))
+                self._run(first, end, "quantized")
+                self._free(first, end)
+                start = end
+            self._advance(start, len(self._order))
+            self._compare_outputs()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Forget all values, those on disk too: what a walk does at its end."""
+        self.store.close()
+        self._alive.clear()
+
+    def sensitivities(
+        self, spans: Sequence[Span], seed: int, draws: int = 1, *, elements: bool = True, metrics: bool = True
+    ) -> None:
+        """Measure with `metrics` for `Task.output_metric`, over all processes; with `elements` for `Task.sensitivity`.
+
+        One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
+        borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=elements)}
+        sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
+        found_metrics = {site: _OutputMetric(site) for site in sites}
+        for batch in range(self.count):
+            measured, leaves = self._float_with_gradients(batch, borders, sites)
+            squares: dict[Node, torch.Tensor] = {}
+            for _ in range(draws):
+                for node, gradient in _random_gradients(leaves, measured, generator):
+                    if node in found_metrics:
+                        found_metrics[node].add(gradient)
+                    if any(node in found for found in results):
+                        squares[node] = squares.get(node, 0) + gradient.square() / draws
+            for node, square in squares.items():
+                self.store.put(("sensitivity", node, batch), square)
+        if metrics:
+            samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
+            self.output_metrics = {site: metric.shrunk(samples) for site, metric in found_metrics.items()}
+
+    def _float_with_gradients(
+        self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
+    ) -> tuple[dict[Node, torch.Tensor], list[Any]]:
+        """The float values of one batch that gradients are wanted of, and the network's outputs."""
+        env: Env = dict(self._given[batch])
+        measured: dict[Node, torch.Tensor] = {}
+        evaluator = self.evaluator("float")
+        with torch.enable_grad():
+            for node in self._order:
+                evaluator.run([node], env)
+                for made in (*borders.get(node, ()), *([node] if node in sites else [])):
+                    if isinstance(env[made], torch.Tensor) and env[made].is_floating_point():
+                        if not env[made].requires_grad:
+                            env[made] = env[made].detach().requires_grad_()
+                        measured[made] = env[made]
+            return measured, pytree.tree_leaves([env[n] for n in self._measured])
+
+    def _advance(self, start: int, end: int) -> None:
+        """Run order[start:end] on all batches in both flows; keep what is read later, drop what is not."""
+        if start < end:
+            self._run(start, end, "float")
+            self._run(start, end, "quantized")
+            self._free(start, end)
+
+    def _run(self, start: int, end: int, flow: Flow) -> None:
+        nodes, reads, results = self._order[start:end], self._reads(start, end), self._results(start, end)
+        evaluator = self.evaluator(flow)
+        with torch.no_grad():
+            for batch in range(self.count):
+                env = {n: self.value(flow, n, batch) for n in reads}
+                for node in nodes:
+                    evaluator.run([node], env)
+                    for read in node.all_input_nodes:
+                        if self._last.get(read) == self._place[node]:
+                            env.pop(read, None)
+                for node in results:
+                    self.store.put((flow, node, batch), env.pop(node))
+                env.clear()
+
+    def _free(self, start: int, end: int) -> None:
+        self._alive += self._results(start, end)
+        for node in [n for n in self._alive if self._last[n] < end]:
+            self._alive.remove(node)
+            for batch in range(self.count):
+                self.store.drop(("float", node, batch))
+                self.store.drop(("quantized", node, batch))
+                self.store.drop(("sensitivity", node, batch))
+
+    def _reads(self, start: int, end: int) -> list[Node]:
+        """What order[start:end] reads from outside, constants left out."""
+        found = dict.fromkeys(n for node in self._order[start:end] for n in node.all_input_nodes)
+        return [n for n in found if n in self._inputs or self._place.get(n, start) < start]
+
+    def _results(self, start: int, end: int) -> list[Node]:
+        return [n for n in self._order[start:end] if self._last[n] >= end]
+
+    def _compare_outputs(self) -> None:
+        signal = noise = 0.0
+        for batch in range(self.count):
+            wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
+            for a, b in zip(wanted, got, strict=True):
+                signal += _distance(a, torch.zeros_like(a))
+                noise += _distance(a, b)
+        self.signal, self.noise = total(signal, noise)
+
+    def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
+        values = [self.value(flow, n, batch) for n in self._measured]
+        return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Sum of the squared differences where the float graph's values are finite, in double precision, piece by piece.
+
+    Raises:
+        CalibrationError: the two differ in shape.
+    """
+    if wanted.shape != got.shape:
+        raise CalibrationError(
+            f"a value has the shape {tuple(wanted.shape)} in the float graph, and {tuple(got.shape)} in the quantized "
+            "one: its size depends on the data, and algorithms compare value by value. Quantize with `algorithms=()`."
+        )
+    parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
+    return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
+
+
+def _random_gradients(
+    outputs: Sequence[Any], measured: Mapping[Node, torch.Tensor], generator: torch.Generator
+) -> Iterator[tuple[Node, torch.Tensor]]:
+    """Gradients of (outputs . r), r standard normal: their products have the mean JT J."""
+    floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in floats)
+    if isinstance(loss, torch.Tensor):
+        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
+        yield from ((node, g) for node, g in zip(measured, found, strict=True) if g is not None)
+
+
+class _OutputMetric:
+    """Mean product of the gradients by two outputs of a site, on the way."""
+
+    def __init__(self, site: Node) -> None:
+        self._axis = -1 if ops.op_name(site) == "linear" else 1
+        self._sums = torch.zeros(outputs_of(site), outputs_of(site), dtype=torch.float64)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        rows = gradient.movedim(self._axis, 0).flatten(1).float()
+        self._sums = self._sums.to(rows.device) + rows @ rows.T
+
+    def shrunk(self, samples: float) -> torch.Tensor:
+        """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
+        total_(self._sums)
+        found = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
+        share = len(found) / (len(found) + max(samples, 1.0))
+        diagonal = (1 - _EVEN) * found.diagonal() + _EVEN
+        return (1 - share) * found + torch.diag(diagonal - (1 - share) * found.diagonal())
+
+
+def outputs_of(site: Node) -> int:
+    """How many outputs, or output channels, a convolution or linear has."""
+    value = site.meta["val"]
+    return int(value.shape[-1 if ops.op_name(site) == "linear" else 1])
+
+
+def _first_size(given: Mapping[Node, Any]) -> int:
+    return next((len(v) for v in given.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def given_to(prepared: GraphModule, batches: Sequence[Any]) -> list[data.Given]:
+    """The batches as the graph takes them, steps one by one with the state that the float function has there."""
+    signature, found = Signature.of(prepared), []
+    for batch in batches:
+        if not isinstance(batch, data.Steps):
+            found.append(data.given(signature, batch))
+            continue
+        state: dict[str, torch.Tensor] = {}
+        for step in batch.batches:
+            found.append(data.Given(data.given(signature, step).leaves, state))
+            state = _state_after(prepared, found[-1])
+    return found
+
+
+def _state_after(prepared: GraphModule, given: data.Given) -> dict[str, torch.Tensor]:
+    """What the float function leaves in the buffers that the graph writes."""
+    with torch.no_grad():
+        env = Evaluator(prepared, "float").run(data_order(prepared), dict(_values(prepared, given)))
+    kept = [n for n in env if _mutates(n) and n.args[0].op == "get_attr"]  # type: ignore[union-attr]
+    return {str(n.args[0].target): env[n].clone() for n in kept}  # type: ignore[union-attr]
+
+
+def _values(prepared: GraphModule, given: data.Given) -> Env:
+    """Input node -> value of one batch; a buffer that the graph writes is an input too."""
+    states = {n: given.state.get(str(n.target), _attribute(prepared, str(n.target))) for n in state_nodes(prepared)}
+    return {**dict(zip(placeholders(prepared), given.leaves, strict=True)), **states}
+
+
+def _mutates(node: Node) -> bool:
+    schema = ops.schema_of(node)
+    return schema is not None and schema.is_mutable and bool(node.args)

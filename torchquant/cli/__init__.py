@@ -1,0 +1,1 @@
+"""The `torchquant` command. `main.py` imports no torch; `commands.py` is what its commands do."""

@@ -1,0 +1,415 @@
+"""How a graph is called: which argument each of its inputs is, in any order of names and keys, and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from torchquant.artifacts import typed
+from torchquant.artifacts.tensors import dtype_of
+from torchquant.errors import InputError
+from torchquant.fx.trees import check_tree
+
+__all__ = ["Constant", "InputSpec", "Signature", "Size", "placeholders"]
+
+_PLAIN = (int, float, bool, str, type(None), complex)
+
+
+def placeholders(model: GraphModule) -> list[Node]:
+    return [n for n in model.graph.nodes if n.op == "placeholder"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that may vary: `factor * symbol + offset`, where the inputs of one call agree on each symbol.
+
+    `minimum`, `maximum` (None: unbounded): of the size itself, as declared at export.
+    """
+
+    symbol: str
+    factor: int = 1
+    offset: int = 0
+    minimum: int = 0
+    maximum: int | None = None
+
+    def at(self, value: int) -> int:
+        """The size where the symbol is `value`."""
+        return self.factor * value + self.offset
+
+    def symbol_at(self, size: int) -> int | None:
+        """The symbol's value where the size is `size`; None if there is none."""
+        value, rest = divmod(size - self.offset, self.factor)
+        return value if rest == 0 and value >= 0 else None
+
+    def __str__(self) -> str:
+        text = self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        text += f"{self.offset:+d}" if self.offset else ""
+        return text if self.maximum is None else f"{text} <= {self.maximum}"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What one input of a graph or program must be: a tensor of `dtype` and `shape` (None: the size may vary).
+
+    `sizes`: for each axis how its size may vary; None where it may not, or in a way that has no such form.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    sizes: tuple[Size | None, ...] = ()
+
+    def check(self, value: Any, batch: str, symbols: dict[str, tuple[int, str]] | None = None) -> None:
+        """Raise InputError unless `value` is such a tensor.
+
+        Args:
+            batch: what the message calls the batch.
+            symbols: symbol -> value and where it was seen; filled, so that the inputs of one call can agree.
+        """
+        where = f"{batch}, input {self.name!r}"
+        if not isinstance(value, torch.Tensor):
+            hint = "; wrap it with torch.from_numpy" if type(value).__module__ == "numpy" else ""
+            raise InputError(f"{where}: expected a tensor, got {type(value).__module__}.{type(value).__name__}{hint}")
+        if value.layout is not torch.strided or value.device.type == "meta":
+            kind = "a meta tensor" if value.device.type == "meta" else f"a tensor of layout {value.layout}"
+            raise InputError(f"{where}: expected a dense tensor with data, got {kind}; use .to_dense()")
+        if str(value.dtype) != self.dtype:
+            raise InputError(f"{where}: expected {self.dtype}, got {value.dtype}; convert the data, or export with it")
+        if len(value.shape) != len(self.shape) or any(
+            want not in (None, got) for want, got in zip(self.shape, value.shape, strict=True)
+        ):
+            raise InputError(
+                f"{where}: expected shape {self._wanted()}, got {tuple(value.shape)}. To accept several sizes, export "
+                "with dynamic_shapes, e.g. {'x': {0: torch.export.Dim('batch')}}."
+            )
+        for axis, size in enumerate(self.sizes):
+            if size is not None:
+                self._check_size(size, value.shape[axis], f"{where}, axis {axis}", {} if symbols is None else symbols)
+
+    def _check_size(self, size: Size, found: int, where: str, symbols: dict[str, tuple[int, str]]) -> None:
+        value = size.symbol_at(found)
+        too_large = size.maximum is not None and found > size.maximum
+        if value is None or too_large or found < size.minimum:
+            raise InputError(
+                f"{where}: the size is {found}, and the model was exported for {size}"
+                + (f", at least {size.minimum}" if size.minimum else "")
+                + "; export it with other bounds in dynamic_shapes"
+            )
+        known, seen = symbols.setdefault(size.symbol, (value, where))
+        if known != value:
+            raise InputError(
+                f"{where}: the size is {found}, and {size.at(known)} goes with {seen}: the model was exported with "
+                f"sizes that depend on each other ({size})"
+            )
+
+    def _wanted(self) -> str:
+        sizes: Sequence[Size | None] = self.sizes or [None] * len(self.shape)
+        texts = [str(s) if s is not None else str(z or "any") for s, z in zip(self.shape, sizes, strict=True)]
+        return f"({', '.join(texts)})"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument that torch.export fixed: None, a number, a bool or a string."""
+
+    name: str
+    value: Any
+
+    def check(self, value: Any, batch: str) -> None:
+        """Raise InputError unless `value` is what the export had."""
+        same = value is self.value or (type(value) is type(self.value) and value == self.value)
+        number = isinstance(value, (int, float)) and isinstance(self.value, (int, float)) and value == self.value
+        if not same and not (number and not isinstance(value, bool) and not isinstance(self.value, bool)):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise InputError(
+                f"{batch}, input {self.name!r}: the model was exported with {self.value!r}, which torch.export makes a "
+                f"constant, and got {shown}. Export it again with that, or make the argument a tensor."
+            )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a graph is called and what it returns.
+
+    Args:
+        inputs: for each leaf of the arguments what it must be, in the order of the graph's placeholders.
+        parameters: names of the arguments, those given by position at export first.
+        in_spec: the tree of (args, kwargs).
+        out_spec: the tree of the outputs, or None where they are returned as the graph makes them.
+        fixed_outputs: leaf of the outputs -> its value, where that is no tensor.
+    """
+
+    inputs: tuple[InputSpec | Constant, ...]
+    parameters: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec | None = None
+    fixed_outputs: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(model: GraphModule) -> Signature:
+        """The signature of an exported, prepared or converted graph, or of any other with plain inputs."""
+        inputs = tuple(_input_of(node) for node in placeholders(model))
+        about = getattr(model.graph._codegen, "pytree_info", None)
+        in_spec = getattr(about, "in_spec", None) or getattr(model, "_in_spec", None)
+        out_spec = getattr(about, "out_spec", None) or getattr(model, "_out_spec", None)
+        if in_spec is None or in_spec.num_leaves != len(inputs):
+            in_spec = pytree.tree_structure((tuple(range(len(inputs))), {}))
+        positional, keywords = in_spec.children()
+        names = list(getattr(about, "orig_args", None) or [])[: positional.num_children]
+        if len(names) < positional.num_children:
+            one_each = positional.num_children == len(inputs)
+            names = [s.name if one_each else f"argument {i}" for i, s in enumerate(inputs[: positional.num_children])]
+        outputs = next(n for n in model.graph.nodes if n.op == "output").args[0]
+        leaves = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        if out_spec is not None and out_spec.num_leaves != len(leaves):
+            out_spec = None
+        fixed = {i: v for i, v in enumerate(leaves) if not isinstance(v, Node)}
+        return Signature(inputs, (*names, *_keys_of(keywords)), in_spec, out_spec, fixed)
+
+    @staticmethod
+    def flat(inputs: Iterable[InputSpec]) -> Signature:
+        """Of a function of tensors by position."""
+        specs = tuple(inputs)
+        return Signature(specs, tuple(s.name for s in specs), pytree.tree_structure((tuple(range(len(specs))), {})))
+
+    @property
+    def tensors(self) -> tuple[InputSpec, ...]:
+        """The inputs that are tensors."""
+        return tuple(s for s in self.inputs if isinstance(s, InputSpec))
+
+    # calling -----------------------------------------------------------------------------------------------------
+
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: str = "the input") -> list[Any]:
+        """The leaves of a call in the order of the placeholders, checked.
+
+        Arguments may be given by position or by name, whichever way they were given at export, dicts with their keys in
+        any order. Instead, all tensors may be given by the names of the inputs.
+
+        Raises:
+            InputError: a missing, surplus or unknown argument, another structure, or a value that does not fit.
+        """
+        found = self._by_leaf_name(args, kwargs)
+        if found is None:
+            found = []
+            for name, spec, value in self._pairs(args, kwargs, batch):
+                found += _flatten(value, spec, f"{batch}, argument {name!r}")
+        symbols: dict[str, tuple[int, str]] = {}
+        for value, wanted in zip(found, self.inputs, strict=True):
+            if isinstance(wanted, InputSpec):
+                wanted.check(value, batch, symbols)
+            else:
+                wanted.check(value, batch)
+        return found
+
+    def tensors_of(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None = None
+    ) -> list[torch.Tensor]:
+        """The tensors of a call in the order of the placeholders; raises as `leaves`.
+
+        Args:
+            device: the kind of device that they must lie on, e.g. `cpu`; None: any.
+        """
+        found = self.leaves(args, kwargs)
+        for value, wanted in zip(found, self.inputs, strict=True):
+            if device is not None and isinstance(wanted, InputSpec) and value.device.type != device:
+                raise InputError(f"input {wanted.name!r} lies on {value.device}; the program runs on {device}: move it")
+        return [v for v, wanted in zip(found, self.inputs, strict=True) if isinstance(wanted, InputSpec)]
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) as at export, of leaves in order."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.in_spec)
+        return tuple(args), dict(kwargs)
+
+    def outputs(self, values: Sequence[Any]) -> Any:
+        """The outputs as the model returns them, of its tensors in order."""
+        rest = iter(values)
+        count = len(values) + len(self.fixed_outputs)
+        leaves = [self.fixed_outputs[i] if i in self.fixed_outputs else next(rest) for i in range(count)]
+        if self.out_spec is not None:
+            return pytree.tree_unflatten(leaves, self.out_spec)
+        return leaves[0] if len(leaves) == 1 else tuple(leaves)
+
+    def _by_leaf_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The leaves, if all tensors are given by the names of the inputs and those are not the arguments' names."""
+        names = {s.name for s in self.tensors}
+        if args or not kwargs or set(kwargs) != names or set(kwargs) <= set(self.parameters):
+            return None
+        return [kwargs[s.name] if isinstance(s, InputSpec) else s.value for s in self.inputs]
+
+    def _pairs(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: str) -> list[tuple[str, Any, Any]]:
+        """(name, tree, value) of each argument in order."""
+        positional, keywords = self.in_spec.children()
+        specs = [*positional.children(), *keywords.children()]
+        listed = ", ".join(self.parameters)
+        if len(args) > len(specs):
+            hint = "; if a batch holds a label too, leave it out, e.g. [x for x, _ in loader]" if len(args) == 2 else ""
+            raise InputError(f"{batch} has {len(args)} arguments, the model takes {len(specs)}: {listed}{hint}")
+        given = dict(zip(self.parameters, args, strict=False))
+        unknown = [k for k in kwargs if k not in self.parameters]
+        twice = [k for k in kwargs if k in given]
+        if unknown or twice:
+            text = f"the model has no argument {unknown[0]!r}" if unknown else f"argument {twice[0]!r} is given twice"
+            raise InputError(f"{batch}: {text}; it takes {listed}")
+        given |= kwargs
+        for name, spec in zip(self.parameters, specs, strict=True):
+            if name not in given and not self._is_none(name):
+                raise InputError(
+                    f"{batch} has no {name!r}: the model takes {listed}"
+                    + ("" if spec.num_leaves else "; give an empty one")
+                )
+        return [(name, spec, given.get(name)) for name, spec in zip(self.parameters, specs, strict=True)]
+
+    def _is_none(self, parameter: str) -> bool:
+        return any(isinstance(s, Constant) and s.value is None and s.name == parameter for s in self.inputs)
+
+    # storing -----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads. Trees of types that cannot be stored become dicts and tuples."""
+        return {
+            "inputs": [{"kind": type(s).__name__, **asdict(s)} for s in self.inputs],
+            "parameters": list(self.parameters),
+            "in_spec": _dumped(self.in_spec),
+            "out_spec": None if self.out_spec is None else _dumped(self.out_spec),
+            "fixed_outputs": [[i, v] for i, v in self.fixed_outputs.items()],
+        }
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Signature:
+        """Read what `to_json` gave; raises KeyError, TypeError or ValueError for anything else."""
+        return Signature(
+            tuple(_input_from(s) for s in stored["inputs"]),
+            tuple(map(str, stored["parameters"])),
+            _loaded(stored["in_spec"]),
+            None if stored["out_spec"] is None else _loaded(stored["out_spec"]),
+            {int(i): v for i, v in stored["fixed_outputs"]},
+        )
+
+
+def _input_of(node: Node) -> InputSpec | Constant:
+    value = node.meta.get("val", node.meta.get("example_value"))
+    name = str(node.target)
+    if isinstance(value, torch.Tensor):
+        shape = tuple(s if isinstance(s, int) else None for s in value.shape)
+        return InputSpec(name, str(value.dtype), shape, tuple(map(_size_of, value.shape)))
+    if isinstance(value, _PLAIN):
+        return Constant(name, value)
+    raise InputError(
+        f"input {name!r} is a {type(value).__name__}, and torchquant knows tensors, numbers, bools, strings and None; "
+        "make it a tensor"
+    )
+
+
+def _size_of(size: int | torch.SymInt) -> Size | None:
+    """How a size may vary, if it does so linearly in one symbol."""
+    if isinstance(size, int):
+        return None
+    expression = size.node.expr
+    bounds = size.node.shape_env.bound_sympy(expression)
+    minimum = int(bounds.lower) if bounds.lower.is_integer and bounds.lower > 2 else 0  # torch's own least is 2
+    maximum = int(bounds.upper) if bounds.upper.is_integer and bounds.upper < 2**31 else None
+    symbols = list(expression.free_symbols)
+    if len(symbols) != 1:
+        return None
+    factor, offset = expression.coeff(symbols[0], 1), expression.coeff(symbols[0], 0)
+    linear = (expression - factor * symbols[0] - offset).expand() == 0
+    if not linear or not factor.is_Integer or not offset.is_Integer or factor < 1:
+        return None
+    return Size(str(symbols[0]), int(factor), int(offset), minimum, maximum)
+
+
+def _flatten(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
+    """The leaves of `value` in the order of `spec`."""
+    if spec.is_leaf():
+        return [value]
+    keys = _keys_of(spec)
+    if keys is not None:
+        if not isinstance(value, Mapping) or set(value) != set(keys):
+            found = f"one with {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+            raise InputError(f"{where}: expected a dict with the keys {list(keys)}, got {found}")
+        names, parts = [repr(k) for k in keys], [value[k] for k in keys]
+    else:
+        parts = _parts(value, spec, where)
+        names = [str(i) for i in range(len(parts))]
+    if len(parts) != spec.num_children:
+        raise InputError(f"{where}: expected {spec.num_children} elements, got {len(parts)}")
+    pairs = zip(names, parts, spec.children(), strict=True)
+    return [leaf for name, part, s in pairs for leaf in _flatten(part, s, f"{where}[{name}]")]
+
+
+def _keys_of(spec: pytree.TreeSpec) -> Any:
+    """The keys of a dict's tree, in order; None for any other."""
+    if spec.type in (dict, OrderedDict):
+        return list(spec.context)
+    return list(spec.context[1]) if spec.type is defaultdict else None
+
+
+def _parts(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
+    """The children of a value that is no dict."""
+    kind = spec.type
+    if kind in (tuple, list, namedtuple) and isinstance(value, (tuple, list)):
+        return list(value)
+    if kind in pytree.SUPPORTED_NODES and type(value) is kind:
+        parts, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+        if context == spec.context:
+            return list(parts)
+        raise InputError(f"{where}: a {kind.__name__} of another structure than at export")
+    raise InputError(f"{where}: expected a {getattr(kind, '__name__', kind)}, got {type(value).__name__}")
+
+
+def _input_from(stored: Mapping[str, Any]) -> InputSpec | Constant:
+    if stored["kind"] == "Constant":
+        if not isinstance(stored["value"], _PLAIN):
+            raise ValueError(f"{stored['value']!r:.100} is no constant")
+        return typed.made(Constant, {k: stored[k] for k in ("name", "value")})
+    sizes = tuple(None if s is None else typed.made(Size, s) for s in stored["sizes"])
+    fields = {"name": stored["name"], "dtype": str(dtype_of(stored["dtype"])), "shape": tuple(stored["shape"])}
+    spec = typed.made(InputSpec, {**fields, "sizes": sizes})
+    lengths = [*spec.shape, *(s.factor - 1 for s in sizes if s is not None)]
+    if any(n is not None and n < 0 for n in lengths) or len(sizes) not in (0, len(spec.shape)):
+        raise ValueError(f"{spec.shape} is no shape, or {sizes} are not its sizes")
+    return spec
+
+
+def _dumped(spec: pytree.TreeSpec) -> dict[str, str | None]:
+    """A tree as text, and as one of dicts and tuples alone, for where its types are not registered."""
+    try:
+        exact: str | None = pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError, ValueError):
+        exact = None
+    return {"exact": exact, "plain": pytree.treespec_dumps(_plain(spec))}
+
+
+def _loaded(stored: Mapping[str, str | None]) -> pytree.TreeSpec:
+    for text in filter(None, stored.values()):
+        check_tree(text)
+    try:
+        return pytree.treespec_loads(stored["exact"] or "")
+    except (NotImplementedError, TypeError, ValueError):
+        return pytree.treespec_loads(str(stored["plain"]))
+
+
+def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """The tree with dicts for whatever has named parts and tuples for all else."""
+    if spec.is_leaf():
+        return spec
+    children = [_plain(child) for child in spec.children()]
+    if spec.type in (list, tuple):
+        return pytree.TreeSpec(spec.type, None, children)
+    keys, context = _keys_of(spec), spec.context
+    if keys is None and isinstance(context, (list, tuple)):  # of a registered dataclass, of a Hugging Face output
+        keys = next((c for c in (context, *context[:1]) if isinstance(c, (list, tuple)) and _names(c, children)), None)
+    if keys is None:
+        return pytree.TreeSpec(tuple, None, children)
+    return pytree.TreeSpec(dict, [k if isinstance(k, (str, int)) else str(k) for k in keys], children)
+
+
+def _names(keys: Sequence[Any], children: Sequence[Any]) -> bool:
+    return len(keys) == len(children) and all(isinstance(k, str) for k in keys)

@@ -1,0 +1,330 @@
+"""The C++ kernels of `ops/x86`: built once, by the compiler that Inductor uses, and loaded as a torch library."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from torchquant.errors import LoweringError
+from torchquant.files import write_whole
+from torchquant.owned import OwnFolder
+
+__all__ = [
+    "PREFIX",
+    "instruction_sets",
+    "library_file",
+    "load",
+    "load_packaged",
+    "poisoned",
+    "profiled",
+    "supported",
+    "use",
+]
+
+PREFIX = "torchquant-x86-"
+
+_SOURCES = Path(__file__).parent
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_SETS = {
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512": _AVX512,
+    "avx_vnni": ("-mavx2", "-mfma", "-mavxvnni"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": ("-DTQ_PORTABLE",),
+}
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-ivopts")
+_COMPILER_BYTES = 10**9  # what one takes of memory
+_TORCH = Path(torch.__file__).parent
+# the oldest torch whose stable interface the library uses
+_STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def _compiler() -> str:
+    """The compiler that Inductor uses; imported when one is needed, for that takes a second."""
+    try:
+        return str(import_module("torch._inductor.cpp_builder").get_cpp_compiler())
+    except Exception as error:
+        raise LoweringError(
+            "there is no C++ compiler, which lowering for x86 needs: install g++ (Debian and Ubuntu: apt-get install "
+            f"g++; Fedora: dnf install gcc-c++), or set CXX ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
+
+    Where that cannot be written, or the user has no home, a folder of this process, deleted at its end.
+    """
+    named, base = os.environ.get("TORCHQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "torchquant"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without an entry in the list of users
+        return own_folder()
+    return folder if os.access(folder, os.W_OK) else own_folder()
+
+
+def own_folder() -> Path:
+    """A folder of this process alone, deleted at its end."""
+    return _own_folder().path
+
+
+@cache
+def _own_folder() -> OwnFolder:
+    return OwnFolder("torchquant-")
+
+
+def supported() -> bool:
+    """Whether this CPU is one that the kernels are written for."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def build_name() -> str:
+    """The file name of a build of the present sources."""
+    sources = sorted(f for f in _SOURCES.iterdir() if f.suffix in (".h", ".cpp"))
+    content = b"".join(f.name.encode() + f.read_bytes() for f in sources) + repr((_SETS, _FLAGS, _STABLE)).encode()
+    return f"{PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def library_file() -> Path:
+    """The shared library, built now if no build of these sources is in the cache.
+
+    It holds every instruction set and chooses among them when it is loaded, so it may be copied to another
+    x86 machine.
+
+    Raises:
+        LoweringError: the CPU is no x86, or there is no working C++ compiler; with the compiler's own words.
+    """
+    if not supported():
+        raise LoweringError(f"torchquant's x86 kernels do not run on {platform.machine()}")
+    return _built(cache_folder())
+
+
+def _built(folder: Path) -> Path:
+    """The library in a folder, built there if it is not or not whole: by one process, while others wait for it."""
+    found = folder / build_name()
+    with FileLock(found.with_suffix(".lock")):
+        if not _is_whole(found):
+            with OwnFolder("build-", folder) as place:
+                made = _build(place)
+                digest = hashlib.sha256(made.read_bytes()).hexdigest()
+                os.replace(made, found)
+            write_whole(_digest_of(found), lambda part: part.write_text(digest))
+    return found
+
+
+def _digest_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is what was built: not cut off, not overwritten."""
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == _digest_of(library).read_text().strip()
+    except (OSError, ValueError):
+        return False
+
+
+def _build(folder: Path) -> Path:
+    compiler = _compiler()
+    commands = [
+        [
+            compiler,
+            *_FLAGS,
+            *flags,
+            f"-DTQ_ISA={name}",
+            "-w",
+            "-c",
+            str(_SOURCES / "kernels.cpp"),
+            "-o",
+            f"{folder / name}.o",
+        ]
+        for name, flags in _SETS.items()
+    ]
+    include = [f"-I{_TORCH / 'include'}"]
+    runtime = [
+        compiler,
+        *_FLAGS,
+        _STABLE,
+        *include,
+        "-c",
+        str(_SOURCES / "runtime.cpp"),
+        "-o",
+        f"{folder / 'runtime'}.o",
+    ]
+    with ThreadPoolExecutor(_compilers_at_once()) as pool:
+        list(pool.map(_run, [*commands, runtime]))
+    objects = [f"{folder / name}.o" for name in (*_SETS, "runtime")]
+    library = folder / "kernels.so"
+    _run(
+        [
+            compiler,
+            "-shared",
+            "-s",
+            *objects,
+            "-o",
+            str(library),
+            f"-L{_TORCH / 'lib'}",
+            "-ltorch_cpu",
+            "-ltorch",
+            "-lc10",
+        ]
+    )
+    return library
+
+
+def _compilers_at_once() -> int:
+    """As many as there are cores, and as memory takes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        free = _COMPILER_BYTES * 64
+    return max(
+        1,
+        min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            free // _COMPILER_BYTES,
+        ),
+    )
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LoweringError(f"torchquant's kernels need a C++ compiler; {command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise LoweringError(f"torchquant's kernels do not compile with {command[0]}:\n{done.stderr[-3000:]}")
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def load() -> ctypes.CDLL:
+    """Build if needed and load: `torch.ops.torchquant.x86_region` exists from now on.
+
+    Raises:
+        LoweringError: as `library_file`, or the library cannot be loaded.
+    """
+    if not _loaded:
+        library = library_file()
+        try:
+            _load_file(library)
+        except LoweringError:  # a folder from which nothing may be run
+            if library.parent == own_folder():
+                raise
+            _load_file(_built(own_folder()))
+    return _loaded[0]
+
+
+def load_packaged(name: str, content: bytes) -> None:
+    """Load the library that came with a program, unless this process has one: our own sources' where it can be had.
+
+    What came with a program is never put into the cache, from which later programs take their library.
+
+    Raises:
+        LoweringError: it cannot be loaded here.
+    """
+    if _loaded:
+        return
+    if name != build_name() or _is_whole(cache_folder() / name):
+        try:
+            load()
+            return
+        except LoweringError:  # no compiler here: what came with the program serves
+            pass
+    path = own_folder() / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not path.exists():
+        write_whole(path, lambda part: part.write_bytes(content))
+    _load_file(path)
+
+
+def _load_file(path: Path) -> None:
+    try:
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LoweringError(f"torchquant's kernels cannot be loaded: {error}") from error
+    library.torchquant_x86_sets.restype = ctypes.c_char_p
+    library.torchquant_x86_profiled.restype = ctypes.c_int64
+    library.torchquant_x86_profiled.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    _loaded.append(library)
+    torch.library.register_fake("torchquant::x86_region", _shapes)
+    torch.library.register_fake("torchquant::x86_attention", _attended)
+
+
+def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
+    """Outputs of a region: `shapes` holds for each output its rank and sizes; -1 - i stands for size i of input 0."""
+    found, at = [], 0
+    while at < len(shapes):
+        sizes = shapes[at + 1 : at + 1 + shapes[at]]
+        found.append(inputs[0].new_empty([inputs[0].shape[-1 - s] if s < 0 else s for s in sizes]))
+        at += 1 + shapes[at]
+    return found
+
+
+def _attended(query: torch.Tensor, *_: object) -> torch.Tensor:
+    """`(b, rows, heads, width)` from a query `(b, heads, rows, width)`."""
+    b, heads, rows, width = query.shape
+    return query.new_empty([b, rows, heads, width])
+
+
+def instruction_sets() -> list[str]:
+    """Those that this CPU runs, best first: of `avx512_vnni avx512 avx_vnni avx2 portable`."""
+    return str(load().torchquant_x86_sets().decode()).split()
+
+
+@contextmanager
+def use(instruction_set: str) -> Iterator[None]:
+    """Run regions with one of `instruction_sets()` inside the block, in all threads.
+
+    Raises:
+        LoweringError: this CPU does not run it.
+    """
+    if not load().torchquant_x86_use(instruction_set.encode()):
+        raise LoweringError(f"this CPU does not run {instruction_set}; it runs {instruction_sets()}")
+    try:
+        yield
+    finally:
+        load().torchquant_x86_use(b"")
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Make workspaces and outputs of the kernels NaN before each use inside the block, in all threads.
+
+    What a kernel fails to write cannot then be what an earlier call wrote. `TORCHQUANT_POISON` in the environment of a
+    process does so from its start.
+    """
+    before = load().torchquant_x86_poison(1)
+    try:
+        yield
+    finally:
+        load().torchquant_x86_poison(before)
+
+
+def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequence[int]) -> list[list[float]]:
+    """Microseconds that each of the `ops[i]` ops of `plans[i]` took while `run` ran, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    load().torchquant_x86_profile(1)
+    try:
+        run()
+        found = load().torchquant_x86_profiled
+        return [[found(p.data_ptr(), i) / 1e3 for i in range(n)] for p, n in zip(plans, ops, strict=True)]
+    finally:
+        load().torchquant_x86_profile(0)
+        torch.set_num_threads(threads)

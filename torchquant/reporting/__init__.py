@@ -1,0 +1,1 @@
+"""Every op accounted for, for people to read."""

@@ -1,0 +1,132 @@
+"""Every op accounted for: quantized, excluded, unsupported with the reason, or missed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch.fx import GraphModule
+
+from torchquant.artifacts.archive import versions
+from torchquant.artifacts.program import Program, Proof
+from torchquant.errors import InputError
+from torchquant.files import write_whole
+from torchquant.fx import passes
+from torchquant.fx.sites import read_sites
+from torchquant.types import Site
+
+__all__ = ["Report", "program_text", "proof_text", "report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sites of one graph and the programs that were lowered from it. `str()` gives a table for people."""
+
+    sites: tuple[Site, ...]
+    weight_bytes: int
+    programs: tuple[Program, ...] = ()
+
+    def count(self, status: str, *, compute: bool | None = None) -> int:
+        """How many sites have a status; `compute=True` counts convolutions, linears, matmuls ... only."""
+        return sum(s.status == status and compute in (None, s.compute) for s in self.sites)
+
+    @property
+    def coverage(self) -> str:
+        """Quantized compute ops of all compute ops, e.g. `50/50`."""
+        return f"{self.count('quantized', compute=True)}/{sum(s.compute for s in self.sites)}"
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=200, record=True, force_terminal=False)
+        console.print(self.summary())
+        for title, table in (("compute ops", self._compute_table()), ("other ops", self._other_table())):
+            if table.row_count:
+                console.print(f"\n{title}", highlight=False)
+                console.print(table)
+        for program in self.programs:
+            console.print(program_text(program), highlight=False)
+        return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
+
+    def summary(self) -> str:
+        """One line: coverage, statuses, bytes."""
+        counts = Counter(s.status for s in self.sites if s.compute)
+        statuses = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no compute ops"
+        return f"compute ops quantized: {self.coverage} ({statuses}); weights {self.weight_bytes:,} bytes"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as text, with the versions that made it."""
+        made_by = ", ".join(f"{name} {v}" for name, v in versions().items())
+        return write_whole(path, lambda part: part.write_text(f"{self}\n\nmade by {made_by}\n"))
+
+    def _compute_table(self) -> Table:
+        table = Table(
+            "node",
+            "op",
+            "module",
+            "status",
+            "activation",
+            "weight",
+            "reason",
+            box=None,
+            pad_edge=False,
+            show_edge=False,
+        )
+        for s in self.sites:
+            if s.compute:
+                activation, weight = (q.describe() if q else "float" for q in (s.activation, s.weight))
+                table.add_row(s.node, s.op, s.module, s.status, activation, weight, s.reason)
+        return table
+
+    def _other_table(self) -> Table:
+        table = Table("op", "count", "status", "reason", box=None, pad_edge=False, show_edge=False)
+        rows = Counter((s.op, s.status, _general(s.reason)) for s in self.sites if not s.compute)
+        for (op, status, reason), n in sorted(rows.items()):
+            table.add_row(op, str(n), status, reason)
+        return table
+
+
+def _general(reason: str) -> str:
+    return "fused into the op before it" if reason.startswith("fused into") else reason
+
+
+def program_text(program: Program) -> str:
+    """A program's size, kernels, proof, and what it runs in float."""
+    return proof_text(program.target, program.size_bytes, program.proof)
+
+
+def proof_text(target: str, size_bytes: int, proof: Proof | None) -> str:
+    """The same of what a file says of the program in it."""
+    if proof is None:
+        return f"\n{target}: {size_bytes:,} bytes (the file carries no proof; lower again to get one)"
+    kernels = ", ".join(f"{n} {name}" for name, n in sorted(proof.kernels.items())) or "none"
+    lines = [
+        f"\n{target}: {size_bytes:,} bytes",
+        f"  matrix kernels: {kernels}",
+        f"  annotated compute ops run quantized: {proof.fused}/{proof.annotated}",
+        f"  against the converted graph: {proof.comparison.sqnr_db:.1f} dB, "
+        f"largest difference {proof.comparison.max_abs:.3g}",
+        *([f"  proof: {proof.outcome}: {proof.reason}"] if proof.reason else []),
+    ]
+    lines += [f"  float: {op}: {why}" for op, why in sorted(proof.left_float.items())]
+    return "\n".join(lines)
+
+
+def report(graph: GraphModule, *programs: Program | Sequence[Program]) -> Report:
+    """Account for every op of a prepared or converted graph, whoever wrote the Quantizer.
+
+    Args:
+        graph: what `prepare_pt2e` or `convert_pt2e` returned.
+        programs: what backends lowered from it, if any.
+
+    Raises:
+        InputError: `graph` is no GraphModule.
+    """
+    if not isinstance(graph, GraphModule):
+        raise InputError(f"report takes a prepared or converted GraphModule, not {type(graph).__name__}")
+    flat = [p for group in programs for p in (group if isinstance(group, (list, tuple)) else [group])]
+    return Report(tuple(read_sites(graph)), passes.weight_bytes(graph), tuple(flat))  # type: ignore[arg-type]

@@ -1,0 +1,359 @@
+"""Algorithms on a calibrated prepared graph: run, guarded, timed, resumable."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.fx import GraphModule
+
+from torchquant.calibration import batches as data
+from torchquant.calibration.calibrate import recalibrate
+from torchquant.calibration.digests import digest_of
+from torchquant.calibration.parallel import agree, anywhere, everywhere, is_parallel, together
+from torchquant.calibration.stream import Stream, Task, given_to
+from torchquant.errors import InputError, TorchquantWarning
+from torchquant.fx import patterns
+from torchquant.fx.blocks import Span
+from torchquant.fx.passes import copy_graph
+from torchquant.fx.reading import observers
+from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
+from torchquant.solving.contract import Algorithm, Clock, Solver, Transform
+from torchquant.solving.solved import SolvedActivation, SolvedWeight, apply
+
+__all__ = ["Optimization", "SpanResult", "run"]
+
+DEFAULT_MEMORY_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class SpanResult:
+    """What one algorithm did to one span.
+
+    Args:
+        algorithm, span: names.
+        before, after: squared error of the span's output on the calibration data.
+        kept: whether the answer is in the graph; if not, it was worse than what stood there.
+        seconds: spent on it.
+    """
+
+    algorithm: str
+    span: str
+    before: float
+    after: float
+    kept: bool
+    seconds: float
+
+
+@dataclass
+class Optimization:
+    """What `optimize` did.
+
+    Args:
+        spans: one by one.
+        steps: (algorithm, SQNR of the whole output on the calibration data in dB after it, whether it was kept);
+            the first row is the graph as it came.
+        notes: what was left alone and why.
+        seconds, peak_bytes, spilled_bytes: time, largest resident memory of the process, bytes that went to disk.
+    """
+
+    spans: list[SpanResult] = field(default_factory=list)
+    steps: list[tuple[str, float, bool]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    spilled_bytes: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{name:28s}{db:8.2f} dB{'' if kept else '   not kept'}" for name, db, kept in self.steps]
+        back = [s for s in self.spans if not s.kept]
+        lines.append(f"{len(self.spans)} spans in {self.seconds:.1f} s, {len(back)} left as they were")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass
+class _Settings:
+    budget_s: float
+    memory_bytes: int
+    checkpoint: Path | None
+    seed: int
+    excluded: frozenset[str]
+    progress: bool
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left_s(self) -> float:
+        return self.budget_s - (time.perf_counter() - self.start)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up, in any process."""
+        return not math.isinf(self.budget_s) and anywhere(self.left_s <= 0)
+
+
+def run(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    algorithms: Sequence[Algorithm],
+    *,
+    budget_s: float | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> Optimization:
+    """See `torchquant.optimize`."""
+    with together("optimize"):
+        if is_parallel():
+            agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
+            agree(digest_of(prepared), "the graph that `optimize` is given")
+        return _run(prepared, batches, algorithms, budget_s, memory_bytes, checkpoint, seed, exclude, progress)
+
+
+def _run(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    algorithms: Sequence[Algorithm],
+    budget_s: float | None,
+    memory_bytes: int,
+    checkpoint: str | Path | None,
+    seed: int,
+    exclude: Sequence[str],
+    progress: bool,
+) -> Optimization:
+    _check(prepared, algorithms, budget_s)
+    kept = given_to(prepared, list(data.checked(prepared, batches)))
+    settings = _Settings(
+        math.inf if budget_s is None else budget_s,
+        memory_bytes,
+        None if checkpoint is None else Path(checkpoint),
+        seed,
+        frozenset(node.name for pattern in exclude for node in patterns.match(prepared, pattern)),
+        progress,
+    )
+    result = Optimization()
+    stream = Stream(prepared, kept, budget_bytes=memory_bytes)
+    for _ in stream.walk([]):
+        pass
+    result.steps.append(("as calibrated", _db(stream), True))
+    choices = (settings.seed, sorted(settings.excluded), budget_s)
+    checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
+    original = copy_graph(prepared)
+    try:
+        for number, algorithm in enumerate(algorithms):
+            if isinstance(algorithm, Solver):
+                _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
+            else:
+                _transform(prepared, kept, algorithm, settings, result)
+        if is_parallel():
+            agree(digest_of(prepared), "what the algorithms made of the graph")
+    except BaseException as error:
+        if checkpoint is not None or not isinstance(error, KeyboardInterrupt):
+            _become(prepared, original)
+        prepared.recompile()
+        raise
+    prepared.recompile()
+    result.seconds = time.perf_counter() - settings.start
+    result.peak_bytes = _peak_bytes()
+    return result
+
+
+def _description(
+    algorithms: Sequence[Algorithm],
+    budget_s: float | None,
+    checkpoint: str | Path | None,
+    seed: int,
+    exclude: Sequence[str],
+) -> str:
+    """What the processes of a parallel run must be told alike."""
+    names = [type(a).__qualname__ for a in algorithms]
+    return repr((names, budget_s is None, checkpoint is None, seed, sorted(exclude)))
+
+
+def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: float | None) -> None:
+    solved = any(isinstance(o, (SolvedWeight, SolvedActivation)) for _, o in observers(prepared))
+    for algorithm in algorithms:
+        if isinstance(algorithm, type):
+            raise InputError(f"{algorithm.__name__} is a class; pass an instance: {algorithm.__name__}()")
+        if isinstance(algorithm, Solver):
+            solved = True
+        elif not isinstance(algorithm, Transform):
+            raise InputError(
+                f"{type(algorithm).__name__} is no algorithm: it has neither spans() and solve() nor transform()"
+            )
+        elif solved:
+            raise InputError(
+                f"{type(algorithm).__name__} changes float weights, so it must come before the algorithms that choose "
+                "codes and ranges for them"
+            )
+    if budget_s is not None and budget_s <= 0:
+        raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
+    elsewhere = {t.device.type for t in (*prepared.parameters(), *prepared.buffers())} - {"cpu"}
+    if algorithms and elsewhere:
+        raise InputError(
+            f"the graph lies on {', '.join(sorted(elsewhere))}, and algorithms compute on the CPU: quantize the model "
+            "there (lower moves the result to its device), or pass algorithms=() for plain rounding"
+        )
+
+
+# transforms -------------------------------------------------------------------------------------------------------
+
+
+def _transform(
+    prepared: GraphModule, batches: Sequence[Any], algorithm: Any, settings: _Settings, result: Optimization
+) -> None:
+    """Rewrite a copy, calibrate it again, and keep it if its output is no worse."""
+    name, trial = type(algorithm).__name__, copy_graph(prepared)
+    changed = algorithm.transform(trial, batches)
+    result.notes += [f"{name}: {note}" for note in getattr(algorithm, "notes", ())]
+    if not changed:
+        result.notes.append(f"{name}: nothing to change")
+        return
+    trial.recompile()
+    recalibrate(trial, batches, progress=settings.progress)
+    stream = Stream(trial, batches, budget_bytes=settings.memory_bytes)
+    for _ in stream.walk([]):
+        pass
+    _judge(name, _db(stream), lambda: None, result)
+    if result.steps[-1][2]:
+        _become(prepared, trial)
+
+
+def _become(prepared: GraphModule, other: GraphModule) -> None:
+    """Give a graph module the graph, parameters and modules of another."""
+    for table in ("_parameters", "_buffers", "_modules"):
+        mine, theirs = getattr(prepared, table), getattr(other, table)
+        mine.clear()
+        mine.update(theirs)
+    for name in other.__dict__.keys() - prepared.__dict__.keys():
+        prepared.__dict__[name] = other.__dict__[name]
+    prepared._graph = other.graph
+    prepared._graph.owning_module = prepared
+    prepared.meta.update(other.meta)
+    prepared.recompile()
+
+
+# solvers ----------------------------------------------------------------------------------------------------------
+
+
+def _solve(
+    prepared: GraphModule,
+    batches: Sequence[Any],
+    algorithm: Solver,
+    number: int,
+    settings: _Settings,
+    checkpoints: Checkpoints,
+    result: Optimization,
+) -> None:
+    name, undo = type(algorithm).__name__, list[Callable[[], None]]()
+    spans = algorithm.spans(prepared, settings.excluded)
+    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
+    weights = [_cost(span) for span in spans]
+    late = 0
+    begin = getattr(algorithm, "begin", None)
+    with closing(stream), _bar(settings.progress) as bar:
+        if callable(begin):
+            begin(stream, spans, settings.seed + 7919 * number)
+        row = bar.add_task(name, total=len(spans))
+        for index, task in enumerate(stream.walk(spans)):
+            bar.update(row, description=f"{name}: {task.span.name}")
+            seconds = settings.left_s * weights[index] / sum(weights[index:])
+            if settings.is_late:
+                late += 1
+            else:
+                clock = Clock(seconds, settings.seed + 7919 * number + index)
+                undo.append(_solve_span(task, algorithm, clock, checkpoints.path(number, index), result))
+            bar.advance(row)
+    result.spilled_bytes += stream.store.spilled_bytes
+    if late:
+        result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
+    _judge(name, _db(stream), lambda: _take_back(undo), result)
+
+
+def _take_back(undo: Sequence[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
+
+
+def _solve_span(
+    task: Task, algorithm: Solver, clock: Clock, path: Path | None, result: Optimization
+) -> Callable[[], None]:
+    """Solve (or read) one span, and keep the answer unless the span's output got worse."""
+    start, name = time.perf_counter(), type(algorithm).__name__
+    found = read(path, task) if path is not None and everywhere(path.exists()) else None
+    parts = clock.parts = None if path is None else Parts(path)
+    solution = algorithm.solve(task, clock) if found is None else found
+    if not solution:
+        return lambda: None
+    error = getattr(algorithm, "error", Task.error)  # a solver may hold its answers by a measure of its own
+    before = error(task)
+    undo = apply(task.prepared, solution)
+    after = error(task)
+    kept = after <= before
+    if not kept:
+        undo()
+    if path is not None and parts is not None:
+        if found is None:
+            write(path, solution)
+        parts.clear()
+    seconds = time.perf_counter() - start
+    result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
+    return undo if kept else lambda: None
+
+
+def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
+    """Note the SQNR after a step, and take the step back if it is below the last one kept."""
+    before = next(db for _, db, kept in reversed(result.steps) if kept)
+    kept = after >= before
+    result.steps.append((name, after, kept))
+    if kept:
+        return
+    undo()
+    warnings.warn(
+        f"{name} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
+        "the plain result is kept",
+        TorchquantWarning,
+        stacklevel=5,
+    )
+
+
+def _cost(span: Span) -> float:
+    """Relative time that a span takes: its weights, times their inputs."""
+    found = 1.0
+    for site in span.sites:
+        value = site.args[1].meta.get("val") if hasattr(site.args[1], "meta") else None  # type: ignore[union-attr]
+        shape = getattr(value, "shape", (1, 1))
+        found += math.prod(shape) * math.prod(shape[1:])
+    return found
+
+
+def _db(stream: Stream) -> float:
+    if stream.noise == 0:
+        return math.inf
+    if not math.isfinite(stream.noise):
+        return -math.inf
+    return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), disable=not shown, transient=True)
+
+
+def _peak_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    try:
+        import resource  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
