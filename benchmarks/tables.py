@@ -15,7 +15,7 @@ import gpu_tables
 import records
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
-from torchquant.files import write_whole
+from torchquant.files.whole import write_whole
 from torchquant.types import Capability
 
 ROOT = Path(__file__).resolve().parents[1]

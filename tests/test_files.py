@@ -3,7 +3,7 @@
 import pytest
 
 import torchquant as tq
-from torchquant.files import write_whole
+from torchquant.files.whole import write_whole
 
 
 def test_a_file_is_moved_into_place_whole(tmp_path):

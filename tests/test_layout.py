@@ -15,7 +15,7 @@ FOLDERS = {
 # inside the core, only downwards: a module may import from its own layer or from a lower one
 LAYERS = [
     ["errors"],
-    ["types", "files", "owned", "surroundings"],
+    ["types", "files", "surroundings"],
     ["formats", "fx"],
     ["observers"],
     ["calibration"],

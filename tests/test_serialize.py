@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant.artifacts import archive
+from torchquant.files import archive
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 

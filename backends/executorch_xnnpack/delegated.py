@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.errors import LoweringError, TorchquantWarning
+from torchquant.files.owned import OwnFolder
 from torchquant.fx.sites import marked
 from torchquant.lowering.accounts import names
-from torchquant.owned import OwnFolder
 from torchquant.types import Site
 
 __all__ = ["Delegated", "read_delegates"]

@@ -16,6 +16,7 @@ from torchquant.artifacts.program import Metadata
 from torchquant.artifacts.serialize import export_again
 from torchquant.backends.executorch_xnnpack.blame import blamed
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
+from torchquant.backends.executorch_xnnpack.chains import duplicate_dynamic_chains, per_token_linears
 from torchquant.backends.executorch_xnnpack.delegated import Delegated, read_delegates
 from torchquant.backends.executorch_xnnpack.kernels import (
     refuse_complex,
@@ -115,7 +116,7 @@ class _XnnpackLowering(Lowering[XnnpackProgram]):
         refuse_unbounded(Signature.of(quantized))
 
     def adapt(self, graph: GraphModule) -> None:
-        passes.per_token_linears(graph)  # what the delegate makes of a dynamic linear, whatever the graph says
+        per_token_linears(graph)  # what the delegate makes of a dynamic linear, whatever the graph says
         drop_batch_counters(graph)
 
     def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
@@ -233,7 +234,7 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         rewrite_branches(graph)
         refuse_complex(graph)
         prepare(graph)
-        passes.duplicate_dynamic_chains(graph)
+        duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
         own_storage(graph)
         exported = export_again(graph, batch)

@@ -21,9 +21,9 @@ from torchquant.artifacts.program import Metadata, Program, State, read_metadata
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
-from torchquant.files import reading, write_whole
+from torchquant.files.owned import OwnFolder
+from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import InputSpec, Signature
-from torchquant.owned import OwnFolder
 
 __all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
 

@@ -18,15 +18,15 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 import torchquant.ops.gpu.convolutions  # noqa: F401 - registers the ops, as does linears.py that it imports
-from torchquant.artifacts import archive
 from torchquant.artifacts.program import Metadata, Program, State, metadata_from, write_metadata
 from torchquant.artifacts.serialize import export_again, graph_in
 from torchquant.backends.inductor_cuda.capabilities import TARGET
 from torchquant.calibration import batches as data
 from torchquant.errors import LoweringError
-from torchquant.files import write_whole
+from torchquant.files import archive
+from torchquant.files.owned import OwnFolder
+from torchquant.files.whole import write_whole
 from torchquant.fx import passes
-from torchquant.owned import OwnFolder
 from torchquant.surroundings import unchanged
 
 __all__ = ["CudaProgram", "device_of", "load", "moved", "settings_of"]
@@ -139,8 +139,8 @@ def load(
 ) -> CudaProgram:
     """Read what `CudaProgram.save` wrote; it is compiled again at the first call. The options are those of `lower`.
 
-    Nothing that the file says is run: see `torchquant.artifacts.exported`. What `CudaProgram.package` wrote is another matter:
-    that is a shared library.
+    Nothing that the file says is run: see `torchquant.artifacts.exported`. What `CudaProgram.package` wrote is another
+    matter: that is a shared library.
 
     Raises:
         ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.

@@ -23,12 +23,14 @@ import torch
 import torch._inductor
 from torch.fx import GraphModule, Node
 
-from torchquant.artifacts import archive
 from torchquant.artifacts.program import Metadata, write_metadata
 from torchquant.artifacts.serialize import export_again
 from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
+from torchquant.backends.inductor_x86.passes import flatten_quantized_linears, rename_folded_weights
 from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
+from torchquant.files import archive
+from torchquant.files.owned import OwnFolder
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import marked
@@ -38,7 +40,6 @@ from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
 from torchquant.ops.x86 import cpu, native, saturation, tuning
 from torchquant.ops.x86.translation import Built, replace_regions
-from torchquant.owned import OwnFolder
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
@@ -300,10 +301,10 @@ def _compile(
                 _tune(graph, batch, regions)
         unsafe = saturation.unsafe_products(graph)
         saturation.refuse(unsafe, own_kernels)
-        passes.flatten_quantized_linears(graph)  # what is left to Inductor
+        flatten_quantized_linears(graph)  # what is left to Inductor
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
-        passes.rename_folded_weights(graph)
+        rename_folded_weights(graph)
         passes.fill_expanded_numbers(graph)
         exported = export_again(graph, batch)
         with (

@@ -16,10 +16,10 @@ from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_l
 from torchquant.artifacts.program import Program, State, read_metadata
 from torchquant.backends.inductor_x86.capabilities import TARGET
 from torchquant.errors import ArtifactError
-from torchquant.files import reading, write_whole
+from torchquant.files.owned import OwnFolder
+from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import Signature
 from torchquant.ops.x86 import cpu, exactness, forks, native
-from torchquant.owned import OwnFolder
 
 __all__ = ["X86Program", "load", "run_package"]
 

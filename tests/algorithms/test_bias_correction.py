@@ -118,9 +118,8 @@ def test_a_worse_result_is_not_kept_and_a_warning_says_so(monkeypatch):
         return Solution(biases={task.span.sites[0].name: torch.full((5,), 1e3)})
 
     monkeypatch.setattr(tq.BiasCorrection, "solve", spoil)
-    monkeypatch.setattr(
-        "torchquant.calibration.stream.Task.error", lambda task: 0.0
-    )  # each layer by itself looks no worse
+    # each layer by itself looks no worse
+    monkeypatch.setattr("torchquant.calibration.stream.Task.error", lambda task: 0.0)
     model, batches = nn.Sequential(nn.Linear(6, 5)).eval(), [torch.randn(4, 6)]
     prepared = calibrated(model, batches, X86Quantizer())
     with pytest.warns(tq.TorchquantWarning, match=r"BiasCorrection would lower .* the plain result is kept"):

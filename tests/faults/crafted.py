@@ -8,7 +8,7 @@ import zipfile
 
 import torch
 
-from torchquant.artifacts import archive
+from torchquant.files import archive
 
 SEAL = ("format", "kind", "versions", "members", "before", "digest")
 

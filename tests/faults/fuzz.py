@@ -32,10 +32,10 @@ import torch
 
 import torchquant as tq
 from torchquant.algorithms.seq_mse import SeqMSE
-from torchquant.artifacts import tensors
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.cli import sources
 from torchquant.errors import TorchquantError, TorchquantWarning
+from torchquant.files import tensors
 from torchquant.ops.gpu import configs
 from torchquant.ops.x86 import tuning
 from torchquant.quantizers import CudaQuantizer

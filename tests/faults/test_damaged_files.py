@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant.artifacts import archive, tensors
 from torchquant.backends import executorch_xnnpack, inductor_cuda
 from torchquant.calibration.store import Store
 from torchquant.cli import sources
-from torchquant.files import reading, warn_ignored, write_whole
+from torchquant.files import archive, tensors
+from torchquant.files.whole import reading, warn_ignored, write_whole
 from torchquant.ops.gpu import configs
 from torchquant.ops.x86 import tuning
 
@@ -281,7 +281,7 @@ def test_arrays_that_are_none_are_refused(tmp_path):
 FULL = """
 import resource, signal, sys, torch
 from torchquant.errors import ArtifactError
-from torchquant.files import write_whole
+from torchquant.files.whole import write_whole
 from torchquant.calibration.store import Store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -12,10 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 import torchquant as tq
-from torchquant.artifacts import archive, exported
+from torchquant.artifacts import exported
 from torchquant.backends import executorch_xnnpack, inductor_cuda
 from torchquant.cli import main as cli
 from torchquant.cli import sources
+from torchquant.files import archive
 from torchquant.ops.x86 import native
 from torchquant.quantizers import CudaQuantizer
 from torchquant.quantizers.x86 import X86Quantizer

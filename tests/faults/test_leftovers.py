@@ -14,9 +14,9 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.calibration.store import Store
-from torchquant.files import write_whole
+from torchquant.files.owned import SUFFIX, OwnFolder, sweep
+from torchquant.files.whole import write_whole
 from torchquant.ops.x86 import native
-from torchquant.owned import SUFFIX, OwnFolder, sweep
 
 ROOT = str(Path(tq.__file__).parents[1])
 MAKERS = {
@@ -29,7 +29,7 @@ for i in range(4):
 """,
     "a file half written": """
 from pathlib import Path
-from torchquant.files import write_whole
+from torchquant.files.whole import write_whole
 def write(part):
     part.write_bytes(b"half")
     wait()
@@ -151,7 +151,7 @@ def test_a_forked_process_deletes_nothing_of_its_parents(folder):
 def test_many_processes_in_one_folder_take_nothing_from_each_other(folder):
     script = f"""
 from pathlib import Path
-from torchquant.owned import OwnFolder
+from torchquant.files.owned import OwnFolder
 for i in range(300):
     with OwnFolder("x-", {str(folder)!r}) as mine:
         (mine / "a").write_bytes(b"a")

@@ -8,6 +8,8 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import torchquant as tq
+from torchquant.backends.executorch_xnnpack.chains import duplicate_dynamic_chains
+from torchquant.backends.inductor_x86.passes import flatten_quantized_linears
 from torchquant.fx import ops, passes
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
@@ -95,7 +97,7 @@ def test_flattened_linears_compute_the_same():
     model = Call(lambda m, x: m.inner(x.transpose(1, 2)), inner=nn.Linear(8, 5))
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
     flat = passes.copy_graph(quantized)
-    assert passes.flatten_quantized_linears(flat) == 1
+    assert flatten_quantized_linears(flat) == 1
     assert torch.allclose(flat(x), quantized(x), atol=1e-6)
 
 
@@ -106,7 +108,7 @@ def test_dynamic_chains_are_duplicated_with_the_same_result():
     quantized = convert_pt2e(prepare_pt2e(graph, XnnpackQuantizer("dynamic_int8")))
     expected = quantized(x)
     before = sum(map(ops.is_quantize, quantized.graph.nodes))
-    done = passes.duplicate_dynamic_chains(quantized)
+    done = duplicate_dynamic_chains(quantized)
     assert sum(map(ops.is_quantize, quantized.graph.nodes)) == before + done
     assert all(len(n.users) == 1 for n in quantized.graph.nodes if ops.is_dequantize(n))
     assert torch.equal(quantized(x), expected)

@@ -1,1 +1,1 @@
-"""Programs, saved graphs and archives: written whole, sealed with digests, read without running what they say."""
+"""What is kept of a graph: programs, saved graphs, ExportedPrograms of others."""

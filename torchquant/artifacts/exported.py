@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from torchquant.artifacts import archive
-from torchquant.files import reading
+from torchquant.files import archive
+from torchquant.files.whole import reading
 from torchquant.fx.trees import UnsafeContentError, check_tree
 
 __all__ = ["load", "load_members"]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 
-from torchquant.artifacts import archive, tensors, typed
 from torchquant.errors import InputError
-from torchquant.files import reading
+from torchquant.files import archive, tensors, typed
+from torchquant.files.whole import reading
 from torchquant.fx.signature import InputSpec, Signature
 from torchquant.measure.verify import Comparison, OutputComparison
 from torchquant.types import QParams, Site

@@ -13,10 +13,11 @@ import torch.ao.quantization.fx._decomposed  # registers the ops that a saved gr
 from torch.fx import GraphModule
 
 import torchquant.formats.dialect  # noqa: F401 - likewise
-from torchquant.artifacts import archive, exported
+from torchquant.artifacts import exported
 from torchquant.calibration import batches as data
 from torchquant.errors import ArtifactError, InputError
-from torchquant.files import reading, write_whole
+from torchquant.files import archive
+from torchquant.files.whole import reading, write_whole
 from torchquant.fx import passes
 from torchquant.fx.reading import is_converted
 from torchquant.fx.signature import Signature

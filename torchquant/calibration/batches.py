@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchquant.calibration.parallel import anywhere
 from torchquant.errors import CalibrationError, InputError
+from torchquant.fx import ops
 from torchquant.fx.signature import InputSpec, Signature, placeholders
 
 Batch = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -220,3 +221,12 @@ def _dims_of(spec: InputSpec) -> dict[int, Any]:
             maximum = size.maximum if size is not None else None
             dims[axis] = torch.export.Dim.AUTO if maximum is None else torch.export.Dim.AUTO(max=maximum)
     return dims
+
+
+def own_inputs(model: GraphModule, batch: Given) -> Given:
+    """The batch with copies of what the graph writes into."""
+    written = [ops.is_overwritten(node) for node in placeholders(model)]
+    if not any(written):
+        return batch
+    pairs = zip(batch.leaves, written, strict=True)
+    return Given(tuple(v.clone() if w and isinstance(v, torch.Tensor) else v for v, w in pairs), batch.state)

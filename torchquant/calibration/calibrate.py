@@ -20,7 +20,7 @@ from torchquant.fx import ops
 from torchquant.fx.reading import is_observer, observers
 from torchquant.fx.signature import Signature
 from torchquant.fx.sites import read_sites, refuse_lost_writes
-from torchquant.fx.states import own_inputs, restored, set_states, states_of
+from torchquant.fx.states import restored, set_states, states_of
 from torchquant.observers.minmax import check_finite, reset
 
 __all__ = ["Recorder", "calibrate", "recalibrate", "record"]
@@ -89,7 +89,7 @@ def _observe(model: GraphModule, batch: data.Given | data.Steps, initial: Mappin
     for i, step in enumerate(batch.batches if isinstance(batch, data.Steps) else [batch]):
         if i == 0 or step.state:
             set_states(model, {**initial, **step.state})
-        data.call(model, own_inputs(model, step))
+        data.call(model, data.own_inputs(model, step))
 
 
 def _observe_constants(model: GraphModule) -> None:
@@ -147,7 +147,7 @@ class Recorder(Interpreter):
         """Run one batch, or the arguments of one; neither they nor the graph's state are changed."""
         whole = len(args) == 1 and not kwargs and isinstance(args[0], (data.Given, tuple, list, dict))
         batch = args[0] if whole else (kwargs if kwargs and not args else (*args, *kwargs.values()))
-        given = own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
+        given = data.own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
         self._states = {n: given.state.get(n, v).clone() for n, v in states_of(self._prepared).items()}
         return self.run(*given.leaves)
 

@@ -51,8 +51,9 @@ def begin(models: Sequence[GraphModule]) -> None:
 def merge(models: Sequence[GraphModule], reached: set[int]) -> None:
     """After it: give every process the observers' state over all batches.
 
-    Minima, maxima and the histograms of `torchquant.observers.ranges` become exactly those of one process. torchao's histogram
-    depends on the order of its batches: here those of the processes are put together, in the order of their ranks.
+    Minima, maxima and the histograms of `torchquant.observers.ranges` become exactly those of one process. torchao's
+    histogram depends on the order of its batches: here those of the processes are put together, in the order of their
+    ranks.
 
     Args:
         reached: ids of the observers that saw data; those that saw some in another process are added.

@@ -14,8 +14,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchquant.errors import ArtifactError
-from torchquant.files import reading
-from torchquant.owned import OwnFolder
+from torchquant.files.owned import OwnFolder
+from torchquant.files.whole import reading
 
 __all__ = ["Store"]
 

@@ -22,12 +22,13 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
-from torchquant.artifacts import archive, serialize
+from torchquant.artifacts import serialize
 from torchquant.artifacts.program import Program, read_metadata
 from torchquant.backends import names, target
 from torchquant.calibration import batches as data
 from torchquant.cli import sources
 from torchquant.errors import InputError
+from torchquant.files import archive
 from torchquant.lowering.target import Target
 from torchquant.measure.verify import compare
 from torchquant.reporting.terminal import program_text, proof_text

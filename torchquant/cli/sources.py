@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchquant.artifacts import archive, exported, tensors
+from torchquant.artifacts import exported
 from torchquant.errors import ArtifactError, InputError, TorchquantError
-from torchquant.files import reading
+from torchquant.files import archive, tensors
+from torchquant.files.whole import reading
 
 __all__ = ["load_batches", "load_model", "resolve"]
 

@@ -17,7 +17,6 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.fx import ops
 from torchquant.fx.reading import is_observer, observers
-from torchquant.observers.minmax import per_token
 
 aten = torch.ops.aten
 
@@ -156,25 +155,6 @@ def add_buffer(model: GraphModule, name: str, value: torch.Tensor) -> Node:
     return node
 
 
-def rename_folded_weights(model: GraphModule) -> None:
-    """Give the codes that `convert_pt2e` folded names of their own.
-
-    Inductor's freezing calls its packed weights `_frozen_param0` too, and AOTInductor then stores whichever comes first
-    under the name: the kernel is handed the wrong tensor, and crashes.
-    """
-    renamed: dict[str, str] = {}
-    for node in model.graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("_frozen_param"):
-            target = str(node.target)
-            if target not in renamed:
-                renamed[target] = fresh_name(model, f"codes{target.removeprefix('_frozen_param')}")
-                model.register_buffer(renamed[target], getattr(model, target))
-            node.target = renamed[target]
-    for target in renamed:
-        delattr(model, target)
-    model.recompile()
-
-
 def remove_dead_weights(model: GraphModule) -> int:
     """Delete parameters and buffers that no node reads any more; returns their bytes.
 
@@ -270,10 +250,10 @@ def replace_each(
             node.replace_all_uses_with(replacement)
             model.graph.erase_node(node)
             done += 1
-    return _finished(model, done)
+    return finished(model, done)
 
 
-def _finished(model: GraphModule, done: int) -> int:
+def finished(model: GraphModule, done: int) -> int:
     """Tidy a graph in which `done` places changed; returns `done`."""
     if done:
         model.graph.eliminate_dead_code()
@@ -325,94 +305,6 @@ def static_observers(model: GraphModule) -> Iterator[tuple[Node, torch.nn.Module
             yield node, inner
 
 
-def flatten_quantized_linears(model: GraphModule) -> int:
-    """Give every linear behind a quantize op a 2-D input, by moving the reshape in front of the quantize op.
-
-    Inductor turns a linear on a permuted 3-D or 4-D input into a batched matmul, which no int8 pattern
-    matches. Per-tensor quantization commutes with reshapes, so the function stays the same.
-    """
-    return replace_each(model, _is_deep_quantized_linear, _flattened_linear)
-
-
-def _is_deep_quantized_linear(node: Node) -> bool:
-    if node.target is not aten.linear.default or not ops.is_dequantize(x := node.args[0]):  # type: ignore[arg-type]
-        return False
-    quantize = x.args[0]  # type: ignore[union-attr]
-    shape = ops.shape_of(node)
-    return isinstance(quantize, Node) and ops.is_quantize(quantize) and shape is not None and len(shape) > 2
-
-
-def _flattened_linear(model: GraphModule, node: Node) -> Node:
-    call = model.graph.call_function
-    dequantize, *rest = node.args
-    assert isinstance(dequantize, Node)
-    quantize = dequantize.args[0]
-    assert isinstance(quantize, Node)
-    x = quantize.args[0]
-    assert isinstance(x, Node)
-    shape = ops.shape_of(node)
-    features = ops.shape_of(x)
-    assert shape is not None
-    assert features is not None
-    flat = call(aten.reshape.default, (x, [-1, features[-1]]))
-    codes = call(quantize.target, (flat, *quantize.args[1:]), dict(quantize.kwargs))  # type: ignore[arg-type]
-    values = call(dequantize.target, (codes, *dequantize.args[1:]), dict(dequantize.kwargs))  # type: ignore[arg-type]
-    linear = call(aten.linear.default, (values, *rest))
-    linear.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    sizes = [s if isinstance(s, int) else call(aten.sym_size.int, (x, i)) for i, s in enumerate(shape[:-1])]
-    return call(aten.reshape.default, (linear, [*sizes, shape[-1]]))
-
-
-def per_token_linears(model: GraphModule) -> int:
-    """Quantize the input of dynamic linears per token where the graph says per tensor; returns how many."""
-    dynamic = [
-        n
-        for n in model.graph.nodes
-        if n.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
-        and ops.has_own_scale(n)
-        and n.users
-        and all(u.target is aten.linear.default for u in n.users)
-    ]
-    for node in dynamic:
-        quantize = node.args[0]
-        assert isinstance(quantize, Node)
-        low, high, dtype = node.args[3:6]
-        with model.graph.inserting_before(node):
-            values = per_token(model, quantize.args[0], low, high, dtype)  # type: ignore[arg-type]
-        node.replace_all_uses_with(values)
-    if dynamic:
-        model.graph.eliminate_dead_code()
-        model.recompile()
-    return len(dynamic)
-
-
-def duplicate_dynamic_chains(model: GraphModule) -> int:
-    """Give every user of a dynamically quantized tensor its own choose-quantize-dequantize chain.
-
-    A delegate groups nodes pairwise: three projections behind one chain would fall into separate groups.
-    """
-    done = 0
-    for node in list(model.graph.nodes):
-        if not ops.is_dequantize(node) or not ops.has_own_scale(node):
-            continue
-        shared = len(node.args[0].users) > 1
-        for user in list(node.users)[0 if shared else 1 :]:
-            user.replace_input_with(node, _copy_chain(model, node))
-            done += 1
-    return _finished(model, done)
-
-
-def _copy_chain(model: GraphModule, dequantize: Node) -> Node:
-    quantize, scale, zero_point = dequantize.args[:3]
-    assert isinstance(scale, Node)
-    copies: dict[Node, Node] = {}
-    with model.graph.inserting_before(dequantize):
-        for original in (scale.args[0], scale, zero_point, quantize, dequantize):
-            assert isinstance(original, Node)
-            copies[original] = model.graph.node_copy(original, lambda n: copies.get(n, n))
-    return copies[dequantize]
-
-
 def make_float(model: GraphModule, names: set[str]) -> None:
     """Run the named ops on what stands behind their dequantize ops: float activations and decoded weights."""
     for node in [n for n in model.graph.nodes if n.name in names]:
@@ -455,7 +347,7 @@ def unshare_weights(model: GraphModule) -> int:
                 node.update_arg(position, _own_copy(model, node, source, stored))
                 done += 1
             seen.add(stored.target)
-    return _finished(model, done)
+    return finished(model, done)
 
 
 def _own_copy(model: GraphModule, node: Node, source: Node, stored: Node) -> Node:

@@ -12,9 +12,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from torchquant.artifacts import typed
-from torchquant.artifacts.tensors import dtype_of
 from torchquant.errors import InputError
+from torchquant.files import typed
+from torchquant.files.tensors import dtype_of
 from torchquant.fx.trees import check_tree
 
 __all__ = ["Constant", "InputSpec", "Signature", "Size", "placeholders"]

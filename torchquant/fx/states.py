@@ -9,11 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.calibration.batches import Given
 from torchquant.fx import ops
-from torchquant.fx.signature import placeholders
 
-__all__ = ["hidden_states", "own_inputs", "own_states", "restored", "set_states", "state_nodes", "states_of"]
+__all__ = ["hidden_states", "own_states", "restored", "set_states", "state_nodes", "states_of"]
 
 
 def state_nodes(model: GraphModule) -> list[Node]:
@@ -63,12 +61,3 @@ def restored(model: GraphModule) -> Iterator[dict[str, torch.Tensor]]:
         yield initial
     finally:
         set_states(model, initial)
-
-
-def own_inputs(model: GraphModule, batch: Given) -> Given:
-    """The batch with copies of what the graph writes into."""
-    written = [ops.is_overwritten(node) for node in placeholders(model)]
-    if not any(written):
-        return batch
-    pairs = zip(batch.leaves, written, strict=True)
-    return Given(tuple(v.clone() if w and isinstance(v, torch.Tensor) else v for v, w in pairs), batch.state)

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from torchquant.artifacts.archive import versions
 from torchquant.artifacts.program import Program, Proof
 from torchquant.errors import InputError
-from torchquant.files import write_whole
+from torchquant.files.archive import versions
+from torchquant.files.whole import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import read_sites
 from torchquant.types import Site

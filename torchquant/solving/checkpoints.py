@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
-from torchquant.artifacts.archive import versions
-from torchquant.artifacts.tensors import bytes_of
 from torchquant.calibration.parallel import everywhere, is_parallel
 from torchquant.calibration.stream import Task
 from torchquant.errors import ArtifactError
-from torchquant.files import digest, reading, write_whole
+from torchquant.files.archive import versions
+from torchquant.files.tensors import bytes_of
+from torchquant.files.whole import digest, reading, write_whole
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid

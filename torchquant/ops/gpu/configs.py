@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torchquant.errors import ArtifactError
-from torchquant.files import reading, warn_ignored, write_whole
+from torchquant.files.whole import reading, warn_ignored, write_whole
 from torchquant.ops.x86 import native
 
 __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "table"]

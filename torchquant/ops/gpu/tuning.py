@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchquant.files import write_whole
+from torchquant.files.whole import write_whole
 from torchquant.fx import ops
 from torchquant.ops.gpu import configs, timing
 from torchquant.ops.gpu.configs import Config

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 
 from torchquant.errors import LoweringError
-from torchquant.files import write_whole
-from torchquant.owned import OwnFolder
+from torchquant.files.owned import OwnFolder
+from torchquant.files.whole import write_whole
 
 __all__ = [
     "PREFIX",

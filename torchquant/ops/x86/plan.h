@@ -1,4 +1,4 @@
-// What a plan holds: one block of bytes, written by `torchquant/ops/plan.py` and read in place.
+// What a plan holds: one block of bytes, written by `torchquant/ops/x86/plan.py` and read in place.
 //
 // Header, `values` records of Value, `ops` records of Op, `ranges` records of Range, then weights and per-channel
 // constants. Offsets into the last part, and into the arena, count units of 64 bytes. Every field is 4 bytes wide.

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from torchquant.errors import ArtifactError
-from torchquant.files import reading, warn_ignored, write_whole
+from torchquant.files.whole import reading, warn_ignored, write_whole
 from torchquant.ops.x86 import native
 from torchquant.ops.x86.plan import Step
 from torchquant.ops.x86.translation import Built

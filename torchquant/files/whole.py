@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from torchquant.errors import ArtifactError, TorchquantError, TorchquantWarning
-from torchquant.owned import OwnFolder
+from torchquant.files.owned import OwnFolder
 
 __all__ = ["digest", "reading", "warn_ignored", "write_whole"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchquant.errors import ArtifactError
-from torchquant.files import digest, reading
+from torchquant.files.whole import digest, reading
 
 __all__ = [
     *("FORMAT", "NAME", "compress", "contents", "entries", "members", "read", "read_any", "seal", "text_of"),

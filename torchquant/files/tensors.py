@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from torchquant.errors import ArtifactError
-from torchquant.files import digest, reading
+from torchquant.files.whole import digest, reading
 
 __all__ = ["bytes_of", "digest_of", "dtype_of", "read", "stored"]
 

@@ -1,0 +1,64 @@
+"""Chains that quantize at run time, as the XNNPACK delegate takes them: by token, and one for each user."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.fx import ops
+from torchquant.fx.passes import finished
+from torchquant.observers.minmax import per_token
+
+__all__ = ["duplicate_dynamic_chains", "per_token_linears"]
+
+aten = torch.ops.aten
+
+
+def per_token_linears(model: GraphModule) -> int:
+    """Quantize the input of dynamic linears per token where the graph says per tensor; returns how many."""
+    dynamic = [
+        n
+        for n in model.graph.nodes
+        if n.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
+        and ops.has_own_scale(n)
+        and n.users
+        and all(u.target is aten.linear.default for u in n.users)
+    ]
+    for node in dynamic:
+        quantize = node.args[0]
+        assert isinstance(quantize, Node)
+        low, high, dtype = node.args[3:6]
+        with model.graph.inserting_before(node):
+            values = per_token(model, quantize.args[0], low, high, dtype)  # type: ignore[arg-type]
+        node.replace_all_uses_with(values)
+    if dynamic:
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    return len(dynamic)
+
+
+def duplicate_dynamic_chains(model: GraphModule) -> int:
+    """Give every user of a dynamically quantized tensor its own choose-quantize-dequantize chain.
+
+    A delegate groups nodes pairwise: three projections behind one chain would fall into separate groups.
+    """
+    done = 0
+    for node in list(model.graph.nodes):
+        if not ops.is_dequantize(node) or not ops.has_own_scale(node):
+            continue
+        shared = len(node.args[0].users) > 1
+        for user in list(node.users)[0 if shared else 1 :]:
+            user.replace_input_with(node, _copy_chain(model, node))
+            done += 1
+    return finished(model, done)
+
+
+def _copy_chain(model: GraphModule, dequantize: Node) -> Node:
+    quantize, scale, zero_point = dequantize.args[:3]
+    assert isinstance(scale, Node)
+    copies: dict[Node, Node] = {}
+    with model.graph.inserting_before(dequantize):
+        for original in (scale.args[0], scale, zero_point, quantize, dequantize):
+            assert isinstance(original, Node)
+            copies[original] = model.graph.node_copy(original, lambda n: copies.get(n, n))
+    return copies[dequantize]
