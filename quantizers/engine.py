@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 
 from torchquant.errors import SchemeError, TorchquantWarning
+from torchquant.formats.encoded import EncodedFormat
 from torchquant.fx import ops, passes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
@@ -27,6 +28,7 @@ from torchquant.fx.reading import is_observer
 from torchquant.fx.sites import CONSTANT, note
 from torchquant.fx.windows import window_of
 from torchquant.lowering.target import Target
+from torchquant.observers.encoded import EncodedWeight
 from torchquant.observers.minmax import (
     ActivationMinMax,
     DynamicActivation,
@@ -263,6 +265,10 @@ class CapabilityQuantizer(Quantizer):
     def _observer(self, tensor: TensorSpec, axis: int, is_weight: bool) -> Any:
         """Constructor of the observer or fake quantizer."""
         per_channel, is_float = tensor.granularity == "channel", tensor.format.is_float
+        if isinstance(tensor.format, EncodedFormat):
+            axis_of_cells = axis if per_channel else None
+            form = {"format": tensor.format, "axis": axis_of_cells, "group_size": tensor.group_size}
+            return EncodedWeight.with_args(**form)
         if tensor.dynamic and tensor.symmetric:
             return ScaledDynamicActivation.with_args(axis=axis if tensor.granularity == "token" else None)
         if tensor.dynamic:
@@ -297,7 +303,7 @@ def _fake_quantizer(per_channel: bool, axis: int) -> Any:
 def _trainable(scheme: Scheme) -> bool:
     """Whether torchao has fake quantizers for a scheme: integers per tensor and per channel."""
     specs = [s for s in (scheme.activation, scheme.weight) if s is not None]
-    return not any(s.format.is_float or s.granularity == "group" for s in specs)
+    return all(s.format.is_affine and s.granularity != "group" for s in specs)
 
 
 def _name(dtype: torch.dtype) -> str:

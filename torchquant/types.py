@@ -27,7 +27,13 @@ FLOAT_RANGE = {torch.float8_e4m3fn: (-448.0, 448.0)}
 
 @dataclass(frozen=True)
 class Format:
-    """An integer or small float grid: the values a code may take and the dtype that stores it."""
+    """A number format: an integer or small float grid, or a subclass of `torchquant.formats.encoded.EncodedFormat`.
+
+    Args:
+        name: in reports and errors.
+        dtype: what stores a code.
+        quant_min, quant_max: the codes.
+    """
 
     name: str
     dtype: torch.dtype
@@ -56,6 +62,19 @@ class Format:
         """Whether the codes are small floats, which have no zero point."""
         return self.dtype in FLOAT_RANGE
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether a value is a scale times the distance of an integer code from a zero point."""
+        return not self.is_float
+
+    def bits_per_weight(self, cell: int, *, symmetric: bool = True) -> float:
+        """Bits for one weight, the share of what a cell of `cell` weights has in common included.
+
+        That is a float32 scale and, if not `symmetric`, a zero point of as many bits as a code. Codes count for the
+        bits that they need; a graph stores those under 8 in a byte each, unless its target packs them.
+        """
+        return self.bits + (32 + (0 if symmetric else self.bits)) / cell
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -75,6 +94,8 @@ class TensorSpec:
             raise SchemeError(f"granularity {self.granularity!r} does not go with group size {self.group_size}")
         if self.format.is_float and not self.symmetric:
             raise SchemeError(f"{self.format.name} codes have no zero point; make the tensor symmetric")
+        if not (self.format.is_affine or self.format.is_float) and self.dynamic:
+            raise SchemeError(f"{self.format.name} is a format of stored weights; a dynamic tensor takes another one")
         if self.dynamic and self.granularity == "channel":
             raise SchemeError("a dynamic tensor has per-tensor or per-token scales, not per-channel ones")
 
@@ -146,6 +167,7 @@ class QParams:
         scale, zero_point: (channels,) or scalar tensors; None in a prepared graph and when dynamic.
         group_size: how many neighbours on the input axis share a scale, or None.
         token: each row (token) has a scale of its own.
+        format: name of a format that is no such grid; empty otherwise.
     """
 
     dtype: torch.dtype
@@ -157,12 +179,15 @@ class QParams:
     zero_point: torch.Tensor | None = None
     group_size: int | None = None
     token: bool = False
+    format: str = ""
 
     def describe(self) -> str:
         """For example `int8[-127,127] per channel 0`."""
         where = "per tensor" if self.axis is None else f"per channel {self.axis}"
         where = f"per group of {self.group_size}" if self.group_size else "dynamic" if self.dynamic else where
         where += " per token" if self.token else ""
+        if self.format:
+            return f"{self.format} {where}"
         limits = ",".join("?" if q is None else f"{q:g}" for q in (self.quant_min, self.quant_max))
         return f"{str(self.dtype).removeprefix('torch.')}[{limits}] {where}"
 

@@ -1,4 +1,4 @@
-"""Number grids: encode, decode, range, bits per weight."""
+"""Grids of integers and of float8: encode and decode, in the arithmetic of the ops that a graph is converted to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def broadcast(values: torch.Tensor, axis: int | None, ndim: int) -> torch.Tensor
 def encode(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """Round float `x` to the codes of `qparams` (which carries scale and, unless the codes are floats, zero point)."""
     scale, zero_point = _scale_and_zero_point(qparams, x.ndim)
-    codes = x / scale if qparams.dtype.is_floating_point else torch.round(x / scale) + zero_point
+    codes = x * (1.0 / scale)  # as the quantize ops do: a quotient may round to the other side
+    codes = codes if qparams.dtype.is_floating_point else torch.round(codes) + zero_point
     return codes.clamp(qparams.quant_min, qparams.quant_max).to(qparams.dtype)
 
 
@@ -33,12 +34,6 @@ def decode(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """The float32 values that `codes` stand for."""
     scale, zero_point = _scale_and_zero_point(qparams, codes.ndim)
     return (codes.to(torch.float32) - zero_point) * scale
-
-
-def bits_per_weight(format: Format, channel_size: int) -> float:
-    """Stored bits for one weight: the code plus its share of a float32 scale for `channel_size` weights."""
-    stored = 8 * torch.empty((), dtype=format.dtype).element_size()
-    return stored + 32 / channel_size
 
 
 def _scale_and_zero_point(qparams: QParams, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:

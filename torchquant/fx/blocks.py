@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,6 +13,7 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops
 from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.reading import observer_of
+from torchquant.types import Format
 
 __all__ = ["Span", "blocks", "data_order", "layers", "weight_grid", "weight_of"]
 
@@ -80,9 +82,11 @@ def weight_grid(prepared: GraphModule, node: Node) -> Grid:
     source, observer = found
     grid = grid_of(observer, ops.constant_value(prepared, source.args[0]).shape)  # type: ignore[arg-type]
     if grid is None:
+        format: Any = getattr(observer, "format", None)
+        cause = f"{format.name} is" if isinstance(format, Format) else f"{type(observer).__name__} gives its weight"
         raise SchemeError(
-            f"{ops.module_path(node) or node.name}: {type(observer).__name__} gives its weight no static integer "
-            "grid, so no algorithm can choose codes for it; leave it out with exclude=[...]"
+            f"{ops.module_path(node) or node.name}: {cause} no static integer grid, so no algorithm can choose codes "
+            "for it; leave it out with exclude=[...]"
         )
     return grid
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.formats.encoded import format_named
 from torchquant.fx import ops
-from torchquant.types import QParams
+from torchquant.types import Format, QParams
 
 __all__ = [
     "Choice",
@@ -159,7 +160,9 @@ def _of_observer(observer: Any) -> QParams | None:
     dynamic = bool(getattr(observer, "is_dynamic", False))
     token = dynamic and (getattr(observer, "per_token", False) or type(granularity).__name__ == "PerToken")
     group_size = None if dynamic else getattr(granularity, "group_size", None)
-    return QParams(dtype, low, high, axis, dynamic, group_size=group_size, token=token)
+    format = getattr(observer, "format", None)
+    name = format.name if isinstance(format, Format) and not format.is_affine else ""
+    return QParams(dtype, low, high, axis, dynamic, group_size=group_size, token=token, format=name)
 
 
 # quantize and dequantize ops ------------------------------------------------------------------------------------------
@@ -192,6 +195,8 @@ def _of_op(model: GraphModule, node: Node) -> Quantized:
 
 
 def _qparams(model: GraphModule, node: Node, arguments: dict[str, Any], choice: Choice | None) -> QParams:
+    if "format" in arguments:
+        return _encoded(arguments)
     scale, zero_point = (_constant(model, _first(arguments, names)) for names in (_SCALE, _ZERO_POINT))
     axis, dtype, group_size = arguments.get("axis"), _first(arguments, _DTYPE), arguments.get("group_size")
     if "block_size" in arguments:
@@ -211,6 +216,12 @@ def _qparams(model: GraphModule, node: Node, arguments: dict[str, Any], choice: 
         group_size=group_size,
         token=dynamic and _is_by_token(node, arguments, choice),
     )
+
+
+def _encoded(arguments: dict[str, Any]) -> QParams:
+    """Of a weight in a format of its own, which knows what stands in the place of a scale."""
+    format, axis, group_size = format_named(arguments["format"]), arguments["axis"], arguments["group_size"]
+    return QParams(format.dtype, format.quant_min, format.quant_max, axis, group_size=group_size, format=format.name)
 
 
 def _is_by_token(node: Node, arguments: dict[str, Any], choice: Choice | None) -> bool:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from torchquant.artifacts.program import Metadata, Program, Proof
 from torchquant.calibration import batches as data
+from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
@@ -153,6 +154,7 @@ def lower(
     steps.sites, allowed = accountable_sites(quantized, allow_float, steps.target.capabilities)
     steps.allowed = frozenset(allowed)
     steps.wanted = tuple(s for s in steps.sites if s.status == "quantized" and s.node not in allowed)
+    _refuse_formats(steps)
     steps.refuse(quantized)
     reference = steps.reference(quantized)
     batch = data.example_of(quantized) if example_inputs is None else example_inputs
@@ -168,3 +170,15 @@ def lower(
     proof = Proof.of(verdict, artefact.kernels, len(steps.compute), artefact.fused, left)
     states, returns = reference.initial, reference.overwritten
     return steps.finish(Metadata(reference.signature, sites, proof, states=states, returns=returns))
+
+
+def _refuse_formats(steps: Lowering[Any]) -> None:
+    """Raise LoweringError for weights in a format of their own that the target runs in none of its schemes."""
+    formats = {s.weight.format.name for s in steps.target.schemes.values() if s.weight is not None}
+    for site in steps.compute:
+        if site.weight is not None and site.weight.format and site.weight.format not in formats:
+            raise LoweringError(
+                f"{site.op} {site.node} ({site.module or 'root'}) has a weight in {site.weight.format}, and "
+                f"{steps.target} has no kernel for that. Exclude the op, or pass allow_float=['node:{site.node}'] to "
+                "have it decoded."
+            )

@@ -27,7 +27,7 @@ __all__ = ["note", "refuse", "saturating", "unsafe_products"]
 _LARGEST = 2**15 - 1
 _REMEDY = (
     "exclude them in the Quantizer, or quantize their activations to 7 bits: codes from 0 to 127 as of "
-    "torchquant.formats.integer.UINT7, in torchao's X86InductorQuantizer with reduce_range=True"
+    "torchquant.formats.UINT7, in torchao's X86InductorQuantizer with reduce_range=True"
 )
 
 

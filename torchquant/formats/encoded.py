@@ -1,0 +1,116 @@
+"""Formats of weights that are no affine grid: whoever writes one says how to encode, how to decode, and no more.
+
+A converted graph holds a weight's codes and what its cells have in common as buffers, and one op that decodes them,
+`torchquant::dequantize_encoded`, which looks the format up by its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from torchquant.errors import SchemeError
+from torchquant.types import Format
+
+__all__ = ["EncodedFormat", "cells_of", "format_named", "registered"]
+
+_REGISTERED: dict[str, EncodedFormat] = {}
+
+
+@dataclass(frozen=True)
+class EncodedFormat(Format, ABC):
+    """A format whose codes stand for values of its own.
+
+    A weight is cut into cells (the whole, output channels, or groups of neighbours), which have something in common: a
+    scale, say. Making an object registers it under its name.
+
+    Raises:
+        SchemeError: another format has the name.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _REGISTERED.setdefault(self.name, self) != self:
+            raise SchemeError(f"there is another format named {self.name!r}; choose another name")
+
+    @property
+    def is_affine(self) -> bool:
+        return False
+
+    @abstractmethod
+    def encode(self, cells: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is stored of float32 `cells` (cells, weights): the codes first, then what each cell has in common.
+
+        Each (cells, ...), of any dtype; codes may be packed.
+        """
+
+    @abstractmethod
+    def decode(self, *stored: torch.Tensor) -> torch.Tensor:
+        """The float32 values (cells, weights) of what `encode` returned."""
+
+    def bits_per_weight(self, cell: int, *, symmetric: bool = True) -> float:
+        """Exactly, from what `encode` stores of one cell."""
+        return sum(8 * part.numel() * part.element_size() for part in self.encode(torch.ones(1, cell))) / cell
+
+
+def registered() -> tuple[str, ...]:
+    """Names of the formats that this process knows."""
+    return tuple(sorted(_REGISTERED))
+
+
+def format_named(name: str) -> EncodedFormat:
+    """The format of a name; raises SchemeError if nothing has been imported that defines it."""
+    if name not in _REGISTERED:
+        known = ", ".join(registered()) or "none"
+        raise SchemeError(f"no format {name!r} is registered ({known}): import the module that defines it first")
+    return _REGISTERED[name]
+
+
+def cells_of(weight: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
+    """A weight (out, in, ...) as float32 cells: one for all, one a channel of `axis`, or groups along the inputs.
+
+    Raises:
+        SchemeError: the inputs are no whole groups.
+    """
+    flat = weight.detach().float()
+    if group_size is None:
+        return flat.reshape(1, -1) if axis is None else flat.transpose(0, axis).flatten(1)
+    if flat.shape[1] % group_size:
+        raise SchemeError(f"{flat.shape[1]} input features are no whole groups of {group_size}")
+    return flat.movedim(1, -1).reshape(-1, group_size)
+
+
+def _weight_of(cells: torch.Tensor, shape: Sequence[int], axis: int | None, group_size: int | None) -> torch.Tensor:
+    """The inverse of `cells_of` for a weight of `shape`."""
+    if group_size is not None:
+        return cells.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    if axis is None:
+        return cells.reshape(tuple(shape))
+    swapped = list(shape)
+    swapped[0], swapped[axis] = swapped[axis], swapped[0]
+    return cells.reshape(swapped).transpose(0, axis)
+
+
+def dequantize_encoded(
+    codes: torch.Tensor,
+    rest: list[torch.Tensor],
+    format: str,
+    shape: Sequence[int],
+    axis: int | None,
+    group_size: int | None,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight of `shape` that codes and what their cells have in common stand for, in `output_dtype`."""
+    cells = format_named(format).decode(codes, *rest)
+    return _weight_of(cells, shape, axis, group_size).to(output_dtype).contiguous()
+
+
+_LIBRARY = torch.library.Library("torchquant", "FRAGMENT")
+_LIBRARY.define(
+    "dequantize_encoded(Tensor codes, Tensor[] rest, str format, int[] shape, int? axis, int? group_size, "
+    "ScalarType output_dtype) -> Tensor"
+)
+_LIBRARY.impl("dequantize_encoded", dequantize_encoded, "CompositeImplicitAutograd")
