@@ -25,6 +25,7 @@ from torchquant.errors import (
     TorchquantWarning,
 )
 from torchquant.fx import ops, passes
+from torchquant.fx.batch_axes import add_batch_axes
 from torchquant.fx.decompose import expand_batch_norms
 from torchquant.fx.digests import digest_of
 from torchquant.fx.functional import functionalize
@@ -79,6 +80,7 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     passes.inline_regions(exported)
     _refuse_hidden_states(exported)
     functionalize(exported)
+    add_batch_axes(exported)
     expand_batch_norms(exported)
     own_states(exported)
     return exported

@@ -28,7 +28,10 @@ def resolve(reference: str) -> Any:
     """
     module_name, separator, name = reference.partition(":")
     if not separator or not module_name or not name:
-        raise InputError(f"{reference!r} is not of the form package.module:name")
+        raise InputError(
+            f"{reference!r} is not of the form package.module:name; files are read as models (.pt2, an "
+            "ExportedProgram) or as data (.npz, .safetensors)"
+        )
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -104,7 +107,10 @@ def load_batches(reference: str) -> list[Any]:
     batches = _called(found, reference) if callable(found) else found
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict, str)):
         raise InputError(f"{reference!r} gave a {type(batches).__name__}, not an iterable of batches")
-    return list(batches)
+    kept = _called(lambda: list(batches), reference)  # a generator runs only now
+    if not kept:
+        raise InputError(f"{reference!r} gave no batches")
+    return list(kept)
 
 
 def _split_file(path: Path) -> list[Any]:
@@ -122,4 +128,13 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return tensors.read(path, path.read_bytes())
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
+    return {name: _tensor(path, name, value) for name, value in found.items()}
+
+
+def _tensor(path: Path, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array of numbers in whatever order of bytes."""
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise ArtifactError(f"{path}: {name!r} is an array of {array.dtype}, of which torch has no tensors") from error

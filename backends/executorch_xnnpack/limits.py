@@ -66,6 +66,8 @@ def _activation_problem(site: Site) -> str:
     if activation.dynamic:
         if weight is not None and weight.axis is None and weight.scale is not None and weight.scale.numel() == 1:
             return "its weight is per tensor, and XNNPACK's dynamic linear takes per-channel weights"
+        if activation.dtype != torch.int8:
+            return f"its activation is {activation.dtype}, and XNNPACK's dynamic ops take int8"
         return ""
     if activation.dtype != torch.int8:
         return f"its activation is {activation.dtype}, and XNNPACK's static ops take int8"
@@ -103,7 +105,7 @@ def refuse_unbounded(signature: Signature) -> None:
                 raise LoweringError(
                     f"input {spec.name!r}: the size of axis {axis} has no upper bound, and ExecuTorch plans its memory "
                     "for the largest size. Export with one in dynamic_shapes, e.g. "
-                    f"{{{axis}: torch.export.Dim('size', max=64)}}."
+                    f"{{{axis}: torch.export.Dim('size', max=64)}} (the command: --max-batch)."
                 )
 
 

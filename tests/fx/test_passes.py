@@ -9,6 +9,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import torchquant as tq
 from torchquant.fx import ops, passes
+from torchquant.fx.batch_axes import lacks_batch_axis
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
@@ -147,3 +148,22 @@ def test_constants_behind_thousands_of_ops_are_known_without_recursion():
     weight = next(n for n in graph.graph.nodes if ops.op_name(n) == "linear").args[1]
     assert ops.is_constant(weight)
     assert ops.constant_value(graph, weight).shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), (8,)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3, padding="same")), (3, 8, 8)),
+        (nn.Sequential(nn.ConvTranspose1d(3, 8, 3), nn.Conv1d(8, 4, 1)), (3, 8)),
+        (nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(5)), (3, 5)),  # reads the channels as samples
+    ],
+)
+def test_single_samples_become_batches_of_one(model, shape):
+    x = torch.randn(shape)
+    graph = tq.export(model.eval(), x)
+    sites = [n for n in graph.graph.nodes if ops.op_name(n).startswith(("conv", "linear"))]
+    assert not any(map(lacks_batch_axis, sites))
+    assert names(graph).count("reshape") == 2  # none between two of them
+    assert all(ops.module_path(n) for n in sites)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
