@@ -465,10 +465,6 @@ def _with_last_axis(b: Builder, x: Node) -> Node:
     return b.call(aten.reshape.default, x, [*sizes, 1])
 
 
-def _varying(shape: Sequence[Any]) -> int:
-    return sum(not isinstance(size, int) for size in shape)
-
-
 RULES: dict[Any, Rule] = {
     aten.conv_transpose1d.default: float_transposed_conv,
     aten.gru_cell.default: gru_cell,

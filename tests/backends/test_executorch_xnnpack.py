@@ -157,7 +157,7 @@ def test_what_the_delegate_would_drop_or_change_is_refused_with_site_and_remedy(
 
 def test_static_ops_without_an_int8_output_are_refused_with_what_they_lack():
     x = torch.randn(4, 8)
-    with pytest.raises(tq.LoweringError, match=r"linear linear \(0\).*given an int8 output"):
+    with pytest.raises(tq.LoweringError, match=r"linear linear_1 \(2\).*given an int8 output"):
         executorch_xnnpack.lower(foreign(nets.mlp(), x, {"linear"}, S8, per_channel()), x)
 
 
