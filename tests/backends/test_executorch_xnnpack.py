@@ -155,6 +155,27 @@ def test_what_the_delegate_would_drop_or_change_is_refused_with_site_and_remedy(
         executorch_xnnpack.lower(quantized, x)
 
 
+def test_scales_in_another_default_dtype_are_refused():
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.randn(4, 8, dtype=torch.float32)
+        quantized = foreign(nets.mlp().float(), x, {"linear"}, dynamic(), per_channel())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(tq.LoweringError, match=r"linear linear \(0\).*scales are torch.float64 .*default dtype"):
+        executorch_xnnpack.lower(quantized, x)
+
+
+def test_a_graph_that_draws_random_numbers_is_refused_by_its_op():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train(), torch.randn(4, 8)
+    prepared = prepare_pt2e(
+        torch.export.export(model, (x,)).module(), SpecQuantizer({"linear"}, dynamic(), per_channel())
+    )
+    tq.calibrate(prepared, [x], progress=False)
+    with pytest.raises(tq.LoweringError, match=r"dropout draws random numbers.*evaluation"):
+        executorch_xnnpack.lower(tq.convert(prepared), x)
+
+
 def test_static_ops_without_an_int8_output_are_refused_with_what_they_lack():
     x = torch.randn(4, 8)
     with pytest.raises(tq.LoweringError, match=r"linear linear_1 \(2\).*given an int8 output"):

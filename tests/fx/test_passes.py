@@ -167,3 +167,21 @@ def test_single_samples_become_batches_of_one(model, shape):
     assert names(graph).count("reshape") == 2  # none between two of them
     assert all(ops.module_path(n) for n in sites)
     assert torch.allclose(graph(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "draws"),
+    [
+        (lambda m, x: torch.rand_like(x), True),
+        (lambda m, x: x.bernoulli(), True),
+        (lambda m, x: F.dropout(x, 0.5), True),
+        (lambda m, x: F.dropout(x, 0.0), False),
+        (lambda m, x: F.dropout(x, 0.5, training=False), False),
+        (lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), True),
+        (lambda m, x: F.scaled_dot_product_attention(x, x, x), False),
+        (lambda m, x: F.rrelu(x), False),
+    ],
+)
+def test_what_draws_random_numbers(function, draws):
+    graph = torch.export.export(Call(function), (torch.rand(2, 3, 4),)).module()
+    assert any(map(ops.draws_numbers, graph.graph.nodes)) is draws

@@ -21,7 +21,7 @@ from torchquant.algorithms.objective import Objective, activation_observers, dro
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid, grid_of
-from torchquant.fx.stream import Task
+from torchquant.fx.stream import Task, gradients
 from torchquant.parallel import total, total_all_
 from torchquant.solved import Solution, SolvedWeight
 
@@ -145,7 +145,7 @@ class Reconstruction:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             if self.task.count:
-                with torch.enable_grad():
+                with gradients():
                     (self.loss() * share).backward()
             total_all_([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
