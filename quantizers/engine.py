@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 from torchquant.errors import SchemeError, TorchquantWarning
 from torchquant.formats.encoded import EncodedFormat
 from torchquant.fx import ops, passes
+from torchquant.fx.batch_axes import add_batch_axes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
 from torchquant.fx.reading import is_observer
@@ -105,13 +106,14 @@ class CapabilityQuantizer(Quantizer):
     # torchao's interface -------------------------------------------------------------------------------------
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Make ops visible: no_grad regions inlined, constant matmuls as linear, writes in place as values."""
+        """Make ops visible: no_grad regions inlined, products as linears of batches, writes in place as values."""
         inlined = passes.inline_regions(model)
         functionalize(model)
         if inlined and not self.is_qat:
             _fuse_conv_bn_(model)
             _fuse_linear_bn_(model)
         passes.constant_matmul_to_linear(model)
+        add_batch_axes(model)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import torchquant as tq
 from torchquant import backends
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
-from torchquant.cli import commands
+from torchquant.cli import commands, sources
 from torchquant.cli import main as cli
 from torchquant.quantizers import CudaQuantizer
 
@@ -35,6 +35,21 @@ def nothing():
 
 def broken():
     return 1 / 0
+
+def breaks():
+    yield from batches()
+    raise KeyError("gone")
+
+def nested():
+    return [([b, b], torch.tensor(2.0)) for b in batches()]
+
+class InLists(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 4)
+
+    def forward(self, xs, factor):
+        return self.linear(xs[0] + xs[1] * factor)
 
 def labelled():
     return [(b, torch.zeros(4)) for b in batches()]
@@ -193,7 +208,10 @@ ERRORS = {
     "no package": (["report", "--model", ".x:y", "--calibration", "data.npz"], "cannot be imported"),
     "cut file": ([*REPORT, "cut.npz"], "truncated, damaged or not a .npz file"),
     "empty file": ([*REPORT, "empty.npz"], "truncated, damaged or not a .npz file"),
-    "words": ([*REPORT, "words.npz"], "truncated, damaged or not a .npz file"),
+    "words": ([*REPORT, "words.npz"], "'input' is an array of <U1"),
+    "a file of another kind": ([*REPORT, "data.pt"], "files are read as models (.pt2"),
+    "none to report on": ([*REPORT, "users_net:nothing"], "gave no batches"),
+    "error between batches": ([*REPORT, "users_net:breaks"], "'users_net:breaks' raised KeyError: 'gone'"),
     "no file": ([*REPORT, "none.npz"], "is not a file"),
     "no input": (["report"], "give a saved file"),
     "no artefact": (["report", "none.pt2"], "is not a file"),
@@ -256,6 +274,22 @@ def test_batches_of_different_count_in_a_file_are_refused(tmp_path, capsys, monk
         code, _, err = main(*arguments, capsys=capsys, monkeypatch=monkeypatch)
         assert code == 1
         assert words in " ".join(err.split())
+
+
+def test_arrays_of_another_order_of_bytes_are_read(tmp_path):
+    values = np.arange(128.0, dtype=">f4").reshape(2, 8, 8)
+    np.savez(tmp_path / "big.npz", input=values)
+    first, second = sources.load_batches(str(tmp_path / "big.npz"))
+    assert torch.equal(torch.stack([first["input"], second["input"]]), torch.arange(128.0).reshape(2, 8, 8))
+
+
+def test_a_batch_that_varies_does_so_in_lists_too_and_numbers_do_not(tmp_path):
+    model, path = ("users_net:InLists", "--calibration", "users_net:nested"), tmp_path / "m.pte"
+    result = run("quantize", *model, "--max-batch", "9", "--backend", "executorch_xnnpack", "--out", path)
+    assert result.exit_code == 0, result.output
+    program = executorch_xnnpack.load(path)
+    for size in (1, 9):
+        assert program([torch.randn(size, 8), torch.randn(size, 8)], torch.tensor(2.0)).shape == (size, 4)
 
 
 def test_a_file_of_pickles_is_not_unpickled(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from foreign import PlaceholderObserver, SpecQuantizer, calibrated, dynamic, per_channel, per_tensor
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
@@ -485,3 +486,34 @@ def test_a_graph_that_is_not_on_the_cpu_is_refused_with_the_way_out(model, batch
 @pytest.mark.parametrize("noise", [math.nan, math.inf])
 def test_a_network_that_returns_no_numbers_is_as_bad_as_can_be(noise):
     assert solving._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf
+
+
+def test_layers_of_a_single_sample_are_solved_as_a_batch_of_one_or_refused():
+    model, batches = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), [torch.randn(3, 8, 8)] * 2
+    quantizer = SpecQuantizer(("conv2d",), per_tensor(torch.uint8, 0, 255), per_channel(low=-3, high=3))
+    prepared = calibrated(model, batches, quantizer)
+    assert [s.kept for s in tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False).spans] == [True, True]
+    prepared = prepare_pt2e(torch.export.export(model, (batches[0],)).module(), quantizer)
+    tq.calibrate(prepared, batches, progress=False)
+    with pytest.raises(tq.InputError, match=r"conv2d conv2d takes a single sample.*torchquant\.export"):
+        tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:AdaQuant would lower")
+@pytest.mark.parametrize("algorithm", [tq.BiasCorrection(), tq.AdaQuant(4), tq.BatchNormReestimation()])
+@pytest.mark.parametrize("quantizer", [LINEAR, SpecQuantizer(("linear",), dynamic(), per_channel())])
+def test_an_infinite_output_stays_infinite(batches, algorithm, quantizer):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model[2].bias.data[1] = -math.inf
+    prepared = calibrated(model, batches, quantizer)
+    tq.optimize(prepared, batches, [algorithm], progress=False)
+    found, wanted = tq.convert(prepared)(batches[0]), model(batches[0])
+    assert torch.equal(found[:, 1], wanted[:, 1])
+    assert bool(found[:, 2:].isfinite().all())
+
+
+@pytest.mark.parametrize("algorithm", [tq.AdaQuant(4), BRECQ()])
+def test_learning_in_inference_mode_is_refused_with_the_way_out(model, batches, algorithm):
+    prepared = calibrated(model, batches, LINEAR)
+    with torch.inference_mode(), pytest.raises(tq.InputError, match=r"inference_mode.*no_grad"):
+        tq.optimize(prepared, batches, [algorithm], progress=False)

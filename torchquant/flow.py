@@ -26,6 +26,7 @@ from torchquant.errors import (
     TorchquantWarning,
 )
 from torchquant.fx import ops, passes
+from torchquant.fx.batch_axes import add_batch_axes
 from torchquant.fx.decompose import expand_batch_norms
 from torchquant.fx.functional import functionalize
 from torchquant.fx.reading import is_converted, is_prepared
@@ -80,6 +81,7 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     passes.inline_regions(exported)
     _refuse_hidden_states(exported)
     functionalize(exported)
+    add_batch_axes(exported)
     expand_batch_norms(exported)
     own_states(exported)
     return exported

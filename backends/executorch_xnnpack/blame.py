@@ -38,8 +38,9 @@ def blamed(graph: GraphModule, error: Exception, trial: Trial, doing: str, other
         doing: what ExecuTorch cannot do, e.g. `lower`.
         other_sizes: it fails with other sizes than the example's.
     """
-    nodes = [n for n in graph.graph.nodes if ops.is_op(n) or ops.is_higher_order(n)]
-    first, last, failed = _search(graph, nodes, trial, _brief(error))
+    nodes = [n for n in graph.graph.nodes if (ops.is_op(n) or ops.is_higher_order(n)) and not _is_within_chain(n)]
+    named = next((i for i, n in enumerate(nodes) if str(n.target) in _brief(error)), None)
+    first, last, failed = (named, named, True) if named is not None else _search(graph, nodes, trial, _brief(error))
     where = called(nodes[last]) if last == first else f"one of {called(nodes[first])} ... {called(nodes[last])}"
     where = where if failed else "the model, though each part of it"
     sizes = " with other sizes than the example's" if other_sizes else ""
@@ -89,6 +90,11 @@ def _until(graph: GraphModule, last: Node) -> GraphModule:
     part.recompile()
     passes.remove_dead_weights(part)
     return part
+
+
+def _is_within_chain(node: Node) -> bool:
+    """Whether a node makes scales or codes for a dequantize op; a part that ends there fails for that alone."""
+    return bool(ops.qdq_name(node)) and not ops.is_dequantize(node)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -50,10 +50,12 @@ class Delegated:
         lost = [s for s in wanted if s.compute and s.node not in self.integer]
         left = {name: n for name, n in self.outside.items() if "quantize" in name or "qparams" in name}
         if lost or left:
+            static = any(s.activation is not None and not s.activation.dynamic for s in lost)
             raise LoweringError(
                 f"{len(wanted)} ops are annotated, and the XNNPACK delegate computes {len(lost)} compute ops of them "
                 f"in float or not at all: {names(lost) or 'none'}"
                 + (f"; outside it are {left}" if left else "")
+                + (". A static op has to be given an int8 output, too (an output_qspec)" if static else "")
                 + ". Exclude what is not delegated, or pass allow_float."
             )
 

@@ -49,6 +49,8 @@ def _weight_problem(site: Site) -> str:
         return "its weight is float, and XNNPACK's int8 ops take int8 weights"
     if weight.dtype != torch.int8:
         return f"its weight is {weight.dtype}, and XNNPACK takes int8"
+    if weight.scale is not None and weight.scale.dtype != torch.float32:
+        return f"its scales are {weight.scale.dtype} (torch's default dtype at prepare), and XNNPACK takes float32"
     if weight.zero_point is not None and bool(weight.zero_point.any()):
         return "its weight has zero points, which XNNPACK drops without a word"
     if site.op != "linear" and (weight.quant_min, weight.quant_max) == (-8, 7):
@@ -63,6 +65,8 @@ def _activation_problem(site: Site) -> str:
     if activation.dynamic:
         if weight is not None and weight.axis is None and weight.scale is not None and weight.scale.numel() == 1:
             return "its weight is per tensor, and XNNPACK's dynamic linear takes per-channel weights"
+        if activation.dtype != torch.int8:
+            return f"its activation is {activation.dtype}, and XNNPACK's dynamic ops take int8"
         return ""
     if activation.dtype != torch.int8:
         return f"its activation is {activation.dtype}, and XNNPACK's static ops take int8"
@@ -100,7 +104,7 @@ def refuse_unbounded(signature: Signature) -> None:
                 raise LoweringError(
                     f"input {spec.name!r}: the size of axis {axis} has no upper bound, and ExecuTorch plans its memory "
                     "for the largest size. Export with one in dynamic_shapes, e.g. "
-                    f"{{{axis}: torch.export.Dim('size', max=64)}}."
+                    f"{{{axis}: torch.export.Dim('size', max=64)}} (the command: --max-batch)."
                 )
 
 

@@ -441,6 +441,30 @@ def float_transposed_conv(b: Builder, node: Node) -> Node | None:
     return b.call(aten.squeeze.dim, b.call(aten.conv_transpose2d.input, image, kernel, given.get("bias"), *rest), 2)
 
 
+def last_axis(b: Builder, node: Node) -> Node | None:
+    """An axis added behind others of which several vary, as a reshape, which a portable kernel computes.
+
+    The delegate takes the axis and then fails, for its own reshape infers one size only.
+    """
+    x, shape = node.args[0], node.meta["val"].shape
+    if ops.arguments(node)["dim"] % len(shape) != len(shape) - 1 or _varying(shape) < 2:
+        return None
+    return _with_last_axis(b, x)  # type: ignore[arg-type]
+
+
+def stack_last(b: Builder, node: Node) -> Node | None:
+    """Tensors stacked on a last axis behind others of which several vary, as a concatenation of reshaped ones."""
+    given, shape = ops.arguments(node), node.meta["val"].shape
+    if given.get("dim", 0) % len(shape) != len(shape) - 1 or _varying(shape) < 2:
+        return None
+    return b.call(aten.cat.default, [_with_last_axis(b, t) for t in given["tensors"]], -1)
+
+
+def _with_last_axis(b: Builder, x: Node) -> Node:
+    sizes = [s if isinstance(s, int) else b.call(aten.sym_size.int, x, i) for i, s in enumerate(x.meta["val"].shape)]
+    return b.call(aten.reshape.default, x, [*sizes, 1])
+
+
 RULES: dict[Any, Rule] = {
     aten.conv_transpose1d.default: float_transposed_conv,
     aten.gru_cell.default: gru_cell,
@@ -467,4 +491,6 @@ RULES: dict[Any, Rule] = {
     aten.sort.stable: sort,
     aten.searchsorted.Tensor: sorted_place,
     aten.bucketize.Tensor: sorted_place,
+    aten.unsqueeze.default: last_axis,
+    aten.stack.default: stack_last,
 }

@@ -4,7 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import SpecQuantizer, dynamic, groupwise, per_channel, per_tensor
+from foreign import PlaceholderObserver, SpecQuantizer, dynamic, groupwise, per_channel, per_tensor
 from nets import Call
 from torch import nn
 from torchao.quantization.pt2e.observer import MinMaxObserver
@@ -128,6 +128,11 @@ S8 = per_tensor()
 CONV = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
 REFUSED = {
     "affine weights": ("linear", (S8, per_channel(symmetric=False), S8), "zero points"),
+    "bytes, dynamic": (
+        "linear",
+        (per_tensor(torch.uint8, 0, 255, observer=PlaceholderObserver, is_dynamic=True), per_channel()),
+        "dynamic ops take int8",
+    ),
     "affine weights, dynamic": ("linear", (dynamic(), per_channel(symmetric=False)), "zero points"),
     "affine weights of a conv": ("conv2d", (S8, per_channel(symmetric=False), S8), "zero points"),
     "uint8 activations": ("linear", (per_tensor(torch.uint8, 0, 255), per_channel(), None), "uint8"),
@@ -148,6 +153,33 @@ def test_what_the_delegate_would_drop_or_change_is_refused_with_site_and_remedy(
     quantized = foreign(CONV if op == "conv2d" else nets.mlp(), x, {op}, *specs)
     with pytest.raises(tq.LoweringError, match=rf"{op} {op}\w* \(\d\).*{words}.*allow_float=\['node:{op}"):
         executorch_xnnpack.lower(quantized, x)
+
+
+def test_scales_in_another_default_dtype_are_refused():
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.randn(4, 8, dtype=torch.float32)
+        quantized = foreign(nets.mlp().float(), x, {"linear"}, dynamic(), per_channel())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(tq.LoweringError, match=r"linear linear \(0\).*scales are torch.float64 .*default dtype"):
+        executorch_xnnpack.lower(quantized, x)
+
+
+def test_a_graph_that_draws_random_numbers_is_refused_by_its_op():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train(), torch.randn(4, 8)
+    prepared = prepare_pt2e(
+        torch.export.export(model, (x,)).module(), SpecQuantizer({"linear"}, dynamic(), per_channel())
+    )
+    tq.calibrate(prepared, [x], progress=False)
+    with pytest.raises(tq.LoweringError, match=r"dropout draws random numbers.*evaluation"):
+        executorch_xnnpack.lower(tq.convert(prepared), x)
+
+
+def test_static_ops_without_an_int8_output_are_refused_with_what_they_lack():
+    x = torch.randn(4, 8)
+    with pytest.raises(tq.LoweringError, match=r"linear linear_1 \(2\).*given an int8 output"):
+        executorch_xnnpack.lower(foreign(nets.mlp(), x, {"linear"}, S8, per_channel()), x)
 
 
 @pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")

@@ -192,6 +192,10 @@ REFUSED = {
         lambda y: y.cumprod(-1),
         r"lower cumprod cumprod \(last\) \(its programs have no",
     ),
+    "not in its programs, in front of a layer": (
+        lambda y: F.linear(y.cummax(0).values, torch.eye(8)),
+        r"lower cummax cummax \(last\) \(its programs have no",
+    ),
     "a size that depends on values": (lambda y: (y > 0).nonzero(), r"nonzero nonzero \(last\): the size of its result"),
 }
 
@@ -235,6 +239,21 @@ def test_a_size_that_an_op_fixes_is_found_by_running_with_others(monkeypatch):
     model = distances()
     with pytest.raises(tq.LoweringError, match=r"cannot run pdist pdist with other sizes.*fixed sizes"):
         lowered(model, (torch.randn(3, 8),), dynamic=True)
+
+
+def test_an_axis_behind_several_that_vary_is_added_for_every_size():
+    def forward(m, x):
+        y = m.first(x)
+        turned = torch.stack([y[..., ::2] - y[..., 1::2], y[..., ::2]], -1).flatten(-2)
+        return m.last(turned), y[..., 0][..., None] * y
+
+    sizes = {0: torch.export.Dim("batch", max=MOST), 1: torch.export.Dim("length", max=MOST)}
+    model, x = Call(forward, first=nn.Linear(8, 8), last=nn.Linear(8, 4)).eval(), torch.randn(2, 3, 8)
+    exported = tq.export(model, x, dynamic_shapes=((sizes,),))
+    graph = tq.quantize(exported, x, [x], quantizer=XnnpackQuantizer(), algorithms=(), progress=False)
+    program = executorch_xnnpack.lower(passes.copy_graph(graph), x)
+    for shape in ((2, 3, 8), (1, MOST, 8), (MOST, 1, 8)):
+        assert_same(program, graph, (torch.randn(shape),))
 
 
 # control flow --------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nets
 import pytest
+import torch
 
 import torchquant as tq
+from torchquant.quantizers import X86Quantizer
 
 SCRIPT = """
 import importlib, logging, random, sys, warnings
@@ -67,3 +71,20 @@ def test_a_whole_flow_leaves_the_process_as_it_was(backends, tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(tq.__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_threads_that_quantize_at_once_wait_for_each_other():
+    """torch's tracing patches its modules for the whole process."""
+    x = torch.randn(4, 8)
+
+    def quantized(seed):
+        numbers = torch.Generator().manual_seed(seed)
+        model = nets.mlp()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=numbers))
+        graph = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+        return tq.sqnr_db(model(x), graph(x))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert min(threads.map(quantized, range(8))) > 25

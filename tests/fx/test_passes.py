@@ -11,6 +11,7 @@ import torchquant as tq
 from torchquant.backends.executorch_xnnpack.chains import duplicate_dynamic_chains
 from torchquant.backends.inductor_x86.passes import flatten_quantized_linears
 from torchquant.fx import ops, passes
+from torchquant.fx.batch_axes import lacks_batch_axis
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
@@ -149,3 +150,40 @@ def test_constants_behind_thousands_of_ops_are_known_without_recursion():
     weight = next(n for n in graph.graph.nodes if ops.op_name(n) == "linear").args[1]
     assert ops.is_constant(weight)
     assert ops.constant_value(graph, weight).shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), (8,)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3, padding="same")), (3, 8, 8)),
+        (nn.Sequential(nn.ConvTranspose1d(3, 8, 3), nn.Conv1d(8, 4, 1)), (3, 8)),
+        (nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(5)), (3, 5)),  # reads the channels as samples
+    ],
+)
+def test_single_samples_become_batches_of_one(model, shape):
+    x = torch.randn(shape)
+    graph = tq.export(model.eval(), x)
+    sites = [n for n in graph.graph.nodes if ops.op_name(n).startswith(("conv", "linear"))]
+    assert not any(map(lacks_batch_axis, sites))
+    assert names(graph).count("reshape") == 2  # none between two of them
+    assert all(ops.module_path(n) for n in sites)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "draws"),
+    [
+        (lambda m, x: torch.rand_like(x), True),
+        (lambda m, x: x.bernoulli(), True),
+        (lambda m, x: F.dropout(x, 0.5), True),
+        (lambda m, x: F.dropout(x, 0.0), False),
+        (lambda m, x: F.dropout(x, 0.5, training=False), False),
+        (lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), True),
+        (lambda m, x: F.scaled_dot_product_attention(x, x, x), False),
+        (lambda m, x: F.rrelu(x), False),
+    ],
+)
+def test_what_draws_random_numbers(function, draws):
+    graph = torch.export.export(Call(function), (torch.rand(2, 3, 4),)).module()
+    assert any(map(ops.draws_numbers, graph.graph.nodes)) is draws

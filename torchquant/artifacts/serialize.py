@@ -22,12 +22,14 @@ from torchquant.fx import passes
 from torchquant.fx.reading import is_converted
 from torchquant.fx.signature import Signature
 from torchquant.fx.states import own_states
+from torchquant.surroundings import unchanged
 
 __all__ = ["export_again", "graph_in", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
 
+@unchanged()
 def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: Any = None) -> Path:
     """Write a converted graph as an ExportedProgram (`.pt2`) with its integer weights and the versions.
 
@@ -94,6 +96,7 @@ def _with_distinct_names(graph: GraphModule) -> GraphModule:
     return twin
 
 
+@unchanged()
 def load(path: str | os.PathLike[str]) -> GraphModule:
     """Read what `save` wrote, as a callable graph with bit-equal outputs.
 

@@ -8,6 +8,7 @@ exceeds the byte budget lies on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torchquant.calibration import batches as data
 from torchquant.calibration.parallel import total, total_
 from torchquant.calibration.store import Store
-from torchquant.errors import CalibrationError
+from torchquant.errors import CalibrationError, InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
@@ -26,7 +27,7 @@ from torchquant.fx.reading import observer_of
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.states import state_nodes
 
-__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "outputs_of"]
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "gradients", "outputs_of"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
@@ -277,7 +278,7 @@ class Stream:
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")
-        with torch.enable_grad():
+        with gradients():
             for node in self._order:
                 evaluator.run([node], env)
                 for made in (*borders.get(node, ()), *([node] if node in sites else [])):
@@ -353,6 +354,18 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
         )
     parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
     return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Record gradients inside the block; raises InputError where torch cannot."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "the algorithm learns by gradients, which torch.inference_mode() rules out: call it outside, or under "
+            "torch.no_grad()"
+        )
+    with torch.enable_grad():
+        yield
 
 
 def _random_gradients(

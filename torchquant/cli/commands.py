@@ -66,6 +66,7 @@ def quantize(
     exclude: list[str],
     scheme: str | None,
     dynamic_batch: bool,
+    max_batch: int | None,
     algorithms: list[str],
     trust: bool,
 ) -> None:
@@ -75,9 +76,7 @@ def quantize(
     chosen = _algorithms(algorithms)
     paths = _outputs(out, backends)
     batches = sources.load_batches(calibration)
-    if not batches:
-        raise InputError(f"{calibration} gave no batches")
-    shapes = _dynamic_first(batches[0]) if dynamic_batch else None
+    shapes = _dynamic_first(batches[0], max_batch) if dynamic_batch or max_batch is not None else None
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
     quantizers = [_target(name).quantizer_class()(scheme, exclude=exclude) for name in backends]
     converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
@@ -118,8 +117,9 @@ def run(path: Path, inputs: str, trust: bool) -> None:
                 shown = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else repr(output)
                 print(f"batch {i} output {j}: {shown}")
                 continue
-            low, high = output.float().aminmax()
-            print(f"batch {i} output {j}: shape {tuple(output.shape)} from {float(low):.4g} to {float(high):.4g}")
+            of, values = (" magnitude", output.abs()) if output.is_complex() else ("", output)
+            low, high = values.double().aminmax()
+            print(f"batch {i} output {j}: shape {tuple(output.shape)}{of} from {float(low):.4g} to {float(high):.4g}")
 
 
 def targets() -> None:
@@ -151,13 +151,12 @@ def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
     return {name: out / f"{name}{_target(name).suffix}" for name in chosen} if is_folder else {chosen[0]: out}
 
 
-def _dynamic_first(batch: Any) -> Any:
+def _dynamic_first(batch: Any, most: int | None) -> Any:
+    """The first axis of every tensor as one that varies, up to a size."""
     args, kwargs = data.split(batch)
-    return {k: _first(v) for k, v in kwargs.items()} if kwargs else tuple(_first(v) for v in args)
-
-
-def _first(value: Any) -> dict[int, Any] | None:
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
+    varies = torch.export.Dim.DYNAMIC if most is None else torch.export.Dim.DYNAMIC(max=most)
+    is_batch = lambda value: isinstance(value, torch.Tensor) and value.ndim > 0  # noqa: E731
+    return pytree.tree_map(lambda value: {0: varies} if is_batch(value) else None, kwargs if kwargs else args)
 
 
 def _lower(made_for: Target, graph: GraphModule, batch: Any) -> Program:

@@ -27,6 +27,7 @@ ALGORITHMS = (
     *("seq-mse", "smooth-quant"),
 )
 _NOISY = ("torchao", "torch.utils._pytree", "root")  # they report what is missing and not needed here
+_TRACING = "torch._subclasses.fake_tensor"  # writes the traceback of an error that is then raised
 _console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="package.module:function, or a saved ExportedProgram (.pt2)")]
@@ -57,6 +58,9 @@ def quantize(
     exclude: Exclude = None,
     scheme: SchemeName = None,
     dynamic_batch: Annotated[bool, typer.Option(help="let the first size of every input vary")] = False,
+    max_batch: Annotated[
+        int | None, typer.Option(min=2, help="the same, up to this size, for which XNNPACK plans its memory")
+    ] = None,
     algorithm: Algorithms = None,
     trust: Trust = False,
 ) -> None:
@@ -69,6 +73,7 @@ def quantize(
         exclude or [],
         scheme,
         dynamic_batch,
+        max_batch,
         algorithm or ["bias-correction"],
         trust,
     )
@@ -113,6 +118,7 @@ def _commands() -> ModuleType:
     """What the commands do, imported when one runs: torch takes seconds."""
     for name in _NOISY:
         logging.getLogger(None if name == "root" else name).setLevel(logging.ERROR)
+    logging.getLogger(_TRACING).setLevel(logging.CRITICAL)
     return import_module("torchquant.cli.commands")
 
 

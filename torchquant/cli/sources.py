@@ -31,7 +31,10 @@ def resolve(reference: str) -> Any:
     """
     module_name, separator, name = reference.partition(":")
     if not separator or not module_name or not name:
-        raise InputError(f"{reference!r} is not of the form package.module:name")
+        raise InputError(
+            f"{reference!r} is not of the form package.module:name; files are read as models (.pt2, an "
+            "ExportedProgram) or as data (.npz, .safetensors)"
+        )
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -107,7 +110,10 @@ def load_batches(reference: str) -> list[Any]:
     batches = _called(found, reference) if callable(found) else found
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict, str)):
         raise InputError(f"{reference!r} gave a {type(batches).__name__}, not an iterable of batches")
-    return list(batches)
+    kept = _called(lambda: list(batches), reference)  # a generator runs only now
+    if not kept:
+        raise InputError(f"{reference!r} gave no batches")
+    return list(kept)
 
 
 def _split_file(path: Path) -> list[Any]:
@@ -125,8 +131,14 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return tensors.read(path, path.read_bytes())
         with zipfile.ZipFile(path) as source:
-            return {name.removesuffix(".npy"): _array(content) for name, content in archive.entries(path, source)}
+            members = dict(archive.entries(path, source))
+        found = {name.removesuffix(".npy"): np.load(io.BytesIO(b), allow_pickle=False) for name, b in members.items()}
+    return {name: _tensor(path, name, value) for name, value in found.items()}
 
 
-def _array(content: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+def _tensor(path: Path, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array of numbers in whatever order of bytes."""
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise ArtifactError(f"{path}: {name!r} is an array of {array.dtype}, of which torch has no tensors") from error

@@ -188,6 +188,17 @@ def arguments(node: Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def draws_numbers(node: Node) -> bool:
+    """Whether a node gives other random numbers in each call; dropout in evaluation does not."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = {a.name: a.default_value for a in target._schema.arguments} | arguments(node)
+    switches = [given[name] for name in ("train", "training") if name in given]
+    chances = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+    return False not in switches and 0 not in chances
+
+
 def written(node: Node) -> list[Node]:
     """The arguments that an operator call writes into."""
     schema = schema_of(node)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from torchquant.errors import InputError, LoweringError, TorchquantWarning
+from torchquant.fx import ops
 from torchquant.fx.patterns import match
 from torchquant.fx.reading import is_converted, is_prepared
 from torchquant.fx.sites import NOTE, read_sites, refuse_lost_writes
@@ -41,6 +42,11 @@ def accountable_sites(
         raise LoweringError(
             f"{node.name} updates running statistics in each call, which the artefact would not: move the trained "
             "graph to evaluation (torchao's move_exported_model_to_eval), or call the op with training=False"
+        )
+    for node in filter(ops.draws_numbers, graph.graph.nodes):
+        raise LoweringError(
+            f"{ops.op_name(node)} {node.name} draws random numbers in each call, so that no artefact can be held "
+            "against the graph: export the model in evaluation, as torchquant.export does, or make the numbers an input"
         )
     allowed = {n.name for pattern in allow_float for n in match(graph, pattern)}
     rows = {row.op: row for row in capabilities}

@@ -21,8 +21,9 @@ from torchquant.calibration.digests import digest_of
 from torchquant.calibration.parallel import agree, anywhere, everywhere, is_parallel, together
 from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError, TorchquantWarning
-from torchquant.fx import patterns
-from torchquant.fx.blocks import Span
+from torchquant.fx import ops, patterns
+from torchquant.fx.batch_axes import lacks_batch_axis
+from torchquant.fx.blocks import Span, weight_of
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
@@ -203,6 +204,12 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
             f"the graph lies on {', '.join(sorted(elsewhere))}, and algorithms compute on the CPU: quantize the model "
             "there (lower moves the result to its device), or pass algorithms=() for plain rounding"
         )
+    for node in filter(lacks_batch_axis, prepared.graph.nodes) if algorithms else ():
+        if weight_of(prepared, node) is not None:
+            raise InputError(
+                f"{ops.op_name(node)} {node.name} takes a single sample, without a batch axis, over which algorithms "
+                "average: export the model with torchquant.export, which adds one"
+            )
 
 
 # transforms -------------------------------------------------------------------------------------------------------

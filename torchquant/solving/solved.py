@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,14 +152,21 @@ class Solution:
 
 
 def apply(prepared: GraphModule, solution: Solution) -> Callable[[], None]:
-    """Put a solution into a prepared graph; returns a function that takes it out again."""
+    """Put a solution into a prepared graph; returns a function that takes it out again.
+
+    What was found on values that are not finite, and is NaN itself, stays as it was.
+    """
     nodes = {node.name: node for node in prepared.graph.nodes}
     undo: list[Callable[[], None]] = []
     for name, (codes, grid) in solution.weights.items():
+        if not bool(grid.scale.isfinite().all()):
+            continue
         found = weight_of(prepared, nodes[name])
         assert found is not None
         undo.append(_exchange(prepared, str(found[0].target), SolvedWeight(codes, grid, _origin(found[1]))))
     for target, (scale, zero_point) in solution.activations.items():
+        if not math.isfinite(scale):
+            continue
         original = _origin(prepared.get_submodule(target))
         undo.append(_exchange(prepared, target, SolvedActivation(scale, zero_point, original)))
     for name, bias in solution.biases.items():
@@ -193,6 +201,14 @@ def _replace(prepared: GraphModule, target: str, old: torch.nn.Module, new: torc
             sources[:] = [new if source is old else source for source in sources]
 
 
+def _where_finite(prepared: GraphModule, bias: torch.Tensor, old: Node | None) -> torch.Tensor:
+    """A bias, and the old one at outputs that are infinite or NaN, where nothing can be averaged."""
+    if bool(bias.isfinite().all()) or (old is not None and not ops.is_constant(old)):
+        return bias
+    kept = torch.zeros(()) if old is None else ops.constant_value(prepared, old).to(bias)
+    return torch.where(bias.isfinite(), bias, kept)
+
+
 def _set_bias(prepared: GraphModule, node: Node, bias: torch.Tensor) -> Callable[[], None]:
     """Give a convolution or linear another bias; the float flow of the stream keeps the old one."""
     old_args, source = node.args, ops.argument(node, 2)
@@ -201,7 +217,7 @@ def _set_bias(prepared: GraphModule, node: Node, bias: torch.Tensor) -> Callable
     assert reader is not None
     old = source.args[0] if observed else source  # type: ignore[union-attr]
     assert old is None or isinstance(old, Node)
-    bias = bias.to(getattr(node.meta.get("val"), "dtype", bias.dtype))
+    bias = _where_finite(prepared, bias, old).to(getattr(node.meta.get("val"), "dtype", bias.dtype))
     name = passes.fresh_name(prepared, f"{node.name}_corrected_bias")
     prepared.register_parameter(name, torch.nn.Parameter(bias, requires_grad=False))
     with prepared.graph.inserting_before(reader):
