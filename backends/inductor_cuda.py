@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from torchquant.owned import OwnFolder
 from torchquant.program import Metadata, Program, Proof, State, metadata_from, write_metadata
 from torchquant.proof import cases_of, hold_against
 from torchquant.serialize import export_again, graph_in
-from torchquant.surroundings import unchanged
+from torchquant.surroundings import own_modes, unchanged
 from torchquant.types import FLOAT_RANGE, Capability, Scheme, Site, TensorSpec
 from torchquant.verify import Comparison
 
@@ -149,7 +148,7 @@ class CudaProgram(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._about.signature.tensors_of(args, kwargs)
-        with torch.no_grad(), nullcontext() if self._compiled else unchanged():
+        with own_modes() if self._compiled else unchanged(), torch.no_grad():
             found = self.run(*tensors, *self._state.values.values())
         self._compiled = True
         return self._finish(self._about, tensors, found)
@@ -175,6 +174,7 @@ class CudaProgram(Program):
         """Keep what lowering found."""
         self._about, self.proof = about, about.proof
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the graph with its packed weights (`.pt2`); `load` reads it on any machine, with or without a GPU."""
         graph = _moved(self.graph, torch.device("cpu"))
@@ -189,6 +189,7 @@ class CudaProgram(Program):
 
         return write_whole(path, write)
 
+    @own_modes()
     def package(self, path: str | os.PathLike[str]) -> Path:
         """Compile ahead of time into an AOTInductor package (`.pt2`) for this device.
 
@@ -224,6 +225,7 @@ class CudaProgram(Program):
         return passes.weight_bytes(self.graph)
 
 
+@own_modes()
 def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> GraphModule:
     """The converted graph with each quantized linear and convolution as one op on packed weights; a new graph.
 
@@ -340,6 +342,7 @@ def _built(
     return torch.compile(_moved(twin.graph, place), options=dict(settings))
 
 
+@own_modes()
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,

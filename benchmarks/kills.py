@@ -81,7 +81,7 @@ def model() -> nn.Module:
 @functools.cache
 def batches() -> list[tuple[torch.Tensor, ...]]:
     """Calibration data."""
-    return [(torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(i)),) for i in range(8)]
+    return [(torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(i)),) for i in range(4)]
 
 
 # what is killed -------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Kind:
 
 KINDS = {
     "adaround": Kind(optimized(lambda: [tq.AdaRound(300)]), 14),
-    "brecq": Kind(optimized(lambda: [tq.BRECQ(30, rounds=4)]), 14),
+    "brecq": Kind(optimized(lambda: [tq.BRECQ(10, rounds=2)]), 14),
     "smooth-quant": Kind(optimized(lambda: [tq.SmoothQuant(), tq.AdaRound(300)]), 8),
     "lower": Kind(lowered, 6, lambda: converted("x86")),
     "command": Kind(commanded, 5),
@@ -258,7 +258,8 @@ def undisturbed(kind: Kind, folder: Path) -> tuple[Result, float]:
     process = started(kind, folder)
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"the run that nobody killed ended with {process.exitcode}")
+        log = (folder / "log.txt").read_text()[-2000:]
+        raise RuntimeError(f"the run that nobody killed ended with {process.exitcode}: {log}")
     return torch.load(folder / RESULT, weights_only=True), time.perf_counter() - start
 
 

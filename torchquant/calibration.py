@@ -20,6 +20,7 @@ from torchquant.fx.states import own_inputs, restored, set_states, states_of
 from torchquant.observers import check_finite, reset
 from torchquant.parallel import is_parallel, together
 from torchquant.signature import Signature
+from torchquant.surroundings import own_modes
 
 __all__ = ["Recorder", "calibrate", "recalibrate", "record"]
 
@@ -48,7 +49,7 @@ def calibrate(
         ParallelError: another process failed.
     """
     models = [prepared] if isinstance(prepared, GraphModule) else list(prepared)
-    with together("calibrate"):
+    with together("calibrate"), own_modes():
         _calibrate(models, batches, progress)
 
 

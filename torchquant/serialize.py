@@ -21,12 +21,14 @@ from torchquant.fx import passes
 from torchquant.fx.sites import is_converted
 from torchquant.fx.states import own_states
 from torchquant.signature import Signature
+from torchquant.surroundings import own_modes
 
 __all__ = ["export_again", "graph_in", "is_graph", "load", "save"]
 
 _KIND = "converted graph"
 
 
+@own_modes()
 def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: Any = None) -> Path:
     """Write a converted graph as an ExportedProgram (`.pt2`) with its integer weights and the versions.
 
@@ -55,6 +57,7 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
     return write_whole(path, write)
 
 
+@own_modes()
 def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export.ExportedProgram:
     """Export a graph once more, with the dynamic sizes it has, whatever the sizes of the example.
 
@@ -104,6 +107,7 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     return graph_in(path, archive.contents(path, _KIND)[1])
 
 
+@own_modes()
 def graph_in(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> GraphModule:
     """The graph in the members of an archive; raises ArtifactError, with `path` in it."""
     program = exported.load_members(path, members)

@@ -28,6 +28,7 @@ from torchquant.fx.sites import observers
 from torchquant.fx.stream import Stream, Task, given_to
 from torchquant.parallel import agree, anywhere, everywhere, is_parallel, together
 from torchquant.solved import SolvedActivation, SolvedWeight, apply
+from torchquant.surroundings import own_modes
 
 __all__ = ["Optimization", "SpanResult", "run"]
 
@@ -112,7 +113,7 @@ def run(
     progress: bool = True,
 ) -> Optimization:
     """See `torchquant.optimize`."""
-    with together("optimize"):
+    with together("optimize"), own_modes():
         if is_parallel():
             agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
             agree(digest_of(prepared), "the graph that `optimize` is given")

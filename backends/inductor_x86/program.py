@@ -20,6 +20,7 @@ from torchquant.ops import cpu, exactness, forks, native
 from torchquant.owned import OwnFolder
 from torchquant.program import Program, State, read_metadata
 from torchquant.signature import Signature
+from torchquant.surroundings import own_modes
 
 __all__ = ["X86Program", "load", "run_package"]
 
@@ -77,6 +78,7 @@ class X86Program(Program):
         return self._package.stat().st_size
 
 
+@own_modes()
 def load(path: str | os.PathLike[str]) -> X86Program:
     """Read a saved X86Program.
 

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import crafted
 import fuzz
@@ -310,3 +312,29 @@ def test_what_was_spilled_and_is_gone_or_damaged_is_an_error_of_ours(tmp_path, m
     for key in (0, 1):
         with pytest.raises(tq.ArtifactError, match=r"\.pt"):
             store.get(key)
+
+
+def written(path):
+    return write_whole(path, lambda part: part.write_bytes(b"new"))
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path):
+    for name in ("a" * 251 + ".pt2", "\N{SNOWMAN}" * 83 + ".pt2", "a." + "b" * 253, "a\nb"):
+        assert written(tmp_path / name).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["a\udcff.pt2", "a\0b.pt2", "\udcff/a.pt2"])  # at which torch would end the process
+def test_a_name_that_is_no_text_is_refused(tmp_path, name):
+    with pytest.raises(tq.ArtifactError, match="no UTF-8 text"):
+        written(tmp_path / name)
+
+
+def test_nothing_takes_the_place_of_a_device_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link", "/dev/null"):
+        with pytest.raises(tq.ArtifactError, match="a device or a pipe"):
+            written(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
