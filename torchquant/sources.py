@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchquant import exported, tensors
+from torchquant import archive, exported, tensors
 from torchquant.errors import ArtifactError, InputError, TorchquantError
 from torchquant.files import reading
 
@@ -121,5 +122,7 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, f"a {path.suffix} file", "write it again"):
         if path.suffix == ".safetensors":
             return tensors.read(path, path.read_bytes())
+        if zipfile.is_zipfile(path):
+            archive.refuse_too_large(path)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
