@@ -36,18 +36,19 @@ from torchquant.fx.states import hidden_states, own_states
 from torchquant.observers.minmax import least_scale
 from torchquant.solving.contract import Algorithm
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES, Optimization, run
-from torchquant.surroundings import unchanged
+from torchquant.surroundings import unchanged, without_autocast
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]
 
 
-@unchanged()
+@unchanged(modes=False)  # an export takes them down: what a model makes has the default dtype
 def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> GraphModule:
     """`torch.export` a float model into the graph that Quantizers annotate.
 
     Ops inside `torch.no_grad()` regions are inlined, so that Quantizers see them, and writes in place become values
     (`fx/functional.py`), so that none is lost between quantized copies of a tensor. Buffers that the graph writes (its
-    state) are copies: running the graph does not change the model.
+    state) are copies: running the graph does not change the model. The caller's autocast does not reach the graph:
+    export a model of the dtypes that it is to have.
 
     Args:
         model: a float module; put in eval mode (and back) if it is in training mode.
@@ -69,7 +70,7 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
     try:
         for module in modes:
             module.training = False
-        with torch.no_grad():  # autograd refuses writes through views that are right without it
+        with torch.no_grad(), without_autocast():  # autograd refuses writes through views that are right without it
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes).module()
     except Exception as error:
         hint = _hint(str(error), data.flatten(example_inputs))

@@ -24,6 +24,7 @@ from torchquant.errors import ArtifactError, LoweringError, MissingDependencyErr
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import InputSpec, Signature
+from torchquant.surroundings import own_modes
 
 __all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
 
@@ -153,6 +154,7 @@ def with_metadata(buffer: bytes, about: Metadata) -> bytes:
         return file.read_bytes()
 
 
+@own_modes()
 def load(path: str | os.PathLike[str]) -> XnnpackProgram:
     """Read a saved `.pte`: the program as it was lowered, with its inputs, state, report and proof.
 

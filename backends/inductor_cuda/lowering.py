@@ -21,6 +21,7 @@ from torchquant.lowering import dynamo, skeleton
 from torchquant.lowering.accounts import accountable_sites
 from torchquant.lowering.skeleton import Artefact, Cases, Lowering, Run, Stage
 from torchquant.ops.gpu.rewriting import OPS, rewrite
+from torchquant.surroundings import own_modes
 from torchquant.types import FLOAT_RANGE, Site
 
 __all__ = ["dynamo_backend", "lower", "transform"]
@@ -29,6 +30,7 @@ _CALLS = {f"torchquant::{name}" for name in OPS}  # as the profiler names them
 _DYNAMO_OPTIONS = {"allow_float", "min_sqnr_db", "device", "cuda_graphs", "freezing"}
 
 
+@own_modes()
 def transform(quantized: GraphModule, *, allow_float: Sequence[str] = ()) -> GraphModule:
     """The converted graph with each quantized linear and convolution as one op on packed weights; a new graph.
 

@@ -6,7 +6,6 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torchquant.files import archive
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import write_whole
 from torchquant.fx import passes
-from torchquant.surroundings import unchanged
+from torchquant.surroundings import own_modes, unchanged
 
 __all__ = ["CudaProgram", "device_of", "load", "moved", "settings_of"]
 
@@ -54,7 +53,7 @@ class CudaProgram(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._about.signature.tensors_of(args, kwargs)
-        with torch.no_grad(), nullcontext() if self._compiled else unchanged():
+        with own_modes() if self._compiled else unchanged(), torch.no_grad():
             found = self.run(*tensors, *self._state.values.values())
         self._compiled = True
         return self._finish(self._about, tensors, found)
@@ -80,6 +79,7 @@ class CudaProgram(Program):
         """Keep what lowering found."""
         self._about, self.sites, self.proof = about, about.sites, about.proof
 
+    @own_modes()
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the graph with its packed weights (`.pt2`); `load` reads it on any machine, with or without a GPU."""
         graph = moved(self.graph, torch.device("cpu"))
@@ -94,6 +94,7 @@ class CudaProgram(Program):
 
         return write_whole(path, write)
 
+    @own_modes()
     def package(self, path: str | os.PathLike[str]) -> Path:
         """Compile ahead of time into an AOTInductor package (`.pt2`) for this device.
 
@@ -129,6 +130,7 @@ class CudaProgram(Program):
         return passes.weight_bytes(self.graph)
 
 
+@own_modes()
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,

@@ -20,6 +20,7 @@ from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import Signature
 from torchquant.ops.x86 import cpu, exactness, forks, native
+from torchquant.surroundings import own_modes
 
 __all__ = ["X86Program", "load", "run_package"]
 
@@ -77,6 +78,7 @@ class X86Program(Program):
         return self._package.stat().st_size
 
 
+@own_modes()
 def load(path: str | os.PathLike[str]) -> X86Program:
     """Read a saved X86Program.
 

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import crafted
 import fuzz
@@ -331,3 +333,59 @@ def test_what_was_spilled_and_is_gone_or_damaged_is_an_error_of_ours(tmp_path, m
     for key in (0, 1):
         with pytest.raises(tq.ArtifactError, match=r"\.pt"):
             store.get(key)
+
+
+def written(path):
+    return write_whole(path, lambda part: part.write_bytes(b"new"))
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path):
+    for name in ("a" * 251 + ".pt2", "\N{SNOWMAN}" * 83 + ".pt2", "a." + "b" * 253, "a\nb"):
+        assert written(tmp_path / name).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["a\udcff.pt2", "a\0b.pt2", "\udcff/a.pt2"])  # at which torch would end the process
+def test_a_name_that_is_no_text_is_refused(tmp_path, name):
+    with pytest.raises(tq.ArtifactError, match="no UTF-8 text"):
+        written(tmp_path / name)
+
+
+def test_nothing_takes_the_place_of_a_device_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link", "/dev/null"):
+        with pytest.raises(tq.ArtifactError, match="a device or a pipe"):
+            written(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
+
+
+def larger(source, target, name, size):
+    """A copy of an archive with one more member, of zeros, in few bytes."""
+    target.write_bytes(source.read_bytes())
+    with zipfile.ZipFile(target, "a", zipfile.ZIP_DEFLATED) as opened, opened.open(name, "w") as member:
+        member.write(bytes(size))
+    return target
+
+
+def test_a_member_that_does_not_belong_to_an_archive_is_not_unpacked(tmp_path, monkeypatch):
+    source = fuzz.make(tmp_path, "graph")
+    path = larger(source, tmp_path / "larger.pt2", "graph/data/more", 1 << 20)
+    unpacked, read = [], zipfile.ZipFile.read
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda z, name, *a: unpacked.append(name) or read(z, name, *a))
+    with pytest.raises(tq.ArtifactError, match="graph/data/more is not as it was written"):
+        tq.load(path)
+    assert len(unpacked) == 1  # what torchquant wrote about the rest
+
+
+def test_an_archive_that_memory_does_not_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "zeros.npz", x=np.zeros((4, 1 << 18)))
+    exported_file = fuzz.make(tmp_path, "exported")
+    larger(exported_file, tmp_path / "larger.pt2", "exported/more", 8 << 20)
+    monkeypatch.setattr(archive, "_memory_bytes", lambda: 12 << 20)
+    for name, read in (("zeros.npz", sources.load_batches), ("larger.pt2", sources.load_model)):
+        assert (tmp_path / name).stat().st_size < 100_000
+        with pytest.raises(tq.ArtifactError, match=f"{name} unpacks to .* bytes, more than half"):
+            read(str(tmp_path / name))
+    sources.load_model(str(exported_file))

@@ -1,8 +1,13 @@
-"""What belongs to the whole process is after our calls what it was before them, also at the first call in a process."""
+"""What belongs to the whole process is after our calls what it was before them, also at the first call in a process.
+
+And what a caller set for his own model changes nothing in ours.
+"""
 
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import nets
@@ -10,7 +15,8 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant.quantizers import X86Quantizer
+from torchquant.backends import executorch_xnnpack, inductor_cuda
+from torchquant.quantizers import CudaQuantizer, X86Quantizer, XnnpackQuantizer
 
 SCRIPT = """
 import importlib, logging, random, sys, warnings
@@ -88,3 +94,88 @@ def test_threads_that_quantize_at_once_wait_for_each_other():
 
     with ThreadPoolExecutor(4) as threads:
         assert min(threads.map(quantized, range(8))) > 25
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+ALGORITHMS = {
+    "AdaRound, QDrop": lambda: [tq.AdaRound(5), tq.QDrop(2, rounds=1)],
+    "SmoothQuant, RangeSearch": lambda: [tq.SmoothQuant(), tq.RangeSearch()],
+    "SeqMSE, AdaQuant": lambda: [tq.SeqMSE(4), tq.AdaQuant(2)],
+}
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 16), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(16, 4)).eval()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What algorithms make of a network where no mode is set."""
+    return {name: quantized(net(), images(), make()) for name, make in ALGORITHMS.items()}
+
+
+def images():
+    return [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def quantized(model, batches, algorithms):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tq.TorchquantWarning)  # a step that is not kept is no matter here
+        options = {"quantizer": X86Quantizer(), "algorithms": algorithms, "progress": False}
+        return tq.quantize(model, batches[0], batches, **options).state_dict()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_caller_s_modes_change_nothing_in_what_is_quantized(alone, name, mode):
+    model, batches = net(), images()
+    with MODES[mode]():
+        held = quantized(model, batches, ALGORITHMS[name]())
+        dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+        inside = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_device().type
+    assert held.keys() == alone[name].keys()
+    assert [key for key, value in held.items() if not torch.equal(value, alone[name][key])] == []
+    assert inside == (mode == "inference mode", mode == "autocast", "meta" if mode == "device" else "cpu")
+    assert (str(dtype)[6:], grad) == (
+        mode if "float" in mode else "float32",
+        mode not in ("no gradients", "inference mode"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantizer", "options"),
+    [(executorch_xnnpack, XnnpackQuantizer, {}), (inductor_cuda, CudaQuantizer, {"device": "cpu"})],
+    ids=["xnnpack", "cuda"],
+)
+def test_all_of_a_caller_s_modes_change_nothing_in_a_program(tmp_path, backend, quantizer, options):
+    x = torch.randn(4, 16)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+    graph = tq.quantize(model, x, [x], quantizer=quantizer(), algorithms=(), progress=False)
+    expected = backend.lower(graph, x, **options)(x)
+    with ExitStack() as stack:
+        for name in ("inference mode", "bfloat16", "device", "autocast"):
+            stack.enter_context(MODES[name]())
+        program = backend.lower(graph, x, **options)
+        again = backend.load(program.save(tmp_path / "program"), **options)
+        found = [program(x), again(x), program(x)]
+        read = tq.load(tq.save(graph, tmp_path / "graph.pt2", x))
+    assert all(torch.equal(y, expected) for y in found)
+    assert torch.equal(read(x), graph(x))

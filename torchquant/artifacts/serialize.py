@@ -22,7 +22,7 @@ from torchquant.fx import passes
 from torchquant.fx.reading import is_converted
 from torchquant.fx.signature import Signature
 from torchquant.fx.states import own_states
-from torchquant.surroundings import unchanged
+from torchquant.surroundings import own_modes, unchanged
 
 __all__ = ["export_again", "graph_in", "is_graph", "load", "save"]
 
@@ -58,6 +58,7 @@ def save(quantized: GraphModule, path: str | os.PathLike[str], example_inputs: A
     return write_whole(path, write)
 
 
+@own_modes()
 def export_again(graph: GraphModule, example_inputs: Any = None) -> torch.export.ExportedProgram:
     """Export a graph once more, with the dynamic sizes it has, whatever the sizes of the example.
 
@@ -108,6 +109,7 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     return graph_in(path, archive.contents(path, _KIND)[1])
 
 
+@own_modes()
 def graph_in(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> GraphModule:
     """The graph in the members of an archive; raises ArtifactError, with `path` in it."""
     program = exported.load_members(path, members)

@@ -22,6 +22,7 @@ from torchquant.fx.signature import Signature
 from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import restored, set_states, states_of
 from torchquant.observers.minmax import check_finite, reset
+from torchquant.surroundings import own_modes
 
 __all__ = ["Recorder", "calibrate", "recalibrate", "record"]
 
@@ -50,7 +51,7 @@ def calibrate(
         ParallelError: another process failed.
     """
     models = [prepared] if isinstance(prepared, GraphModule) else list(prepared)
-    with together("calibrate"):
+    with together("calibrate"), own_modes():
         _calibrate(models, batches, progress)
 
 

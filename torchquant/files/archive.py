@@ -17,7 +17,8 @@ from torchquant.errors import ArtifactError
 from torchquant.files.whole import digest, reading
 
 __all__ = [
-    *("FORMAT", "NAME", "compress", "contents", "entries", "members", "read", "read_any", "seal", "text_of"),
+    *("FORMAT", "NAME", "compress", "contents", "entries", "members", "read", "read_any", "refuse_too_large", "seal"),
+    "text_of",
     "versions",
 ]
 
@@ -97,22 +98,26 @@ def _checked(path: str | os.PathLike[str], keep: dict[str, bytes] | None) -> dic
     file = Path(path)
     _require(file)
     with reading(file, _WHAT), zipfile.ZipFile(file) as source:
-        found: dict[str, str] = {}
-        text = b""
+        names = [entry.filename for entry in _entries_of(file, source)]
+        notes = [name for name in names if name.endswith(f"extra/{NAME}")]
+        if not notes:
+            raise ArtifactError(f"{file} was not written by torchquant: it has no {NAME}; save it again")
+        about = _parsed(file, source.read(notes[-1]))
+        _refuse_changed(file, set(about["members"]) ^ {name for name in names if name not in notes})
         for name, content in entries(file, source):
-            if name.endswith(f"extra/{NAME}"):
-                text = content
-            else:
-                found[name] = digest(content)
+            if name not in notes and digest(content) != about["members"][name]:
+                _refuse_changed(file, {name})
             if keep is not None:
                 keep[name.partition("/")[2]] = content
-        if not text:
-            raise ArtifactError(f"{file} was not written by torchquant: it has no {NAME}; save it again")
-        about = _parsed(file, text)
-        if about["members"] != found or about["before"] != digest(_before(file, source)):
-            wrong = sorted(n for n in {*found, *about["members"]} if found.get(n) != about["members"].get(n))
-            raise ArtifactError(f"{file} is damaged: {', '.join(wrong[:3]) or 'its start'} is not as it was written")
+        if about["before"] != digest(_before(file, source)):
+            _refuse_changed(file, {"its start"})
     return about
+
+
+def _refuse_changed(file: Path, members: set[str]) -> None:
+    if members:
+        names = ", ".join(sorted(members)[:3])
+        raise ArtifactError(f"{file} is damaged: {names} is not as it was written")
 
 
 def _require(file: Path) -> None:
@@ -148,12 +153,27 @@ def members(path: str | os.PathLike[str]) -> dict[str, bytes]:
         return {name.partition("/")[2]: content for name, content in entries(file, source)}
 
 
+def refuse_too_large(path: str | os.PathLike[str]) -> None:
+    """Raise ArtifactError where the members of a zip archive would not go into memory, however small the file is."""
+    with zipfile.ZipFile(path) as source:
+        _entries_of(Path(path), source)
+
+
 def entries(file: Path, source: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
     """Names and contents of all members, with their checksums checked, which is done where one is read to its end.
 
     Raises:
-        ArtifactError: two members of one name, one shorter than its entry says, or fewer than the archive counts.
+        ArtifactError: as `_entries_of`, or a member is shorter than its entry says.
     """
+    for entry in _entries_of(file, source):
+        content = source.read(entry)
+        if len(content) != entry.file_size:  # then zipfile has not compared the checksum
+            raise ArtifactError(f"{file} is damaged: {entry.filename} has {len(content)} bytes of {entry.file_size}")
+        yield entry.filename, content
+
+
+def _entries_of(file: Path, source: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The members, each once, as many as the archive counts, if all of them go into half of the machine's memory."""
     seen: set[str] = set()
     listed, count = len(source.infolist()), _recorded_count(file)
     if count not in (listed, _COUNTED_ELSEWHERE):
@@ -162,10 +182,18 @@ def entries(file: Path, source: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
         if entry.filename in seen:
             raise ArtifactError(f"{file} is damaged: it holds {entry.filename} twice")
         seen.add(entry.filename)
-        content = source.read(entry)
-        if len(content) != entry.file_size:  # then zipfile has not compared the checksum
-            raise ArtifactError(f"{file} is damaged: {entry.filename} has {len(content)} bytes of {entry.file_size}")
-        yield entry.filename, content
+    size, room = sum(entry.file_size for entry in source.infolist()), _memory_bytes() // 2
+    if size > room:
+        raise ArtifactError(f"{file} unpacks to {size:,} bytes, more than half of this machine's memory")
+    return source.infolist()
+
+
+def _memory_bytes() -> int:
+    """What the machine has; where the system does not say, more than any file."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 62
 
 
 def _recorded_count(file: Path) -> int:

@@ -23,7 +23,7 @@ except ImportError:  # Windows: leftovers stay, as nothing tells who owns them
 __all__ = ["SUFFIX", "OwnFolder", "sweep"]
 
 SUFFIX = ".torchquant-own"
-_LONGEST = 100  # of a prefix: names have 255 bytes
+_LONGEST = 100  # of a prefix, which is ASCII: names have 255 bytes
 
 
 class OwnFolder:
@@ -41,7 +41,7 @@ class OwnFolder:
     def __init__(self, prefix: str, parent: str | os.PathLike[str] | None = None) -> None:
         place = Path(tempfile.gettempdir() if parent is None else parent)
         sweep(place)
-        self.path, lock = _made(prefix[:_LONGEST], place)
+        self.path, lock = _made(prefix.encode("ascii", "ignore").decode()[:_LONGEST], place)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
     def cleanup(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from torchquant.errors import ArtifactError, TorchquantError, TorchquantWarning
 from torchquant.files.owned import OwnFolder
 
 __all__ = ["digest", "reading", "warn_ignored", "write_whole"]
+
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,20}")  # by which torch tells what it is to write
 
 
 def digest(*parts: bytes | memoryview) -> str:
@@ -58,19 +62,40 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def _refuse_odd_place(target: Path) -> None:
+    """Raise ArtifactError where a file cannot come: over a folder, a device or a pipe, or under no name for torch."""
+    try:
+        is_text = b"\0" not in os.fspath(target).encode("utf-8")
+    except UnicodeEncodeError:  # at which torch would end the process
+        is_text = False
+    if not is_text:
+        raise ArtifactError(f"cannot write {str(target)!r}: its name is no UTF-8 text. Choose another name.")
+    try:
+        kind = os.stat(target).st_mode
+    except OSError:  # there is nothing yet
+        return
+    if stat.S_ISDIR(kind):
+        raise ArtifactError(f"cannot write {target}: it is a folder")
+    if not stat.S_ISREG(kind):  # moving a file into its place would delete a device for all
+        raise ArtifactError(f"cannot write {target}: it is a device or a pipe. Choose a file.")
+
+
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it into place.
 
+    The temporary file has a short name of its own, with the suffix of `path`: where the name of `path` is as long as
+    the system allows, a longer one could not be made of it.
+
     Raises:
-        ArtifactError: the folder does not exist or cannot be written, or is full. Nothing is left behind; what a
-            process left that was killed meanwhile goes at the next write into the same folder.
+        ArtifactError: the folder does not exist or cannot be written, or is full, or there is something else than a
+            file in the place. Nothing is left behind; what a process left that was killed meanwhile goes at the next
+            write into the same folder.
     """
     target = Path(path)
+    _refuse_odd_place(target)
     try:
-        if target.is_dir():
-            raise ArtifactError(f"cannot write {target}: it is a folder")
         with OwnFolder(f".{target.name}.", target.parent) as folder:
-            part = folder / target.name
+            part = folder / f"part{target.suffix if _SUFFIX.fullmatch(target.suffix) else ''}"
             write(part)
             os.replace(part, target)
     except OSError as error:

@@ -19,13 +19,13 @@ from torchquant.calibration.parallel import everywhere, is_parallel
 from torchquant.calibration.stream import Task
 from torchquant.errors import ArtifactError
 from torchquant.files.archive import versions
-from torchquant.files.tensors import bytes_of
 from torchquant.files.whole import digest, reading, write_whole
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid
 from torchquant.fx.reading import observers
 from torchquant.solving.contract import Algorithm
+from torchquant.solving.descriptions import description
 from torchquant.solving.solved import Solution
 
 __all__ = ["Checkpoints", "Parts", "read", "write"]
@@ -119,39 +119,14 @@ def _fingerprint(
     found.update(str(prepared.graph).encode())
     for node in prepared.graph.nodes:
         if node.op == "get_attr":
-            _digest(found, operator.attrgetter(str(node.target))(prepared))
+            found.update(description(operator.attrgetter(str(node.target))(prepared)).encode())
     for node, observer in observers(prepared):
-        found.update(f"{node.target} {type(observer).__qualname__}".encode())
-        for name, value in sorted({**vars(observer), **dict(observer.named_buffers())}.items()):
-            if isinstance(value, (torch.Tensor, torch.dtype, torch.qscheme, bool, int, float, str, tuple)):
-                found.update(name.encode())
-                _digest(found, value)
+        found.update(f"{node.target} {description(observer)}".encode())
     for batch in batches:
-        for leaf in (*batch.leaves, *batch.state.values()):
-            _digest(found, leaf)
-    for algorithm in algorithms:
-        found.update(_description(algorithm).encode())
+        found.update(description((batch.leaves, dict(batch.state))).encode())
+    found.update(description(algorithms).encode())
     found.update(repr(settings).encode())
     return found.hexdigest()
-
-
-def _description(value: Any) -> str:
-    """What an algorithm and its settings (other algorithms among them) are, the same in every process."""
-    if isinstance(value, (list, tuple)):
-        return str([_description(v) for v in value])
-    if callable(value) and hasattr(value, "__qualname__"):
-        return str(value.__qualname__)
-    if not hasattr(value, "__dict__"):
-        return repr(value)
-    return f"{type(value).__qualname__} {sorted((name, _description(v)) for name, v in vars(value).items())}"
-
-
-def _digest(found: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        found.update(bytes_of(value))
-    else:
-        found.update(repr(value).encode())
 
 
 def write(path: Path, solution: Solution) -> None:

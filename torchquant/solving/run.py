@@ -29,6 +29,7 @@ from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Solver, Transform
 from torchquant.solving.solved import SolvedActivation, SolvedWeight, apply
+from torchquant.surroundings import own_modes
 
 __all__ = ["Optimization", "SpanResult", "run"]
 
@@ -113,7 +114,7 @@ def run(
     progress: bool = True,
 ) -> Optimization:
     """See `torchquant.optimize`."""
-    with together("optimize"):
+    with together("optimize"), own_modes():
         if is_parallel():
             agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
             agree(digest_of(prepared), "the graph that `optimize` is given")
