@@ -153,3 +153,10 @@ def test_an_observer_on_bools_is_refused_by_name():
     prepared = tq.prepare(tq.export(model, torch.randn(2, 4)), quantizer)
     with pytest.raises(tq.CalibrationError, match=r"gt.*holds bool values.*exclude"):
         tq.calibrate(prepared, [torch.randn(2, 4)], progress=False)
+
+
+def test_a_model_that_fails_on_a_batch_is_an_error_that_says_so():
+    model, index = nets.Call(lambda m, x, i: m.inner(x)[i], inner=nn.Linear(8, 4)), torch.tensor([5])
+    prepared = tq.prepare(tq.export(model, (torch.randn(6, 8), index)), X86Quantizer())
+    with pytest.raises(tq.CalibrationError, match="fails on step 1 of a batch of steps: IndexError: index 9"):
+        tq.calibrate(prepared, [tq.Steps([(torch.randn(6, 8), index), (torch.randn(6, 8), index + 4)])], progress=False)

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedMinMaxObserver
 from torchao.quantization.pt2e.observer import MappingType
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
@@ -447,7 +447,10 @@ def test_convolutions_of_other_quantizers_are_lowered_alike(make):
 )
 def test_convolutions_without_a_kernel_are_refused_by_name(layer, shape, activation, weight, reason):
     x, quantizer = torch.randn(shape), SpecQuantizer({"conv2d"}, activation, weight)
-    graph = convert_pt2e(calibrated(Call(lambda m, x: m.inner(x), inner=layer), [(x,)], quantizer))
+    model = Call(lambda m, x: m.inner(x), inner=layer).eval()
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    tq.calibrate(prepared, [(x,)], progress=False)
+    graph = convert_pt2e(prepared)
     with pytest.raises(tq.LoweringError, match=rf"conv2d conv2d \(inner\).*{reason}.*node:conv2d"):
         inductor_cuda.transform(graph)
 

@@ -20,8 +20,7 @@ from torchquant.backends import inductor_x86
 from torchquant.backends.inductor_x86 import lowering
 from torchquant.formats.integer import UINT7
 from torchquant.fx import ops
-from torchquant.ops.x86 import exactness
-from torchquant.ops.x86.regions import Finder
+from torchquant.ops.x86 import exactness, support
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
 
@@ -332,9 +331,11 @@ def test_torch_compile_reaches_the_same_lowering():
 def test_a_product_that_inductor_loses_between_regions_is_still_an_integer_kernel(ours, monkeypatch):
     """As it did grouped convolutions before our kernels had them: that one is Inductor's, the others stay ours."""
     if not ours:
-        can = Finder._can_conv2d
-        monkeypatch.setattr(
-            Finder, "_can_conv2d", lambda self, node: can(self, node) and ops.arguments(node).get("groups", 1) == 1
+        can = support.convolution
+        monkeypatch.setitem(
+            support._RUN,
+            "conv2d",
+            lambda places, node: can(places, node) and ops.arguments(node).get("groups", 1) == 1,
         )
     model = Call(
         lambda m, x: (lambda y: m.last(torch.cat([y, m.grouped(y)], 1)))(m.first(x)),

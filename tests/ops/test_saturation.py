@@ -13,8 +13,7 @@ from nets import Call
 
 from torchquant.errors import ArtifactError, LoweringError
 from torchquant.fx import ops
-from torchquant.ops.x86 import exactness, saturation
-from torchquant.ops.x86.regions import Finder
+from torchquant.ops.x86 import exactness, saturation, support
 from torchquant.ops.x86.translation import replace_regions
 
 UINT8, UINT7, INT8 = Grid(0.02, 117), Grid(0.04, 60, 0, 127), signed(0.02, -17)
@@ -135,9 +134,11 @@ def test_a_package_knows_what_is_exact_only_with_vnni(monkeypatch, tmp_path):
 @pytest.mark.parametrize("shared", [True, False])
 def test_products_of_others_keep_their_quantized_values(shared, monkeypatch):
     """Inductor must see them behind dequantize ops, and what our kernels read on the same grid stays in the region."""
-    can = Finder._can_conv2d
-    monkeypatch.setattr(
-        Finder, "_can_conv2d", lambda self, node: can(self, node) and ops.arguments(node).get("groups", 1) == 1
+    can = support.convolution
+    monkeypatch.setitem(
+        support._RUN,
+        "conv2d",
+        lambda places, node: can(places, node) and ops.arguments(node).get("groups", 1) == 1,
     )
 
     def f(m, x):

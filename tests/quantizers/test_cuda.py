@@ -150,7 +150,6 @@ def test_a_convolution_has_one_scale_for_each_pixel():
     [
         (nn.Conv2d(32, 32, 3, groups=2), (2, 32, 8, 8), "grouped"),
         (nn.Conv2d(32, 32, 1, groups=32), (2, 32, 8, 8), "grouped"),
-        (nn.Conv2d(32, 32, 1), (32, 8, 8), "no batch dimension"),
         (nn.ConvTranspose2d(32, 4, 1), (2, 32, 8, 8), "has an int8 or float8 kernel"),
         (nn.Conv3d(8, 8, 1), (2, 8, 4, 4, 4), "has an int8 or float8 kernel"),
         (nn.Embedding(8, 4), (2, 3), "lookup"),

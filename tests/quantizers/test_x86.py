@@ -21,13 +21,17 @@ def test_convolutions_and_linears_get_u8_activations_and_s8_weights():
         assert site.weight.describe() == "int8[-127,127] per channel 0"
 
 
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv2d(3, 4, 3), (3, 8, 8)), (nn.Linear(8, 4), (8,))])
+def test_a_layer_of_a_single_sample_is_quantized_as_a_batch_of_one(layer, shape):
+    plain = torch.export.export(layer.eval(), (torch.randn(shape),)).module()
+    assert [s.status for s in tq.report(tq.prepare(plain, X86Quantizer())).sites if s.compute] == ["quantized"]
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
         (nn.ConvTranspose2d(3, 4, 2), (1, 3, 8, 8)),
         (nn.Conv3d(3, 4, 2), (1, 3, 4, 4, 4)),
-        (nn.Conv2d(3, 4, 3), (3, 8, 8)),
-        (nn.Linear(8, 4), (8,)),
         (nn.Embedding(8, 4), (2, 3)),
         (nn.LSTM(8, 4), (2, 3, 8)),
     ],

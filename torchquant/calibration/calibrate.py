@@ -90,7 +90,12 @@ def _observe(model: GraphModule, batch: data.Given | data.Steps, initial: Mappin
     for i, step in enumerate(batch.batches if isinstance(batch, data.Steps) else [batch]):
         if i == 0 or step.state:
             set_states(model, {**initial, **step.state})
-        data.call(model, data.own_inputs(model, step))
+        try:
+            data.call(model, data.own_inputs(model, step))
+        except (IndexError, RuntimeError) as error:  # of an op, which knows no batches
+            where = f"step {i} of a batch of steps" if isinstance(batch, data.Steps) else "a batch"
+            text = f"the model fails on {where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise CalibrationError(f"{text}. Leave such data out, or make the model take it.") from error
 
 
 def _observe_constants(model: GraphModule) -> None:
