@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from torchquant.backends.executorch_xnnpack.capabilities import REQUANTIZATION_LIMIT, TARGET
 from torchquant.fx import ops
-from torchquant.fx.decompose import normalize
+from torchquant.fx.rewrites.decompose import normalize
 from torchquant.quantizers.engine import CapabilityQuantizer, has_quantized_output, is_annotated
 from torchquant.quantizers.floors import set_floors
 from torchquant.types import Scheme

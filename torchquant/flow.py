@@ -27,9 +27,9 @@ from torchquant.errors import (
 )
 from torchquant.fx import ops, passes
 from torchquant.fx.batch_axes import add_batch_axes
-from torchquant.fx.decompose import expand_batch_norms
 from torchquant.fx.functional import functionalize
 from torchquant.fx.reading import is_converted, is_prepared
+from torchquant.fx.rewrites.decompose import expand_batch_norms
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states

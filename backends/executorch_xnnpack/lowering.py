@@ -44,8 +44,8 @@ from torchquant.backends.executorch_xnnpack.program import (
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed
 from torchquant.errors import TorchquantError
 from torchquant.fx import passes
-from torchquant.fx.decompose import decompose, rewrite
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.rewrites.decompose import decompose, rewrite
 from torchquant.fx.signature import Signature
 from torchquant.lowering import skeleton
 from torchquant.lowering.proof import Verdict, cases_of

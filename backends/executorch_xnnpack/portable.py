@@ -11,7 +11,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops, passes
-from torchquant.fx.decompose import Builder, Rule, rewrite, used_parts
+from torchquant.fx.rewrites.builder import Builder, Rule, used_parts
+from torchquant.fx.rewrites.decompose import rewrite
 
 __all__ = ["RULES", "other_branches", "rewrite_branches"]
 

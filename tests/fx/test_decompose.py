@@ -10,7 +10,7 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.fx import passes
-from torchquant.fx.decompose import FORMS, RULES, decompose, normalize
+from torchquant.fx.rewrites.decompose import FORMS, RULES, decompose, normalize
 
 attend = F.scaled_dot_product_attention
 
