@@ -21,7 +21,7 @@ from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
 
 from torchquant.errors import SchemeError, TorchquantWarning
 from torchquant.formats.encoded import EncodedFormat
-from torchquant.fx import ops, passes
+from torchquant.fx import dataflow, ops, passes
 from torchquant.fx.batch_axes import add_batch_axes
 from torchquant.fx.functional import functionalize
 from torchquant.fx.patterns import match
@@ -119,8 +119,8 @@ class CapabilityQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate in graph order; ops that another Quantizer has annotated are left to it."""
         wanted = self._wanted(model)
-        data = ops.data_nodes(model)
-        self._derived = ops.derived_nodes(model)
+        data = dataflow.data_nodes(model)
+        self._derived = dataflow.derived_nodes(model)
         for node in [n for n, scheme in wanted.items() if scheme is None and ops.is_higher_order(n)]:
             note(node, "excluded", "excluded by the user")
         for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:

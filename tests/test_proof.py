@@ -11,7 +11,7 @@ from torch.fx import Interpreter
 import torchquant as tq
 from torchquant.fx import ops
 from torchquant.fx.flat import flat
-from torchquant.lowering import proof
+from torchquant.lowering import depth
 from torchquant.lowering.proof import hold_against
 from torchquant.quantizers import X86Quantizer
 
@@ -217,6 +217,6 @@ def test_parts_have_all_that_they_are_made_of_where_integers_share_an_op_with_fl
         return m.last(values), places, (m.first(x) > 0).sum(-1)
 
     graph = flat(tq.export(Call(forward, first=nn.Linear(8, 8), last=nn.Linear(8, 8)), torch.randn(2, 8))).graph
-    for part in proof._parts(graph):
+    for part in depth.parts_of(graph):
         known = {*part.nodes, *part.reads, *(n for n in graph.graph.nodes if n.op in ("placeholder", "get_attr"))}
         assert all(source in known for node in part.nodes for source in node.all_input_nodes)

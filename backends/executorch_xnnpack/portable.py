@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.backends.executorch_xnnpack.recurrent import gru, gru_cell, lstm_cell, rnn_cell
+from torchquant.backends.executorch_xnnpack.values import is_float32, reshaped, value_of, varying
 from torchquant.fx import ops, passes
 from torchquant.fx.rewrites.builder import Builder, Rule, used_parts
 from torchquant.fx.rewrites.decompose import rewrite
@@ -19,132 +21,10 @@ __all__ = ["RULES", "other_branches", "rewrite_branches"]
 aten = torch.ops.aten
 
 
-def _value(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _is_float32(node: Any, rank: int | None = None) -> bool:
-    value = _value(node)
-    return value is not None and value.dtype == torch.float32 and rank in (None, value.ndim)
-
-
-def _reshaped(b: Builder, x: Node, shape: Sequence[Any]) -> Node:
-    """A reshape to sizes of which at most one varies."""
-    return b.call(aten.reshape.default, x, [s if isinstance(s, int) else -1 for s in shape])
-
-
-def _varying(shape: Sequence[Any]) -> int:
-    return sum(not isinstance(s, int) for s in shape)
-
-
-def _gates(b: Builder, x: Node, weight: Any, bias: Any, gates: int) -> list[Node] | None:
-    """A linear, gate by gate: as one it would have to be sliced, which the delegate does for fixed sizes only."""
-    if not isinstance(weight, Node) or not ops.is_constant(weight) or (bias is not None and not ops.is_constant(bias)):
-        return None
-    weights = ops.constant_value(b.model, weight).chunk(gates)
-    biases = [None] * gates if bias is None else ops.constant_value(b.model, bias).chunk(gates)
-    found = []
-    for i, (rows, offsets) in enumerate(zip(weights, biases, strict=True)):
-        name = f"{weight.name}_gate_{i}"
-        given = [b.constant(rows.contiguous(), name)]
-        given += [] if offsets is None else [b.constant(offsets.contiguous(), f"{name}_bias")]
-        found.append(b.call(aten.linear.default, x, *given))
-    return found
-
-
-def _both_gates(b: Builder, node: Node, x: Node, h: Node, gates: int) -> tuple[list[Node], list[Node]] | None:
-    given = ops.arguments(node)
-    if not _is_float32(x, 2) or not _is_float32(h, 2):
-        return None
-    of_x = _gates(b, x, given["w_ih"], given.get("b_ih"), gates)
-    of_h = _gates(b, h, given["w_hh"], given.get("b_hh"), gates)
-    return None if of_x is None or of_h is None else (of_x, of_h)
-
-
-def gru_cell(b: Builder, node: Node) -> Node | None:
-    """One step of a GRU."""
-    given = ops.arguments(node)
-    gates = _both_gates(b, node, given["input"], given["hx"], 3)
-    return None if gates is None else _gru_step(b, gates[0], gates[1], given["hx"])
-
-
-def _gru_step(b: Builder, of_x: Sequence[Node], of_h: Sequence[Node], h: Node) -> Node:
-    """(h - n) z + n with r, z = sigmoid(x' + h'), n = tanh(x' + r h')."""
-    r = b.call(aten.sigmoid.default, b.call(aten.add.Tensor, of_x[0], of_h[0]))
-    z = b.call(aten.sigmoid.default, b.call(aten.add.Tensor, of_x[1], of_h[1]))
-    n = b.call(aten.tanh.default, b.call(aten.add.Tensor, of_x[2], b.call(aten.mul.Tensor, r, of_h[2])))
-    return b.call(aten.add.Tensor, b.call(aten.mul.Tensor, b.call(aten.sub.Tensor, h, n), z), n)
-
-
-def gru(b: Builder, node: Node) -> tuple[Node, ...] | None:
-    """A GRU step by step, layer by layer; torch's own form of it would fix the size of the batch."""
-    given = ops.arguments(node)
-    x, hx, parameters = given["input"], given["hx"], list(given["params"])
-    time = 1 if given["batch_first"] else 0
-    if not _is_float32(x, 3) or not _is_float32(hx, 3) or given["train"] or not isinstance(_size(x, time), int):
-        return None
-    if not all(ops.is_constant(p) for p in parameters):
-        return None
-    directions, each = 1 + bool(given["bidirectional"]), 4 if given["has_biases"] else 2
-    last = []
-    for layer in range(given["num_layers"]):
-        outputs = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            own = parameters[each * index : each * (index + 1)]
-            steps = _gru_steps(b, x, b.call(aten.select.int, hx, 0, index), own, time, bool(direction))
-            last.append(steps[0 if direction else -1])
-            outputs.append(b.call(aten.stack.default, steps, time))
-        x = outputs[0] if directions == 1 else b.call(aten.cat.default, outputs, 2)
-    return x, b.call(aten.stack.default, last, 0)
-
-
-def _gru_steps(b: Builder, x: Node, h: Node, parameters: Sequence[Node], time: int, backwards: bool) -> list[Node]:
-    """The hidden states of one direction of a layer, in the order of time."""
-    w_x, w_h, *biases = parameters
-    b_x, b_h = biases or (None, None)
-    of_x = _gates(b, x, w_x, b_x, 3) or []
-    order = range(_size(x, time))
-    found = []
-    for t in reversed(order) if backwards else order:
-        h = _gru_step(b, [b.call(aten.select.int, g, time, t) for g in of_x], _gates(b, h, w_h, b_h, 3) or [], h)
-        found.append(h)
-    return found[::-1] if backwards else found
-
-
-def _size(node: Node, axis: int) -> Any:
-    return node.meta["val"].shape[axis]
-
-
-def lstm_cell(b: Builder, node: Node) -> tuple[Node, ...] | None:
-    """c' = f c + i g and h' = o tanh(c') with i, f, o = sigmoid(x' + h'), g = tanh(x' + h')."""
-    given = ops.arguments(node)
-    h, c = given["hx"]
-    gates = _both_gates(b, node, given["input"], h, 4)
-    if gates is None or not _is_float32(c, 2):
-        return None
-    sums = [b.call(aten.add.Tensor, of_x, of_h) for of_x, of_h in zip(*gates, strict=True)]
-    i, f, o = (b.call(aten.sigmoid.default, sums[k]) for k in (0, 1, 3))
-    kept = b.call(aten.mul.Tensor, f, c)
-    c = b.call(aten.add.Tensor, kept, b.call(aten.mul.Tensor, i, b.call(aten.tanh.default, sums[2])))
-    return b.call(aten.mul.Tensor, o, b.call(aten.tanh.default, c)), c
-
-
-def rnn_cell(b: Builder, node: Node) -> Node | None:
-    """tanh(x' + h') or relu(x' + h')."""
-    given = ops.arguments(node)
-    gates = _both_gates(b, node, given["input"], given["hx"], 1)
-    if gates is None:
-        return None
-    activation = aten.tanh.default if node.target is aten.rnn_tanh_cell.default else aten.relu.default
-    return b.call(activation, b.call(aten.add.Tensor, gates[0][0], gates[1][0]))
-
-
 def prelu(b: Builder, node: Node) -> Node | None:
     """relu(x) - w relu(-x), where x is no image, for which the delegate has a kernel."""
     x, weight = node.args
-    if not _is_float32(x) or x.meta["val"].ndim == 4 or not isinstance(weight, Node):  # type: ignore[union-attr]
+    if not is_float32(x) or x.meta["val"].ndim == 4 or not isinstance(weight, Node):  # type: ignore[union-attr]
         return None
     assert isinstance(x, Node)
     rank, count = x.meta["val"].ndim, weight.meta["val"].numel()
@@ -163,7 +43,7 @@ def largest(b: Builder, node: Node) -> tuple[Node, ...] | None:
     The partitioner takes it for any axis of an image, and the delegate's compiler fails but for two of them.
     """
     x, axis, *keep = node.args
-    if used_parts(node) != {0} or not _is_float32(x, 4):
+    if used_parts(node) != {0} or not is_float32(x, 4):
         return None
     return (b.call(aten.amax.default, x, [axis], bool(keep and keep[0])),)
 
@@ -181,12 +61,12 @@ def pool3d(b: Builder, node: Node) -> Node | None:
     """A pool over three axes: one over the two last axes, then one over the first of them."""
     given = ops.arguments(node)
     x = given["self"]
-    if not _is_float32(x) or x.meta["val"].ndim not in (4, 5) or given.get("divisor_override"):
+    if not is_float32(x) or x.meta["val"].ndim not in (4, 5) or given.get("divisor_override"):
         return None
     kernel = _three(given["kernel_size"])
     stride, padding = _three(given.get("stride"), kernel), _three(given.get("padding", 0))
     *leading, depth, height, width = x.meta["val"].shape
-    if _varying(leading) > 1 or _varying((depth, height, width)):
+    if varying(leading) > 1 or varying((depth, height, width)):
         return None
     average = node.target is aten.avg_pool3d.default
     ceil, dilation = bool(given.get("ceil_mode", False)), _three(given.get("dilation", 1))
@@ -201,11 +81,11 @@ def pool3d(b: Builder, node: Node) -> Node | None:
         ]
         return b.call(pool, images, *(sizes[:3] if average else sizes), *options)
 
-    count = -1 if _varying(leading) else int(torch.Size(leading).numel())
+    count = -1 if varying(leading) else int(torch.Size(leading).numel())
     flat = pooled(b.call(aten.reshape.default, x, [-1, depth, height, width]), (1, 2), (True, True))
     height, width = flat.meta["val"].shape[-2:]
     deep = pooled(b.call(aten.reshape.default, flat, [count, 1, depth, height * width]), (0, 0), (True, False))
-    return _reshaped(b, deep, [*leading, deep.meta["val"].shape[2], height, width])
+    return reshaped(b, deep, [*leading, deep.meta["val"].shape[2], height, width])
 
 
 def _windows(size: int, parts: int) -> list[tuple[int, int]]:
@@ -217,7 +97,7 @@ def adaptive_pool(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
     """An adaptive maximum or average over the last axes, axis by axis: of each window its largest value or mean."""
     x, sizes = node.args
     several = "max" in ops.overload_of(node)
-    if not _is_float32(x) or (several and used_parts(node) != {0}):
+    if not is_float32(x) or (several and used_parts(node) != {0}):
         return None
     assert isinstance(x, Node)
     given, rank = list(sizes), x.meta["val"].ndim  # type: ignore[arg-type]
@@ -242,7 +122,7 @@ def circular_pad(b: Builder, node: Node) -> Node | None:
     """A pad with what stands at the other end, as a concatenation; torch's own form of it would fix the batch."""
     given = ops.arguments(node)
     x, sizes = given["self"], list(given["pad"])
-    if given.get("mode") != "circular" or _value(x) is None:
+    if given.get("mode") != "circular" or value_of(x) is None:
         return None
     for i in range(len(sizes) // 2):
         axis, before, behind = x.meta["val"].ndim - 1 - i, sizes[2 * i], sizes[2 * i + 1]
@@ -263,9 +143,9 @@ def embedding_bag(b: Builder, node: Node) -> tuple[Node, ...] | None:
     """Rows of a table, summed, averaged or maximized by bags of one size (as indices of two axes make them)."""
     given = ops.arguments(node)
     table, indices, mode = given["weight"], given["indices"], given.get("mode", 0)
-    size = _bag_size(b, given["offsets"], given.get("include_last_offset", False), _value(indices))
+    size = _bag_size(b, given["offsets"], given.get("include_last_offset", False), value_of(indices))
     padding = given.get("padding_idx")
-    if used_parts(node) != {0} or size is None or (padding is not None and padding >= 0) or not _is_float32(table, 2):
+    if used_parts(node) != {0} or size is None or (padding is not None and padding >= 0) or not is_float32(table, 2):
         return None
     rows = b.call(aten.embedding.default, table, indices)
     if (weights := given.get("per_sample_weights")) is not None:
@@ -297,8 +177,8 @@ def sorted_place(b: Builder, node: Node) -> Node | None:
     given = ops.arguments(node)
     row = given.get("sorted_sequence", given.get("boundaries"))
     x = given["self"]
-    value = _value(row)
-    if value is None or value.ndim != 1 or _value(x) is None or given.get("sorter") is not None:
+    value = value_of(row)
+    if value is None or value.ndim != 1 or value_of(x) is None or given.get("sorter") is not None:
         return None
     right = bool(given.get("right")) or given.get("side") == "right"
     column = b.call(aten.unsqueeze.default, x, -1)
@@ -319,7 +199,7 @@ def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
     """
     given = ops.arguments(node)
     x, name = given["self"], ops.overload_of(node).partition(".")[0]
-    value = _value(x)
+    value = value_of(x)
     axis = 0 if name == "msort" else int(given.get("dim", -1))
     if value is None or not value.ndim or not isinstance(value.shape[axis], int):
         return None
@@ -366,7 +246,7 @@ def _places(b: Builder, x: Node, axis: int, descending: bool) -> Node:
 def mean_slope(b: Builder, node: Node) -> Node | None:
     """A randomized leaky ReLU outside of training: one with the mean slope."""
     given = ops.arguments(node)
-    if given.get("training") or not _is_float32(given["self"]):
+    if given.get("training") or not is_float32(given["self"]):
         return None
     slope = (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2
     return b.call(aten.leaky_relu.default, given["self"], slope)
@@ -419,7 +299,7 @@ def other_branches(model: GraphModule) -> GraphModule | None:
     """The graph with its conditions the other way round, so that what was not taken is; None if it has none."""
     other = passes.copy_graph(model)
     conditions = [n for n in other.graph.nodes if n.target is torch.ops.higher_order.cond]
-    conditions = [n for n in conditions if _value(n.args[0]) is not None]
+    conditions = [n for n in conditions if value_of(n.args[0]) is not None]
     for node in conditions:
         b = Builder(other, node)
         node.update_arg(0, b.call(aten.logical_not.default, node.args[0]))
@@ -431,7 +311,7 @@ def float_transposed_conv(b: Builder, node: Node) -> Node | None:
     """A float transposed convolution of rows as one of images of one row: the delegate takes the first in int8 only."""
     given = ops.arguments(node)
     x, weight = given["input"], given["weight"]
-    if not _is_float32(x, 3) or ops.is_dequantize(weight):
+    if not is_float32(x, 3) or ops.is_dequantize(weight):
         return None
     names, neutral = ("stride", "padding", "output_padding", "dilation"), (1, 0, 0, 1)
     sizes = [given.get(name) for name in names]
@@ -448,7 +328,7 @@ def last_axis(b: Builder, node: Node) -> Node | None:
     The delegate takes the axis and then fails, for its own reshape infers one size only.
     """
     x, shape = node.args[0], node.meta["val"].shape
-    if ops.arguments(node)["dim"] % len(shape) != len(shape) - 1 or _varying(shape) < 2:
+    if ops.arguments(node)["dim"] % len(shape) != len(shape) - 1 or varying(shape) < 2:
         return None
     return _with_last_axis(b, x)  # type: ignore[arg-type]
 
@@ -456,7 +336,7 @@ def last_axis(b: Builder, node: Node) -> Node | None:
 def stack_last(b: Builder, node: Node) -> Node | None:
     """Tensors stacked on a last axis behind others of which several vary, as a concatenation of reshaped ones."""
     given, shape = ops.arguments(node), node.meta["val"].shape
-    if given.get("dim", 0) % len(shape) != len(shape) - 1 or _varying(shape) < 2:
+    if given.get("dim", 0) % len(shape) != len(shape) - 1 or varying(shape) < 2:
         return None
     return b.call(aten.cat.default, [_with_last_axis(b, t) for t in given["tensors"]], -1)
 

@@ -6,10 +6,6 @@ The int8 convolutions and linears of the package are counted and proven.
 from __future__ import annotations
 
 import re
-import shutil
-import statistics
-import subprocess
-import time
 import warnings
 import zipfile
 from collections import Counter
@@ -26,10 +22,10 @@ from torch.fx import GraphModule, Node
 from torchquant.artifacts.program import Metadata, write_metadata
 from torchquant.artifacts.serialize import export_again
 from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
+from torchquant.backends.inductor_x86.packages import OnCopies, copies, pack, race, repack
 from torchquant.backends.inductor_x86.passes import flatten_quantized_linears, rename_folded_weights
 from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
-from torchquant.files import archive
 from torchquant.files.owned import OwnFolder
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
@@ -54,7 +50,6 @@ _INTEGER = {
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
-_ROUNDS = 15  # of calls to compare them by
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
@@ -132,7 +127,7 @@ class _X86Lowering(Lowering[X86Program]):
             kernels = _kernels(raw, self._regions)
             fused = _prove_integer(self.compute, kernels)
         self._package = self._folder.path / "model.pt2"
-        _pack(raw, self._package, self._regions)
+        pack(raw, self._package, self._regions)
         inside = {name for region in self._regions for name in region.sites}
         artefact = Artefact(self._runner(), kernels, fused, graph, inside=inside)
         return self._faster(reference, artefact) if self._compare_float else artefact
@@ -143,8 +138,8 @@ class _X86Lowering(Lowering[X86Program]):
         passes.make_float(floats, _sites_in(floats, {s.node for s in self.sites if s.status == "quantized"}))
         raw, _ = _compile(floats, self._case, self._folder.path / "raw.pt2", own_kernels=False)
         kernels, package = _kernels(raw, []), self._folder.path / "float.pt2"
-        _pack(raw, package, [])
-        integer_ms, float_ms = _race([self._package, package], self._case)
+        pack(raw, package, [])
+        integer_ms, float_ms = race([self._package, package], self._case)
         if float_ms >= _FASTER * integer_ms:
             return artefact
         reason = f"float32 takes {float_ms:.3g} ms on this machine, int8 {integer_ms:.3g} ms"
@@ -156,16 +151,16 @@ class _X86Lowering(Lowering[X86Program]):
     def build_again(self, graph: GraphModule) -> Run:
         raw, regions = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", bool(self._regions))
         package = self._folder.path / "deep.pt2"
-        _pack(raw, package, regions)
-        return _OnCopies(run_package(package))
+        pack(raw, package, regions)
+        return OnCopies(run_package(package))
 
     def hold(self, hold: Hold, artefact: Artefact) -> Verdict:
         """With poisoned memory, so that no kernel that skips a write finds the right value there by chance."""
         with native.poisoned() if self._regions else nullcontext():
             return super().hold(hold, artefact)
 
-    def _runner(self) -> _OnCopies:
-        self._run = _OnCopies(run_package(self._package))
+    def _runner(self) -> OnCopies:
+        self._run = OnCopies(run_package(self._package))
         return self._run
 
     def finish(self, about: Metadata) -> X86Program:
@@ -176,52 +171,6 @@ class _X86Lowering(Lowering[X86Program]):
 def _sites_in(graph: GraphModule, names: set[str]) -> set[str]:
     """Names of the nodes that had those names when the graph was marked."""
     return {n.name for n in graph.graph.nodes if marked(n) in names}
-
-
-def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.clone() for t in tensors]
-
-
-def _pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
-    """What Inductor wrote, as it is kept, with our kernels if it calls them."""
-    _repack(raw, package)
-    raw.unlink()
-    if regions:
-        _add_kernels(package)
-
-
-def _race(packages: Sequence[Path], batch: Any) -> list[float]:
-    """Median milliseconds of a call of each, called in turns."""
-    args = _copies(batch)  # a package may write into them
-    runs = [run_package(p) for p in packages]
-    times: list[list[float]] = [[] for _ in runs]
-    with torch.no_grad():
-        for _ in range(_ROUNDS + 1):
-            for run, found in zip(runs, times, strict=True):
-                start = time.perf_counter()
-                run(*args)
-                found.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(found[1:]) for found in times]
-
-
-class _OnCopies:
-    """Calls a package on copies of its inputs and notes whether it wrote into them.
-
-    Inductor lets `linear(x) + x` with a float result accumulate into x, even where x is the caller's.
-    """
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run, self.overwrote = run, False
-
-    def __call__(self, *tensors: torch.Tensor) -> Any:
-        given = [t.contiguous().clone() for t in tensors]
-        found = self._run(*given)
-        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, given, strict=True))
-        return found
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
 
 
 @unchanged()
@@ -236,7 +185,7 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     with OwnFolder("torchquant-x86-") as folder:
         raw, _ = _compile(pure.graph, cases[0], folder / "raw.pt2", own_kernels=False)
         package = folder / "model.pt2"
-        _repack(raw, package)
+        repack(raw, package)
         run = run_package(package)
         size_bytes = package.stat().st_size
 
@@ -326,7 +275,7 @@ def _compile(
 def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
     sizes = "x".join(str(s) for t in batch for s in t.shape)
     with torch.no_grad():
-        tuning.tune(lambda: graph(*_copies(batch)), regions, sizes)
+        tuning.tune(lambda: graph(*copies(batch)), regions, sizes)
 
 
 def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
@@ -353,37 +302,6 @@ def _prove_integer(wanted: Sequence[Site], kernels: dict[str, int]) -> int:
             )
         fused += len(sites)
     return fused
-
-
-def _repack(raw: Path, package: Path) -> None:
-    """The package without sources and debug symbols, compressed."""
-
-    def keep(name: str, content: bytes) -> bytes | None:
-        if name.endswith(".cpp"):
-            return None
-        return _stripped(content) if name.endswith(".so") else content
-
-    archive.compress(raw, package, keep)
-
-
-def _add_kernels(package: Path) -> None:
-    """Put the library of our kernels into the package, so that it runs where there is no compiler."""
-    library = native.library_file()
-    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
-        root = out.namelist()[0].partition("/")[0]
-        out.write(library, f"{root}/kernels/{library.name}")
-
-
-def _stripped(library: bytes) -> bytes:
-    """A shared library without its debug information; as it is where binutils are missing."""
-    strip = shutil.which("strip")
-    if strip is None:
-        return library
-    with OwnFolder("torchquant-x86-") as folder:
-        file = folder / "model.so"
-        file.write_bytes(library)
-        done = subprocess.run([strip, str(file)], capture_output=True, check=False)
-        return file.read_bytes() if done.returncode == 0 else library
 
 
 def dynamo_backend(

@@ -245,7 +245,7 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
 @pytest.mark.parametrize("integer", [pytest.param(v, marks=pytest.mark.slow) for v in (1.0, 3.0)] + [1.02])
 def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
     """Float must be clearly faster: the times of the race are given, all else is real."""
-    monkeypatch.setattr(lowering, "_race", lambda packages, batch: [integer, 1.0])
+    monkeypatch.setattr(lowering, "race", lambda packages, batch: [integer, 1.0])
     model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval(), torch.randn(4, 16)
     exported = tq.export(model, (x,))
     converted = tq.quantize(exported, (x,), [(x,)], quantizer=X86Quantizer(), algorithms=(), progress=False)
@@ -264,7 +264,7 @@ def test_the_faster_of_int8_and_float_is_returned(integer, monkeypatch):
 
 def test_the_race_between_packages_is_timed(x86_residual):
     before = [t.clone() for t in x86_residual.batch]
-    assert all(0 < ms < 1000 for ms in lowering._race([x86_residual.program._package] * 2, x86_residual.batch))
+    assert all(0 < ms < 1000 for ms in lowering.race([x86_residual.program._package] * 2, x86_residual.batch))
     assert all(torch.equal(a, b) for a, b in zip(x86_residual.batch, before, strict=True))
 
 

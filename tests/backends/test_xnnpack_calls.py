@@ -7,7 +7,7 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
-from torchquant.lowering import proof
+from torchquant.lowering import depth
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
 pytest.importorskip("executorch")
@@ -139,10 +139,10 @@ def test_a_program_with_scales_found_at_run_time_can_be_looked_into():
     x, quantizer = torch.randn(4, 8), XnnpackQuantizer("dynamic_int8")
     quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
     graph = lowering._XnnpackLowering().reference(quantized).graph
-    held = [n for part in proof._parts(graph)[:-1] for n in part.results]
+    held = [n for part in depth.parts_of(graph)[:-1] for n in part.results]
     assert len(held) == 2
-    program = lowering._built(executorch_modules(), proof._with_outputs(graph, held), [x])
-    expected = proof._with_outputs(graph, held)(x)
+    program = lowering._built(executorch_modules(), depth.with_outputs(graph, held), [x])
+    expected = depth.with_outputs(graph, held)(x)
     assert all(tq.sqnr_db(a, b) > 40 for a, b in zip(expected, program(x), strict=True))
 
 

@@ -6,7 +6,7 @@ from nets import Call, MaskedTokens, token_batch
 from torch import nn
 
 import torchquant as tq
-from torchquant.fx import ops
+from torchquant.fx import dataflow, ops
 
 
 def named(graph, op):
@@ -15,7 +15,7 @@ def named(graph, op):
 
 def test_masks_and_positions_are_no_data_and_embeddings_are():
     graph = tq.export(MaskedTokens(), token_batch())
-    data = ops.data_nodes(graph)
+    data = dataflow.data_nodes(graph)
     for op in ("cumsum", "arange", "ones", "clamp", "rsub", "to"):
         assert not set(named(graph, op)) & data, op
     assert set(named(graph, "embedding")) <= data
@@ -27,7 +27,7 @@ def test_tensors_that_take_only_the_shape_of_data_are_no_data():
     model = Call(lambda m, x: m.inner(x) + torch.ones_like(x).cumsum(-1) + x.new_zeros(8) + torch.full_like(x, 2.0))
     model.inner = nn.Linear(8, 8)
     graph = tq.export(model, torch.randn(2, 8))
-    data = ops.data_nodes(graph)
+    data = dataflow.data_nodes(graph)
     for op in ("ones_like", "new_zeros", "full_like", "cumsum"):
         assert named(graph, op), op
         assert not set(named(graph, op)) & data, op

@@ -18,7 +18,7 @@ import torchquant as tq
 from torchquant.artifacts.serialize import export_again
 from torchquant.errors import LoweringError
 from torchquant.fx.flat import flat
-from torchquant.ops.x86 import native
+from torchquant.ops.x86 import native, packing
 from torchquant.ops.x86 import plan as plans
 from torchquant.ops.x86.plan import Quantization, Step, Value
 from torchquant.ops.x86.translation import replace_regions
@@ -265,7 +265,7 @@ def test_convolution_weights_are_packed_in_blocks_of_sixteen_by_four(shape):
             for y in range(kh):
                 for x in range(kw):
                     expected[i // 16, y * kw + x, j // 4, i % 16, j % 4] = weight[i, j, y, x]
-    assert torch.equal(plans.pack_convolution(weight), expected)
+    assert torch.equal(packing.pack_convolution(weight), expected)
 
 
 def lane_of(channel, channels):
@@ -286,7 +286,7 @@ def lane_of(channel, channels):
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 80, 96, 112, 128, 208])
 def test_channels_are_interleaved_as_byte_vectors_leave_them(channels):
     values = torch.arange(channels)
-    found = plans.interleave_channels(values)
+    found = packing.interleave_channels(values)
     for channel in range(channels):
         at, _, vector, lane = lane_of(channel, channels)
         assert int(found[at + 16 * vector + lane]) == channel
@@ -314,7 +314,7 @@ def test_depthwise_weights_are_packed_four_taps_a_lane(channels, kernel, stride,
                         tap, k = (y + shift) // 4 * kw + x, (y + shift) % 4
                     place = (s * padded + at) * taps + tap * size + 16 * vector + lane
                     expected[place * 4 + k] = weight[channel, 0, y, x]
-    assert torch.equal(plans.pack_depthwise(weight, stride, dilation), expected)
+    assert torch.equal(packing.pack_depthwise(weight, stride, dilation), expected)
 
 
 # layout of the arena ------------------------------------------------------------------------------------------------

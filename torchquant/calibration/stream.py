@@ -8,7 +8,6 @@ exceeds the byte budget lies on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,9 +15,16 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchquant.calibration import batches as data
-from torchquant.calibration.parallel import total, total_
+from torchquant.calibration.metric import (
+    _LARGEST_METRIC,
+    OutputMetric,
+    distance,
+    gradients,
+    outputs_of,
+    random_gradients,
+)
+from torchquant.calibration.parallel import total
 from torchquant.calibration.store import Store
-from torchquant.errors import CalibrationError, InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
@@ -32,8 +38,6 @@ __all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "gra
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
 Env = dict[Node, Any]
-_LARGEST_METRIC = 2048  # outputs of a site up to which their products are kept
-_EVEN = 0.01  # share of every output's weight that is the same for all
 Fake = Callable[[torch.Tensor], torch.Tensor]
 Known = dict[tuple[int, torch.Size], tuple[torch.nn.Module, Fake]]
 
@@ -176,7 +180,7 @@ class Task:
     def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
         with torch.no_grad():
             pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
-            return sum(_distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
+            return sum(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
 
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
@@ -255,12 +259,12 @@ class Stream:
         results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
         borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=elements)}
         sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
-        found_metrics = {site: _OutputMetric(site) for site in sites}
+        found_metrics = {site: OutputMetric(site) for site in sites}
         for batch in range(self.count):
             measured, leaves = self._float_with_gradients(batch, borders, sites)
             squares: dict[Node, torch.Tensor] = {}
             for _ in range(draws):
-                for node, gradient in _random_gradients(leaves, measured, generator):
+                for node, gradient in random_gradients(leaves, measured, generator):
                     if node in found_metrics:
                         found_metrics[node].add(gradient)
                     if any(node in found for found in results):
@@ -332,77 +336,13 @@ class Stream:
         for batch in range(self.count):
             wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
             for a, b in zip(wanted, got, strict=True):
-                signal += _distance(a, torch.zeros_like(a))
-                noise += _distance(a, b)
+                signal += distance(a, torch.zeros_like(a))
+                noise += distance(a, b)
         self.signal, self.noise = total(signal, noise)
 
     def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
         values = [self.value(flow, n, batch) for n in self._measured]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-
-
-def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Sum of the squared differences where the float graph's values are finite, in double precision, piece by piece.
-
-    Raises:
-        CalibrationError: the two differ in shape.
-    """
-    if wanted.shape != got.shape:
-        raise CalibrationError(
-            f"a value has the shape {tuple(wanted.shape)} in the float graph, and {tuple(got.shape)} in the quantized "
-            "one: its size depends on the data, and algorithms compare value by value. Quantize with `algorithms=()`."
-        )
-    parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
-    return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """Record gradients inside the block; raises InputError where torch cannot."""
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "the algorithm learns by gradients, which torch.inference_mode() rules out: call it outside, or under "
-            "torch.no_grad()"
-        )
-    with torch.enable_grad():
-        yield
-
-
-def _random_gradients(
-    outputs: Sequence[Any], measured: Mapping[Node, torch.Tensor], generator: torch.Generator
-) -> Iterator[tuple[Node, torch.Tensor]]:
-    """Gradients of (outputs . r), r standard normal: their products have the mean JT J."""
-    floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
-    loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in floats)
-    if isinstance(loss, torch.Tensor):
-        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
-        yield from ((node, g) for node, g in zip(measured, found, strict=True) if g is not None)
-
-
-class _OutputMetric:
-    """Mean product of the gradients by two outputs of a site, on the way."""
-
-    def __init__(self, site: Node) -> None:
-        self._axis = -1 if ops.op_name(site) == "linear" else 1
-        self._sums = torch.zeros(outputs_of(site), outputs_of(site), dtype=torch.float64)
-
-    def add(self, gradient: torch.Tensor) -> None:
-        rows = gradient.movedim(self._axis, 0).flatten(1).float()
-        self._sums = self._sums.to(rows.device) + rows @ rows.T
-
-    def shrunk(self, samples: float) -> torch.Tensor:
-        """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
-        total_(self._sums)
-        found = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
-        share = len(found) / (len(found) + max(samples, 1.0))
-        diagonal = (1 - _EVEN) * found.diagonal() + _EVEN
-        return (1 - share) * found + torch.diag(diagonal - (1 - share) * found.diagonal())
-
-
-def outputs_of(site: Node) -> int:
-    """How many outputs, or output channels, a convolution or linear has."""
-    value = site.meta["val"]
-    return int(value.shape[-1 if ops.op_name(site) == "linear" else 1])
 
 
 def _first_size(given: Mapping[Node, Any]) -> int:

@@ -7,7 +7,7 @@ see what is written into the tensor later. A graph without writes has no such or
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torchquant.errors import ExportError
 from torchquant.fx import ops
 
-__all__ = ["functionalize", "memory_of", "refuse_stale_copies", "writes_in_place"]
+__all__ = ["functionalize", "memory_of", "source_of", "where", "writes_in_place"]
 
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
@@ -157,7 +157,7 @@ class _Functionalized:
     def _write(self, node: Node, targets: list[Node]) -> None:
         """Put the value of the op without its write into every view and into the memory itself."""
         if len(targets) != 1:
-            raise ExportError(f"{_where(node)} writes into {len(targets)} tensors at once; write it without the write")
+            raise ExportError(f"{where(node)} writes into {len(targets)} tensors at once; write it without the write")
         target = targets[0]
         self._assign(target, self._shaped(self._value(node), self.current(target)))
         self.parent[node], self.now[node] = target, self.now[target]
@@ -173,7 +173,7 @@ class _Functionalized:
         found, kwargs = _without_write(node.target), {k: v for k, v in node.kwargs.items() if k != "out"}
         if found is None or name in _RESIZING:
             raise ExportError(
-                f"{_where(node)} writes in place, and has no form without the write; use one in the model's forward"
+                f"{where(node)} writes in place, and has no form without the write; use one in the model's forward"
             )
         return self.call(found, *node.args, like=node, **kwargs)
 
@@ -225,7 +225,7 @@ class _Functionalized:
         if name in _RESHAPING:
             return self.call(aten.reshape.default, value, self.sizes(whole))
         raise ExportError(
-            f"{_where(view)} makes a view through which is written, and torchquant knows no such views; write to a "
+            f"{where(view)} makes a view through which is written, and torchquant knows no such views; write to a "
             "slice of the tensor itself, or make the new value without a write (torch.where, torch.cat)"
         )
 
@@ -241,7 +241,7 @@ class _Functionalized:
         sizes = [t.shape[dim] for t in several.meta["val"]]
         index %= len(sizes)
         if name not in _PARTS or not all(isinstance(s, int) for s in sizes[: index + 1]):
-            raise ExportError(f"{_where(several)} makes views, through which is written; slice the tensor instead")
+            raise ExportError(f"{where(several)} makes views, through which is written; slice the tensor instead")
         start = sum(sizes[:index])
         return self.call(aten.slice_scatter.default, whole, value, dim, start, start + sizes[index])
 
@@ -346,7 +346,7 @@ def _name(node: Node) -> str:
     return "" if schema is None else schema.name.split("::")[-1]
 
 
-def _where(node: Node) -> str:
+def where(node: Node) -> str:
     module = ops.module_path(node)
     return f"{_name(node)} ({node.name}" + (f" in {module})" if module else ")")
 
@@ -381,7 +381,7 @@ def _check_strided(view: Node) -> None:
     is_whole = isinstance(value, torch.Tensor) and value.is_contiguous() and value.storage_offset() == 0
     if not is_whole or memory_of(whole) is not whole:
         raise ExportError(
-            f"{_where(view)} makes a view of a view, and something is written into their memory; slice the tensor"
+            f"{where(view)} makes a view of a view, and something is written into their memory; slice the tensor"
         )
 
 
@@ -419,67 +419,3 @@ def memory_of(node: Node) -> Node:
 
 def _storages(value: Any) -> set[int]:
     return {t.untyped_storage()._cdata for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)}
-
-
-# observers of a graph that has writes --------------------------------------------------------------------------------
-
-
-def refuse_stale_copies(model: GraphModule, is_copy: Callable[[Node], bool]) -> None:
-    """Raise ExportError if a quantized copy of a tensor is read after a write that only one of the two sees.
-
-    Args:
-        is_copy: whether a node is an observer, or a quantize or dequantize op: convert makes copies there.
-    """
-    if not writes_in_place(model):
-        return
-    for node in [n for n in model.graph.nodes if is_copy(n) and n.all_input_nodes]:
-        source = node.all_input_nodes[0]
-        writers = [u for u in source.users if source in ops.written(u) and u.target is not aten.copy_.default]
-        if source.op == "get_attr" and writers:
-            raise ExportError(
-                f"{_where(writers[0])} writes in place into the buffer {source.target}, which {node.name} quantizes: "
-                "convert_pt2e would take it for a constant. Export the model with torchquant.export, or use one of "
-                "torchquant's Quantizers: both rewrite such writes"
-            )
-    place = {node: i for i, node in enumerate(model.graph.nodes)}
-    parents = {n: n.all_input_nodes[0] if is_copy(n) and n.all_input_nodes else source_of(n) for n in place}
-    for writer in place:
-        for target in ops.written(writer):
-            for reader, copy in _stale_reads(writer, target, place, parents, is_copy):
-                raise ExportError(
-                    f"{_where(writer)} writes in place into a tensor that {copy.name} has quantized before, and "
-                    f"{_where(reader) if reader.op == 'call_function' else reader.name} reads it afterwards: the "
-                    "converted graph would lose the write. Export the model with torchquant.export, or use one of "
-                    "torchquant's Quantizers: both rewrite such writes. Or compute a new tensor in the model's "
-                    "forward, with torch.cat or torch.where."
-                )
-
-
-def _stale_reads(
-    writer: Node,
-    target: Node,
-    place: dict[Node, int],
-    parents: dict[Node, Node | None],
-    is_copy: Callable[[Node], bool],
-) -> Iterator[tuple[Node, Node]]:
-    """Readers behind a write, with the copy that stands between what they read and what was written."""
-    root, copies = _way_up(target, writer, parents, is_copy)
-    if copies and root.op in ("get_attr", "placeholder"):  # which are read by the next call, and by the caller
-        yield root, next(iter(copies))[0]
-    for member in [n for n in place if place[n] < place[writer]]:
-        for reader in [u for u in member.users if place[u] > place[writer] and (u.users or u.op == "output")]:
-            other, between = _way_up(member, reader, parents, is_copy)
-            made = [c for c, _ in between ^ copies if place[c] < place[writer]] if other is root else []
-            if made:
-                yield reader, made[0]
-
-
-def _way_up(
-    node: Node, reader: Node, parents: dict[Node, Node | None], is_copy: Callable[[Node], bool]
-) -> tuple[Node, set[tuple[Node, Node]]]:
-    """The root of a node's memory, and the copies on the way with what reads each: convert may make one for each."""
-    copies = set()
-    while (parent := parents[node]) is not None:
-        copies |= {(node, reader)} if is_copy(node) else set()
-        node, reader = parent, node
-    return node, copies

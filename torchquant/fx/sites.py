@@ -6,9 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from torchquant.fx import ops
-from torchquant.fx.functional import refuse_stale_copies
+from torchquant.fx import dataflow, ops
 from torchquant.fx.reading import GraphReading, observer_of
+from torchquant.fx.stale import refuse_stale_copies
 from torchquant.types import QParams, Site, Status
 
 CONSTANT = "it does not depend on the model's inputs"
@@ -45,7 +45,7 @@ def read_sites(model: GraphModule) -> list[Site]:
     Quantize, dequantize and observer nodes, shape arithmetic and mere getters are no sites. Reshapes and
     slices move data and are no sites either.
     """
-    data, reading = ops.data_nodes(model), GraphReading(model)
+    data, reading = dataflow.data_nodes(model), GraphReading(model)
     return [
         _site(reading, node)
         for node in model.graph.nodes

@@ -9,8 +9,7 @@ import torch
 from torch.fx import Node
 
 from torchquant.fx import ops
-from torchquant.ops.x86 import matching
-from torchquant.ops.x86 import plan as plans
+from torchquant.ops.x86 import matching, packing
 from torchquant.ops.x86.plan import Step, Value
 from torchquant.ops.x86.region import Region
 
@@ -41,7 +40,7 @@ def convolution(region: Region, node: Node) -> Step:
     numbers = {**window, "channels": n, "depth": 0 if deep else -(-c // 4) * 4}
     codes = weight.codes.unsqueeze(2) if weight.codes.dim() == 3 else weight.codes
     if groups > 1 and not deep:
-        cut = plans.Groups.of(groups, c, n // groups)
+        cut = packing.Groups.of(groups, c, n // groups)
         numbers |= {"depth": cut.depth, "group_in": c, "group_out": n // groups, "group_panel": cut.panel}
         codes = cut.pack(codes)
     step = Step("depthwise" if deep else "conv", region.bytes_of(quantize), label=node.name, numbers=numbers)

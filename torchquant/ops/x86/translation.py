@@ -14,8 +14,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.fx.passes import fresh_name
 from torchquant.fx.sites import marked
-from torchquant.ops.x86 import matching, native
-from torchquant.ops.x86 import plan as plans
+from torchquant.ops.x86 import matching, native, packing
 from torchquant.ops.x86.attention import replace_attention
 from torchquant.ops.x86.bounds import Bounds
 from torchquant.ops.x86.plan import Dynamic, Plan, Quantization, Step, Value
@@ -313,9 +312,9 @@ class _Translator(Region):
         for name, values in (("compensation", compensation), ("scale", scale.float()), ("bias", bias.float())):
             padded = torch.zeros(size, dtype=values.dtype)
             padded[:channels] = values
-            n[name] = self.plan.constant(plans.interleave_channels(padded) if deep else padded)
+            n[name] = self.plan.constant(packing.interleave_channels(padded) if deep else padded)
         n["weights"] = self.plan.constant(
-            plans.pack_depthwise(codes, n["sh"], n["dh"]) if deep else plans.pack_convolution(codes)
+            packing.pack_depthwise(codes, n["sh"], n["dh"]) if deep else packing.pack_convolution(codes)
         )
 
     @staticmethod

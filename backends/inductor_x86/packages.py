@@ -1,0 +1,100 @@
+"""What Inductor wrote, made small, with our kernels in it, and called with care."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+
+from torchquant.backends.inductor_x86.program import run_package
+from torchquant.files import archive
+from torchquant.files.owned import OwnFolder
+from torchquant.ops.x86 import native
+from torchquant.ops.x86.translation import Built
+
+_ROUNDS = 15  # of calls to compare them by
+
+
+def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
+    """What Inductor wrote, as it is kept, with our kernels if it calls them."""
+    repack(raw, package)
+    raw.unlink()
+    if regions:
+        _add_kernels(package)
+
+
+def race(packages: Sequence[Path], batch: Any) -> list[float]:
+    """Median milliseconds of a call of each, called in turns."""
+    args = copies(batch)  # a package may write into them
+    runs = [run_package(p) for p in packages]
+    times: list[list[float]] = [[] for _ in runs]
+    with torch.no_grad():
+        for _ in range(_ROUNDS + 1):
+            for run, found in zip(runs, times, strict=True):
+                start = time.perf_counter()
+                run(*args)
+                found.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(found[1:]) for found in times]
+
+
+class OnCopies:
+    """Calls a package on copies of its inputs and notes whether it wrote into them.
+
+    Inductor lets `linear(x) + x` with a float result accumulate into x, even where x is the caller's.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run, self.overwrote = run, False
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        given = [t.contiguous().clone() for t in tensors]
+        found = self._run(*given)
+        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, given, strict=True))
+        return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())  # NaN is itself
+
+
+def repack(raw: Path, package: Path) -> None:
+    """The package without sources and debug symbols, compressed."""
+
+    def keep(name: str, content: bytes) -> bytes | None:
+        if name.endswith(".cpp"):
+            return None
+        return _stripped(content) if name.endswith(".so") else content
+
+    archive.compress(raw, package, keep)
+
+
+def _add_kernels(package: Path) -> None:
+    """Put the library of our kernels into the package, so that it runs where there is no compiler."""
+    library = native.library_file()
+    with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
+        root = out.namelist()[0].partition("/")[0]
+        out.write(library, f"{root}/kernels/{library.name}")
+
+
+def _stripped(library: bytes) -> bytes:
+    """A shared library without its debug information; as it is where binutils are missing."""
+    strip = shutil.which("strip")
+    if strip is None:
+        return library
+    with OwnFolder("torchquant-x86-") as folder:
+        file = folder / "model.so"
+        file.write_bytes(library)
+        done = subprocess.run([strip, str(file)], capture_output=True, check=False)
+        return file.read_bytes() if done.returncode == 0 else library
