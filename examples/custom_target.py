@@ -39,13 +39,11 @@ class EagerQuantizer(CapabilityQuantizer):
     target = TARGET
 
 
+Bias = torch.Tensor | None
+
+
 def int8_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: float,
-    zero_point: int,
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: Bias, input_scale: float, zero_point: int
 ) -> torch.Tensor:
     """x (..., in) rounded to int8, times codes (out, in): the zero point is taken off by the sums of the codes."""
     rows = (x.flatten(0, -2) * (1.0 / input_scale)).round().add(zero_point).clamp(-128, 127).to(torch.int8)

@@ -1,0 +1,93 @@
+"""The examples run as they stand, and what they show is true."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchquant as tq
+from torchquant import backends
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MOST_LINES = {"custom_format": 80, "custom_target": 150}
+
+
+@pytest.fixture(scope="module")
+def custom_format():
+    return runpy.run_path(str(EXAMPLES / "custom_format.py"))
+
+
+@pytest.fixture(scope="module")
+def custom_target():
+    return runpy.run_path(str(EXAMPLES / "custom_target.py"))
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_an_extension_is_one_file_of_few_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= MOST_LINES[name]
+
+
+def test_the_values_of_nf4_are_those_of_the_paper(custom_format):
+    values = custom_format["normal_quantiles"]()
+    expected = torch.tensor([-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0])  # its appendix E
+    assert torch.allclose(values[:8], expected, atol=1e-4)
+    assert float(values[-1]) == 1.0
+
+
+def quantized(custom_format, scheme, model, x, algorithms=()):
+    quantizer = custom_format["WeightOnly"](scheme)
+    return tq.quantize(model, x, [x], quantizer=quantizer, algorithms=algorithms, progress=False)
+
+
+def test_a_format_is_reported_sized_saved_and_loaded(custom_format, tmp_path):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(128, 64)).eval(), torch.randn(4, 128)
+    graph = quantized(custom_format, "nf4", model, x)
+    report = tq.report(graph)
+    assert report.coverage == "1/1"
+    assert report.sites[0].weight.describe() == "nf4 per group of 64"
+    assert report.weight_bytes == 64 * 128 // 2 + 64 * 2 * 2 + 64 * 4  # codes, scales, bias
+    assert custom_format["NF4"].bits_per_weight(64) == 4.25
+    assert torch.equal(tq.load(tq.save(graph, tmp_path / "nf4.pt2"))(x), graph(x))
+    groups = model[0].weight.detach().reshape(-1, 64)
+    scale = groups.abs().amax(1, keepdim=True).half().float()
+    steps = (groups / scale).unsqueeze(-1) - custom_format["normal_quantiles"]()
+    rounded = groups / scale - steps.gather(-1, steps.abs().argmin(-1, keepdim=True)).squeeze(-1)
+    expected = torch.nn.functional.linear(x, (rounded * scale).reshape(64, 128), model[0].bias)
+    assert tq.sqnr_db(expected, graph(x)) > 40  # a weight between two values may go either way
+
+
+def test_what_is_no_affine_grid_is_refused_by_name(custom_format):
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    with pytest.raises(tq.SchemeError, match="nf4 is no static integer grid"):
+        quantized(custom_format, "nf4", model, x, [tq.AdaRound(2)])
+    graph = quantized(custom_format, "nf4", model, x)
+    for name in ("inductor_x86", "executorch_xnnpack", "inductor_cuda"):
+        target = backends.target(name)
+        with pytest.raises(tq.LoweringError, match=f"weight in nf4, and {name} has no kernel"):
+            target.backend().lower(graph, x, **target.here()[0])
+
+
+def test_an_affine_format_needs_nothing_to_be_solved(custom_format):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), torch.randn(64, 64)
+    plain, solved = (quantized(custom_format, "int3", model, x, steps) for steps in ((), [tq.AdaRound(200)]))
+    assert tq.sqnr_db(model(x), solved(x)) > tq.sqnr_db(model(x), plain(x)) + 1
+
+
+def test_a_target_is_lowered_proven_saved_and_loaded(custom_target, tmp_path):
+    torch.manual_seed(0)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).eval(),
+        torch.randn(20, 32),
+    )
+    quantizer = custom_target["EagerQuantizer"]()
+    graph = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
+    program = custom_target["lower"](graph, x)
+    assert program.proof.kernels == {"_int_mm": 2}
+    assert program.proof.outcome == "holds"
+    assert tq.sqnr_db(graph(x), program(x)) > 100
+    assert torch.equal(custom_target["load"](program.save(tmp_path / "model.pt2"))(x), program(x))
+    with pytest.raises(tq.InputError, match="expected shape"):
+        program(x[:3])
