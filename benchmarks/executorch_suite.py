@@ -51,7 +51,8 @@ def rows(part: str, found: suite.Records) -> list[records.Row]:
     names: dict[tuple[str, str], list[str]] = {}
     for name, record in found.items():
         outcome, why = record["outcome"], suite.reason(record)
-        key = ("by choice" if why else outcome, why or (record["text"] if outcome in ("failed", "refused") else ""))
+        kind = "upstream" if why in suite.UPSTREAM.values() else "by choice" if why else outcome
+        key = (kind, why or (record["text"] if outcome in ("failed", "refused") else ""))
         kinds[key] += 1
         names.setdefault(key, []).append(name.rpartition("/")[2])
     return [

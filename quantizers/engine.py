@@ -219,7 +219,7 @@ class CapabilityQuantizer(Quantizer):
         tail = self._fused_tail(node, row, excluded)
         output = activation if row.observe_output and not spec.dynamic else None
         _mark(node, inputs, output if tail is node else None)
-        note(node, "quantized", f"{scheme}: {why}" if why else scheme)
+        note(node, "quantized", why, scheme)
         if tail is not node:
             _mark(tail, {}, output)
             note(tail, "quantized", f"fused into {node.name}")

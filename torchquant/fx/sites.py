@@ -16,9 +16,9 @@ _SITE = "torchquant_site"  # likewise
 NOTE = "torchquant"  # key in node.meta["custom"], which torch.export keeps when retracing and saving
 
 
-def note(node: Node, status: Status, reason: str = "") -> None:
-    """Record on the node what the Quantizer decided and why."""
-    node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: {"status": status, "reason": reason}}
+def note(node: Node, status: Status, reason: str = "", scheme: str = "") -> None:
+    """Record on the node what the Quantizer decided and why, and in which scheme it is quantized."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: {"status": status, "reason": reason, "scheme": scheme}}
 
 
 def mark_sites(graph: GraphModule) -> None:
@@ -92,12 +92,12 @@ def _status(
 ) -> tuple[Status, str]:
     recorded = (node.meta.get("custom") or {}).get(NOTE)
     if weight is not None:
-        why = recorded["reason"] if recorded and ": " in recorded["reason"] else ""
-        return "quantized", why or ("weight only" if activation is None else "")
+        scheme, why = (recorded.get("scheme"), recorded["reason"]) if recorded else (None, "")
+        return "quantized", f"{scheme}: {why}" if scheme and why else "weight only" if activation is None else ""
     if recorded is not None and recorded["status"] != "quantized":
         return recorded["status"], recorded["reason"]
     if recorded is not None and not compute:
-        return "quantized", recorded["reason"]
+        return "quantized", recorded["reason"] or recorded.get("scheme", "")
     if recorded is not None and (weighted or activation is None):
         return "missed", "annotated, yet left float by convert"
     if activation is not None and not weighted and (recorded is not None or _is_annotated(node)):
