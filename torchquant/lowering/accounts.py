@@ -55,7 +55,7 @@ def accountable_sites(
     missed = [s for s in sites if s.status == "missed" and s.node not in allowed]
     if missed:
         text = f"{len(missed)} compute ops were left float without a reason: {names(missed)}"
-        hidden = [s.reason for s in missed if "hidden" in s.reason]
+        hidden = [s.reason for s in missed if ops.is_higher_order(nodes[s.node])]
         text += f" ({hidden[0]})" if hidden else ""
         if any(NOTE in (n.meta.get("custom") or {}) for n in graph.graph.nodes):
             raise LoweringError(f"{text}. Exclude them in the Quantizer, or pass allow_float=[...].")

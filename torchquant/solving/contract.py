@@ -12,11 +12,11 @@ import torch
 from torch.fx import GraphModule
 
 from torchquant.calibration.parallel import anywhere
-from torchquant.calibration.stream import Task
+from torchquant.calibration.stream import Stream, Task
 from torchquant.fx.blocks import Span
 from torchquant.solving.solved import Solution
 
-__all__ = ["Algorithm", "Clock", "Solver", "Transform"]
+__all__ = ["Algorithm", "Clock", "Judging", "Measuring", "Noting", "Solver", "Transform"]
 
 
 Parts = Callable[[Any, Callable[[], Solution]], Solution]
@@ -65,8 +65,7 @@ class Clock:
 class Solver(Protocol):
     """Chooses codes, ranges or biases, span by span, while the data stream through the graph.
 
-    One that must measure something first may have a method `begin(stream, spans, seed)`, called before the walk.
-    The guard holds an answer by `error(task)` if the solver has that method, else by the span's squared error.
+    Three more members may be there: see `Measuring`, `Judging` and `Noting`.
     """
 
     def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:
@@ -74,6 +73,29 @@ class Solver(Protocol):
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """The answer for one span; an empty Solution leaves it as it is. Must not change the graph."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A solver that must see the data once before it answers."""
+
+    def begin(self, stream: Stream, spans: list[Span], seed: int) -> None:
+        """Called before the walk, in which the graph stays as it is."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """A solver whose answers the guard holds by a measure of its own; by the span's squared error otherwise."""
+
+    def error(self, task: Task) -> float:
+        """The error of the span as it is now; lower is better."""
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """An algorithm that says what it left alone and why; `notes` are those of its last run."""
+
+    notes: list[str]
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from torchquant.fx.blocks import Span, weight_of
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
-from torchquant.solving.contract import Algorithm, Clock, Solver, Transform
+from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
 from torchquant.solving.solved import SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
 
@@ -222,7 +222,7 @@ def _transform(
     """Rewrite a copy, calibrate it again, and keep it if its output is no worse."""
     name, trial = type(algorithm).__name__, copy_graph(prepared)
     changed = algorithm.transform(trial, batches)
-    result.notes += [f"{name}: {note}" for note in getattr(algorithm, "notes", ())]
+    result.notes += [f"{name}: {note}" for note in (algorithm.notes if isinstance(algorithm, Noting) else ())]
     if not changed:
         result.notes.append(f"{name}: nothing to change")
         return
@@ -267,10 +267,9 @@ def _solve(
     stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
     weights = [_cost(span) for span in spans]
     late = 0
-    begin = getattr(algorithm, "begin", None)
     with closing(stream), _bar(settings.progress) as bar:
-        if callable(begin):
-            begin(stream, spans, settings.seed + 7919 * number)
+        if isinstance(algorithm, Measuring):
+            algorithm.begin(stream, spans, settings.seed + 7919 * number)
         row = bar.add_task(name, total=len(spans))
         for index, task in enumerate(stream.walk(spans)):
             bar.update(row, description=f"{name}: {task.span.name}")
@@ -302,7 +301,7 @@ def _solve_span(
     solution = algorithm.solve(task, clock) if found is None else found
     if not solution:
         return lambda: None
-    error = getattr(algorithm, "error", Task.error)  # a solver may hold its answers by a measure of its own
+    error = algorithm.error if isinstance(algorithm, Judging) else Task.error
     before = error(task)
     undo = apply(task.prepared, solution)
     after = error(task)
