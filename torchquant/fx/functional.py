@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from torchquant.errors import ExportError
 from torchquant.fx import ops
+from torchquant.fx.memory import memory_of, name_of, source_of
 
-__all__ = ["functionalize", "memory_of", "source_of", "where", "writes_in_place"]
+__all__ = ["functionalize", "where", "writes_in_place"]
 
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack")
 _GEOMETRY = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_")  # write no value
 _RESIZING = ("resize_", "resize_as_", "set_")  # make another memory of it
-_COPIES = ("copy_", "clone", "lift_fresh_copy")  # whatever their fake values say
 
 
 def writes_in_place(model: GraphModule) -> bool:
@@ -115,7 +115,7 @@ class _Functionalized:
                 self._keep()
             targets, given = _written_by_aten(node), (node.args, node.kwargs)
             node.args, node.kwargs = (torch.fx.node.map_arg(a, self.current) for a in given)
-            if _name(node) in _GEOMETRY:
+            if name_of(node) in _GEOMETRY:
                 _rename(node)
             elif targets:
                 self._write(node, targets)
@@ -165,7 +165,7 @@ class _Functionalized:
 
     def _value(self, node: Node) -> Any:
         """What the op writes."""
-        name, given = _name(node), ops.arguments(node)
+        name, given = name_of(node), ops.arguments(node)
         if name == "copy_":
             return given["src"]
         if name in ("fill_", "zero_"):
@@ -206,7 +206,7 @@ class _Functionalized:
         if view.target is operator.getitem:
             return self._put_part(view, value)
         _check_strided(view)
-        whole, name, given = self.current(self.parent[view]), _name(view), ops.arguments(view)
+        whole, name, given = self.current(self.parent[view]), name_of(view), ops.arguments(view)
         if view.target is aten.view.dtype:
             return self.call(aten.view.dtype, value, self._fake(whole).dtype)
         if name in ("real", "imag") and not self._fake(whole).is_complex():
@@ -232,7 +232,7 @@ class _Functionalized:
     def _put_part(self, part: Node, value: Node) -> Node:
         """As `_put`, for one of the results of chunk, split or unbind."""
         several = self.parent[part]
-        whole, index, name = self.current(self.parent[several]), part.args[1], _name(several)
+        whole, index, name = self.current(self.parent[several]), part.args[1], name_of(several)
         dim = _SPLIT_DIMS.get(name, ops.arguments(several).get("dim", 0))
         dim = 0 if name == "hsplit" and several.meta["val"][0].ndim == 1 else dim
         assert isinstance(index, int)
@@ -340,15 +340,9 @@ _RESHAPING = (
 )
 
 
-def _name(node: Node) -> str:
-    """The bare name of the operator that a node calls, e.g. `slice`; empty for everything else."""
-    schema = ops.schema_of(node)
-    return "" if schema is None else schema.name.split("::")[-1]
-
-
 def where(node: Node) -> str:
     module = ops.module_path(node)
-    return f"{_name(node)} ({node.name}" + (f" in {module})" if module else ")")
+    return f"{name_of(node)} ({node.name}" + (f" in {module})" if module else ")")
 
 
 def _written_by_aten(node: Node) -> list[Node]:
@@ -374,7 +368,7 @@ def _without_write(target: Any) -> Any:
 
 def _check_strided(view: Node) -> None:
     """Refuse `as_strided` on what is not the whole of a contiguous memory: its offset and strides are the memory's."""
-    if _name(view) != "as_strided":
+    if name_of(view) != "as_strided":
         return
     whole = view.all_input_nodes[0]
     value = whole.meta.get("val")
@@ -392,30 +386,3 @@ def _rename(node: Node) -> None:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.ndim == b.ndim and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def source_of(node: Node) -> Node | None:
-    """The node whose memory the node's value shares, if it shares any."""
-    if node.target is operator.getitem:
-        several = node.args[0]
-        return several if isinstance(several, Node) and source_of(several) is not None else None
-    schema = ops.schema_of(node)
-    first = next(iter(node.all_input_nodes), None)
-    if schema is None or first is None or _name(node) in _COPIES:
-        return None
-    made, given = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
-    if made and given:
-        return first if made & given else None
-    viewed = schema.arguments[0].alias_info
-    return first if viewed is not None and not viewed.is_write else None
-
-
-def memory_of(node: Node) -> Node:
-    """The node whose memory a node's value shares in the end; itself if it has its own."""
-    while (source := source_of(node)) is not None:
-        node = source
-    return node
-
-
-def _storages(value: Any) -> set[int]:
-    return {t.untyped_storage()._cdata for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)}

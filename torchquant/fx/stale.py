@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 
 from torchquant.errors import ExportError
 from torchquant.fx import ops
-from torchquant.fx.functional import source_of, where, writes_in_place
+from torchquant.fx.functional import where, writes_in_place
+from torchquant.fx.memory import source_of
 
 aten = torch.ops.aten
 
