@@ -7,8 +7,8 @@ of its own, of building the kernels, or of `torchquant quantize`; then the same 
 are `differences` of its result from that of a run that nobody killed, bit for bit; `layers_lost`, at most: solved in
 the first run and solved again in the second one (the one it was killed in counts); `half_files` at the place of a whole
 one; and `leftovers`: folders of work in progress and files in the folder of temporary files after the second run.
-`--kind compilers`: ten processes at once that find an empty cache, and how often each source was compiled. A row for
-each kind goes into `results/kills.json`.
+`--kind compilers`: ten processes at once that find an empty cache, and how often the kernels were built. Compilers
+do not optimize here, which only takes time. A row for each kind goes into `results/kills.json`.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def compiled_by_many(folder: Path) -> dict[str, int]:
     """Ten processes load the kernels at once from an empty cache: how often they were compiled and linked."""
-    environment = {**os.environ, **compiler(folder), "TORCHQUANT_CACHE": str(folder / "empty")}
+    environment = {**os.environ, **compiler(folder), "TORCHQUANT_CACHE": str(folder / "empty"), "QUICK": "1"}
     command = [sys.executable, "-W", "ignore", "-c", "from torchquant.ops import native; native.load()"]
     running = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(PROCESSES)]
     failed = sum(process.wait() != 0 for process in running)
