@@ -155,7 +155,7 @@ def programs() -> tuple[Any, Any]:
 def saved(folder: Path) -> Result:
     """A graph and two programs, each many times to the same place."""
     x86, xnnpack = programs()
-    for _ in range(20):
+    for _ in range(3):
         tq.save(converted("x86"), folder / OUT / "graph.pt2", batches()[0])
         x86.save(folder / OUT / f"{inductor_x86.TARGET}.pt2")
         xnnpack.save(folder / OUT / f"{executorch_xnnpack.TARGET}.pte")
