@@ -204,7 +204,7 @@ KINDS = {
     "lower": Kind(lowered, 6, lambda: converted("x86")),
     "command": Kind(commanded, 5),
     "build": Kind(built, 4, has_kernels=False),
-    "save": Kind(saved, 12, programs),  # last: it loads the kernels into this process
+    "save": Kind(saved, 6, programs),  # last: it loads the kernels into this process
 }
 
 
