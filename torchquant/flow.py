@@ -297,7 +297,7 @@ def optimize(
         InputError: a batch does not fit, no algorithm, or one in the wrong place.
         CalibrationError: the graph is not prepared or not calibrated.
         SchemeError: an algorithm cannot honour how a weight is quantized.
-        ArtifactError: the checkpoints are those of another run.
+        ArtifactError: the checkpoints are those of another run, or another process is at work on them.
         ParallelError: under torchrun another process failed, or they end with different graphs.
         KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is; or, with a checkpoint
             folder, in that folder, and the graph is as it came. After any other error it is as it came.

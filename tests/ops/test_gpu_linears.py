@@ -186,3 +186,42 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.torchquant.scaled_linear(x, weight.to(torch.uint8), by_output, *rest)
     with pytest.raises(ValueError, match="needs x_scale"):
         torch.ops.torchquant.scaled_linear(x.to(torch.int8), weight, by_output, *rest)
+
+
+def test_operands_of_too_few_elements_are_refused():
+    """Kernels would read what lies behind them."""
+    x, packed, params, bias, residual, *rest = weight_only(WEIGHT_ONLY[0])
+    op = torch.ops.torchquant.weight_only_linear
+    for short, match in (
+        (bias[:1], "bias has 1 elements, and 24"),
+        (bias[:0], "bias has 0"),
+        (bias.sum(), "bias has 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            op(x, packed, params, short, residual, *rest)
+    with pytest.raises(ValueError, match="the residual is"):
+        op(x, packed, params, bias, residual[:, :1], *rest)
+    for bad in ((packed.int(), params), (packed, params[:, :1])):
+        with pytest.raises(ValueError, match=r"packed is torch\.int.* of 24 outputs, and the scales are"):
+            op(x, *bad, bias, residual, *rest)
+    x, weight, by_output, x_scale, zero_point, sums, *rest = scaled(SCALED[1])
+    op = torch.ops.torchquant.scaled_linear
+    with pytest.raises(ValueError, match="weight_scale has 2 elements, and 24"):
+        op(x, weight, by_output[:2], x_scale, zero_point, sums, *rest)
+    with pytest.raises(ValueError, match="weight_sum has 1 elements, and 24"):
+        op(x, weight, by_output, x_scale, zero_point, sums[:1], *rest)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [((0, 1), (0, 0), (1, 1)), ((1, 1), (-1, 0), (1, 1)), ((1,), (0, 0), (1, 1))]
+)
+def test_a_convolution_of_no_geometry_is_refused(stride, padding, dilation):
+    x, weight = torch.zeros(1, 4, 4, 8, dtype=torch.int8), torch.zeros(3, 3, 3, 8, dtype=torch.int8)
+    one, tail = torch.ones(1), (stride, padding, dilation, "none", torch.float32)
+    with pytest.raises(ValueError, match="no stride"):
+        torch.ops.torchquant.scaled_conv2d(x, weight, one, one, None, None, None, None, *tail)
+    tail = ((1, 1), (0, 0), (1, 1), "none", torch.float32)
+    with pytest.raises(ValueError, match="x_scale has 2 elements, and 1"):
+        torch.ops.torchquant.scaled_conv2d(x, weight, one, torch.ones(2), None, None, None, None, *tail)
+    with pytest.raises(ValueError, match="bias has 1 elements, and 3"):
+        torch.ops.torchquant.scaled_conv2d(x, weight, one, one, None, None, one, None, *tail)

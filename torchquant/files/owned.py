@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows: leftovers stay, as nothing tells who owns them
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["SUFFIX", "OwnFolder", "sweep"]
+__all__ = ["SUFFIX", "OwnFolder", "claimed", "sweep"]
 
 SUFFIX = ".torchquant-own"
 _LONGEST = 100  # of a prefix, which is ASCII: names have 255 bytes
@@ -68,6 +69,27 @@ def sweep(parent: Path) -> None:
                 lock = _locked(folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock inside the block, which its holder's death gives up; False if somebody else holds it.
+
+    True also where the file system knows no locks on folders.
+    """
+    try:
+        lock = None if fcntl is None else _locked(folder)
+    except BlockingIOError:
+        yield False
+        return
+    except OSError:
+        lock = None
+    try:
+        yield True
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open, too
+            os.close(lock)
 
 
 def _made(prefix: str, parent: Path) -> tuple[Path, int | None]:

@@ -6,7 +6,8 @@ import hashlib
 import io
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torchquant.calibration.parallel import everywhere, is_parallel
 from torchquant.calibration.stream import Task
 from torchquant.errors import ArtifactError
 from torchquant.files.archive import versions
+from torchquant.files.owned import claimed
 from torchquant.files.whole import digest, reading, write_whole
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
@@ -78,6 +80,21 @@ class Checkpoints:
             )
         write_whole(folder / _MARK, lambda part: part.write_text(run, encoding="utf-8"))
         return Checkpoints(folder)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other runs out of the folder inside the block: one deletes what another is about to read.
+
+        Raises:
+            ArtifactError: another one is in it.
+        """
+        with nullcontext(True) if self.folder is None else claimed(self.folder) as is_alone:
+            if not is_alone:
+                raise ArtifactError(
+                    f"another run is at work on the checkpoints in {self.folder}; wait for its end, or name another "
+                    "folder"
+                )
+            yield
 
     def path(self, algorithm: int, span: int) -> Path | None:
         """Where the answer for a span is kept."""

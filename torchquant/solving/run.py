@@ -151,11 +151,12 @@ def _run(
     checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
     original = copy_graph(prepared)
     try:
-        for number, algorithm in enumerate(algorithms):
-            if isinstance(algorithm, Solver):
-                _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
-            else:
-                _transform(prepared, kept, algorithm, settings, result)
+        with checkpoints.claimed():
+            for number, algorithm in enumerate(algorithms):
+                if isinstance(algorithm, Solver):
+                    _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
+                else:
+                    _transform(prepared, kept, algorithm, settings, result)
         if is_parallel():
             agree(digest_of(prepared), "what the algorithms made of the graph")
     except BaseException as error:

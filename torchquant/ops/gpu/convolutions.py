@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from torchquant.ops.gpu.linears import ACTIVATIONS, epilogue, triton_launcher
+from torchquant.ops.gpu.linears import ACTIVATIONS, check_operands, epilogue, triton_launcher
 
 __all__ = ["scaled_conv2d", "scaled_conv2d_reference"]
 
@@ -46,7 +46,8 @@ def scaled_conv2d(
     Raises:
         ValueError: an argument does not fit the others.
     """
-    out = _empty(x, weight, x_zero_point, weight_sum, stride, padding, dilation, activation, out_dtype)
+    _check(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
+    out = _empty(x, weight, stride, padding, dilation, out_dtype)
     arguments = (x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual)
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -70,7 +71,8 @@ def _(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    return _empty(x, weight, x_zero_point, weight_sum, stride, padding, dilation, activation, out_dtype)
+    _check(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
+    return _empty(x, weight, stride, padding, dilation, out_dtype)
 
 
 def scaled_conv2d_reference(
@@ -96,18 +98,17 @@ def scaled_conv2d_reference(
     return epilogue(y, bias, residual, activation).to(out_dtype).contiguous()
 
 
-def _empty(
+def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor,
     x_zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     activation: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """What the result will be written to."""
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"scaled_conv2d has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
     if weight.dtype not in (torch.int8, torch.float8_e4m3fn) or x.dtype != weight.dtype:
@@ -116,6 +117,26 @@ def _empty(
         raise ValueError(f"x is {tuple(x.shape)} and the weight {tuple(weight.shape)}: their last axis is the channels")
     if x_zero_point is not None and (weight_sum is None or weight.dtype != torch.int8):
         raise ValueError("a zero point needs weight_sum, and codes that are integers")
+    n, kh, kw, _ = weight.shape
+    of_weight = (weight_scale, 1 if weight_scale.numel() == 1 else n)
+    of_input = {"x_scale": (x_scale, 1), "x_zero_point": (x_zero_point, 1)}
+    check_operands(
+        n, residual, weight_scale=of_weight, weight_sum=(weight_sum, n * kh * kw), bias=(bias, n), **of_input
+    )
+
+
+def _empty(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """What the result will be written to."""
+    numbers = (*stride, *dilation, *(p + 1 for p in padding))
+    if not len(stride) == len(padding) == len(dilation) == 2 or min(numbers) < 1:
+        raise ValueError(f"a convolution has no stride {stride}, padding {padding} and dilation {dilation}")
     sizes = [
         (x.shape[i + 1] + 2 * padding[i] - dilation[i] * (weight.shape[i + 1] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]

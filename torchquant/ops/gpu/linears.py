@@ -56,7 +56,7 @@ def weight_only_linear(
     Raises:
         ValueError: an argument does not fit the others.
     """
-    _check_weight_only(x, packed, params, bits, group_size, activation)
+    _check_weight_only(x, packed, params, bias, residual, bits, group_size, activation)
     n = packed.shape[-2]
     rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
     if x.is_cuda and x.dtype != torch.float32:
@@ -81,7 +81,7 @@ def _(
     asymmetric: bool,
     activation: str,
 ) -> torch.Tensor:
-    _check_weight_only(x, packed, params, bits, group_size, activation)
+    _check_weight_only(x, packed, params, bias, residual, bits, group_size, activation)
     return x.new_empty(*x.shape[:-1], packed.shape[-2])
 
 
@@ -103,7 +103,14 @@ def weight_only_reference(
 
 
 def _check_weight_only(
-    x: torch.Tensor, packed: torch.Tensor, params: torch.Tensor, bits: int, group_size: int, activation: str
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    params: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    activation: str,
 ) -> None:
     k = x.shape[-1]
     if activation not in ACTIVATIONS:
@@ -119,6 +126,10 @@ def _check_weight_only(
             f"x has {k} features, but the weight {packed.shape[0]} blocks of 128 and {params.shape[0]} groups of "
             f"{group_size}"
         )
+    n = packed.shape[-2]
+    if packed.dtype != torch.int16 or params.shape[1:] != (n, 2):
+        raise ValueError(f"packed is {packed.dtype} of {n} outputs, and the scales are {tuple(params.shape)}")
+    check_operands(n, residual, bias=(bias, n))
 
 
 @torch.library.custom_op("torchquant::quantize_rows", mutates_args=())
@@ -203,7 +214,7 @@ def scaled_linear(
     Raises:
         ValueError: an argument does not fit the others.
     """
-    _check_scaled(x, weight, x_scale, x_zero_point, weight_sum, activation)
+    _check_scaled(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
     n = weight.shape[0]
     rows, more = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, n)
     factors = (
@@ -235,7 +246,7 @@ def _(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check_scaled(x, weight, x_scale, x_zero_point, weight_sum, activation)
+    _check_scaled(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
 
 
@@ -271,9 +282,12 @@ def scaled_reference(
 def _check_scaled(
     x: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None,
     x_zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     activation: str,
 ) -> None:
     if activation not in ACTIVATIONS:
@@ -286,6 +300,22 @@ def _check_scaled(
         raise ValueError("x holds codes or has a zero point, so it needs x_scale")
     if x_zero_point is not None and (weight_sum is None or weight.dtype != torch.int8):
         raise ValueError("a zero point needs weight_sum, and codes that are integers")
+    n = weight.shape[0]
+    scales = (weight_scale, 1 if weight_scale.numel() == 1 else n)
+    check_operands(n, residual, weight_scale=scales, weight_sum=(weight_sum, n), bias=(bias, n))
+
+
+def check_operands(n: int, residual: torch.Tensor | None, **operands: tuple[torch.Tensor | None, int]) -> None:
+    """Raise ValueError unless each operand has as many elements as a kernel reads, which checks none of them itself.
+
+    Args:
+        n: outputs. residual: (..., n). operands: by name, each with that number.
+    """
+    for name, (operand, count) in operands.items():
+        if operand is not None and operand.numel() != count:
+            raise ValueError(f"{name} has {operand.numel()} elements, and {count} are needed for {n} outputs")
+    if residual is not None and (residual.dim() == 0 or residual.shape[-1] != n):
+        raise ValueError(f"the residual is {tuple(residual.shape)}, and its last axis is not the {n} outputs")
 
 
 def epilogue(
