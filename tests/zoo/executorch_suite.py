@@ -58,7 +58,7 @@ CHOICES = {
     ),
     r"torch\.ops\.aten\.(clamp|relu6)": "clamps are written as hardtanh, which XNNPACK fuses and runs in int8",
     r"executorch_call_delegate. but did not find it": (
-        "linears that read the same values share one quantize chain, and so one delegate call, where theirs have one each"
+        "linears that read the same values share one quantize chain, and so one delegate call; theirs have one each"
     ),
 }
 LIMITS = {r"the model computes in b?float16": "XnnpackQuantizer quantizes float32 models, and says so in a warning"}
