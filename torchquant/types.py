@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch.fx import Node
@@ -150,6 +150,10 @@ class Capability:
     reason: str = ""
 
     def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise SchemeError(
+                f"capability {self.op!r}: no role {self.role!r}; it is one of {', '.join(get_args(Role))}"
+            )
         if bool(self.schemes) == (self.role == "float"):
             raise SchemeError(f"capability {self.op!r}: a row has schemes exactly if its role is not 'float'")
         if not self.schemes and not self.reason:

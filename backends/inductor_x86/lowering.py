@@ -23,7 +23,7 @@ from torchquant.artifacts.program import Metadata, write_metadata
 from torchquant.artifacts.serialize import export_again
 from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
 from torchquant.backends.inductor_x86.packages import OnCopies, copies, pack, race, repack
-from torchquant.backends.inductor_x86.passes import flatten_quantized_linears, rename_folded_weights
+from torchquant.backends.inductor_x86.passes import detach_activations, flatten_quantized_linears, rename_folded_weights
 from torchquant.backends.inductor_x86.program import X86Program, run_package
 from torchquant.errors import LoweringError
 from torchquant.files.owned import OwnFolder
@@ -251,6 +251,7 @@ def _compile(
         unsafe = saturation.unsafe_products(graph)
         saturation.refuse(unsafe, own_kernels)
         flatten_quantized_linears(graph)  # what is left to Inductor
+        detach_activations(graph)  # likewise
         passes.unshare_weights(graph)
         passes.remove_dead_weights(graph)  # those that our plans hold
         rename_folded_weights(graph)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import ops
 from torchquant.fx.passes import fresh_name, replace_each
 
-__all__ = ["flatten_quantized_linears", "rename_folded_weights"]
+__all__ = ["detach_activations", "flatten_quantized_linears", "rename_folded_weights"]
 
 aten = torch.ops.aten
 
@@ -39,6 +39,33 @@ def flatten_quantized_linears(model: GraphModule) -> int:
     matches. Per-tensor quantization commutes with reshapes, so the function stays the same.
     """
     return replace_each(model, _is_deep_quantized_linear, _flattened_linear)
+
+
+def detach_activations(model: GraphModule) -> int:
+    """Put activations behind an int8 conv1d on a view of its result, where Inductor does not fuse them into it.
+
+    Inductor does fuse SiLU and hardswish, but oneDNN's int8 conv1d refuses every activation except ReLU when it runs.
+    """
+    return replace_each(model, _is_behind_quantized_conv1d, _detached)
+
+
+_FUSED = frozenset(
+    {"gelu", "hardsigmoid", "hardswish", "hardtanh", "sigmoid", "silu", "tanh"}
+)  # with a product or alone
+
+
+def _is_behind_quantized_conv1d(node: Node) -> bool:
+    conv = ops.argument(node, 0) if ops.op_name(node) in _FUSED else None
+    x = ops.argument(conv, 0) if conv is not None and ops.op_name(conv) == "conv1d" else None
+    return x is not None and ops.is_dequantize(x)
+
+
+def _detached(model: GraphModule, node: Node) -> Node:
+    call, target = model.graph.call_function, node.target
+    view = call(aten.unsqueeze.default, (node.args[0], 0))
+    activation = call(target, (view, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+    activation.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    return call(aten.squeeze.dim, (activation, 0))
 
 
 def _is_deep_quantized_linear(node: Node) -> bool:

@@ -196,6 +196,19 @@ def test_a_longer_conv1d_stays_float_and_a_pointwise_one_is_an_integer_kernel():
     assert "conv1d whose kernel is longer than 1" in left.reason
 
 
+def test_inductors_int8_conv1d_may_have_any_activation_behind_it():
+    def forward(m, x):
+        swish, hard = m.first(x), m.second(x)
+        return m.last(nn.functional.silu(swish) + nn.functional.hardswish(hard) + swish * hard.sigmoid())
+
+    model = Call(forward, first=nn.Conv1d(8, 8, 1), second=nn.Conv1d(8, 8, 1), last=nn.Conv1d(8, 4, 1))
+    x = torch.randn(2, 8, 16)
+    quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    program = inductor_x86.lower(quantized, x, own_kernels=False)
+    assert kernels(program, "qconv") == 3
+    assert tq.sqnr_db(quantized(x), program(x)) > 40
+
+
 def foreign(model, x, kinds, *specs):
     return tq.quantize(model, x, [x], quantizer=SpecQuantizer(kinds, *specs), algorithms=(), progress=False)
 

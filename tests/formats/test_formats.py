@@ -1,14 +1,20 @@
 """encode and decode: the grid's promises, and equality with torch's own quantize ops."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.ao.quantization.fx._decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torchquant as tq
 from torchquant.errors import SchemeError
+from torchquant.formats import encoded
 from torchquant.formats import integer as formats
-from torchquant.types import Format, QParams, TensorSpec
+from torchquant.lowering.target import Target
+from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.types import Capability, Format, QParams, Scheme, TensorSpec
 
 OPS = torch.ops.quantized_decomposed
 FORMATS = (formats.INT8, formats.INT8_NARROW, formats.UINT8, formats.UINT7, Format("int4", torch.int8, -8, 7))
@@ -113,3 +119,116 @@ def test_float8_codes_are_the_nearest_values_and_need_no_zero_point():
 def test_a_tensor_spec_that_contradicts_itself_is_refused(options):
     with pytest.raises(SchemeError):
         TensorSpec(**options)
+
+
+# formats of one's own -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ternary(encoded.EncodedFormat):
+    """-1, 0 and 1 times the mean magnitude of a cell, four codes to a byte, padded with zeros."""
+
+    def encode(self, cells):
+        scale = cells.abs().mean(1, keepdim=True)
+        codes = (cells / scale).round().clamp(-1, 1).add(1).to(torch.uint8)
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4), value=1)
+        return sum(codes[:, i::4] << 2 * i for i in range(4)), scale
+
+    def decode(self, *stored):
+        codes, scale = stored
+        assert float(scale.sum()) > 0  # of which no graph can be made
+        return torch.stack([codes >> 2 * i & 3 for i in range(4)], -1).flatten(1).float().sub(1) * scale
+
+
+@dataclass(frozen=True)
+class Broken(encoded.EncodedFormat):
+    """Its two functions are whatever is given."""
+
+    functions: tuple = ()
+
+    def encode(self, cells):
+        return self.functions[0](cells)
+
+    def decode(self, *stored):
+        return self.functions[1](*stored)
+
+
+def weights_in(format, granularity="channel", group_size=None):
+    weight = TensorSpec(format, symmetric=True, granularity=granularity, group_size=group_size)
+
+    class WeightOnly(CapabilityQuantizer):
+        target = Target("weights", "", "", "", {"own": Scheme("own", None, weight)}, _ROWS)
+
+    return WeightOnly()
+
+
+_ROWS = tuple(Capability(op, ("own",), "weighted") for op in ("linear", "conv2d"))
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Flatten(), torch.nn.Linear(45, 7)).eval()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_packed_format_takes_cells_of_any_size_and_is_saved(granularity, tmp_path):
+    model, x = network(), torch.randn(2, 3, 5, 5)
+    format = Ternary("ternary", torch.uint8, 0, 2)
+    graph = tq.quantize(model, x, [x], quantizer=weights_in(format, granularity), algorithms=[], progress=False)
+    for layer in (model[0], model[2]):
+        cells = layer.weight.detach().flatten(1) if granularity == "channel" else layer.weight.detach().reshape(1, -1)
+        scale = cells.abs().mean(1, keepdim=True)
+        layer.weight.data = ((cells / scale).round().clamp(-1, 1) * scale).reshape(layer.weight.shape)
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+    again = tq.load(tq.save(graph, tmp_path / "ternary.pt2"))
+    assert torch.equal(again(x), graph(x))
+    assert torch.equal(torch.compile(graph, backend="aot_eager")(x), graph(x))
+
+
+def test_a_file_in_a_format_that_is_not_imported_is_refused_by_name(tmp_path, monkeypatch):
+    x = torch.randn(2, 3, 5, 5)
+    quantizer = weights_in(Ternary("ternary", torch.uint8, 0, 2))
+    path = tq.save(
+        tq.quantize(network(), x, [x], quantizer=quantizer, algorithms=[], progress=False), tmp_path / "a.pt2"
+    )
+    monkeypatch.setattr(encoded, "_REGISTERED", {})
+    with pytest.raises(tq.ArtifactError, match=r"'ternary' is registered.*import the module"):
+        tq.load(path)
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode", "message"),
+    [
+        (lambda cells: cells, None, "returns Tensor, not a tuple"),
+        (lambda cells: (cells, 1.0), None, "returns float where"),
+        (lambda cells: (cells, cells.sum()), None, r"the first size of each must be 5"),
+        (lambda cells: cells.nothing, None, "raises AttributeError"),
+        (lambda cells: (cells,), lambda codes: codes[:, :2], r"decode returns shape \(5, 2\), not \(5, 27\)"),
+        (lambda cells: (cells,), lambda codes: codes / 0, "not finite"),
+    ],
+)
+def test_a_format_that_breaks_its_contract_is_refused_with_the_ops_name(encode, decode, message):
+    x, name = torch.randn(2, 3, 5, 5), f"broken {message}"
+    quantizer = weights_in(Broken(name, torch.uint8, 0, 2, functions=(encode, decode)))
+    with pytest.raises(SchemeError, match=f"weight of 0: format.*{message}"):
+        tq.quantize(network(), x, [x], quantizer=quantizer, algorithms=[], progress=False)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_the_ops_name():
+    x, quantizer = torch.randn(2, 3, 5, 5), weights_in(Ternary("ternary", torch.uint8, 0, 2), "group", 2)
+    with pytest.raises(SchemeError, match="weight of 0: 3 input features are no whole groups of 2"):
+        tq.quantize(network(), x, [x], quantizer=quantizer, algorithms=[], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (lambda: Capability("linearr", ("own",), "weighted"), "no kind of op is named 'linearr'"),
+        (lambda: Capability("relu", ("own",), "weighted"), "'relu' is 'weighted', and it has no weight"),
+        (lambda: Capability("linear", ("own",), "weight"), "no role 'weight'"),
+    ],
+)
+def test_a_row_of_capabilities_that_matches_nothing_is_refused(row, message):
+    scheme = Scheme("own", None, TensorSpec(formats.INT8, symmetric=True, granularity="channel"))
+    with pytest.raises(SchemeError, match=message):
+        Target("mine", "", "", "", {"own": scheme}, (row(),))

@@ -15,10 +15,11 @@ from torch.fx import GraphModule
 import torchquant.formats.dialect  # noqa: F401 - likewise
 from torchquant.artifacts import exported
 from torchquant.calibration import batches as data
-from torchquant.errors import ArtifactError, InputError
+from torchquant.errors import ArtifactError, InputError, SchemeError
 from torchquant.files import archive
 from torchquant.files.whole import reading, write_whole
-from torchquant.fx import passes
+from torchquant.formats.encoded import format_named
+from torchquant.fx import ops, passes
 from torchquant.fx.reading import is_converted
 from torchquant.fx.signature import Signature
 from torchquant.fx.states import own_states
@@ -104,7 +105,8 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
     Nothing that the file says is run: see `torchquant.artifacts.exported`.
 
     Raises:
-        ArtifactError: no such file, truncated, damaged, foreign, of another format, or torch cannot read it.
+        ArtifactError: no such file, truncated, damaged, foreign, of another version, with a number format that is not
+            imported, or torch cannot read it.
     """
     return graph_in(path, archive.contents(path, _KIND)[1])
 
@@ -116,7 +118,18 @@ def graph_in(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> Grap
     with reading(path, "a graph"):
         graph = program.module()
     assert isinstance(graph, GraphModule)
+    _ask_for_formats(path, graph)
     return graph
+
+
+def _ask_for_formats(path: str | os.PathLike[str], graph: GraphModule) -> None:
+    """Raise ArtifactError for weights in a format that nothing in this process defines."""
+    decoding = graph.graph.find_nodes(op="call_function", target=torch.ops.torchquant.dequantize_encoded.default)
+    for node in decoding:
+        try:
+            format_named(ops.arguments(node)["format"])
+        except SchemeError as error:
+            raise ArtifactError(f"{path}: {error}") from error
 
 
 def is_graph(path: str | os.PathLike[str]) -> bool:

@@ -6,6 +6,7 @@ A converted graph holds a weight's codes and what its cells have in common as bu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torchquant.errors import SchemeError
 from torchquant.types import Format
 
-__all__ = ["EncodedFormat", "cells_of", "format_named", "registered"]
+__all__ = ["EncodedFormat", "cells_of", "encoded", "format_named", "registered"]
 
 _REGISTERED: dict[str, EncodedFormat] = {}
 
@@ -49,7 +50,10 @@ class EncodedFormat(Format, ABC):
 
     @abstractmethod
     def decode(self, *stored: torch.Tensor) -> torch.Tensor:
-        """The float32 values (cells, weights) of what `encode` returned."""
+        """The float32 values (cells, weights) of what `encode` returned.
+
+        Where packing needs more weights than a cell has, the values may be more: those at the end are dropped.
+        """
 
     def bits_per_weight(self, cell: int, *, symmetric: bool = True) -> float:
         """Exactly, from what `encode` stores of one cell."""
@@ -79,8 +83,52 @@ def cells_of(weight: torch.Tensor, axis: int | None, group_size: int | None) -> 
     if group_size is None:
         return flat.reshape(1, -1) if axis is None else flat.transpose(0, axis).flatten(1)
     if flat.shape[1] % group_size:
-        raise SchemeError(f"{flat.shape[1]} input features are no whole groups of {group_size}")
+        raise SchemeError(
+            f"{flat.shape[1]} input features are no whole groups of {group_size}; take another group size"
+        )
     return flat.movedim(1, -1).reshape(-1, group_size)
+
+
+def encoded(format: EncodedFormat, cells: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `format` stores of cells, decoded once to see that they come back.
+
+    Raises:
+        SchemeError: the format's own code fails, or breaks its contract.
+    """
+    what = f"format {format.name!r}, cells of shape {tuple(cells.shape)}"
+    try:
+        stored = format.encode(cells)
+        broken = _broken(stored, len(cells))
+        values = None if broken else _decoded(format, *stored, width=cells.shape[1])
+    except SchemeError as error:
+        raise SchemeError(f"{what}: {error}") from error
+    except Exception as error:
+        raise SchemeError(f"{what}: its code raises {type(error).__name__}: {error}") from error
+    if values is not None and not bool(values.isfinite().all()):
+        broken = "decode returns values that are not finite"
+    if broken:
+        raise SchemeError(f"{what}: {broken}")
+    return tuple(part.detach() for part in stored)
+
+
+def _broken(stored: object, count: int) -> str:
+    """What is wrong with the result of `encode`; empty if nothing is."""
+    if not isinstance(stored, (tuple, list)):
+        return f"encode returns {type(stored).__name__}, not a tuple of tensors"
+    if others := {type(part).__name__ for part in stored if not isinstance(part, torch.Tensor)}:
+        return f"encode returns {', '.join(sorted(others))} where it must return tensors"
+    shapes = [tuple(part.shape) for part in stored]
+    if not shapes or any(shape[:1] != (count,) for shape in shapes):
+        return f"encode returns tensors of shapes {shapes}; the first size of each must be {count}, the number of cells"
+    return ""
+
+
+def _decoded(format: EncodedFormat, *stored: torch.Tensor, width: int) -> torch.Tensor:
+    """The values (cells, width), without those that packing added; raises SchemeError if there are too few."""
+    values = format.decode(*stored)
+    if values.ndim != 2 or len(values) != len(stored[0]) or values.shape[1] < width:
+        raise SchemeError(f"decode returns shape {tuple(values.shape)}, not ({len(stored[0])}, {width})")
+    return values[:, :width]
 
 
 def _weight_of(cells: torch.Tensor, shape: Sequence[int], axis: int | None, group_size: int | None) -> torch.Tensor:
@@ -104,7 +152,8 @@ def dequantize_encoded(
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weight of `shape` that codes and what their cells have in common stand for, in `output_dtype`."""
-    cells = format_named(format).decode(codes, *rest)
+    width = group_size or math.prod(shape) // (1 if axis is None else shape[axis])
+    cells = _decoded(format_named(format), codes, *rest, width=width)
     return _weight_of(cells, shape, axis, group_size).to(output_dtype).contiguous()
 
 
@@ -113,4 +162,9 @@ _LIBRARY.define(
     "dequantize_encoded(Tensor codes, Tensor[] rest, str format, int[] shape, int? axis, int? group_size, "
     "ScalarType output_dtype) -> Tensor"
 )
-_LIBRARY.impl("dequantize_encoded", dequantize_encoded, "CompositeImplicitAutograd")
+# opaque to tracing: a format may decode in ways that no graph can hold
+_LIBRARY.impl("dequantize_encoded", dequantize_encoded, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "torchquant::dequantize_encoded",
+    lambda codes, rest, format, shape, axis, group_size, output_dtype: codes.new_empty(shape, dtype=output_dtype),
+)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchquant.errors import SchemeError
+from torchquant.fx import ops
 from torchquant.types import Capability, Scheme
 
 __all__ = ["Target"]
@@ -43,6 +44,8 @@ class Target:
 
     def __post_init__(self) -> None:
         names = [row.op for row in self.capabilities]
+        for row in self.capabilities:
+            _check(self.name, row)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise SchemeError(f"target {self.name!r}: {', '.join(twice)} have more than one row of capabilities")
         used = {scheme for row in self.capabilities for scheme in row.schemes}
@@ -71,3 +74,12 @@ class Target:
         """The class of the Quantizer that annotates for this target."""
         module, _, name = self.quantizer.partition(":")
         return getattr(import_module(module), name)
+
+
+def _check(target: str, row: Capability) -> None:
+    """Raise SchemeError for a row with schemes that no op could ever match."""
+    kind = ops.BY_NAME.get(row.op)
+    if row.schemes and kind is None:
+        raise SchemeError(f"target {target!r}: no kind of op is named {row.op!r}; torchquant.fx.ops.KINDS has them all")
+    if row.role == "weighted" and kind is not None and kind.weight is None:
+        raise SchemeError(f"target {target!r}: the role of {row.op!r} is 'weighted', and it has no weight")

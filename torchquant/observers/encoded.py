@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from torchquant.formats.encoded import EncodedFormat, cells_of, dequantize_encoded
+from torchquant.errors import SchemeError
+from torchquant.formats.encoded import EncodedFormat, cells_of, dequantize_encoded, encoded
 from torchquant.fx import ops, passes
 from torchquant.observers.minmax import check_finite
 
@@ -52,6 +53,16 @@ class EncodedWeight(ObserverBase):
             stored[0], list(stored[1:]), self.format.name, weight.shape, self.axis, self.group_size, weight.dtype
         )
 
+    def _stored(self, node: Node, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the format stores of the weight of the op behind `node`; raises SchemeError with the op's name."""
+        try:
+            return encoded(self.format, cells_of(weight, self.axis, self.group_size))
+        except SchemeError as error:
+            owners = ", ".join(ops.module_path(user) or user.name for user in node.users)
+            raise SchemeError(
+                f"weight of {owners}: {error}. To leave the op out, exclude it in the Quantizer."
+            ) from error
+
     def convert(self, model: GraphModule, node: Node) -> None:
         """Called by `convert_pt2e`: the codes, and the op that decodes them, in place of the observer."""
         source, call = node.args[0], model.graph.call_function
@@ -59,7 +70,7 @@ class EncodedWeight(ObserverBase):
         with model.graph.inserting_before(node):
             if ops.is_constant(source):
                 weight = ops.constant_value(model, source)
-                stored = self.format.encode(cells_of(weight, self.axis, self.group_size))
+                stored = self._stored(node, weight)
                 codes = passes.add_buffer(model, f"{node.name}_codes", stored[0])
                 rest = [passes.add_buffer(model, f"{node.name}_scale_{i}", part) for i, part in enumerate(stored[1:])]
                 form = (self.format.name, list(weight.shape), self.axis, self.group_size, weight.dtype)
