@@ -336,7 +336,7 @@ def leftovers(folder: Path) -> list[str]:
 def compiled_by_many(folder: Path) -> dict[str, int]:
     """Ten processes load the kernels at once from an empty cache: how often they were compiled and linked."""
     environment = {**os.environ, **compiler(folder), "TORCHQUANT_CACHE": str(folder / "empty"), "QUICK": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", "from torchquant.ops import native; native.load()"]
+    command = [sys.executable, "-W", "ignore", "-c", "from torchquant.ops.x86 import native; native.load()"]
     running = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(PROCESSES)]
     failed = sum(process.wait() != 0 for process in running)
     calls = (folder / "compiled.txt").read_text().splitlines()

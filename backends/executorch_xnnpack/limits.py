@@ -49,7 +49,7 @@ def _weight_problem(site: Site) -> str:
         return "its weight is float, and XNNPACK's int8 ops take int8 weights"
     if weight.dtype != torch.int8:
         return f"its weight is {weight.dtype}, and XNNPACK takes int8"
-    if weight.scale is not None and weight.scale.dtype != torch.float32:
+    if weight.axis is not None and weight.scale is not None and weight.scale.dtype != torch.float32:
         return f"its scales are {weight.scale.dtype} (torch's default dtype at prepare), and XNNPACK takes float32"
     if weight.zero_point is not None and bool(weight.zero_point.any()):
         return "its weight has zero points, which XNNPACK drops without a word"

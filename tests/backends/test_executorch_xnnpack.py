@@ -156,10 +156,13 @@ def test_what_the_delegate_would_drop_or_change_is_refused_with_site_and_remedy(
 
 
 def test_scales_in_another_default_dtype_are_refused():
+    x = torch.randn(4, 8)
+    exported = torch.export.export(nets.mlp().eval(), (x,)).module()
     torch.set_default_dtype(torch.float64)
-    try:
-        x = torch.randn(4, 8, dtype=torch.float32)
-        quantized = foreign(nets.mlp().float(), x, {"linear"}, dynamic(), per_channel())
+    try:  # torchao's own calls, which ours keep from other dtypes
+        prepared = prepare_pt2e(exported, SpecQuantizer({"linear"}, dynamic(), per_channel()))
+        prepared(x)
+        quantized = convert_pt2e(prepared)
     finally:
         torch.set_default_dtype(torch.float32)
     with pytest.raises(tq.LoweringError, match=r"linear linear \(0\).*scales are torch.float64 .*default dtype"):

@@ -445,7 +445,7 @@ def test_a_program_with_onednns_products_is_not_loaded_where_they_saturate(monke
 WITHOUT_VNNI = """
 import torch, torchquant as tq
 from tests.backends.test_inductor_x86 import SevenBits, X86Quantizer, half_quantized, exactness, inductor_x86
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 assert torch.uint8 not in exactness.exact_dtypes()
 quantized, x = half_quantized(X86Quantizer())
 with native.use("avx2" if "avx2" in native.instruction_sets() else "portable"):

@@ -36,7 +36,7 @@ def write(part):
 write_whole(Path(FOLDER) / "model.pt2", write)
 """,
     "a build": """
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 def build(place):
     (place / "kernels.o").write_bytes(b"half")
     wait()

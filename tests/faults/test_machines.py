@@ -62,7 +62,7 @@ def test_of_many_processes_one_builds_and_the_others_wait(folder):
     script = """
 import os, time
 from pathlib import Path
-from torchquant.ops import native
+from torchquant.ops.x86 import native
 def build(place):
     with open(native.cache_folder() / "builds", "a") as log:
         log.write(f"{os.getpid()}\\n")

@@ -20,7 +20,7 @@ UINT8, UINT7, INT8 = Grid(0.02, 117), Grid(0.04, 60, 0, 127), signed(0.02, -17)
 
 MEASURED = """
 import json, sys, torch
-from torchquant.ops import exactness, saturation
+from torchquant.ops.x86 import exactness, saturation
 onednn = torch.ops.onednn
 def linear(x, w):
     packed = onednn.qlinear_prepack(w, list(x.shape))

@@ -510,10 +510,3 @@ def test_an_infinite_output_stays_infinite(batches, algorithm, quantizer):
     found, wanted = tq.convert(prepared)(batches[0]), model(batches[0])
     assert torch.equal(found[:, 1], wanted[:, 1])
     assert bool(found[:, 2:].isfinite().all())
-
-
-@pytest.mark.parametrize("algorithm", [tq.AdaQuant(4), BRECQ()])
-def test_learning_in_inference_mode_is_refused_with_the_way_out(model, batches, algorithm):
-    prepared = calibrated(model, batches, LINEAR)
-    with torch.inference_mode(), pytest.raises(tq.InputError, match=r"inference_mode.*no_grad"):
-        tq.optimize(prepared, batches, [algorithm], progress=False)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from torchquant.calibration.parallel import total_
-from torchquant.errors import CalibrationError, InputError
+from torchquant.errors import CalibrationError
 from torchquant.fx import ops
 
 _LARGEST_METRIC = 2048  # outputs of a site up to which their products are kept
@@ -30,18 +29,6 @@ def distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
         )
     parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
     return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """Record gradients inside the block; raises InputError where torch cannot."""
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "the algorithm learns by gradients, which torch.inference_mode() rules out: call it outside, or under "
-            "torch.no_grad()"
-        )
-    with torch.enable_grad():
-        yield
 
 
 def random_gradients(

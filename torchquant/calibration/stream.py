@@ -19,7 +19,6 @@ from torchquant.calibration.metric import (
     _LARGEST_METRIC,
     OutputMetric,
     distance,
-    gradients,
     outputs_of,
     random_gradients,
 )
@@ -33,7 +32,7 @@ from torchquant.fx.reading import observer_of
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.states import state_nodes
 
-__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "gradients", "outputs_of"]
+__all__ = ["FLOAT_BIAS", "Evaluator", "Flow", "Stream", "Task", "given_to", "outputs_of"]
 
 Flow = Literal["float", "quantized"]
 FLOAT_BIAS = "torchquant_float_bias"  # meta key of a corrected bias: the attribute that held the float one, or None
@@ -282,7 +281,7 @@ class Stream:
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")
-        with gradients():
+        with torch.enable_grad():
             for node in self._order:
                 evaluator.run([node], env)
                 for made in (*borders.get(node, ()), *([node] if node in sites else [])):

@@ -132,8 +132,15 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
             return tensors.read(path, path.read_bytes())
         with zipfile.ZipFile(path) as source:
             members = dict(archive.entries(path, source))
-        found = {name.removesuffix(".npy"): np.load(io.BytesIO(b), allow_pickle=False) for name, b in members.items()}
+        found = {name.removesuffix(".npy"): _array(name, content) for name, content in members.items()}
     return {name: _tensor(path, name, value) for name, value in found.items()}
+
+
+def _array(name: str, content: bytes) -> np.ndarray[Any, Any]:
+    array: Any = np.load(io.BytesIO(content), allow_pickle=False)
+    if not isinstance(array, np.ndarray):  # an archive inside the archive
+        raise ValueError(f"{name} is no array")
+    return array
 
 
 def _tensor(path: Path, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -26,7 +26,7 @@ from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend
 from torchquant.algorithms.spans.objective import Objective, dropped, passing
 from torchquant.calibration.parallel import total, total_, total_all_
-from torchquant.calibration.stream import Env, gradients
+from torchquant.calibration.stream import Env
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_of
 from torchquant.solving.contract import Clock
@@ -103,7 +103,7 @@ class _Steps:
         weights = {n: grid.decode(codes).requires_grad_() for n, (codes, grid) in solution.weights.items()}
         biases = {n: b.detach().clone().requires_grad_() for n, b in solution.biases.items()}
         error = 0.0
-        with gradients():
+        with torch.enable_grad():
             for env, wanted, sensitivities in self._batches():
                 self._run(env, weights, biases)
                 loss = self._objective.error(env, wanted, sensitivities)
@@ -149,7 +149,7 @@ class _Steps:
         sizes = {n: layout.matrix(start.weights[n][0]).shape[:2].numel() for n, layout in self._layouts.items()}
         sums = {n: torch.zeros((size, size) if size <= _LARGEST_COUPLED else (size,)) for n, size in sizes.items()}
         for env, wanted, sensitivities in self._batches():
-            with gradients():
+            with torch.enable_grad():
                 outputs = self._run(env, weights, start.biases, outputs=True)
                 loss = torch.zeros(())
                 for node, z, f in zip(self._task.results, wanted, sensitivities, strict=True):

@@ -18,7 +18,7 @@ from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.spans.objective import Objective, activation_observers, dropped, passing
 from torchquant.calibration.parallel import total, total_all_
-from torchquant.calibration.stream import Task, gradients
+from torchquant.calibration.stream import Task
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.grids import Grid, grid_of
@@ -145,7 +145,7 @@ class Reconstruction:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             if self.task.count:
-                with gradients():
+                with torch.enable_grad():
                     (self.loss() * share).backward()
             total_all_([p.grad for p in parameters if p.grad is not None])
             optimizer.step()

@@ -47,7 +47,6 @@ class Region:
         self.outputs: list[Node] = []
         self.done: set[Node] = set()
         self.products: dict[Step, tuple[matching.Weight, torch.Tensor]] = {}  # weight and bias of a step
-        self.largest: dict[Node, float] = {}  # filled where a max pool asks
 
     def size(self, node: Node) -> tuple[int, int, int]:
         """h, w, c of a node's value for one sample."""
