@@ -19,9 +19,9 @@ _turn = threading.RLock()
 
 
 def _turn_of_a_child() -> None:
-    """A forked child has no thread that could give the turn back."""
-    global _turn
-    _turn = threading.RLock()
+    """A forked child has no thread that could give the turn back, or leave the block in which float32 holds."""
+    global _turn, _float32_by_default
+    _turn, _float32_by_default = threading.RLock(), _DefaultDtype()
 
 
 if hasattr(os, "register_at_fork"):

@@ -133,9 +133,10 @@ class _CudaLowering(Lowering[CudaProgram]):
         self.device, self._settings = place, settings
 
     def refuse(self, quantized: GraphModule) -> None:
-        self.op_error = _op_error(quantized)
+        """What no kernel takes is refused where it is packed."""
 
     def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
+        self.op_error = _op_error(reference.graph)
         stage("packing weights")
         transformed = _transform(passes.copy_graph(reference.graph), self.compute)
         self._check_device(transformed.graph)

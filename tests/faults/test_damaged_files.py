@@ -88,6 +88,14 @@ def test_members_that_zipfile_loses_or_leaves_unchecked_are_missed(tmp_path, dam
         sources.load_batches(str(tmp_path / "b.npz"))
 
 
+def test_an_archive_in_the_place_of_an_array_is_no_array(tmp_path):
+    np.savez(tmp_path / "inner.npz", x=np.zeros(2))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as out:
+        out.writestr("x.npy", (tmp_path / "inner.npz").read_bytes())
+    with pytest.raises(tq.ArtifactError, match=r"a.npz .*x.npy is no array"):
+        sources.load_batches(str(tmp_path / "a.npz"))
+
+
 def test_what_stands_before_an_archive_is_held(tmp_path):
     path = tmp_path / "a.pte"
     path.write_bytes(b"a program")

@@ -17,6 +17,7 @@ import torch
 import torchquant as tq
 from torchquant.backends import executorch_xnnpack, inductor_cuda
 from torchquant.quantizers import CudaQuantizer, X86Quantizer, XnnpackQuantizer
+from torchquant.surroundings import own_modes
 
 SCRIPT = """
 import importlib, logging, random, sys, warnings
@@ -179,3 +180,18 @@ def test_all_of_a_caller_s_modes_change_nothing_in_a_program(tmp_path, backend, 
         read = tq.load(tq.save(graph, tmp_path / "graph.pt2", x))
     assert all(torch.equal(y, expected) for y in found)
     assert torch.equal(read(x), graph(x))
+
+
+def test_the_default_dtype_is_what_it_was_once_the_last_of_several_calls_has_ended():
+    torch.set_default_dtype(torch.float64)
+    try:
+        first, second = own_modes(), own_modes()
+        for modes in (first, second):
+            modes.__enter__()
+        assert torch.get_default_dtype() == torch.float32
+        second.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32  # the first call goes on
+        first.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

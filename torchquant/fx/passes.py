@@ -155,6 +155,13 @@ def add_buffer(model: GraphModule, name: str, value: torch.Tensor) -> Node:
     return node
 
 
+def put_in_place(model: GraphModule, node: Node, by: Node) -> None:
+    """Put what an observer converts to in the observer's place; it takes the notes over, not the value."""
+    by.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    node.replace_all_uses_with(by)
+    model.graph.erase_node(node)
+
+
 def remove_dead_weights(model: GraphModule) -> int:
     """Delete parameters and buffers that no node reads any more; returns their bytes.
 

@@ -39,10 +39,6 @@ from torchquant.measure.verify import Comparison, compare
 
 __all__ = ["FLOOR_DB", "MIN_SQNR_DB", "Perturbed", "Verdict", "cases_of", "hold_against"]
 
-_RANDOM = (
-    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial"),
-    *("normal", "normal_functional", "uniform", "poisson", "exponential"),
-)
 _MOST_ELEMENTS = 1 << 18  # of inputs of the largest sizes, or twice those of the example
 _STEPS = 3  # calls after which an artefact with state is looked at again
 
@@ -121,7 +117,7 @@ def hold_against(
             "can be proven; pass example_inputs on which it is not"
         )
     weak = [i for i, o in enumerate(found.outputs) if not is_clear(o)]
-    if weak and (draws := [n.name for n in reference.graph.nodes if ops.op_name(n) in _RANDOM]):
+    if weak and (draws := [n.name for n in reference.graph.nodes if ops.draws_numbers(n)]):
         raise LoweringError(
             f"{target}: {', '.join(draws[:4])} of the model draws random numbers, so no two runs agree and nothing can "
             "be proven; make them an input"

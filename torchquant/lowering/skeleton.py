@@ -18,15 +18,15 @@ from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
 from torchquant.lowering.accounts import accountable_sites, left_float
+from torchquant.lowering.judging import Run
 from torchquant.lowering.proof import Verdict, cases_of, hold_against
 from torchquant.lowering.stages import stages
 from torchquant.lowering.target import Target
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
 
-__all__ = ["Artefact", "Lowering", "lower"]
+__all__ = ["Artefact", "Cases", "Hold", "Lowering", "Run", "Stage", "lower"]
 
-Run = Callable[..., Any]
 Cases = Sequence[tuple[torch.Tensor, ...]]
 Hold = Callable[..., Verdict]  # hold(graph, run, build=...): `hold_against` with all else given
 Stage = Callable[[str], None]

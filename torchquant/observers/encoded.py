@@ -77,6 +77,4 @@ class EncodedWeight(ObserverBase):
                 values = call(torch.ops.torchquant.dequantize_encoded.default, (codes, rest, *form))
             else:
                 values = call(self.nearest, (source,))
-        values.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        node.replace_all_uses_with(values)
-        model.graph.erase_node(node)
+        passes.put_in_place(model, node, values)

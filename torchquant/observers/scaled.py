@@ -50,7 +50,7 @@ class _Scaled(Checked):
             values = model.graph.call_function(
                 torch.ops.torchquant.dequantize_scaled.default, (codes, scales, *grid, self.value_dtype)
             )
-        _replace(model, node, values)
+        passes.put_in_place(model, node, values)
 
 
 class ScaledActivation(_Scaled, MinMaxObserver):
@@ -93,10 +93,4 @@ class ScaledDynamicActivation(DynamicActivation):
             grid = (scale, self.quant_min, self.quant_max, self.dtype)
             codes = call(dialect.quantize_scaled.default, (source, *grid))
             values = call(dialect.dequantize_scaled.default, (codes, *grid, dtype))
-        _replace(model, node, values)
-
-
-def _replace(model: GraphModule, node: Node, values: Node) -> None:
-    values.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    node.replace_all_uses_with(values)
-    model.graph.erase_node(node)
+        passes.put_in_place(model, node, values)

@@ -68,9 +68,7 @@ class SolvedWeight(ObserverBase):
         with model.graph.inserting_before(node):
             codes = passes.add_buffer(model, f"{node.name}_codes", self.codes)
             values = self._dequantize(model, node, codes, source.meta.get("val"))
-        values.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        node.replace_all_uses_with(values)
-        model.graph.erase_node(node)
+        passes.put_in_place(model, node, values)
 
     def _dequantize(self, model: GraphModule, node: Node, codes: Node, float_value: Any) -> Node:
         grid, call = self.grid, model.graph.call_function
