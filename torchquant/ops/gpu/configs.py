@@ -25,11 +25,13 @@ __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "tabl
 
 WEIGHT_ONLY = ("w4a16", "w8a16")
 FORMATS = (*WEIGHT_ONLY, "int8", "fp8")
-TRIAL = frozenset(os.environ.get("TORCHQUANT_GPU_TRIAL", "").split(","))  # what no GPU has run, see kernels.py
+TRIAL = frozenset(
+    os.environ.get("TORCHQUANT_GPU_TRIAL", "").split(",")
+)  # features to try that no GPU has run yet, see kernels.py
 _PACKAGED = Path(__file__).parent / "measured"
-_HOPPER_BYTES = 200 * 1024  # of shared memory: no earlier chip lets a program have so much
-_MULTIPROCESSOR_BYTES = 228 * 1024  # of shared memory on Hopper, of which each program loses 1024
-_LARGEST = 8192  # rows: more are cut like this many
+_HOPPER_BYTES = 200 * 1024  # shared memory of a program: more than any GPU before Hopper has
+_MULTIPROCESSOR_BYTES = 228 * 1024  # shared memory of a Hopper multiprocessor; each program also takes 1024 bytes of it
+_LARGEST = 8192  # products with more rows than this use the config for this many
 _BUCKETS = {str(1 << i) for i in range(_LARGEST.bit_length())}
 
 
@@ -64,60 +66,62 @@ def bucket(m: int) -> int:
 
 def candidates(format: str, m: int) -> list[Config]:
     """What is worth trying for a product with m rows."""
-    rows = max(8, min(bucket(m), 32))
-    found: list[Config] = []
-    if format in ("w4a16", "w8a16"):
-        if m <= 64:
-            found += [Config("direct", rows, n, slices=s, warps=s, stages=a) for n, s, a in _DIRECT if rows * n <= 2048]
-        if m <= 128:
-            found += [
-                Config("skinny", rows, n, slices=s, warps=w, stages=st)
-                for n, s, w, st in _SKINNY_WEIGHT_ONLY
-                if rows * n <= 1024 and not (format == "w8a16" and n * s > 256)
-            ]
-        if m > 8:
-            found += [
-                Config("tiled", tile, n, slices=s, warps=w, stages=st)
-                for tile, n, w, st in _TILED_WEIGHT_ONLY
-                for s in (1, 2, 4)
-                if tile <= max(16, bucket(m)) and tile * 8 >= m and (s == 1 or m <= 256)
-            ]
-        if m > 32:
-            found += [
-                Config("pipelined", tile, n, slices=s, warps=w, stages=st)
-                for tile, n, w, st in _PIPELINED
-                for s in (1, 2, 4)
-                if "pipelined" in TRIAL
-                and tile <= max(64, bucket(m))
-                and (tile > 64 or m <= 512)
-                and (s == 1 or m <= 256)
-            ]
-            found.append(Config("dequantize"))
-        return found
+    return _weight_only_candidates(format, m) if format in WEIGHT_ONLY else _codes_candidates(m)
+
+
+def _weight_only_candidates(format: str, m: int) -> list[Config]:
+    rows, configs = max(8, min(bucket(m), 32)), []
+    if m <= 64:
+        configs += [Config("direct", rows, n, slices=s, warps=s, stages=a) for n, s, a in _DIRECT if rows * n <= 2048]
     if m <= 128:
-        found += [
+        configs += [
+            Config("skinny", rows, n, slices=s, warps=w, stages=st)
+            for n, s, w, st in _SKINNY_WEIGHT_ONLY
+            if rows * n <= 1024 and not (format == "w8a16" and n * s > 256)
+        ]
+    if m > 8:
+        configs += [
+            Config("tiled", tile, n, slices=s, warps=w, stages=st)
+            for tile, n, w, st in _TILED_WEIGHT_ONLY
+            for s in (1, 2, 4)
+            if tile <= max(16, bucket(m)) and tile * 8 >= m and (s == 1 or m <= 256)
+        ]
+    if m > 32 and "pipelined" in TRIAL:
+        configs += [
+            Config("pipelined", tile, n, slices=s, warps=w, stages=st)
+            for tile, n, w, st in _PIPELINED
+            for s in (1, 2, 4)
+            if tile <= max(64, bucket(m)) and (tile > 64 or m <= 512) and (s == 1 or m <= 256)
+        ]
+    return [*configs, Config("dequantize")] if m > 32 else configs
+
+
+def _codes_candidates(m: int) -> list[Config]:
+    rows, configs = max(8, min(bucket(m), 32)), []
+    if m <= 128:
+        configs += [
             Config("skinny", rows, n, k, slices=s, warps=w, stages=st, quantizes=q)
             for n, k, s, w, st in _SKINNY
             for q in ((True, False) if m <= 8 else (False,))
             if rows * n <= 1024
         ]
     if m > 16:
-        found += [
+        configs += [
             Config(kernel, tile, n, k, slices=s, warps=w, stages=st)
             for kernel, cuts in (("tiled", _TILED), ("copied", _COPIED))
             for tile, n, k, w, st in cuts
             for s in (1, 2, 4)
             if tile <= max(64, bucket(m)) and (s == 1 or m <= 256)
         ]
-        found.append(Config("library"))
-    return found
+        configs.append(Config("library"))
+    return configs
 
 
-# (outputs, slices, steps under way)
+# direct: (outputs, slices, steps of codes loaded ahead)
 _DIRECT = ((16, 4, 2), (16, 8, 1), (16, 8, 2), (16, 16, 1), (32, 4, 1), (32, 4, 2), (32, 8, 1))
-# (outputs, slices, warps, stages)
+# skinny, weight only: (outputs, slices, warps, stages)
 _SKINNY_WEIGHT_ONLY = ((32, 4, 4, 4), (64, 2, 2, 4), (64, 4, 4, 3), (128, 2, 2, 3))
-# (rows, outputs, warps, stages)
+# tiled, weight only: (rows, outputs, warps, stages)
 _TILED_WEIGHT_ONLY = (
     (16, 64, 4, 4),
     (16, 128, 4, 4),
@@ -130,7 +134,7 @@ _TILED_WEIGHT_ONLY = (
     (128, 128, 8, 3),
     (256, 128, 8, 3),
 )
-# the same; four warps: two programs on a multiprocessor
+# pipelined: (rows, outputs, warps, stages); with four warps a multiprocessor runs two programs
 _PIPELINED = (
     (64, 128, 4, 4),
     (64, 256, 8, 4),
@@ -141,7 +145,7 @@ _PIPELINED = (
     (256, 128, 8, 2),
     (256, 128, 8, 3),
 )
-# (outputs, columns, slices, warps, stages)
+# skinny, codes by codes: (outputs, columns, slices, warps, stages)
 _SKINNY = (
     (16, 128, 2, 2, 8),
     (16, 128, 4, 4, 4),
@@ -150,7 +154,7 @@ _SKINNY = (
     (32, 256, 4, 4, 3),
     (64, 128, 4, 4, 3),
 )
-# (rows, outputs, columns, warps, stages)
+# tiled, codes by codes: (rows, outputs, columns, warps, stages)
 _TILED = (
     (64, 64, 128, 4, 4),
     (64, 64, 256, 4, 3),
@@ -160,7 +164,7 @@ _TILED = (
     (128, 128, 128, 8, 3),
     (256, 128, 128, 8, 3),
 )
-# the same
+# copied: (rows, outputs, columns, warps, stages)
 _COPIED = (
     (64, 64, 128, 4, 4),
     (64, 128, 128, 4, 4),
@@ -177,8 +181,8 @@ def by_rule(format: str, m: int, n: int, multiprocessors: int, shared_bytes: int
         shared_bytes: shared memory that one program may have.
     """
     hopper = shared_bytes >= _HOPPER_BYTES
-    found = (_weight_only_rule if format in WEIGHT_ONLY else _codes_rule)(format, m, n, multiprocessors, hopper)
-    return _fitted(found, format, shared_bytes)
+    rule = _weight_only_rule if format in WEIGHT_ONLY else _codes_rule
+    return _fitted(rule(format, m, n, multiprocessors, hopper), format, shared_bytes)
 
 
 def _weight_only_rule(format: str, m: int, n: int, multiprocessors: int, hopper: bool) -> Config:
@@ -190,13 +194,13 @@ def _weight_only_rule(format: str, m: int, n: int, multiprocessors: int, hopper:
         return Config("direct", rows, 16, slices=8, warps=8, stages=1)
     if m > 256:
         return Config("dequantize")
-    if m > 128 and wide and hopper:  # before Hopper tensor cores took both operands from registers: too few for this
+    if m > 128 and wide and hopper:  # earlier tensor cores read both operands from registers: too few
         return Config("tiled", 256, 128, warps=8, stages=3)
-    found = Config("tiled", rows, 128 if wide or m > 32 else 64, warps=4, stages=3 if m > 32 else 4)
-    tiles = -(-n // found.n) * -(-m // found.m)
-    while found.slices < 4 and 2 * tiles * found.slices <= 3 * multiprocessors:
-        found = replace(found, slices=2 * found.slices)
-    return found
+    tiled = Config("tiled", rows, 128 if wide or m > 32 else 64, warps=4, stages=3 if m > 32 else 4)
+    tiles = -(-n // tiled.n) * -(-m // tiled.m)
+    while tiled.slices < 4 and 2 * tiles * tiled.slices <= 3 * multiprocessors:
+        tiled = replace(tiled, slices=2 * tiled.slices)
+    return tiled
 
 
 def _codes_rule(format: str, m: int, n: int, multiprocessors: int, hopper: bool) -> Config:
@@ -254,10 +258,10 @@ def convolution_by_rule(m: int, n: int) -> Config:
 
 def choose(format: str, m: int, n: int, k: int, device: torch.device, *, library: bool = True) -> Config:
     """The cut of a product x (m, k) by weight (n, k); `library`: whether cuBLAS takes it."""
-    found = _chosen(format, bucket(m), n, k, device)
-    if found.kernel == "library" and not library:
+    config = _chosen(format, bucket(m), n, k, device)
+    if config.kernel == "library" and not library:
         return Config("skinny", 8, 16, 128, slices=4, warps=4) if m <= 16 else Config("tiled", 64, 64, 128, stages=4)
-    return found
+    return config
 
 
 @functools.cache
@@ -302,10 +306,10 @@ def _measured(file: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
         return {}
     try:
         with reading(file, "a table of measurements"):
-            found = json.loads(file.read_text(encoding="utf-8"))
+            measurements = json.loads(file.read_text(encoding="utf-8"))
             entries = [
                 (format, size, rows, config)
-                for format, sizes in found.items()
+                for format, sizes in measurements.items()
                 for size, by_rows in sizes.items()
                 for rows, config in by_rows.items()
             ]
@@ -329,7 +333,9 @@ def _is_known(format: str, size: str, rows: str, config: Any) -> bool:
 
 
 def _same_types(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(type(value) is type(other[name]) for name, value in one.items())  # JSON's true is no 1
+    return all(
+        type(value) is type(other[name]) for name, value in one.items()
+    )  # JSON's true equals 1, but is no number of stages
 
 
 def remember(gpu: str, format: str, m: int, n: int, k: int, config: Config) -> Path:

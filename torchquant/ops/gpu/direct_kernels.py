@@ -92,7 +92,7 @@ def weight_only_direct(
         line = gl.arange(0, LINES, gl.BlockedLayout([1], [32], [S], [0]))
         fetch(lines_of(line, packed, n0, 0, 1, N, BLOCKS, BN, BITS), EARLY)
     follow(EARLY)
-    # outputs and rows beyond the matrices read the last ones instead: their sums are never stored
+    # indices beyond the matrices are clamped to the last output or row: their sums are never stored
     at = gl.minimum(n0 + _along(BN, 1, left), N - 1) * CHUNK + _along(CHUNK, 2, left)
     rows = gl.minimum(m0 + _along(BM, 2, right), M - 1).to(gl.int64) * K + _along(CHUNK, 1, right)
     s, sx = _along(S, 0, left), _along(S, 0, right)

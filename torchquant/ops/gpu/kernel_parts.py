@@ -12,26 +12,26 @@ __all__ = [
     "add_splits",
     "bytes_of",
     "clamp",
+    "constant",
     "fetch",
     "finish",
+    "finish_or_store_part",
     "follow",
     "nibbles_of",
     "offset_of",
 ]
 
-_CONSTANT = (
-    int if triton.knobs.runtime.interpret else tl.constexpr
-)  # the interpreter does arithmetic with plain numbers
-LINES = _CONSTANT(256)  # of 128 bytes: what a program fetches of its weights before the kernel in front has ended
+constant = int if triton.knobs.runtime.interpret else tl.constexpr  # the interpreter takes plain numbers as globals
+LINES = constant(256)  # cache lines of 128 bytes of weights that a program prefetches, see `fetch`
 
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
-    """Wait for the kernel in front, whose last programs may still run where this one was launched early.
+    """Wait until the preceding kernel has ended, if this one was launched early (programmatic dependent launch).
 
-    Comes before anything that is read or written: what is read may be the other's, and what is written may be read by
-    it. From here on the next kernel may be made ready, up to its own `follow`. Since every program waits before it lets
-    another begin, all kernels but the one in front are known to have ended.
+    It comes before all loads and stores: the preceding kernel may write what this one reads, and read what it writes.
+    Then let the next kernel begin, up to its own `follow`. Since every program waits before it lets the next kernel
+    begin, all kernels before the preceding one have ended too.
     """
     if EARLY:
         gdc_wait()
@@ -40,9 +40,9 @@ def follow(EARLY: tl.constexpr):
 
 @triton.jit
 def fetch(pointers, EARLY: tl.constexpr):
-    """Bring the lines at these addresses to the second-level cache, before `follow`: the weights that come first.
+    """Prefetch the cache lines at these addresses to L2, before `follow`: the weights that a program reads first.
 
-    Safe whoever writes them: that cache is where all processors' loads and stores meet.
+    This is safe even if the preceding kernel still writes them, since L2 is coherent for the whole GPU.
     """
     if EARLY:
         tl.inline_asm_elementwise(
@@ -89,6 +89,16 @@ def finish(y, m, n, mask, bias, residual, out, N, ACTIVATION: tl.constexpr):
     tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def finish_or_store_part(y, m, n, mask, bias, residual, out, M, N, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr):
+    """As `finish`; or with K split store y (BN, BM) as this program's part of out (SPLIT, M, N)."""
+    if SPLIT == 1:
+        finish(y, m, n, mask, bias, residual, out, N, ACTIVATION)
+    else:
+        part = out + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], y, mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def add_splits(
     parts,
@@ -122,6 +132,54 @@ def offset_of(dtype):
 
 
 @triton.jit
+def _nibbles_of_bfloat16(words):
+    """Four-bit codes in pairs of int16, as bfloat16 from 128 on."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 t, $4, 4;
+        lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 t, $4, 8;
+        lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 t, $4, 12;
+        lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA;
+        }
+        """,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _nibbles_of_float16(words):
+    """Four-bit codes in pairs of int16, as float16 from 1024 on."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+        shr.u32 t, $4, 4;
+        lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
+        shr.u32 t, $4, 8;
+        lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
+        shr.u32 t, $4, 12;
+        lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA;
+        }
+        """,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def nibbles_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """The four codes in each int16, as DTYPE, each plus `offset_of(DTYPE)`.
 
@@ -129,45 +187,9 @@ def nibbles_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
     nibble in its mantissa: one `and` and `or` for two codes, instead of conversions.
     """
     if ASM and DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA;
-            }
-            """,
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+        return _nibbles_of_bfloat16(words)
     elif ASM and DTYPE == tl.float16:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t;
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 4;
-            lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 8;
-            lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 t, $4, 12;
-            lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA;
-            }
-            """,
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        return _nibbles_of_float16(words)
     else:
         base: tl.constexpr = offset_of(DTYPE) - 8.0
         w0 = (words & 15).to(DTYPE) + base
@@ -178,50 +200,62 @@ def nibbles_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _bytes_of_bfloat16(words):
+    """Signed eight-bit codes in pairs of int16, as bfloat16."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, u, v, one;
+        mov.b32 one, 0x3F803F80;
+        lop3.b32 t, $2, 0x007F007F, 0x43004300, 0xEA;
+        lop3.b32 u, $2, 0x00800080, 0xC300C300, 0xEA;
+        fma.rn.bf16x2 $0, t, one, u;
+        shr.u32 v, $2, 8;
+        lop3.b32 t, v, 0x007F007F, 0x43004300, 0xEA;
+        lop3.b32 u, v, 0x00800080, 0xC300C300, 0xEA;
+        fma.rn.bf16x2 $1, t, one, u;
+        }
+        """,
+        "=&r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _bytes_of_float16(words):
+    """Signed eight-bit codes in pairs of int16, as float16."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, v, offset;
+        mov.b32 offset, 0xE480E480;
+        lop3.b32 t, $2, 0x00FF00FF, 0x64806480, 0x6A;
+        add.rn.f16x2 $0, t, offset;
+        shr.u32 v, $2, 8;
+        lop3.b32 t, v, 0x00FF00FF, 0x64806480, 0x6A;
+        add.rn.f16x2 $1, t, offset;
+        }
+        """,
+        "=&r,=r,r",
+        [words],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def bytes_of(words, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """The two signed codes in each int16, as DTYPE.
 
     A bfloat16's mantissa takes seven bits: the sign chooses between 128 and 256 to subtract. A float16's takes eight.
     """
     if ASM and DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v, one;
-            mov.b32 one, 0x3F803F80;
-            lop3.b32 t, $2, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 u, $2, 0x00800080, 0xC300C300, 0xEA;
-            fma.rn.bf16x2 $0, t, one, u;
-            shr.u32 v, $2, 8;
-            lop3.b32 t, v, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 u, v, 0x00800080, 0xC300C300, 0xEA;
-            fma.rn.bf16x2 $1, t, one, u;
-            }
-            """,
-            "=&r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+        return _bytes_of_bfloat16(words)
     elif ASM and DTYPE == tl.float16:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, v, offset;
-            mov.b32 offset, 0xE480E480;
-            lop3.b32 t, $2, 0x00FF00FF, 0x64806480, 0x6A;
-            add.rn.f16x2 $0, t, offset;
-            shr.u32 v, $2, 8;
-            lop3.b32 t, v, 0x00FF00FF, 0x64806480, 0x6A;
-            add.rn.f16x2 $1, t, offset;
-            }
-            """,
-            "=&r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        return _bytes_of_float16(words)
     else:
         return words.to(tl.int8).to(DTYPE), (words >> 8).to(tl.int8).to(DTYPE)

@@ -24,18 +24,12 @@ No GPU has run *pipelined* yet, nor kernels that begin while the one in front of
 M is never specialized on: one compiled kernel serves every M. K is a constant of the kernel.
 """
 
+from torchquant.ops.gpu.convolution_kernels import scaled_convolution
 from torchquant.ops.gpu.direct_kernels import weight_only_direct
 from torchquant.ops.gpu.kernel_parts import add_splits
 from torchquant.ops.gpu.pipelined_kernels import weight_only_pipelined
-from torchquant.ops.gpu.scaled_kernels import (
-    quantize_rows,
-    quantize_tensor,
-    scale_products,
-    scaled_convolution,
-    scaled_copied,
-    scaled_skinny,
-    scaled_tiled,
-)
+from torchquant.ops.gpu.quantizing_kernels import quantize_rows, quantize_tensor
+from torchquant.ops.gpu.scaled_kernels import scale_products, scaled_copied, scaled_skinny, scaled_tiled
 from torchquant.ops.gpu.weight_only_kernels import dequantize_weight, weight_only_skinny, weight_only_tiled
 
 __all__ = [

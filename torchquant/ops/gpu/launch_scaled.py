@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -68,7 +66,7 @@ def _quantized(x: torch.Tensor, dtype: torch.dtype, scales: Scales, grid: Grid) 
     if scales.x_scale is not None:
         return _quantize_tensor(x, dtype, scales, grid), scales
     codes, x_scale = quantize_rows(x, dtype, grid)
-    return codes, replace(scales, x_scale=x_scale)
+    return codes, Scales(scales.weight_scale, x_scale, scales.x_zero_point, scales.weight_sum)
 
 
 def scaled(

@@ -29,7 +29,9 @@ def weight_only(
     if config is None:
         config = configs.choose(f"w{weight.bits}a16", m, n, k, x.device)
     epilogue = epilogue.by_rows(n)
-    if config.kernel == "pipelined" and (k % 8 or x.data_ptr() % 16):  # Hopper's copy engine needs rows of 16 n bytes
+    if config.kernel == "pipelined" and (
+        k % 8 or x.data_ptr() % 16
+    ):  # TMA needs rows that begin at multiples of 16 bytes
         config = replace(config, kernel="tiled", m=min(config.m, 128), n=128, warps=8, stages=3)
     if config.kernel == "dequantize":
         return _by_float_weight(x, weight, epilogue, out)
@@ -95,7 +97,7 @@ def _by_tiles(x: torch.Tensor, weight: PackedWeight, epilogue: Epilogue, out: to
         launch(x, weight, epilogue, out, split, config)
         return
     partial_sums = x.new_empty(split, *out.shape, dtype=torch.float32)
-    launch(x, weight, replace(epilogue, bias=None, residual=None), partial_sums, split, config)
+    launch(x, weight, Epilogue(activation=epilogue.activation), partial_sums, split, config)
     add_splits(partial_sums, epilogue, out, split)
 
 

@@ -47,10 +47,10 @@ class Code:
 
     def __init__(self, built: Any) -> None:
         usage = _disassembled("-res-usage", built.asm["cubin"])
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found is not None, usage
+        counts = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert counts is not None, usage
         self.name: str = built.metadata.name
-        self.registers, self.stack_bytes = int(found.group(1)), int(found.group(2))
+        self.registers, self.stack_bytes = int(counts.group(1)), int(counts.group(2))
         self.shared_bytes: int = built.metadata.shared
         self.instructions = _disassembled("-sass", built.asm["cubin"])
 
@@ -73,7 +73,7 @@ def compiled(capability: int, run: Callable[[], object]) -> list[Code]:
     Raises:
         RuntimeError: a kernel does not compile.
     """
-    found: list[Any] = []
+    built: list[Any] = []
 
     class Compiling:
         """Stands in a kernel's place."""
@@ -82,12 +82,12 @@ def compiled(capability: int, run: Callable[[], object]) -> list[Code]:
             self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *arguments, **options: found.append(self.kernel.warmup(*arguments, grid=grid, **options))
+            return lambda *arguments, **options: built.append(self.kernel.warmup(*arguments, grid=grid, **options))
 
     originals = {name: getattr(kernels, name) for name in kernels.__all__}
     in_place: dict[str, Any] = {name: Compiling(kernel) for name, kernel in originals.items()}
     for kernel in originals.values():
-        kernel.device_caches.clear()  # of another capability
+        kernel.device_caches.clear()  # it may hold code for another capability
     with (
         mock.patch.object(driver, "_active", Target(capability)),
         mock.patch.multiple(kernels, **in_place),
@@ -95,7 +95,7 @@ def compiled(capability: int, run: Callable[[], object]) -> list[Code]:
         run()
     for kernel in originals.values():
         kernel.device_caches.clear()
-    return [Code(built) for built in found]
+    return [Code(kernel) for kernel in built]
 
 
 def _disassembled(option: str, cubin: bytes) -> str:

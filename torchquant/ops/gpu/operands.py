@@ -6,7 +6,7 @@ Shapes: x (M, K), weight (N, K), y (M, N); rows of x are pixels where the produc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,7 +40,10 @@ class Epilogue:
 
     def by_rows(self, n: int) -> Epilogue:
         """The same with the residual as a contiguous matrix (M, n)."""
-        return self if self.residual is None else replace(self, residual=self.residual.reshape(-1, n).contiguous())
+        residual = self.residual
+        if residual is None or (residual.dim() == 2 and residual.is_contiguous()):
+            return self
+        return Epilogue(self.bias, residual.reshape(-1, n).contiguous(), self.activation)
 
     def apply(self, y: torch.Tensor) -> torch.Tensor:
         """The same in plain PyTorch, in y's dtype."""
@@ -94,8 +97,11 @@ class Scales:
 
     def by_rows(self) -> Scales:
         """The same with one axis for all rows of x."""
-        x_scale, x_zero_point = (None if v is None else v.reshape(-1) for v in (self.x_scale, self.x_zero_point))
-        return replace(self, x_scale=x_scale, x_zero_point=x_zero_point)
+        x_scale, x_zero_point = self.x_scale, self.x_zero_point
+        if x_scale is None:
+            return self
+        x_zero_point = None if x_zero_point is None else x_zero_point.reshape(-1)
+        return Scales(self.weight_scale, x_scale.reshape(-1), x_zero_point, self.weight_sum)
 
     def for_kernel(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """In the order in which kernels take them."""
@@ -104,10 +110,11 @@ class Scales:
     @property
     def strides(self) -> tuple[int, int, int]:
         """Of x_scale, x_zero_point and weight_scale: 1 where each row or output has a value, 0 where all share one."""
-        x_scale, x_zero_point, weight_scale = (
-            int(v is not None and v.numel() > 1) for v in (self.x_scale, self.x_zero_point, self.weight_scale)
-        )
-        return x_scale, x_zero_point, weight_scale
+        return _stride(self.x_scale), _stride(self.x_zero_point), _stride(self.weight_scale)
+
+
+def _stride(values: torch.Tensor | None) -> int:
+    return int(values is not None and values.numel() > 1)
 
 
 @dataclass(frozen=True)

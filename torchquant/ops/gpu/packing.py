@@ -42,7 +42,7 @@ def pack_weight(codes: torch.Tensor, bits: int) -> torch.Tensor:
     words = torch.zeros_like(parts[:, 0])
     for i in range(_PARTS):
         words |= parts[:, i] + 8 << 4 * i
-    return words.to(torch.int16)  # the lower 16 bits
+    return words.to(torch.int16)  # keeps the lower 16 bits
 
 
 def unpack_weight(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _values(words, i: gl.constexpr, params, ZERO: gl.constexpr, BITS: gl.constex
     if ZERO:
         zero = (params >> 16).to(gl.uint16).to(DTYPE, bitcast=True)
         if BITS == 4:
-            zero += offset_of(DTYPE)  # exact: integers
+            zero += offset_of(DTYPE)  # exact, since both are small integers
     return gl.inline_asm_elementwise(
         _unpacking(BITS, i, DTYPE, ZERO),
         "=r,r,r,r",
@@ -98,7 +98,7 @@ def _copy(x, packed, qparams, rings, place, block, stage, there, N, G: gl.conste
     HALVES: gl.constexpr = codes_ring.shape[0] // x_ring.shape[0]
     GROUPS: gl.constexpr = params_ring.shape[0] // x_ring.shape[0]
     full = ready.index(stage)
-    # beyond matrices come zeros, or codes and scales of other outputs, whose sums are never stored
+    # beyond the matrices zeros are read, or codes and scales of other outputs, whose sums are never stored
     mbarrier.expect(full, BM * BLOCK * 2 + HALVES * BN * CHUNK * 2 + GROUPS * BN * 4, pred=there)
     for i in gl.static_range(HALVES):
         codes = codes_ring.index(stage * HALVES + i)
@@ -162,7 +162,7 @@ def weight_only_pipelined(
     BN: gl.constexpr = packed.block_shape[0]
     BLOCKS: gl.constexpr = (K + BLOCK - 1) // BLOCK
     HALVES: gl.constexpr = BITS // 4
-    GROUPS: gl.constexpr = 1 if G % BLOCK == 0 else 4  # of a block
+    GROUPS: gl.constexpr = 1 if G % BLOCK == 0 else 4  # sets of scales for a block
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     x_ring = gl.allocate_shared_memory(D, [STAGES, BM, BLOCK], x.layout)
@@ -173,7 +173,7 @@ def weight_only_pipelined(
         mbarrier.init(ready.index(i), count=1)
     rings = (x_ring, codes_ring, params_ring, ready)
     tiles = gl.cdiv(M, BM) * gl.cdiv(N, BN) * SPLIT
-    # what is copied next, some steps ahead of what is multiplied
+    # the next block to copy, STAGES - 1 steps ahead of the block that is multiplied
     next_tile = gl.program_id(0)
     next_place = _place(next_tile, M, N, BM, BN, SPLIT)
     next_block = next_place[2]
@@ -182,7 +182,7 @@ def weight_only_pipelined(
         next_tile, next_place, next_block = _next(next_tile, next_place, next_block, M, N, BM, BN, BLOCKS, SPLIT)
     stage = 0
     phase = 0
-    free = STAGES - 1  # the stage that the last step has left
+    free = STAGES - 1  # the stage whose block has been multiplied
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m0, n0, part = _place(tile, M, N, BM, BN, SPLIT)
         acc = gl.zeros((BN, BM), gl.float32, sums)
@@ -196,13 +196,13 @@ def weight_only_pipelined(
                 values = _values(words, i, params, ZERO, BITS, D)
                 columns = x_ring.index(stage).slice(i * CHUNK, CHUNK, 1).permute((1, 0))
                 acc = warpgroup_mma(values, columns, acc, is_async=True)
-                if i == 1:  # the first wait was for the last chunk of the last step, and two chunks are under way
+                if i == 1:  # the last step's products are done, so its stage may be overwritten
                     gl.thread_barrier()
                     _copy(x, packed, qparams, rings, next_place, next_block, free, next_tile < tiles, N, G)
                     next_tile, next_place, next_block = _next(
                         next_tile, next_place, next_block, M, N, BM, BN, BLOCKS, SPLIT
                     )
-                acc = warpgroup_mma_wait(1, deps=[acc])  # for the chunk before this one
+                acc = warpgroup_mma_wait(1, deps=[acc])  # until the products of the chunk before this one are done
             free = stage
             stage += 1
             if stage == STAGES:

@@ -24,7 +24,7 @@ from torchquant.ops.gpu.products import Product
 
 __all__ = ["Precompiling"]
 
-Request = tuple[Product, int, Config]  # a product, its rows, the kernel
+Request = tuple[Product, int, Config]  # a product, its number of rows, the kernel to compile
 
 
 class Precompiling:
@@ -88,10 +88,10 @@ def _main() -> None:
 
     JITFunction.run = compile_only
     for line in sys.stdin:
-        found = json.loads(line)
-        dtype = getattr(torch, found["product"].pop("dtype"))
+        request = json.loads(line)
+        dtype = getattr(torch, request["product"].pop("dtype"))
         try:
-            compile_one(Product(**found["product"], dtype=dtype), found["m"], Config(**found["config"]))
+            compile_one(Product(**request["product"], dtype=dtype), request["m"], Config(**request["config"]))
         except Exception as error:
             print(f"{line.strip()}: {type(error).__name__}: {str(error)[-300:]!r}")
 

@@ -13,7 +13,7 @@ from torchquant.ops.gpu.operands import Epilogue, Grid, PackedWeight, Scales
 __all__ = ["EPS", "GRIDS", "Product", "relative_error"]
 
 EPS = 2.0**-100
-GRIDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # codes and the largest of them
+GRIDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # dtype of the codes, and the largest code
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Product:
                 codes = torch.randint(-127, 128, (self.n, self.k), dtype=dtype, device=device)
             else:
                 values = torch.randn(self.n, self.k, dtype=torch.bfloat16, device=device).mul_(most / 4)
-                codes = values.clamp_(-most, most).to(dtype)  # beyond the largest is NaN
+                codes = values.clamp_(-most, most).to(dtype)  # float8 has no infinity: larger values would be NaN
             return codes, torch.rand(self.n, device=device) * 0.02 / most + 1e-6
         blocks = -(-self.k // packing.BLOCK)
         shape = (blocks, self.n, packing.CHUNK) if self.bits == 4 else (blocks, 2, self.n, packing.CHUNK)

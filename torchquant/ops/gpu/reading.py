@@ -195,11 +195,11 @@ def _check_weight_only(weight: Weight) -> None:
 def read_input(reading: GraphReading, values: Node) -> Input:
     """How `values` were quantized, as far as kernels take it; otherwise the floats as they are."""
     node, quantized = source_of(values), reading.tensor(values)
-    found = None if quantized is None else _input_of(quantized)
-    if found is None or (node is not values and found.how != "static"):
+    activations = None if quantized is None else _input_of(quantized)
+    if activations is None or (node is not values and activations.how != "static"):
         return Input(values)
-    # behind a reshape: quantized once more, a static grid gives the same codes
-    return found if node is values else replace(found, source=values)
+    # values behind a reshape are quantized again by a kernel: only a static grid gives the same codes
+    return activations if node is values else replace(activations, source=values)
 
 
 def _input_of(quantized: Quantized) -> Input | None:
@@ -224,7 +224,7 @@ def _dynamic(
     choice = quantized.choice
     if choice is None or choice.source is not source:
         return None
-    if ops.qdq_name(choice.node) == _PER_TOKEN and limits[1:] != (-128, 127):  # a grid that this op takes for granted
+    if ops.qdq_name(choice.node) == _PER_TOKEN and limits[1:] != (-128, 127):  # the only grid that this op has
         return None
     eps = max(choice.eps or EPS, EPS)
     return Input(source, "dynamic", *limits, choice.axis, choice.symmetric, eps, output_dtype=wanted)

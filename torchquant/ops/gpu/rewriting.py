@@ -84,7 +84,9 @@ class _Rewriting:
         self.place = {node: i for i, node in enumerate(model.graph.nodes)}
         self.writers = {n for n in self.place if (s := ops.schema_of(n)) is not None and s.is_mutable}
         self.new: dict[Node, Node] = {}
-        self.operands: dict[tuple[Input, tuple[int, ...] | None], tuple[Node, _Operand]] = {}  # and its first reader
+        self.operands: dict[
+            tuple[Input, tuple[int, ...] | None], tuple[Node, _Operand]
+        ] = {}  # and the first node that reads it
 
     def written(self, first: Node, last: Node, apart_from: Sequence[Node] = ()) -> bool:
         """Whether something is written in place between two nodes, so that neither may move to the other."""
@@ -153,7 +155,7 @@ class _Rewriting:
         if other is node or not isinstance(other, Node) or not ops.is_float(other):
             return None
         if user in self.writers and left is not node and not (other in self.new.values() and _only_user(other)):
-            return None  # it writes into the other addend, which others may read
+            return None  # an in-place addition into the other addend, which other nodes may read
         value, addend, total = (n.meta.get("val") for n in (node, other, user))
         if value is None or addend is None or total is None:
             return None
@@ -205,39 +207,39 @@ class _Rewriting:
         total = codes.sum(-1, dtype=torch.int32).flatten(1) if zero_point is not None else None
         stored = (self._stored(f"{name}_weight", codes), self._stored(f"{name}_scale", weight.scale.flatten()))
         factors = (x_scale, zero_point, self._stored(f"{name}_sum", total), bias, residual)
-        padding = [min(pair) for pair in window.padding]  # the rest is there already
+        padding = [min(pair) for pair in window.padding]  # `_read` has added the rest
         form = (list(window.stride), padding, list(window.dilation), activation, layer.node.meta["val"].dtype)
         y = call(torch.ops.torchquant.scaled_conv2d.default, (values, *stored, *factors, *form))
         return call(aten.squeeze.dim, (y, 1)) if line else y
 
     def _operand(self, layer: Layer) -> _Operand:
         """What the kernel reads, of an image channels last: codes, or floats that it quantizes by rows."""
-        given, window = layer.input, layer.window
+        activations, window = layer.input, layer.window
         uneven = None if window is None else window.uneven
-        known = self.operands.get((given, uneven))
+        known = self.operands.get((activations, uneven))
         if known is None or self.written(known[0], layer.node):
-            known = layer.node, self._read(given, uneven, layer.weight.codes.device)
-            self.operands[given, uneven] = known
+            known = layer.node, self._read(activations, uneven, layer.weight.codes.device)
+            self.operands[activations, uneven] = known
         x, scale, zero_point = known[1]
         if window is None or not window.one_pixel:
             return x, scale, zero_point
-        if scale is None or given.how == "static" or given.axis is None:
+        if scale is None or activations.how == "static" or activations.axis is None:
             return self._strided(x, window), scale, zero_point
         points = None if zero_point is None else self._strided(zero_point, window)
         return self._strided(x, window), self._strided(scale, window), points
 
-    def _read(self, given: Input, uneven: tuple[int, ...] | None, device: torch.device) -> _Operand:
-        """The operand of every layer that reads `given` so; ops of an image see it channels last, as they write it."""
-        x, call = self._now(given.source), self.graph.call_function
+    def _read(self, activations: Input, uneven: tuple[int, ...] | None, device: torch.device) -> _Operand:
+        """The operand of every layer with these activations; ops of an image see it channels last, as they write it."""
+        x, call = self._now(activations.source), self.graph.call_function
         if uneven is not None:
             x = call(aten.permute.default, (x, [0, *range(2, len(uneven) + 2), 1]))
-            given = replace(given, axis=None if given.axis is None else -1)
+            activations = replace(activations, axis=None if activations.axis is None else -1)
             if any(uneven):
                 x = call(aten.constant_pad_nd.default, (x, [0, 0, *(n for more in uneven[::-1] for n in (0, more))]))
         scale = zero_point = None
-        by_rows = given.how == "dynamic" and given.symmetric and given.axis is not None
-        if given.how != "float" and not by_rows:
-            x, scale, zero_point = _quantized(self.model, x, given, device)
+        by_rows = activations.how == "dynamic" and activations.symmetric and activations.axis is not None
+        if activations.how != "float" and not by_rows:
+            x, scale, zero_point = _quantized(self.model, x, activations, device)
         return x if uneven is None else call(aten.contiguous.default, (x,)), scale, zero_point
 
     def _strided(self, x: Node, window: Window) -> Node:
@@ -248,7 +250,7 @@ class _Rewriting:
         return x if set(window.stride) == {1} else self.graph.call_function(aten.contiguous.default, (x,))
 
     def _channels_last(self, image: Node) -> Node:
-        """Laid out by what makes it, not in the kernel's launch."""
+        """The image channels last: a copy in the graph, which Inductor fuses, instead of one at each launch."""
         rank = len(ops.shape_of(image) or ())
         rows = self.graph.call_function(aten.permute.default, (image, [0, *range(2, rank), 1]))
         return self.graph.call_function(aten.contiguous.default, (rows,))
@@ -266,23 +268,23 @@ class _Rewriting:
 
 
 def _quantized(
-    model: GraphModule, source: Node, given: Input, device: torch.device | None = None
+    model: GraphModule, source: Node, activations: Input, device: torch.device | None = None
 ) -> tuple[Node, Node, Node | None]:
     """Nodes of codes, scale and zero point (None: 0), in ops that Inductor fuses with what makes `source`."""
     call, dialect = model.graph.call_function, torch.ops.torchquant
-    grid = (given.low, given.high)
+    grid = (activations.low, activations.high)
     zero_point: Node | None = None
-    if given.how == "static":
-        scale = passes.add_buffer(model, f"{source.name}_scale", torch.tensor([given.scale], device=device))
-        if given.zero_point:
-            value = torch.tensor([given.zero_point], dtype=torch.int32, device=device)
+    if activations.how == "static":
+        scale = passes.add_buffer(model, f"{source.name}_scale", torch.tensor([activations.scale], device=device))
+        if activations.zero_point:
+            value = torch.tensor([activations.zero_point], dtype=torch.int32, device=device)
             zero_point = passes.add_buffer(model, f"{source.name}_zero_point", value)
-    elif given.symmetric:
-        scale = call(dialect.choose_scale.default, (source, given.axis, *grid, given.eps))
+    elif activations.symmetric:
+        scale = call(dialect.choose_scale.default, (source, activations.axis, *grid, activations.eps))
     else:
-        chosen = call(dialect.choose_affine.default, (source, given.axis, *grid, given.eps))
+        chosen = call(dialect.choose_affine.default, (source, activations.axis, *grid, activations.eps))
         scale, zero_point = (call(operator.getitem, (chosen, i)) for i in (0, 1))
-    codes = call(dialect.quantize_scaled.default, (source, scale, *grid, given.dtype, zero_point))
+    codes = call(dialect.quantize_scaled.default, (source, scale, *grid, activations.dtype, zero_point))
     return codes, scale, zero_point
 
 
@@ -292,11 +294,12 @@ def _fusible_rounding(model: GraphModule) -> None:
     reading = GraphReading(model)
 
     def rewrite_one(model: GraphModule, node: Node) -> Node | None:
-        given = read_input(reading, node)
-        if given.how != "dynamic":
+        activations = read_input(reading, node)
+        if activations.how != "dynamic":
             return None
-        codes, scale, zero_point = _quantized(model, given.source, given)
-        args: tuple[Any, ...] = (codes, scale, given.low, given.high, given.dtype, given.output_dtype, zero_point)
+        codes, scale, zero_point = _quantized(model, activations.source, activations)
+        grid, dtypes = (activations.low, activations.high), (activations.dtype, activations.output_dtype)
+        args: tuple[Any, ...] = (codes, scale, *grid, *dtypes, zero_point)
         return model.graph.call_function(torch.ops.torchquant.dequantize_scaled.default, args)
 
     def foreign(node: Node) -> bool:
@@ -332,16 +335,16 @@ def _channels_second(rank: int) -> list[int]:
 
 def _activation(node: Node) -> str | None:
     """The kernel's name of an activation, or None."""
-    name, given = ops.op_name(node), ops.arguments(node)
+    name, arguments = ops.op_name(node), ops.arguments(node)
     if name in ("relu", "silu"):
         return name
     if name == "gelu":
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(given.get("approximate", "none"))
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments.get("approximate", "none"))
     if name != "hardtanh":
         return None
     if "relu6" in ops.overload_of(node):
         return "relu6"
     default = (-1, 1) if "hardtanh" in ops.overload_of(node) else (None, None)
-    low = given.get("min_val", given.get("min", default[0]))
-    high = given.get("max_val", given.get("max", default[1]))
+    low = arguments.get("min_val", arguments.get("min", default[0]))
+    high = arguments.get("max_val", arguments.get("max", default[1]))
     return "relu6" if (low, high) == (0, 6) else "relu" if (low, high) == (0, None) else None

@@ -32,7 +32,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> Sampler:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in (*calls, *calls)[:2]:  # compiles, loads, and allocates what is allocated once
+        for call in (*calls, *calls)[:2]:  # the first calls compile, load, and allocate workspaces
             call()
     sample = _replayed(_graph(calls, stream), len(calls))
     rounds = min(_MOST_ROUNDS, int(_GRAPH_US / (sample() * len(calls))))
@@ -81,8 +81,8 @@ def wall_clock(calls: Sequence[Callable[[], object]]) -> Sampler:
 
 def in_turns(samplers: Mapping[_Name, Sampler], rounds: int) -> dict[_Name, list[float]]:
     """Samples of each, taken in turns so that drift hits all alike."""
-    found: dict[_Name, list[float]] = {name: [] for name in samplers}
+    samples: dict[_Name, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, sample in samplers.items():
-            found[name].append(sample())
-    return found
+            samples[name].append(sample())
+    return samples

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,27 @@ def search(
                 skipped[config] = f"its relative error is {error:.1e}"
             else:
                 samplers[config] = capture([_call(product, x, weight, config) for weight in weights])
-        except Exception as error:  # it does not fit this GPU, or cuBLAS does not take these sizes
+        except Exception as error:  # too large for this GPU, or a size that cuBLAS does not take
             skipped[config] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not samplers:
         raise RuntimeError(f"no kernel for {product} with {m} rows ran: {skipped}")
-    first = {c: statistics.median(t) for c, t in timing.in_turns(samplers, _FIRST_ROUNDS).items()}
-    finalists = sorted(first, key=first.__getitem__)[:_FINALISTS]
-    last = timing.in_turns({c: samplers[c] for c in finalists}, _LAST_ROUNDS)
-    times = first | {c: statistics.median(t) for c, t in last.items()}
-    best = min(finalists, key=times.__getitem__)
+    best, times = _fastest(samplers)
     samplers.clear()
     if x.is_cuda:
-        torch.cuda.empty_cache()  # what the graphs held
+        torch.cuda.empty_cache()  # the memory of the CUDA graphs
     configs.remember(
         gpu or configs.slug(torch.cuda.get_device_name(device)), product.format, m, product.n, product.k, best
     )
     return Outcome(best, times.pop(best), times, skipped)
+
+
+def _fastest(samplers: Mapping[Config, timing.Sampler]) -> tuple[Config, dict[Config, float]]:
+    """The fastest, and the median times in microseconds of all; the best of the first round are measured again."""
+    times = {c: statistics.median(t) for c, t in timing.in_turns(samplers, _FIRST_ROUNDS).items()}
+    finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
+    last = timing.in_turns({c: samplers[c] for c in finalists}, _LAST_ROUNDS)
+    times |= {c: statistics.median(t) for c, t in last.items()}
+    return min(finalists, key=times.__getitem__), times
 
 
 def sensible(product: Product, m: int, multiprocessors: int) -> list[Config]:
@@ -137,12 +142,12 @@ def requests(products: Iterable[Product], rows: Sequence[int] = ROWS) -> list[tu
 
     A kernel depends on k, but not on m, and on n only by whether 16 divides it.
     """
-    found: dict[tuple[Product, Config], tuple[Product, int, Config]] = {}
+    distinct: dict[tuple[Product, Config], tuple[Product, int, Config]] = {}
     for product in products:
         for m in rows:
             for config in sensible(product, m, _multiprocessors("cuda" if torch.cuda.is_available() else "cpu")):
-                found.setdefault((replace(product, n=product.n % 16), config), (product, m, config))
-    return list(found.values())
+                distinct.setdefault((replace(product, n=product.n % 16), config), (product, m, config))
+    return list(distinct.values())
 
 
 def tune(model: Any, rows: Sequence[int] = ROWS) -> dict[tuple[Product, int], Outcome]:
@@ -161,16 +166,16 @@ def tune(model: Any, rows: Sequence[int] = ROWS) -> dict[tuple[Product, int], Ou
 
     if not torch.cuda.is_available():
         raise RuntimeError("tuning measures on the GPU it tunes for, and there is none here")
-    found = products_of(model if isinstance(model, GraphModule) else model.graph)
-    if not found:
+    products = products_of(model if isinstance(model, GraphModule) else model.graph)
+    if not products:
         raise RuntimeError("the graph holds no product with quantized weights: lower it first")
-    Precompiling(requests(found, rows)).wait()
-    return {(product, m): search(product, m) for product in found for m in rows}
+    Precompiling(requests(products, rows)).wait()
+    return {(product, m): search(product, m) for product in products for m in rows}
 
 
 def products_of(graph: GraphModule) -> list[Product]:
     """The products of a lowered graph that kernels compute, equal ones once."""
-    found: dict[Product, None] = {}
+    products: dict[Product, None] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
@@ -180,30 +185,32 @@ def products_of(graph: GraphModule) -> list[Product]:
             product = _scaled(graph, ops.arguments(node))
         else:
             continue
-        if product.format in GRIDS or product.dtype != torch.float32:  # those are left to PyTorch
-            found[product] = None
-    return list(found)
+        if (
+            product.format in GRIDS or product.dtype != torch.float32
+        ):  # PyTorch computes weight-only products in float32
+            products[product] = None
+    return list(products)
 
 
-def _weight_only(graph: GraphModule, given: dict[str, Any]) -> Product:
-    packed, params = (ops.constant_value(graph, given[name]) for name in ("packed", "params"))
-    group_size = given["group_size"]
+def _weight_only(graph: GraphModule, arguments: dict[str, Any]) -> Product:
+    packed, params = (ops.constant_value(graph, arguments[name]) for name in ("packed", "params"))
+    group_size = arguments["group_size"]
     k = params.shape[0] * group_size
     return Product(
-        f"w{given['bits']}a16",
+        f"w{arguments['bits']}a16",
         packed.shape[-2],
         k,
         group_size if group_size < k else 0,
-        given["asymmetric"],
+        arguments["asymmetric"],
         params.dtype,
     )
 
 
-def _scaled(graph: GraphModule, given: dict[str, Any]) -> Product:
-    weight = ops.constant_value(graph, given["weight"])
+def _scaled(graph: GraphModule, arguments: dict[str, Any]) -> Product:
+    weight = ops.constant_value(graph, arguments["weight"])
     format = next(name for name, (dtype, _) in GRIDS.items() if dtype == weight.dtype)
     n, k = weight.shape
-    return Product(format, n, k, dtype=given["out_dtype"])
+    return Product(format, n, k, dtype=arguments["out_dtype"])
 
 
 def write_table(folder: str | Path, gpu: str | None = None) -> Path:

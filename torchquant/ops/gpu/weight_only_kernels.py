@@ -6,22 +6,29 @@ import triton
 import triton.language as tl
 
 from torchquant.ops.gpu import packing
-from torchquant.ops.gpu.kernel_parts import LINES, bytes_of, fetch, finish, follow, nibbles_of, offset_of
+from torchquant.ops.gpu.kernel_parts import (
+    LINES,
+    bytes_of,
+    constant,
+    fetch,
+    finish,
+    finish_or_store_part,
+    follow,
+    nibbles_of,
+    offset_of,
+)
 
 __all__ = ["dequantize_weight", "lines_of", "weight_only_skinny", "weight_only_tiled"]
 
-_CONSTANT = (
-    int if triton.knobs.runtime.interpret else tl.constexpr
-)  # the interpreter does arithmetic with plain numbers
-CHUNK = _CONSTANT(packing.CHUNK)  # neighbours on K that are packed side by side; see packing.py
-BLOCK = _CONSTANT(packing.BLOCK)  # codes along K in a packed block
+CHUNK = constant(packing.CHUNK)  # neighbours on K that are packed side by side; see packing.py
+BLOCK = constant(packing.BLOCK)  # codes along K in a packed block
 
 
 @triton.jit
 def lines_of(i, packed, n, first, step, N, BLOCKS: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr):
     """Where lines 0, 1, ... (i) of the codes of BN outputs from n lie, in the blocks first, first + step, ..."""
-    parts: tl.constexpr = BITS // 4  # of a block
-    part = i // (BN // 2)  # two outputs' codes are a line
+    parts: tl.constexpr = BITS // 4  # of a packed block
+    part = i // (BN // 2)  # a line holds the codes of two outputs
     block = tl.minimum(first + part // parts * step, BLOCKS - 1)
     output = tl.minimum(n + i % (BN // 2) * 2, N - 1)
     return packed + ((block * parts + part % parts).to(tl.int64) * N + output) * CHUNK
@@ -32,8 +39,7 @@ def _codes(packed, at, block, N, mask, DTYPE: tl.constexpr, BITS: tl.constexpr, 
     """Four chunks of the codes of a packed block as DTYPE, each plus `_shift(DTYPE, BITS)`."""
     if BITS == 4:
         words = tl.load(packed + block.to(tl.int64) * (N * CHUNK) + at, mask=mask, other=0)
-        w0, w1, w2, w3 = nibbles_of(words, DTYPE, ASM)
-        return w0, w1, w2, w3
+        return nibbles_of(words, DTYPE, ASM)
     else:
         first = packed + block.to(tl.int64) * (2 * N * CHUNK) + at
         w0, w1 = bytes_of(tl.load(first, mask=mask, other=0), DTYPE, ASM)
@@ -47,22 +53,22 @@ def _shift(dtype, bits):
 
 
 @triton.jit
-def _of_chunk(params, block, i: tl.constexpr, n, N, mask, K: tl.constexpr, G: tl.constexpr):
+def _chunk_params(params, block, i: tl.constexpr, n, N, mask, K: tl.constexpr, G: tl.constexpr):
     """The words that hold scale and zero point of chunk `i` of a block, for outputs n.
 
-    Of four bytes, since nothing smaller can be copied to shared memory ahead of its use.
+    Words have four bytes because asynchronous copies to shared memory are of four bytes at least.
     """
     k = block * BLOCK + (0 if G % BLOCK == 0 else i * CHUNK)
     return tl.load(params + (k // G) * N + n, mask=mask & (k < K), other=0)
 
 
 @triton.jit
-def _of_block(params, block, n, N, mask, K: tl.constexpr, G: tl.constexpr):
+def _block_params(params, block, n, N, mask, K: tl.constexpr, G: tl.constexpr):
     return (
-        _of_chunk(params, block, 0, n, N, mask, K, G),
-        _of_chunk(params, block, 1, n, N, mask, K, G),
-        _of_chunk(params, block, 2, n, N, mask, K, G),
-        _of_chunk(params, block, 3, n, N, mask, K, G),
+        _chunk_params(params, block, 0, n, N, mask, K, G),
+        _chunk_params(params, block, 1, n, N, mask, K, G),
+        _chunk_params(params, block, 2, n, N, mask, K, G),
+        _chunk_params(params, block, 3, n, N, mask, K, G),
     )
 
 
@@ -75,10 +81,51 @@ def _scale(words, DTYPE: tl.constexpr):
 def _values(w, words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
     """(w - SHIFT - zero point) scale in w's dtype; `words` has one axis less than w."""
     if ZERO:
-        w = w - tl.expand_dims(_scale(words >> 16, w.dtype) + SHIFT, -1)  # exact: integers
+        w = w - tl.expand_dims(_scale(words >> 16, w.dtype) + SHIFT, -1)  # exact, since both are small integers
     else:
         w = w - SHIFT
     return w * tl.expand_dims(_scale(words, w.dtype), -1)
+
+
+@triton.jit
+def _add_blocks(
+    acc,
+    x,
+    rows,
+    m,
+    M,
+    codes,
+    scales,
+    qparams,
+    block,
+    n,
+    N,
+    mask,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    ZERO: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """acc (S, BN, BM) plus products with a packed block for each of S slices.
+
+    rows (1, 1, BM): where rows m of x begin; codes, scales: of the four chunks of the blocks, (S, BN, 32) and (S, BN);
+    block (S,); mask (S, BN): outputs n and blocks that there are. Without zero points a group's sum is scaled.
+    """
+    REGULAR: tl.constexpr = G % BLOCK == 0 or BLOCK % G == 0  # groups end at the same chunks of every block
+    j = tl.arange(0, CHUNK)
+    part = tl.zeros(acc.shape, tl.float32)
+    for i in tl.static_range(4):
+        k = block[:, None, None] * BLOCK + i * CHUNK + j[None, :, None]
+        values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, None, :], other=0.0)
+        if ZERO:
+            words = _chunk_params(qparams, block[:, None], i, n[None, :], N, mask, K, G)
+            acc = tl.dot(_values(codes[i], words, SHIFT, ZERO), values, acc)
+        else:
+            part = tl.dot(codes[i] - SHIFT, values, part)
+            if i == 3 or (i + 1) * CHUNK % G == 0 or not REGULAR:
+                acc += part * _scale(scales[i], codes[i].dtype).to(tl.float32)[:, :, None]
+                part = tl.zeros(acc.shape, tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -109,9 +156,6 @@ def weight_only_skinny(
     D: tl.constexpr = x.dtype.element_ty
     SHIFT: tl.constexpr = _shift(D, BITS)
     BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    REGULAR: tl.constexpr = (
-        G % BLOCK == 0 or BLOCK % G == 0
-    )  # groups end where chunks or blocks do, in all blocks alike
     if EARLY:
         fetch(lines_of(tl.arange(0, LINES), packed, tl.program_id(0) * BN, 0, 1, N, BLOCKS, BN, BITS), EARLY)
     follow(EARLY)
@@ -123,28 +167,15 @@ def weight_only_skinny(
     rows = m[None, None, :].to(tl.int64) * K
     acc = tl.zeros((S, BN, BM), tl.float32)
     ahead = (s < BLOCKS)[:, None] & (n < N)[None, :]
-    p0, p1, p2, p3 = _of_block(qparams, s[:, None], n[None, :], N, ahead, K, G)
+    params = _block_params(qparams, s[:, None], n[None, :], N, ahead, K, G)
     for first in range(0, BLOCKS, S):
         block = first + s
         mask = (block < BLOCKS)[:, None] & (n < N)[None, :]
-        w0, w1, w2, w3 = _codes(packed, at, block[:, None, None], N, mask[:, :, None], D, BITS, ASM)
+        codes = _codes(packed, at, block[:, None, None], N, mask[:, :, None], D, BITS, ASM)
         ahead = (block + S < BLOCKS)[:, None] & (n < N)[None, :]
-        q0, q1, q2, q3 = _of_block(qparams, (block + S)[:, None], n[None, :], N, ahead, K, G)
-        part = tl.zeros((S, BN, BM), tl.float32)
-        for i in tl.static_range(4):
-            w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
-            k = block[:, None, None] * BLOCK + i * CHUNK + j[None, :, None]
-            values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, None, :], other=0.0)
-            if ZERO:
-                words = _of_chunk(qparams, block[:, None], i, n[None, :], N, mask, K, G)
-                acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
-            else:
-                part = tl.dot(w - SHIFT, values, part)
-                if i == 3 or (i + 1) * CHUNK % G == 0 or not REGULAR:
-                    words = p0 if i == 0 else (p1 if i == 1 else (p2 if i == 2 else p3))
-                    acc += part * _scale(words, D).to(tl.float32)[:, :, None]
-                    part = tl.zeros((S, BN, BM), tl.float32)
-        p0, p1, p2, p3 = q0, q1, q2, q3
+        next_params = _block_params(qparams, (block + S)[:, None], n[None, :], N, ahead, K, G)
+        acc = _add_blocks(acc, x, rows, m, M, codes, params, qparams, block, n, N, mask, K, G, ZERO, SHIFT)
+        params = next_params
     mask = (n < N)[:, None] & (m < M)[None, :]
     finish(tl.sum(acc, 0), m, n, mask, bias, residual, out, N, ACTIVATION)
 
@@ -175,22 +206,11 @@ def weight_only_tiled(
     Grid (ceil(N / BN) * ceil(M / BM), SPLIT). With SPLIT > 1 `out` is a float32 workspace (SPLIT, M, N).
     """
     D: tl.constexpr = x.dtype.element_ty
-    SHIFT: tl.constexpr = _shift(D, BITS)
     BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     tiles_m = tl.cdiv(M, BM)
     if EARLY:
-        first = lines_of(
-            tl.arange(0, LINES),
-            packed,
-            tl.program_id(0) // tiles_m * BN,
-            tl.program_id(1),
-            SPLIT,
-            N,
-            BLOCKS,
-            BN,
-            BITS,
-        )
-        fetch(first, EARLY)
+        lines, n0 = tl.arange(0, LINES), tl.program_id(0) // tiles_m * BN
+        fetch(lines_of(lines, packed, n0, tl.program_id(1), SPLIT, N, BLOCKS, BN, BITS), EARLY)
     follow(EARLY)
     n = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
@@ -202,19 +222,14 @@ def weight_only_tiled(
     for step in range(0, (BLOCKS + SPLIT - 1) // SPLIT):
         block = step * SPLIT + tl.program_id(1)
         mask_w = mask_n if BLOCKS % SPLIT == 0 else mask_n & (block < BLOCKS)
-        w0, w1, w2, w3 = _codes(packed, at, block, N, mask_w[:, None], D, BITS, ASM)
+        codes = _codes(packed, at, block, N, mask_w[:, None], D, BITS, ASM)
         for i in tl.static_range(4):
-            w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
-            words = _of_chunk(qparams, block, i, n, N, mask_w, K, G)
+            words = _chunk_params(qparams, block, i, n, N, mask_w, K, G)
             k = (block * BLOCK + i * CHUNK + j)[:, None]
             values = tl.load(x + rows + k, mask=(k < K) & (m < M)[None, :], other=0.0)
-            acc = tl.dot(_values(w, words, SHIFT, ZERO), values, acc)
-    mask = mask_n[:, None] & (m < M)[None, :]
-    if SPLIT == 1:
-        finish(acc, m, n, mask, bias, residual, out, N, ACTIVATION)
-    else:
-        part = out + tl.program_id(1).to(tl.int64) * M * N
-        tl.store(part + m[None, :].to(tl.int64) * N + n[:, None], acc, mask=mask)
+            acc = tl.dot(_values(codes[i], words, _shift(D, BITS), ZERO), values, acc)
+    mask_y = mask_n[:, None] & (m < M)[None, :]
+    finish_or_store_part(acc, m, n, mask_y, bias, residual, out, M, N, ACTIVATION, SPLIT)
 
 
 @triton.jit
@@ -242,9 +257,10 @@ def dequantize_weight(
     j = tl.arange(0, CHUNK)
     block = tl.program_id(1)
     mask_n = n < N
-    w0, w1, w2, w3 = _codes(packed, n[:, None] * CHUNK + j[None, :], block, N, mask_n[:, None], D, BITS, ASM)
+    codes = _codes(packed, n[:, None] * CHUNK + j[None, :], block, N, mask_n[:, None], D, BITS, ASM)
     for i in tl.static_range(4):
-        w = w0 if i == 0 else (w1 if i == 1 else (w2 if i == 2 else w3))
-        words = _of_chunk(qparams, block, i, n, N, mask_n, K, G)
+        words = _chunk_params(qparams, block, i, n, N, mask_n, K, G)
         k = (block * BLOCK + i * CHUNK + j)[None, :]
-        tl.store(out + n[:, None].to(tl.int64) * K + k, _values(w, words, SHIFT, ZERO), mask=mask_n[:, None] & (k < K))
+        tl.store(
+            out + n[:, None].to(tl.int64) * K + k, _values(codes[i], words, SHIFT, ZERO), mask=mask_n[:, None] & (k < K)
+        )
