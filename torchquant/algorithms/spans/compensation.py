@@ -39,15 +39,15 @@ class Compensated:
 
     def _solve(self, site: Node) -> None:
         prepared = self._task.prepared
-        weight, found = float_weight(prepared, site), weight_of(prepared, site)
-        assert found is not None
+        weight, observed_weight = float_weight(prepared, site), weight_of(prepared, site)
+        assert observed_weight is not None
         layout = Layout.of(site, weight.shape)
         matrix = layout.matrix(weight.float())
         before = self._task.evaluator("float", weights=dict(self._weights), biases=dict(self._biases))
         folds = moments(Inside(self._task, site, before), site, layout)
         whole, centred = Moments.joined(folds), [f.centred() for f in folds]
         target = compensated(matrix, whole.centred(), choose_damp(matrix, centred, DAMPS))
-        self._weights[found[0]] = layout.tensor(target)
+        self._weights[observed_weight[0]] = layout.tensor(target)
         self._biases[site] = moved_bias(prepared, site, layout, target, whole)
 
     def results(self, inputs: Mapping[Node, object]) -> list[torch.Tensor]:
