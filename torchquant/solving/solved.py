@@ -159,9 +159,9 @@ def apply(prepared: GraphModule, solution: Solution) -> Callable[[], None]:
     for name, (codes, grid) in solution.weights.items():
         if not bool(grid.scale.isfinite().all()):
             continue
-        found = weight_of(prepared, nodes[name])
-        assert found is not None
-        undo.append(_exchange(prepared, str(found[0].target), SolvedWeight(codes, grid, _origin(found[1]))))
+        weight = weight_of(prepared, nodes[name])
+        assert weight is not None
+        undo.append(_exchange(prepared, str(weight[0].target), SolvedWeight(codes, grid, _origin(weight[1]))))
     for target, (scale, zero_point) in solution.activations.items():
         if not math.isfinite(scale):
             continue
