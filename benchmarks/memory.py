@@ -65,14 +65,14 @@ def main() -> None:
 
 def largest_activations(prepared: GraphModule, batch: tuple[torch.Tensor, ...], spans: list[Span]) -> int:
     """Bytes of all values that a span reads and makes for one batch, at most."""
-    stream, found = Stream(prepared, [batch]), 0
+    stream, largest = Stream(prepared, [batch]), 0
     for task in stream.walk(spans):
         with torch.no_grad():
             env = Evaluator(prepared, "quantized").run(task.span.nodes, task.inputs(0, "quantized"))
         tensors = [t for t in pytree.tree_leaves(list(env.values())) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        found = max(found, sum(storages.values()))
-    return found
+        largest = max(largest, sum(storages.values()))
+    return largest
 
 
 def resident_bytes() -> int:
