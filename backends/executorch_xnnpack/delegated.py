@@ -82,7 +82,7 @@ class Delegated:
 
 
 def read_delegates(edge: Any) -> Delegated:
-    """What of each site runs where, from the delegates' bytes."""
+    """Which sites run as integers in the delegate, which do not, and which ops run outside it."""
     graph: GraphModule = edge.exported_program().graph_module
     delegated = Delegated(outside=Counter(_edge_name(n) for n in graph.graph.nodes if n.op == "call_function"))
     delegated.calls = delegated.outside.pop("executorch_call_delegate", 0)

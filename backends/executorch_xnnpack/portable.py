@@ -173,7 +173,7 @@ def _bag_size(b: Builder, offsets: Any, last: bool, indices: torch.Tensor | None
 
 
 def sorted_place(b: Builder, node: Node) -> Node | None:
-    """Where values stand in a sorted row: how many of the row are smaller, or not larger."""
+    """searchsorted and bucketize: how many elements of the sorted row are smaller than each value, or not larger."""
     arguments = ops.arguments(node)
     row = arguments.get("sorted_sequence", arguments.get("boundaries"))
     x = arguments["self"]
@@ -192,7 +192,7 @@ _MOST_RANKED = 256  # of a row whose values are all compared with each other
 
 
 def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
-    """A sort, its places or its values: all values as the largest or smallest ones, places by comparing all pairs.
+    """A sort, its indices or values: values as the top k of all of them, indices by comparing all pairs.
 
     The portable kernel that gives the largest values leaves open which of equal ones comes first, and quantized values
     often are equal.

@@ -53,28 +53,26 @@ def data():
 def outcome(batches, folder=None):
     """Everything that the tests compare, from this process."""
     torch.manual_seed(0)
-    model, outcomes = Net().eval(), {}
+    model, values = Net().eval(), {}
     for name, observer in {"minmax": None, "entropy": ActivationEntropy, **OBSERVERS}.items():
         prepared = calibrated(model, batches, quantizer(observer))
-        outcomes[f"state {name}"] = {
+        values[f"state {name}"] = {
             f"{node.target}.{key}": value.clone()
             for node, module in observers(prepared)
             for key, value in module.state_dict().items()
         }
-        outcomes[f"scale {name}"] = torch.cat([o.calculate_qparams()[0].reshape(-1) for _, o in observers(prepared)])
+        values[f"scale {name}"] = torch.cat([o.calculate_qparams()[0].reshape(-1) for _, o in observers(prepared)])
     tq.calibrate(prepared, batches, progress=False)  # what was seen before counts once
-    outcomes["state twice"] = {k: v.clone() for k, v in prepared.state_dict().items() if k.endswith("counts")}
+    values["state twice"] = {k: v.clone() for k, v in prepared.state_dict().items() if k.endswith("counts")}
     for name, algorithms in ALGORITHMS.items():
         prepared = calibrated(model, batches, quantizer())
         result = tq.optimize(prepared, batches, algorithms(), checkpoint=folder and folder / name, progress=False)
         codes = {str(n.target): o.codes for n, o in observers(prepared) if isinstance(o, SolvedWeight)}
-        outcomes[name] = codes, result.steps, [(s.span, s.before, s.after) for s in result.spans]
+        values[name] = codes, result.steps, [(s.span, s.before, s.after) for s in result.spans]
         again = calibrated(model, batches, quantizer())
         tq.optimize(again, batches, algorithms(), checkpoint=folder and folder / name, progress=False)
-        outcomes[f"{name} resumed"] = {
-            str(n.target): o.codes for n, o in observers(again) if isinstance(o, SolvedWeight)
-        }
-    return outcomes
+        values[f"{name} resumed"] = {str(n.target): o.codes for n, o in observers(again) if isinstance(o, SolvedWeight)}
+    return values
 
 
 def refusals(batches):

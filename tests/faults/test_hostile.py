@@ -312,9 +312,7 @@ LEFT_OUT = ("example inputs", "example inputs, no zip", "all weights", "all cons
 @pytest.mark.parametrize("name", [*RUN_BY_TORCH, *OTHERS])
 def test_nothing_in_a_graph_runs(files, tmp_path, marker, kind, name):
     source, load = files[kind]
-    path = crafted.changed(
-        source, tmp_path / "hostile.pt2", lambda members: (RUN_BY_TORCH | OTHERS)[name](members, marker)
-    )
+    path = crafted.changed(source, tmp_path / "hostile.pt2", lambda m: (RUN_BY_TORCH | OTHERS)[name](m, marker))
     if name in LEFT_OUT or (name, kind) == ("a text among the arguments", "cuda"):
         graph = load(path)
         graph(batch()) if kind == "cuda" else graph(x=batch(), mode="plain")

@@ -690,9 +690,7 @@ def check_attention(inputs, options):
         with native.use(name):
             actual = graph(*inputs)
         assert actual.shape == expected.shape
-        torch.testing.assert_close(
-            actual.double(), expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     return expected
 
 

@@ -106,7 +106,7 @@ class RangeSearch:
         return low, high
 
     def _shrink(self, error: Callable[[float], float], clock: Clock) -> float:
-        """The share of an end with the least error, refined once between its neighbours."""
+        """The factor on an end of the range with the least error, refined once between its neighbours."""
         best, least = 1.0, error(1.0)
         share, idle = 1.0, 0
         while idle < self.patience and share > 1e-6 and not clock.is_over:
@@ -154,10 +154,10 @@ class _Judge:
         return list(zip(wanted, self._task.sensitivity(batch), strict=True))
 
     def error(self, grid: Grid | None = None) -> float:
-        """Squared error of the results, as the output feels it; relative to their energy where that is unknown.
+        """Squared error of the results, weighted by the output's sensitivity; without it relative to their energy.
 
         Args:
-            grid: a trial; None: as the observer stands.
+            grid: the grid to try; None: the observer's own.
         """
         evaluator = self._evaluator(None if grid is None else per_tensor(grid))
         error = 0.0

@@ -20,7 +20,7 @@ _COUNTS = ("histogram", "counts", "zeros")  # of weights' observers: how often a
 
 
 def digest_of(model: GraphModule) -> str:
-    """Of the ops, parameters and buffers of a graph, and of what its observers hold."""
+    """Digest of the ops, parameters and buffers of a graph, and of its observers' state."""
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(str(model.graph).encode())
     for node in model.graph.nodes:

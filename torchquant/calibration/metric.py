@@ -54,7 +54,7 @@ class OutputMetric:
         self._sums = self._sums.to(rows.device) + rows @ rows.T
 
     def shrunk(self, samples: float) -> torch.Tensor:
-        """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
+        """(outputs, outputs), mean diagonal 1, shrunk to the diagonal: more so the fewer samples there were."""
         total_(self._sums)
         metric = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
         share = len(metric) / (len(metric) + max(samples, 1.0))

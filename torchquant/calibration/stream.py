@@ -277,7 +277,7 @@ class Stream:
     def _float_with_gradients(
         self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
     ) -> tuple[dict[Node, torch.Tensor], list[Any]]:
-        """The float values of one batch that gradients are wanted of, and the network's outputs."""
+        """The float values of one batch whose gradients are needed, and the network's outputs."""
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")

@@ -94,7 +94,7 @@ def _refuse_shared_memory(model: GraphModule, reads: dict[str, Node]) -> None:
 class _Functionalized:
     """One walk over the graph, in which every node that shares memory knows whose memory it shares and how old it is.
 
-    The nodes of these tables are those of the graph as it came; `now` names the new ones.
+    The keys of these tables are nodes of the original graph; the values of `now` may be new nodes.
     """
 
     def __init__(self, model: GraphModule) -> None:
@@ -200,7 +200,7 @@ class _Functionalized:
                 self.now[node], self.age[node] = new, self.writes[root]
 
     def _put(self, view: Node, value: Node) -> Node:
-        """The value of what `view` shows a part of, with `value` in that part."""
+        """The new value of the tensor that `view` is a view of, once `value` is written through the view."""
         if view not in self.arguments or isinstance(view.meta.get("val"), (list, tuple)):
             return value
         if view.target is operator.getitem:

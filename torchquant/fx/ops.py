@@ -250,7 +250,7 @@ def is_float(node: Node) -> bool:
 
 
 def measured_nodes(model: GraphModule) -> list[Node]:
-    """The float tensors that tell how good the outputs are: outputs, and for integers what they are made of."""
+    """The float tensors to compare: float outputs, and for an integer output the floats that it is computed from."""
     output = next(n for n in model.graph.nodes if n.op == "output")
     measured: dict[Node, None] = {}
     for node in output.all_input_nodes:

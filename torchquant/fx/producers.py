@@ -1,4 +1,4 @@
-"""Where a tensor's channels are made: the op whose constants can take a factor for each of them, and the way there."""
+"""Which op produces a tensor's channels, so that its constants can take a factor per channel, and the nodes between."""
 
 from __future__ import annotations
 

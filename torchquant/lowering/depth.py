@@ -54,9 +54,7 @@ class Depth:
         self.reference, self.program, self.batches = reference, program, batches
         self.op_error, self.target = op_error, target
 
-    def verdict(
-        self, comparison: Comparison, weak: Sequence[int], build: Callable[[GraphModule], Run] | None
-    ) -> Verdict:
+    def verdict(self, comparison: Comparison, weak: list[int], build: Callable[[GraphModule], Run] | None) -> Verdict:
         fault = fault_of(self.target, weak[0], comparison.outputs[weak[0]])
         parts = parts_of(self.reference)
         results = [n for part in parts for n in part.results]

@@ -152,7 +152,7 @@ class Solution:
 def apply(prepared: GraphModule, solution: Solution) -> Callable[[], None]:
     """Put a solution into a prepared graph; returns a function that takes it out again.
 
-    What was found on values that are not finite, and is NaN itself, stays as it was.
+    Weights and ranges whose scale is not finite, and elements of a bias that are not, stay as they were.
     """
     nodes = {node.name: node for node in prepared.graph.nodes}
     undo: list[Callable[[], None]] = []

@@ -87,7 +87,7 @@ class _Point:
 
 
 class _Steps:
-    """The models of a span's sites, and the steps that they lead to."""
+    """Quadratic models of the error in the weights and biases of a span's sites, and the steps that minimize them."""
 
     def __init__(self, objective: Objective, start: Solution, clock: Clock, drop: float, biases: bool) -> None:
         self._objective, self._task, self._drop, self._biases = objective, objective.task, drop, biases
@@ -99,7 +99,7 @@ class _Steps:
         self._outputs = self._output_moments(start)
 
     def look(self, solution: Solution) -> _Point:
-        """Error and derivatives at a solution; the same elements are dropped at each look."""
+        """Error and derivatives at a solution; the dropped elements are the same in each call."""
         weights = {n: grid.decode(codes).requires_grad_() for n, (codes, grid) in solution.weights.items()}
         biases = {n: b.detach().clone().requires_grad_() for n, b in solution.biases.items()}
         error = 0.0

@@ -47,7 +47,7 @@ class Objective:
         return targets if self._aim is None else self._aim.results(inputs)
 
     def error(self, env: Mapping[Node, Any], wanted: Sequence[Any], weights: Sequence[Any]) -> torch.Tensor:
-        """Summed over the samples; `env` holds the results as they are."""
+        """The weighted squared error of the results in `env`, summed over the samples."""
         error = torch.zeros(())
         for node, z, weight in zip(self.task.results, wanted, weights, strict=True):
             if isinstance(z, torch.Tensor) and z.is_floating_point():

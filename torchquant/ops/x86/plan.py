@@ -279,7 +279,7 @@ def _range_record(grid: Dynamic) -> bytes:
 
 
 def _record(step: Step, places: dict[Value, int], ranges: list[Dynamic]) -> bytes:
-    """As `Op` in plan.h."""
+    """A step as the bytes of `Op` in plan.h."""
     n = {**_POINT, **step.numbers}
     n["kind"] = KINDS.index(step.kind)
     for name in ("input", "out_byte", "out_float", "other"):

@@ -19,7 +19,7 @@ __all__ = ["Made", "Region"]
 
 @dataclass
 class Made:
-    """What the steps so far have made of a node's value."""
+    """The forms in which the steps so far have stored a node's value: as floats, and as bytes on each grid."""
 
     number: Value | None = None
     bytes: dict[Quantization | Dynamic, Value] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Region:
         return forms.number
 
     def bytes_of(self, quantize: Node) -> Value:
-        """What a quantize op makes."""
+        """The output of a quantize op, as bytes."""
         grid = self.grid(quantize)
         node = self.origin(quantize.args[0])
         forms = self.made[node]

@@ -108,7 +108,7 @@ class _Translator(Region):
         return Built([ops.op_name(n) for n in self.nodes if ops.op_name(n) in matching.PRODUCTS], self.plan, memory)
 
     def _output_shapes(self) -> list[int] | None:
-        """As `torchquant::x86_region` takes them; None if a size is none of the first input's."""
+        """As `torchquant::x86_region` takes them; None if a varying size is not one of the first input's."""
         shapes: list[int] = []
         first = matching.shape_of(self.inputs[0]) if self.inputs else ()
         for node in self.outputs:

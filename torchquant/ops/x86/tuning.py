@@ -26,7 +26,7 @@ def tune(run: Callable[[], object], regions: Sequence[Built], sizes: str) -> Non
 
     Args:
         run: runs a graph with these regions once.
-        sizes: of the inputs that `run` uses; part of what a choice is remembered by.
+        sizes: of the inputs that `run` uses; part of the key under which a choice is stored.
     """
     plans = [r.plan for r in regions]
     keys = [[_key(step, sizes) for step in plan.laid_out] for plan in plans]
@@ -93,7 +93,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, int]:
-    """What was measured before; without what is no choice that the kernels know, with a warning."""
+    """The stored choices, key -> panel; those that the kernels do not know are left out, with a warning."""
     file = _file()
     if not file.exists():
         return {}
