@@ -13,7 +13,7 @@ from torch import nn
 
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.layers import gram
-from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
@@ -107,7 +107,7 @@ def test_the_moments_do_not_depend_on_how_the_samples_come_in_batches():
 def test_centred_moments_are_covariances():
     x, xq = torch.randn(2, 5, 100), torch.randn(2, 5, 100) + 3
     a, b = xq @ xq.mT / 100, x @ xq.mT / 100
-    centred = Moments(a, b, xq.mean(-1), x.mean(-1), 100).centred()
+    centred = Moments(a, b, xq.mean(-1), x.mean(-1), 100).centre_()
     xc, xqc = x - x.mean(-1, keepdim=True), xq - xq.mean(-1, keepdim=True)
     assert torch.allclose(centred.a, xqc @ xqc.mT / 100, atol=1e-4)
     assert torch.allclose(centred.b, xc @ xqc.mT / 100, atol=1e-4)
@@ -249,9 +249,8 @@ def test_the_error_is_at_most_that_of_rounding_to_nearest(name, algorithm):
     (site,) = task.span.sites
     weight, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
     layout = Layout.of(site, weight.shape)
-    folds = moments(task, site, layout)
-    aim = algorithm._aim(layout.matrix(weight), folds, Moments.joined(folds))
-    of = Problem.of(weight, layout, grid, *aim)
+    target, metric, _ = algorithm._aim(task, site, layout, layout.matrix(weight))
+    of = Problem.of(weight, layout, grid, target, metric)
     answer = algorithm.choose(of, Clock())
     assert of.scaled(answer.factor).error(answer.codes) <= of.error(of.nearest())
     assert answer.codes.min() >= grid.quant_min
@@ -329,7 +328,7 @@ def test_compensation_lowers_the_error_of_the_output_on_noisy_inputs():
 
 def test_damping_is_a_share_of_the_mean_diagonal():
     a = torch.diag(torch.tensor([1.0, 3.0]))[None]
-    assert torch.equal(damped(a, 0.1), torch.diag(torch.tensor([0.2, 0.2]))[None])
+    assert torch.equal(damp_(a.clone(), 0.1), a + torch.diag(torch.tensor([0.2, 0.2])))
 
 
 def test_the_halves_of_the_data_go_on_where_those_of_the_processes_before_end(monkeypatch):

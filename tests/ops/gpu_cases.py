@@ -319,7 +319,7 @@ def _set_wild(tensor, case):
     But not what the interpreter or torch on a CPU has wrong: a float8 of NaN, the GELU of infinity.
     """
     integer = isinstance(case, WeightOnly) or case.dtype == torch.int8
-    values = (torch.nan, torch.nan if case.activation == "gelu" else torch.inf, -torch.inf) if integer else (torch.nan,)
+    values = (torch.nan, torch.inf, -torch.inf) if integer and case.activation != "gelu" else (torch.nan,)
     for i, value in enumerate(values):
         tensor[1 + i, (7 * i + tensor.shape[1] // 2) % tensor.shape[1]] = value
 

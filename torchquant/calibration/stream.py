@@ -181,6 +181,10 @@ class Task:
             pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
             return sum(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
 
+    def give_back(self) -> None:
+        """Return freed memory to the system, where there is much of it: what a solver does between its stages."""
+        self._stream.store.give_back()
+
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
         return self._stream.evaluator(flow, **trial)

@@ -45,10 +45,11 @@ class Compensated:
         matrix = layout.matrix(weight.float())
         before = self._task.evaluator("float", weights=dict(self._weights), biases=dict(self._biases))
         folds = moments(Inside(self._task, site, before), site, layout)
-        whole, centred = Moments.joined(folds), [f.centred() for f in folds]
-        target = compensated(matrix, whole.centred(), choose_damp(matrix, centred, DAMPS))
+        whole = Moments.joined(folds).centre_()
+        damp = choose_damp(matrix, [fold.centre_() for fold in folds], DAMPS)
+        target = compensated(matrix, whole, damp)
         self._weights[observed_weight[0]] = layout.tensor(target)
-        self._biases[site] = moved_bias(prepared, site, layout, target, whole)
+        self._biases[site] = moved_bias(prepared, site, layout, target, whole.mean, whole.mean_q)
 
     def results(self, inputs: Mapping[Node, object]) -> list[torch.Tensor]:
         """The results of the span for inputs from the quantized prefix."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from torchquant.algorithms.layers.gram import Moments, damped, moments
+from torchquant.algorithms.layers.gram import Moments, damp_, moments
 from torchquant.algorithms.layers.layerwise import Inside, by_groups, trial
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend
@@ -139,8 +139,7 @@ class _Steps:
 
     def _input_moments(self, site: Node, start: Solution) -> torch.Tensor:
         inside = Inside(self._task, site, trial(self._task, start))
-        a = Moments.joined(moments(inside, site, self._layouts[site.name])).a
-        return a + damped(a, _DAMP)
+        return damp_(Moments.joined(moments(inside, site, self._layouts[site.name])).a, _DAMP)
 
     def _output_moments(self, start: Solution) -> dict[str, torch.Tensor]:
         """G (out, out), or its diagonal (out,), by backward passes of random signs times the roots of F."""
