@@ -767,4 +767,6 @@ def test_sums_far_beyond_the_grid_end_at_its_bounds(size):
     assert len(replace_regions(graph)) == 1
     for name in native.instruction_sets():
         with native.use(name):
-            assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(graph(x, y), expected, strict=True)), name
+            assert all(
+                torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(graph(x, y), expected, strict=True)
+            ), name
