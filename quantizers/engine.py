@@ -135,9 +135,9 @@ class CapabilityQuantizer(Quantizer):
         inputs = [i for n in nodes for i in ops.data_inputs(n, ops.kind_of(n)) if "val" in i.meta]  # type: ignore[arg-type]
         others = {i.meta["val"].dtype for i in inputs} - set(self.dtypes)
         if others and not any(map(is_annotated, nodes)) and not any(i.meta["val"].dtype in self.dtypes for i in inputs):
-            found, taken = (" or ".join(sorted(_name(d) for d in dtypes)) for dtypes in (others, self.dtypes))
+            computed, taken = (" or ".join(sorted(_name(d) for d in dtypes)) for dtypes in (others, self.dtypes))
             warnings.warn(
-                f"{type(self).__name__} annotated nothing: the model computes in {found}, and {self.target} takes "
+                f"{type(self).__name__} annotated nothing: the model computes in {computed}, and {self.target} takes "
                 f"{taken}. Convert the model first, e.g. with model.float(), and its inputs, then export it again.",
                 TorchquantWarning,
                 stacklevel=5,
@@ -324,8 +324,8 @@ def _fake_quantizer(per_channel: bool, axis: int) -> Any:
     """Constructor of a fake quantizer. torch's fused kernel trains per channel along the first axis only."""
     if not per_channel:
         return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingActivation)
-    made = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
-    return made.with_args(observer=MovingWeight, ch_axis=axis)
+    constructor = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
+    return constructor.with_args(observer=MovingWeight, ch_axis=axis)
 
 
 def _trainable(scheme: Scheme) -> bool:

@@ -149,12 +149,12 @@ def trial(task: Task, solution: Solution) -> Evaluator:
     nodes = {site.name: site for site in task.span.sites}
     weights, biases = {}, {}
     for name, (codes, grid) in solution.weights.items():
-        found = weight_of(task.prepared, nodes[name])
-        assert found is not None
-        weights[found[0]] = grid.decode(codes)
+        weight = weight_of(task.prepared, nodes[name])
+        assert weight is not None
+        weights[weight[0]] = grid.decode(codes)
     for name, bias in solution.biases.items():
         biases[nodes[name]] = bias
-    fakes = {target: _fixed(task, target, *found) for target, found in solution.activations.items()}
+    fakes = {target: _fixed(task, target, *grid) for target, grid in solution.activations.items()}
     return task.evaluator(weights=weights, biases=biases, fakes=fakes)
 
 
@@ -166,9 +166,9 @@ def _fixed(task: Task, target: str, scale: float, zero_point: int) -> Fake:
 
 def float_weight(prepared: GraphModule, site: Node) -> torch.Tensor:
     """The float weight of a site."""
-    found = weight_of(prepared, site)
-    assert found is not None
-    return ops.constant_value(prepared, found[0].args[0])  # type: ignore[arg-type]
+    weight = weight_of(prepared, site)
+    assert weight is not None
+    return ops.constant_value(prepared, weight[0].args[0])  # type: ignore[arg-type]
 
 
 def _floored(grid: Grid, answer: Answer) -> Grid:

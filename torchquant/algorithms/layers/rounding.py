@@ -76,8 +76,8 @@ class Problem:
 
     def slope(self, off: torch.Tensor) -> torch.Tensor:
         """Half the derivative of the error by each value, (g, o, k), where the values are `off` the target."""
-        found = off @ self.metric
-        return found if self.outputs is None else self.outputs @ found
+        by_rows = off @ self.metric
+        return by_rows if self.outputs is None else self.outputs @ by_rows
 
     def by_rows(self) -> Problem:
         """The same with all outputs alike and each for itself."""
