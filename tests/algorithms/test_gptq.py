@@ -172,3 +172,27 @@ def test_an_unknown_scheme_is_refused_with_those_there_are():
 def test_nothing_lowers_to_it_and_it_says_so():
     with pytest.raises(tq.SchemeError, match="is not lowered by torchquant"):
         WeightOnlyQuantizer.target.backend()
+
+
+def test_tied_tables_and_bags_are_quantized():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.bag, self.head = nn.Embedding(40, 64), nn.EmbeddingBag(40, 64), nn.Linear(64, 40)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.head(self.table(tokens).mean(1) + self.bag(tokens))
+
+    net = Bag().eval()
+    x = (torch.randint(0, 40, (3, 7)),)
+    prepared = tq.prepare(tq.export(net, x), WeightOnlyQuantizer("w8_g32"))
+    tq.calibrate(prepared, [x], progress=False)
+    tq.optimize(prepared, [x], [GPTQ()], progress=False)
+    model = tq.convert(prepared)
+    assert [(s.op, s.status) for s in tq.report(model).sites if s.compute] == [
+        ("embedding", "quantized"),
+        ("embedding", "quantized"),
+        ("linear", "quantized"),
+    ]
+    assert tq.sqnr_db(net(*x), model(*x)) > 35
