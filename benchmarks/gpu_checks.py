@@ -9,6 +9,7 @@ import torch
 from gpu_setup import Row, Setup, Weight, reason, report
 
 from torchquant.ops.gpu import configs, convolutions, linears
+from torchquant.ops.gpu.operands import ConvolutionParams, Epilogue, Scales
 from torchquant.ops.gpu.products import EPS, GRIDS, Product
 
 __all__ = ["MAX_ERROR", "checks", "requests"]
@@ -175,10 +176,13 @@ def _convolution(format: str) -> Callable[[Setup, int, int, int], float]:
         factors = torch.rand(n, device=setup.device) * 1e-2, torch.full((1,), 0.02, device=setup.device)
         zero = torch.full((1,), 9, dtype=torch.int32, device=setup.device) if integer else None
         sums = weight.sum(3, dtype=torch.int32).flatten(1) if integer else None
-        arguments = (x, weight, *factors, zero, sums, torch.randn(n, device=setup.device), None)
-        form = ((2, 1), (1, 1), (1, 1), "none")
-        expected = convolutions.scaled_conv2d_reference(*arguments, *form, torch.float64)
-        return worst_row(convolutions.scaled_conv2d(*arguments, *form, torch.bfloat16), expected)
+        bias, windows = torch.randn(n, device=setup.device), ((2, 1), (1, 1), (1, 1))
+        expected = convolutions.scaled_conv2d_reference(
+            x, weight, Scales(*factors, zero, sums), Epilogue(bias), ConvolutionParams(*windows), torch.float64
+        )
+        addends = (zero, sums, bias, None)
+        y = convolutions.scaled_conv2d(x, weight, *factors, *addends, *windows, "none", torch.bfloat16)
+        return worst_row(y, expected)
 
     return error
 

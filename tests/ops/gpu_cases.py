@@ -13,6 +13,7 @@ import torch
 
 from torchquant.ops.gpu import configs, convolutions, linears, packing
 from torchquant.ops.gpu.configs import Config
+from torchquant.ops.gpu.operands import ConvolutionParams, Epilogue, Grid, PackedWeight, Scales
 
 EPS = 2.0**-126
 SKINNY, TILED = "skinny", "tiled"
@@ -53,10 +54,14 @@ class WeightOnly:
     def error(self, device="cpu", dtype=torch.float16):
         from torchquant.ops.gpu import launch
 
-        x, *weight, bits, group = self.arguments(device, dtype)
-        y = launch.weight_only(x, *weight, bits, group, self.asymmetric, self.activation, self.config)
-        exact = linears.weight_only_reference(x.double(), *weight, bits, group, self.activation, torch.float64)
-        return relative_error(y, exact)
+        x, weight, epilogue = self.operands(device, dtype)
+        y = launch.weight_only(x, weight, epilogue, self.config)
+        return relative_error(y, linears.weight_only_reference(x.double(), weight, epilogue, torch.float64))
+
+    def operands(self, device="cpu", dtype=torch.float16):
+        """As launches take them."""
+        x, packed, params, bias, residual, bits, group = self.arguments(device, dtype)
+        return x, PackedWeight(packed, params, bits, group, self.asymmetric), Epilogue(bias, residual, self.activation)
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,14 @@ class Scaled:
     def error(self, device="cpu", dtype=torch.float16):
         from torchquant.ops.gpu import launch
 
-        arguments = self.arguments(device, dtype)
-        y = launch.scaled(*arguments, dtype, self.config)
-        return relative_error(y, linears.scaled_reference(*arguments, torch.float64))
+        operands = self.operands(device, dtype)
+        y = launch.scaled(*operands, dtype, self.config)
+        return relative_error(y, linears.scaled_reference(*operands, torch.float64))
+
+    def operands(self, device="cpu", dtype=torch.float16):
+        """As launches take them."""
+        x, weight, *factors, bias, residual, low, high, eps, activation = self.arguments(device, dtype)
+        return x, weight, Scales(*factors), Grid(low, high, eps), Epilogue(bias, residual, activation)
 
 
 @dataclass(frozen=True)
@@ -147,12 +157,14 @@ class Convolution:
     def error(self, device="cpu", dtype=torch.float16):
         from torchquant.ops.gpu import launch
 
-        tensors, form = self.arguments(device)
-        exact = convolutions.scaled_conv2d_reference(*tensors, None, *form[:3], "none", torch.float64)
+        (x, weight, *factors, bias), (*windows, activation) = self.arguments(device)
+        scales, params = Scales(*factors), ConvolutionParams(*windows)
+        exact = convolutions.scaled_conv2d_reference(x, weight, scales, Epilogue(bias), params, torch.float64)
         residual = torch.randn(exact.shape, device=device).to(dtype) if self.residual else None
-        exact = convolutions.scaled_conv2d_reference(*tensors, residual, *form, torch.float64)
+        epilogue = Epilogue(bias, residual, activation)
+        exact = convolutions.scaled_conv2d_reference(x, weight, scales, epilogue, params, torch.float64)
         out = torch.empty(exact.shape, dtype=dtype, device=device)
-        return relative_error(launch.convolution(*tensors, residual, *form, out, self.config), exact)
+        return relative_error(launch.convolution(x, weight, scales, epilogue, params, out, self.config), exact)
 
 
 def activations(m, k, data, device):
@@ -275,7 +287,7 @@ def compiled_cases():
 
 def rows_agree():
     """Whether codes and scales of rows are the reference's, in one pass and in several."""
-    from torchquant.ops.gpu import launch
+    from torchquant.ops.gpu import launch, launch_scaled
 
     torch.manual_seed(0)
     x = torch.randn(6, 1000)
@@ -285,9 +297,9 @@ def rows_agree():
     x[4, 700], x[5, 999] = torch.nan, -torch.inf
     wrong = {}
     for widest in (512, 8192):
-        launch._WIDEST_ROW = widest
+        launch_scaled._WIDEST_ROW = widest
         for low in (-127.0, -128.0):
-            codes, scale = launch.quantize_rows(x, torch.int8, low, 127.0, EPS)
+            codes, scale = launch.quantize_rows(x, torch.int8, Grid(low, 127.0, EPS))
             expected, by_row = linears.quantize_rows_reference(x, torch.int8, low, 127.0, EPS)
             wrong[f"rows of {widest}, from {low:.0f}"] = float(
                 (codes != expected).sum() + (~torch.isclose(scale, by_row[:, 0], 0, 0, equal_nan=True)).sum()
@@ -331,18 +343,17 @@ def wild_agree():
     wrong = {}
     for case in wild_cases():
         for place in ("x", "residual"):
-            arguments = list(case.arguments())
-            weight_only = isinstance(case, WeightOnly)
-            residual = arguments[4 if weight_only else 7]
+            operands = case.operands()
+            x, residual = operands[0], operands[-1].residual
             if place == "residual" and residual is None:
                 continue
-            _set_wild(arguments[0] if place == "x" else residual, case)
-            if weight_only:
-                y = launch.weight_only(*arguments, case.asymmetric, case.activation, case.config)
-                expected = linears.weight_only_reference(*arguments, case.activation, torch.float16)
+            _set_wild(x if place == "x" else residual, case)
+            if isinstance(case, WeightOnly):
+                y = launch.weight_only(*operands, case.config)
+                expected = linears.weight_only_reference(*operands, torch.float16)
             else:
-                y = launch.scaled(*arguments, torch.float16, case.config)
-                expected = linears.scaled_reference(*arguments, torch.float16)
+                y = launch.scaled(*operands, torch.float16, case.config)
+                expected = linears.scaled_reference(*operands, torch.float16)
             same = torch.isclose(y.float(), expected.float(), rtol=2e-2, atol=2e-2, equal_nan=True)
             wrong[f"wild {place} {case}"] = float((~same).sum())
     return wrong

@@ -16,6 +16,7 @@ import torch
 from tests.ops import gpu_cases
 from torchquant.ops.gpu import configs, linears
 from torchquant.ops.gpu.configs import Config
+from torchquant.ops.gpu.operands import ConvolutionParams, Epilogue, Grid, PackedWeight, Scales
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, or with torchquant[test]")
 HERE = Path(__file__).parent
@@ -73,8 +74,8 @@ def weight_only_launch(m, n, k, bits, asymmetric, config, group=128, dtype=torch
 
     packed = torch.empty(k // 128, *([2] if bits == 8 else []), n, 32, dtype=torch.int16)
     params = torch.empty(k // group, n, 2, dtype=dtype)
-    x = torch.empty(m, k, dtype=dtype)
-    return lambda: launch.weight_only(x, packed, params, None, None, bits, group, asymmetric, "none", config)
+    x, weight = torch.empty(m, k, dtype=dtype), PackedWeight(packed, params, bits, group, asymmetric)
+    return lambda: launch.weight_only(x, weight, Epilogue(), config)
 
 
 def scaled_launch(m, n, k, dtype, config):
@@ -82,8 +83,8 @@ def scaled_launch(m, n, k, dtype, config):
 
     x, weight = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(n, k, dtype=dtype)
     low = -127.0 if dtype == torch.int8 else -448.0
-    factors = (torch.empty(n), None, None, None, None, None, low, -low, gpu_cases.EPS, "none", torch.bfloat16)
-    return lambda: launch.scaled(x, weight, *factors, config)
+    scales, grid = Scales(torch.empty(n)), Grid(low, -low, gpu_cases.EPS)
+    return lambda: launch.scaled(x, weight, scales, grid, Epilogue(), torch.bfloat16, config)
 
 
 def launch_for(format, m, n, k, config, asymmetric=False):
@@ -193,7 +194,7 @@ def test_products_that_the_copy_engine_cannot_serve_are_cut_otherwise(compiled):
         (torch.empty(64, 132, dtype=torch.bfloat16), "weight_only_tiled"),  # rows of 264 bytes
         (torch.empty(64 * 136 + 1, dtype=torch.bfloat16)[1:].view(64, 136), "weight_only_tiled"),
     ):
-        arguments = (x, packed, params, None, None, 4, x.shape[1], False, "none", config)
+        arguments = (x, PackedWeight(packed, params, 4, x.shape[1], False), Epilogue(), config)
         (code,) = compiled(90, lambda arguments=arguments: launch.weight_only(*arguments))
         assert code.name == kernel
     for k, kernel in ((144, "scaled_copied"), (136, "scaled_tiled")):
@@ -214,14 +215,15 @@ def test_codes_are_copied_by_the_engine_that_hopper_has_for_it(compiled):
 @pytest.fixture(scope="module")
 def every_kernel():
     """The code of every kernel, for an Ampere and for a Hopper GPU."""
-    from torchquant.ops.gpu import launch, machine_code
+    from torchquant.ops.gpu import launch, launch_options, machine_code
 
     m, n, k = 40, 256, 512
     x, bias, residual = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((m, k), (n,), (m, n)))
     packed, params = torch.empty(k // 128, n, 32, dtype=torch.int16), torch.empty(k // 32, n, 2, dtype=torch.bfloat16)
     scale, zero, sums = torch.empty(1), torch.empty(1, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
     weight = torch.zeros(n, k, dtype=torch.int8)
-    grid = (bias, residual, -128.0, 127.0, gpu_cases.EPS, "gelu", torch.bfloat16)
+    packed_weight, epilogue = PackedWeight(packed, params, 4, 32, True), Epilogue(bias, residual, "gelu")
+    grid = Grid(-128.0, 127.0, gpu_cases.EPS)
     tile = Config("tiled", 32, 64, 128)
 
     def run(capability):
@@ -229,18 +231,19 @@ def every_kernel():
         pipelined = [Config("pipelined", 64, 128, slices=s, stages=2) for s in (1, 2)] * (capability >= 90)
         skinny = Config("skinny", 8, 16, slices=4)
         for config in (skinny, direct, *pipelined, replace(tile, slices=2), tile, Config("dequantize")):
-            launch.weight_only(x, packed, params, bias, residual, 4, 32, True, "gelu", config)
+            launch.weight_only(x, packed_weight, epilogue, config)
         copied = [replace(tile, kernel="copied", m=64, slices=s) for s in (1, 2)] * (capability >= 90)
         skinny = Config("skinny", 8, 16, 128, slices=4, quantizes=True)
         for config in (skinny, tile, replace(tile, slices=2), *copied, Config("library")):
-            launch.scaled(x, weight, torch.empty(n), scale, zero, sums, *grid, config)
-            launch.scaled(x, weight, torch.empty(n), None, None, None, *grid, config)
+            for scales in (Scales(torch.empty(n), scale, zero, sums), Scales(torch.empty(n))):
+                launch.scaled(x, weight, scales, grid, epilogue, torch.bfloat16, config)
         image, window = torch.empty(2, 8, 8, 64, dtype=torch.int8), torch.empty(n, 3, 3, 64, dtype=torch.int8)
-        factors, form = (torch.empty(n), scale, zero, torch.empty(n, 9, dtype=torch.int32), bias), ((1, 1),) * 3
+        scales = Scales(torch.empty(n), scale, zero, torch.empty(n, 9, dtype=torch.int32))
         out = torch.empty(2, 8, 8, n, dtype=torch.bfloat16)
-        launch.convolution(image, window, *factors, out, *form, "gelu", torch.empty_like(out))
+        params = ConvolutionParams(*((1, 1),) * 3)
+        launch.convolution(image, window, scales, Epilogue(bias, torch.empty_like(out), "gelu"), params, out)
 
-    with mock.patch.object(launch, "_EARLY", True):
+    with mock.patch.object(launch_options, "_EARLY", True):
         return {capability: machine_code.compiled(capability, partial(run, capability)) for capability in (80, 90)}
 
 
@@ -274,7 +277,8 @@ def test_every_activation_compiles(compiled, activation):
 
     x, packed = torch.empty(4, 128, dtype=torch.float16), torch.empty(1, 64, 32, dtype=torch.int16)
     params, config = torch.empty(1, 64, 2, dtype=torch.float16), Config("skinny", 8, 16)
-    (code,) = compiled(80, lambda: launch.weight_only(x, packed, params, None, None, 4, 128, False, activation, config))
+    weight, epilogue = PackedWeight(packed, params, 4, 128, False), Epilogue(activation=activation)
+    (code,) = compiled(80, lambda: launch.weight_only(x, weight, epilogue, config))
     assert code.stack_bytes == 0
 
 

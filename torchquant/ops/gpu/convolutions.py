@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from torchquant.ops.gpu.linears import ACTIVATIONS, check_operands, epilogue, triton_launcher
+from torchquant.ops.gpu.linears import check_activation, check_operands, check_zero_point, triton_launcher
+from torchquant.ops.gpu.operands import ConvolutionParams, Epilogue, Scales
 
 __all__ = ["scaled_conv2d", "scaled_conv2d_reference"]
 
@@ -46,13 +47,14 @@ def scaled_conv2d(
     Raises:
         ValueError: an argument does not fit the others.
     """
-    _check(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
-    out = _empty(x, weight, stride, padding, dilation, out_dtype)
-    arguments = (x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual)
+    scales, epilogue = Scales(weight_scale, x_scale, x_zero_point, weight_sum), Epilogue(bias, residual, activation)
+    params = ConvolutionParams(stride, padding, dilation)
+    _check(x, weight, scales, epilogue)
+    out = _empty(x, weight, params, out_dtype)
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            return triton_launcher().convolution(*arguments, stride, padding, dilation, activation, out)
-    return scaled_conv2d_reference(*arguments, stride, padding, dilation, activation, out_dtype)
+            return triton_launcher().convolution(x, weight, scales, epilogue, params, out)
+    return scaled_conv2d_reference(x, weight, scales, epilogue, params, out_dtype)
 
 
 @scaled_conv2d.register_fake
@@ -71,69 +73,50 @@ def _(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check(x, weight, weight_scale, x_scale, x_zero_point, weight_sum, bias, residual, activation)
-    return _empty(x, weight, stride, padding, dilation, out_dtype)
+    _check(x, weight, Scales(weight_scale, x_scale, x_zero_point, weight_sum), Epilogue(bias, residual, activation))
+    return _empty(x, weight, ConvolutionParams(stride, padding, dilation), out_dtype)
 
 
 def scaled_conv2d_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
+    scales: Scales,
+    epilogue: Epilogue,
+    params: ConvolutionParams,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same in plain PyTorch."""
-    wide = torch.float64 if weight.dtype == torch.int8 else torch.float32  # integers: exact
-    values = x.to(wide) if x_zero_point is None else x.to(wide) - x_zero_point.to(wide)
-    product = F.conv2d(values.permute(0, 3, 1, 2), weight.to(wide).permute(0, 3, 1, 2), None, stride, padding, dilation)
-    y = product.permute(0, 2, 3, 1).float() * x_scale * weight_scale
-    return epilogue(y, bias, residual, activation).to(out_dtype).contiguous()
+    wide = torch.float64 if weight.dtype == torch.int8 else torch.float32  # sums of integers are exact in float64
+    values = x.to(wide) if scales.x_zero_point is None else x.to(wide) - scales.x_zero_point.to(wide)
+    image, window = (t.permute(0, 3, 1, 2) for t in (values, weight.to(wide)))
+    product = F.conv2d(image, window, None, params.stride, params.padding, params.dilation)
+    assert scales.x_scale is not None
+    y = product.permute(0, 2, 3, 1).float() * scales.x_scale * scales.weight_scale
+    return epilogue.apply(y).to(out_dtype).contiguous()
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"scaled_conv2d has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
+def _check(x: torch.Tensor, weight: torch.Tensor, scales: Scales, epilogue: Epilogue) -> None:
+    check_activation("scaled_conv2d", epilogue)
     if weight.dtype not in (torch.int8, torch.float8_e4m3fn) or x.dtype != weight.dtype:
         raise ValueError(f"scaled_conv2d takes codes in int8 or float8_e4m3fn, not {x.dtype} by {weight.dtype}")
     if x.dim() != 4 or weight.dim() != 4 or x.shape[3] != weight.shape[3]:
         raise ValueError(f"x is {tuple(x.shape)} and the weight {tuple(weight.shape)}: their last axis is the channels")
-    if x_zero_point is not None and (weight_sum is None or weight.dtype != torch.int8):
-        raise ValueError("a zero point needs weight_sum, and codes that are integers")
+    check_zero_point(weight, scales)
     n, kh, kw, _ = weight.shape
-    of_weight = (weight_scale, 1 if weight_scale.numel() == 1 else n)
-    of_input = {"x_scale": (x_scale, 1), "x_zero_point": (x_zero_point, 1)}
     check_operands(
-        n, residual, weight_scale=of_weight, weight_sum=(weight_sum, n * kh * kw), bias=(bias, n), **of_input
+        n,
+        epilogue.residual,
+        weight_scale=(scales.weight_scale, 1 if scales.weight_scale.numel() == 1 else n),
+        weight_sum=(scales.weight_sum, n * kh * kw),
+        bias=(epilogue.bias, n),
+        x_scale=(scales.x_scale, 1),
+        x_zero_point=(scales.x_zero_point, 1),
     )
 
 
-def _empty(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """What the result will be written to."""
+def _empty(x: torch.Tensor, weight: torch.Tensor, params: ConvolutionParams, out_dtype: torch.dtype) -> torch.Tensor:
+    """What the result (batch, OH, OW, N) will be written to."""
+    stride, padding, dilation = params.stride, params.padding, params.dilation
     numbers = (*stride, *dilation, *(p + 1 for p in padding))
     if not len(stride) == len(padding) == len(dilation) == 2 or min(numbers) < 1:
         raise ValueError(f"a convolution has no stride {stride}, padding {padding} and dilation {dilation}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from torchquant.ops.gpu import linears, packing
 from torchquant.ops.gpu.configs import Config
+from torchquant.ops.gpu.operands import Epilogue, Grid, PackedWeight, Scales
 
 __all__ = ["EPS", "GRIDS", "Product", "relative_error"]
 
@@ -83,17 +83,25 @@ class Product:
         activation: str = "none",
     ) -> torch.Tensor:
         """By the operator, or with a config by the kernel it names."""
-        epilogue = (bias, residual)
+        epilogue = Epilogue(bias, residual, activation)
         if self.format in GRIDS:
-            most = GRIDS[self.format][1]
-            rest: tuple[Any, ...] = (None, None, None, *epilogue, -most, most, EPS, activation, self.dtype)
-            if config is None:
-                return linears.scaled_linear(x, *weight, *rest)
-            return _launch().scaled(x, *weight, *rest, config)
-        rest = (*epilogue, self.bits, self.group_size or self.k, self.asymmetric, activation)
-        if config is None:
-            return linears.weight_only_linear(x, *weight, *rest)
-        return _launch().weight_only(x, *weight, *rest, config)
+            return self._scaled(x, weight, epilogue, config)
+        packed = PackedWeight(*weight, self.bits, self.group_size or self.k, self.asymmetric)
+        if config is not None:
+            return linears.triton_launcher().weight_only(x, packed, epilogue, config)
+        form = (packed.bits, packed.group_size, packed.asymmetric)
+        return linears.weight_only_linear(x, *weight, bias, residual, *form, activation)
+
+    def _scaled(
+        self, x: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor], epilogue: Epilogue, config: Config | None
+    ) -> torch.Tensor:
+        codes, weight_scale = weight
+        most = GRIDS[self.format][1]
+        if config is not None:
+            grid = Grid(-most, most, EPS)
+            return linears.triton_launcher().scaled(x, codes, Scales(weight_scale), grid, epilogue, self.dtype, config)
+        addends, grid_values = (None, None, None, epilogue.bias, epilogue.residual), (-most, most, EPS)
+        return linears.scaled_linear(x, codes, weight_scale, *addends, *grid_values, epilogue.activation, self.dtype)
 
     def reference(
         self, x: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype = torch.float64
@@ -113,10 +121,3 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     """|y - expected| / |expected|; infinite where y holds anything that is no number."""
     error = (y.to(expected.dtype) - expected).norm() / expected.norm().clamp(min=1e-30)
     return float(error) if bool(error.isfinite()) else float("inf")
-
-
-def _launch() -> Any:
-    """The launcher of the Triton kernels: Triton comes with torch for CUDA only."""
-    from torchquant.ops.gpu import launch  # noqa: PLC0415
-
-    return launch
