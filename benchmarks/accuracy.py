@@ -71,8 +71,8 @@ def _outputs(model: Callable[..., Any], network: Network) -> torch.Tensor:
 def _call(model: Callable[..., Any], batch: Batch, size: int) -> torch.Tensor:
     """The model's output for a batch, filled up to `size` with its last sample for the call."""
     samples = len(batch[0])
-    found = model(*(torch.cat([t, t[-1:].expand(size - samples, *t.shape[1:])]) for t in batch))
-    output: torch.Tensor = found[0] if isinstance(found, (tuple, list)) else found
+    outputs = model(*(torch.cat([t, t[-1:].expand(size - samples, *t.shape[1:])]) for t in batch))
+    output: torch.Tensor = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
     return output[:samples].detach().clone()
 
 

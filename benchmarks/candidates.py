@@ -25,6 +25,7 @@ from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.fx import ops
 from torchquant.observers import ranges
 from torchquant.quantizers.cuda import CudaQuantizer
+from torchquant.quantizers.weight_only import WeightOnlyQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 from torchquant.solving.run import Optimization
@@ -104,6 +105,8 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "smooth": lambda: [tq.SmoothQuant()],
     "ranges": lambda: [tq.RangeSearch()],
     "seq_mse": lambda: [tq.SeqMSE()],
+    "gptq": lambda: [tq.GPTQ()],
+    "gptq_paper": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01)],
     "adaround": lambda: [tq.AdaRound()],
     "adaround_paper": lambda: [tq.AdaRound(search=False, refits=0, sweeps=0, correct_bias=False, compensate=False)],
     "adaround_sensitive": lambda: [tq.AdaRound(sensitive=True)],
@@ -180,6 +183,14 @@ QUANTIZERS: dict[str, Candidate] = {
             strict=True,
         )
         for name, observer in OBSERVERS.items()
+    },
+    **{
+        scheme: Candidate(
+            f"WeightOnlyQuantizer {scheme}",
+            lambda scheme=scheme: WeightOnlyQuantizer(scheme, exclude=["op:embedding"]),  # type: ignore[misc]
+            transformers_only=True,
+        )
+        for scheme in ("w4_g128", "w4_g64", "w3_g128", "w3_g64", "w2_g64")
     },
     **{
         f"cuda_{scheme}": Candidate(

@@ -123,12 +123,12 @@ def measure(runs: dict[str, Run], batch: Batch, seconds: float) -> dict[str, lis
 def _turn(run: Run, batch: Batch) -> list[float]:
     for _ in range(WARM_CALLS):
         run(batch)
-    found = []
+    milliseconds = []
     for _ in range(CALLS):
         start = time.perf_counter_ns()
         run(batch)
-        found.append((time.perf_counter_ns() - start) / 1e6)
-    return found
+        milliseconds.append((time.perf_counter_ns() - start) / 1e6)
+    return milliseconds
 
 
 def _spread(times: list[float]) -> dict[str, Any]:

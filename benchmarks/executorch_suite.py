@@ -40,16 +40,16 @@ def main() -> None:
                 print(f"{file}: {dict(Counter(r['outcome'] for r in known[file].values()))}", flush=True)
                 if options.records:
                     options.records.write_text(json.dumps(known, indent=1) + "\n")
-        found = {name: record for file in files for name, record in known[file].items()}
+        suite_records = {name: record for file in files for name, record in known[file].items()}
         name = part if files == every else f"{part} (the first {len(files)} of {len(every)} files)"
-        records.write("executorch_suite", rows(name, found), ("part", "outcome", "reason"))
+        records.write("executorch_suite", rows(name, suite_records), ("part", "outcome", "reason"))
 
 
-def rows(part: str, found: suite.Records) -> list[records.Row]:
+def rows(part: str, suite_records: suite.Records) -> list[records.Row]:
     """One row for each outcome and reason, with the names of the tests that did not pass."""
     kinds: Counter[tuple[str, str]] = Counter()
     names: dict[tuple[str, str], list[str]] = {}
-    for name, record in found.items():
+    for name, record in suite_records.items():
         outcome, why = record["outcome"], suite.reason(record)
         kind = "upstream" if why in suite.UPSTREAM.values() else "by choice" if why else outcome
         key = (kind, why or (record["text"] if outcome in ("failed", "refused") else ""))

@@ -43,8 +43,8 @@ def main() -> None:
             row = {"kind": kind, "seed": options.seed, "files": options.count, **counts, "seconds": seconds}
             records.write("faults", [row], KEY)
             print(f"{kind:12s} " + "  ".join(f"{n} {outcome}" for outcome, n in counts.items() if n), flush=True)
-            for outcome, found in result.details.items():
-                for number, detail in found[:5]:
+            for outcome, details in result.details.items():
+                for number, detail in details[:5]:
                     print(f"    {outcome} at {number}: {detail}", flush=True)
 
 

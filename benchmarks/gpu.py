@@ -85,13 +85,13 @@ class Results:
 
     def add(self, rows: Iterator[Row]) -> None:
         """Take the rows of a section and write them, also those of one that ends with an error."""
-        found = []
+        section_rows = []
         try:
-            found.extend(rows)
+            section_rows.extend(rows)
         finally:
-            self.rows += found
+            self.rows += section_rows
             if self.setup.gpu:
-                records.write("gpu", found, KEY, folder=self.folder, about=self.about)
+                records.write("gpu", section_rows, KEY, folder=self.folder, about=self.about)
 
 
 def _version(package: str) -> str:
@@ -143,12 +143,13 @@ def _precompiling(setup: Setup, sections: list[str]) -> Any:
     """Processes that compile what is to come, while the first sections run."""
     from torchquant.ops.gpu.precompile import Precompiling
 
-    found = gpu_checks.requests(setup) if "checks" in sections else []
+    requests = gpu_checks.requests(setup) if "checks" in sections else []
     groups = [*FIRST_LAYERS * ("layers" in sections), *MORE_LAYERS * ("more layers" in sections)]
     if setup.tune:
-        found += tuning.requests((p for group in groups for _, p in gpu_layers.products(setup, group)), gpu_layers.ROWS)
-    print(f"compiling {len(found)} kernels", flush=True)
-    return Precompiling(found)
+        products = (p for group in groups for _, p in gpu_layers.products(setup, group))
+        requests += tuning.requests(products, gpu_layers.ROWS)
+    print(f"compiling {len(requests)} kernels", flush=True)
+    return Precompiling(requests)
 
 
 def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:
@@ -159,10 +160,10 @@ def _profile(setup: Setup, rows: list[Row]) -> Iterator[Row]:
         product = Product(worst["format"], worst["n"], worst["k"], 128 if worst["format"] == "w4a16" else 0)
         x, weight = product.x(m, setup.device), product.weight(setup.device)
         product.run(x, weight)
-        found = gpu_llama.kernels(setup, lambda p=product, x=x, w=weight: p.run(x, w))
+        kernels = gpu_llama.kernels(setup, lambda p=product, x=x, w=weight: p.run(x, w))
         row = {key: worst[key] for key in ("case", "format", "m", "runtime", "us", "bound_us", "of_bound")}
-        row = {"section": "profile", **row, "kernels": found}
-        report({**row, "": "; ".join(f"{k['name']} {k['us']:.0f} us" for k in found[:4])})
+        row = {"section": "profile", **row, "kernels": kernels}
+        report({**row, "": "; ".join(f"{k['name']} {k['us']:.0f} us" for k in kernels[:4])})
         yield row
 
 
@@ -228,11 +229,11 @@ def _lowered(
     with torch.no_grad():
         expected, y, exact = converted(*inputs), lowered(*inputs), model(*inputs)
     ops = [n for n in lowered.graph.nodes if n.op == "call_function" and "torchquant" in str(n.target)]
-    found = {"products": len(ops), "sqnr_db": tq.sqnr_db(expected.float(), y.float())}
-    found["sqnr_to_float_db"] = tq.sqnr_db(exact.float(), y.float())
+    row = {"products": len(ops), "sqnr_db": tq.sqnr_db(expected.float(), y.float())}
+    row["sqnr_to_float_db"] = tq.sqnr_db(exact.float(), y.float())
     times = timing.in_turns({"float": float_sample, "ours": _sample(setup, lowered, inputs)}, _SAMPLES)
     (float_us, _), (us, iqr) = spread(times["float"]), spread(times["ours"])
-    return {**found, "us": us, "iqr_us": iqr, "float_us": float_us, "ratio": float_us / us}
+    return {**row, "us": us, "iqr_us": iqr, "float_us": float_us, "ratio": float_us / us}
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def worst_row(y: torch.Tensor, expected: torch.Tensor) -> float:
 def requests(setup: Setup) -> list[tuple[Product, int, configs.Config]]:
     """The kernels that checks will need most, to be compiled ahead."""
     device = torch.device("cuda", torch.cuda.current_device())
-    found = [(make(n, k), m) for name, make in VARIANTS.items() for m, n, k in _sizes(setup, name)]
-    chosen = [(p, m, configs.choose(p.format, m, p.n, p.k, device)) for p, m in found]
+    products = [(make(n, k), m) for name, make in VARIANTS.items() for m, n, k in _sizes(setup, name)]
+    chosen = [(p, m, configs.choose(p.format, m, p.n, p.k, device)) for p, m in products]
     return [(p, m, c) for p, m, c in chosen if c.kernel in ("skinny", "tiled")]
 
 

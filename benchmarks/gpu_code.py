@@ -38,8 +38,8 @@ def main() -> None:
 def _row(product: Product, m: int, config: Config) -> dict[str, Any]:
     """The kernel that multiplies; those before and after it are left out."""
     x, weight = product.x(m, "meta"), product.weight("meta")
-    found = machine_code.compiled(CAPABILITY, lambda: product.run(x, weight, config))
-    code = next(c for c in found if c.name.endswith(config.kernel))
+    kernels = machine_code.compiled(CAPABILITY, lambda: product.run(x, weight, config))
+    code = next(c for c in kernels if c.name.endswith(config.kernel))
     columns = config.k or BLOCK
     weights = config.n * columns * (config.slices if config.kernel == "skinny" else 1) / (32 * config.warps)
     loop = code.loop()

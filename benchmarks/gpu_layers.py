@@ -71,20 +71,20 @@ def ceilings(setup: Setup) -> tuple[Ceilings, list[Row]]:
             floats[0], floats[1].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
     }
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     rows = []
     for name, call in calls.items():
         row: Row = {"section": "ceilings", "case": name, "format": "", "m": size, "runtime": "library"}
         try:
             sample = setup.capture([call, call])
             us, iqr = spread([sample() for _ in range(_SAMPLES)])
-            found[name] = 1e6 * (2 * count if name == "copy" else 2 * size**3) / us
-            rows.append({**row, "us": us, "iqr_us": iqr, "per_s": found[name]})
+            rates[name] = 1e6 * (2 * count if name == "copy" else 2 * size**3) / us
+            rows.append({**row, "us": us, "iqr_us": iqr, "per_s": rates[name]})
         except (RuntimeError, NotImplementedError) as error:
             rows.append({**row, "missing": reason(error)})
-            found[name] = found["bf16"] * 2  # by data sheet
+            rates[name] = rates["bf16"] * 2  # by data sheet
         report(rows[-1])
-    return Ceilings(found.pop("copy"), found), rows
+    return Ceilings(rates.pop("copy"), rates), rows
 
 
 def products(setup: Setup, group: str) -> Iterator[tuple[str, Product]]:
@@ -106,14 +106,14 @@ def layers(setup: Setup, best: Ceilings, groups: Sequence[str]) -> Iterator[Row]
     for group in groups:
         for layer, product in products(setup, group):
             by_layer.setdefault(layer, []).append(product)
-    for layer, found in by_layer.items():
+    for layer, layer_products in by_layer.items():
         if setup.left_s <= 0:
             row = {"section": "layers", "case": layer, "format": "", "m": 0, "runtime": "", "skipped": "no time left"}
             report(row)
             yield row
             continue
         try:
-            yield from _layer(setup, layer, found, best)
+            yield from _layer(setup, layer, layer_products, best)
         except Exception as error:
             row = {"section": "layers", "case": layer, "format": "", "m": 0, "runtime": "", "missing": reason(error)}
             report(row)
@@ -122,13 +122,13 @@ def layers(setup: Setup, best: Ceilings, groups: Sequence[str]) -> Iterator[Row]
             torch.cuda.empty_cache()
 
 
-def _layer(setup: Setup, layer: str, found: Sequence[Product], best: Ceilings) -> Iterator[Row]:
-    n, k = found[0].n, found[0].k
+def _layer(setup: Setup, layer: str, layer_products: Sequence[Product], best: Ceilings) -> Iterator[Row]:
+    n, k = layer_products[0].n, layer_products[0].k
     print(f"\n{layer}: {n} x {k}; {setup.left_s:.0f} s left", flush=True)
     first = torch.randn(n, k, device=setup.device, dtype=torch.bfloat16)
     floats = [first, *(first.clone() for _ in range(setup.copies(first.nbytes) - 1))]
-    weights = {p: tuning.copies_of(p, setup.device, setup.copies(p.weight_bytes)) for p in found}
-    bytes_of = {"bf16": first.nbytes, **{p.format: p.weight_bytes for p in found}}
+    weights = {p: tuning.copies_of(p, setup.device, setup.copies(p.weight_bytes)) for p in layer_products}
+    bytes_of = {"bf16": first.nbytes, **{p.format: p.weight_bytes for p in layer_products}}
     peers, refused = _peers(setup, layer, n, k)
     rows = [{"m": 0, "format": format, "runtime": "torchao", "missing": why} for format, why in refused.items()]
     for m in (0, *rows_of(setup, layer)):
@@ -192,10 +192,10 @@ def _tuned(setup: Setup, product: Product, m: int, weights: Sequence[Weight]) ->
     if setup.tune and setup.left_s > 0:
         outcome = tuning.search(product, m, weights=weights)
         wrong = [f"{c}: {why}" for c, why in outcome.skipped.items() if "relative error" in why]
-        found = {"cut": _cut(outcome.config), "tuned": True, "tried": len(outcome.others) + 1}
-        found["others"] = {_cut(c): round(us, 2) for c, us in sorted(outcome.others.items(), key=lambda t: t[1])}
-        found["left_out"] = len(outcome.skipped)
-        return {**found, "wrong": wrong} if wrong else found
+        row = {"cut": _cut(outcome.config), "tuned": True, "tried": len(outcome.others) + 1}
+        row["others"] = {_cut(c): round(us, 2) for c, us in sorted(outcome.others.items(), key=lambda t: t[1])}
+        row["left_out"] = len(outcome.skipped)
+        return {**row, "wrong": wrong} if wrong else row
     device = torch.device("cuda", torch.cuda.current_device())
     return {"cut": _cut(configs.choose(product.format, m, product.n, product.k, device)), "tuned": False}
 
@@ -211,17 +211,17 @@ def _cut(config: configs.Config) -> str:
 
 def _peers(setup: Setup, layer: str, n: int, k: int) -> tuple[dict[str, Peer], dict[str, str]]:
     """For each format torchao's linear, or why there is none."""
-    found: dict[str, Peer] = {}
+    peers: dict[str, Peer] = {}
     refused: dict[str, str] = {}
     if not layer.startswith("8B") or layer.removeprefix("8B ") not in BESIDE_TORCHAO:
-        return found, refused
+        return peers, refused
     torch._dynamo.reset()
     for format in FORMATS:
         try:
-            found[format] = _torchao(setup, format, n, k)
+            peers[format] = _torchao(setup, format, n, k)
         except Exception as error:
             refused[format] = reason(error)
-    return found, refused
+    return peers, refused
 
 
 def _torchao(setup: Setup, format: str, n: int, k: int) -> Peer:

@@ -21,19 +21,19 @@ class Table:
     rows: Sequence[Sequence[str]] = ()
 
 
-def tables(found: Row) -> list[Table]:
+def tables(results: Row) -> list[Table]:
     """All that was measured, section by section."""
-    gaps = [r for r in found["rows"] if "skipped" in r or "missing" in r]
-    measured = [r for r in found["rows"] if r not in gaps]
+    gaps = [r for r in results["rows"] if "skipped" in r or "missing" in r]
+    measured = [r for r in results["rows"] if r not in gaps]
     by_section = {s: [r for r in measured if r["section"] == s] for s in _SECTIONS}
-    made = [_SECTIONS[s](rows) for s, rows in by_section.items() if rows]
+    section_tables = [_SECTIONS[s](rows) for s, rows in by_section.items() if rows]
     profiled = [r for r in measured if r.get("kernels")]
     if profiled:
-        made.append(_profile(profiled))
+        section_tables.append(_profile(profiled))
     if gaps:
         rows = [[r["section"], r["case"], r["format"], r["runtime"], _rows(r), _why(r)] for r in gaps]
-        made.append(Table("Not measured", "", ("section", "case", "format", "runtime", "rows", "why"), rows))
-    return made
+        section_tables.append(Table("Not measured", "", ("section", "case", "format", "runtime", "rows", "why"), rows))
+    return section_tables
 
 
 def _rows(row: Row) -> str:
@@ -80,9 +80,9 @@ def _layers(rows: list[Row]) -> Table:
     return Table("Layers of Llama 3", note, ("layer", "format", "runtime", *map(str, sizes)), body)
 
 
-def ratios(found: Row) -> Table:
+def ratios(results: Row) -> Table:
     """Of our layers: how many times as fast as cuBLAS in bfloat16, by format and rows of activations."""
-    mine = [r for r in found["rows"] if r["section"] == "layers" and r["runtime"] == "torchquant" and "ratio" in r]
+    mine = [r for r in results["rows"] if r["section"] == "layers" and r["runtime"] == "torchquant" and "ratio" in r]
     sizes = sorted({r["m"] for r in mine})
     times = {(r["format"], r["case"], r["m"]): f"{r['ratio']:.2f}" for r in mine}
     body = [

@@ -225,11 +225,11 @@ class Counts:
 
 def killed(kind: Kind, count: int, root: Path, seed: int) -> Counts:
     """Kill a kind of work at random moments."""
-    draw, found = random.Random(seed), Counts()
+    draw, counts = random.Random(seed), Counts()
     kind.prepare()
     expected, seconds = undisturbed(kind, root / "undisturbed")
-    while found.kills < count:
-        folder = root / str(found.kills)
+    while counts.kills < count:
+        folder = root / str(counts.kills)
         shutil.rmtree(folder, ignore_errors=True)
         first = started(kind, folder)
         first.join(draw.uniform(0, seconds))
@@ -237,19 +237,19 @@ def killed(kind: Kind, count: int, root: Path, seed: int) -> Counts:
         first.join()
         if first.exitcode == 0:  # it was faster than the one that nobody killed
             continue
-        found.kills += 1
+        counts.kills += 1
         before = noted(folder)
-        found.half_files += not_whole(folder)
+        counts.half_files += not_whole(folder)
         second = started(kind, folder)
         second.join()
         again = noted(folder)[len(before) :]
-        found.layers_lost = max(found.layers_lost, len(set(before) & set(again)))
-        found.differences += not same(folder, expected)
+        counts.layers_lost = max(counts.layers_lost, len(set(before) & set(again)))
+        counts.differences += not same(folder, expected)
         left = leftovers(folder)
-        found.leftovers += len(left)
-        found.details += left
+        counts.leftovers += len(left)
+        counts.details += left
         shutil.rmtree(folder)
-    return found
+    return counts
 
 
 def undisturbed(kind: Kind, folder: Path) -> tuple[Result, float]:
@@ -309,8 +309,8 @@ def same(folder: Path, expected: Result) -> bool:
     if not (folder / RESULT).exists():
         print(f"{folder}: {(folder / 'log.txt').read_text()[-2000:]}", flush=True)
         return False
-    found = torch.load(folder / RESULT, weights_only=True)
-    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    resumed = torch.load(folder / RESULT, weights_only=True)
+    return resumed.keys() == expected.keys() and all(torch.equal(resumed[n], expected[n]) for n in expected)
 
 
 def not_whole(folder: Path) -> int:

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import torchquant as tq
+from torchquant.calibration.store import give_back
 from torchquant.calibration.stream import Evaluator, Stream
 from torchquant.fx.blocks import Span
 
@@ -43,6 +44,7 @@ def main() -> None:
     model = sum(t.numel() * t.element_size() for t in (*prepared.parameters(), *prepared.buffers()))
     largest = largest_activations(prepared, network.example, spans)
     budget = options.budget_mib << 20
+    give_back()  # what calibration freed is no part of what is there before
     before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -65,14 +67,14 @@ def main() -> None:
 
 def largest_activations(prepared: GraphModule, batch: tuple[torch.Tensor, ...], spans: list[Span]) -> int:
     """Bytes of all values that a span reads and makes for one batch, at most."""
-    stream, found = Stream(prepared, [batch]), 0
+    stream, largest = Stream(prepared, [batch]), 0
     for task in stream.walk(spans):
         with torch.no_grad():
             env = Evaluator(prepared, "quantized").run(task.span.nodes, task.inputs(0, "quantized"))
         tensors = [t for t in pytree.tree_leaves(list(env.values())) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        found = max(found, sum(storages.values()))
-    return found
+        largest = max(largest, sum(storages.values()))
+    return largest
 
 
 def resident_bytes() -> int:

@@ -37,20 +37,20 @@ def main() -> None:
 
 def _row(family: str, case, way: str) -> records.Row:
     start = time.perf_counter()
-    found, expected = outcome(case, way), case.expectation(way)
+    actual, expected = outcome(case, way), case.expectation(way)
     row = {
         "family": family,
         "case": case.name,
         "way": way,
-        "outcome": found.kind,
-        "as_expected": not found.problem(expected),
-        "converted_db": found.converted_db,
-        "program_db": found.program_db,
-        "integer_ops": found.integer_ops,
-        "text": " ".join(found.text.split())[:300],
+        "outcome": actual.kind,
+        "as_expected": not actual.problem(expected),
+        "converted_db": actual.converted_db,
+        "program_db": actual.program_db,
+        "integer_ops": actual.integer_ops,
+        "text": " ".join(actual.text.split())[:300],
         "seconds": time.perf_counter() - start,
     }
-    print(f"{case.name} {way}: {found.kind} {'' if row['as_expected'] else 'UNEXPECTED '}{row['text']}", flush=True)
+    print(f"{case.name} {way}: {actual.kind} {'' if row['as_expected'] else 'UNEXPECTED '}{row['text']}", flush=True)
     return row
 
 

@@ -44,13 +44,13 @@ def main() -> None:
             counts["plans"]["crashed"] += 1
             print(f"seed {numbers[0]} ended with {done.returncode}: {done.stderr[-1500:]}", flush=True)
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
+        counted = json.loads(done.stdout.splitlines()[-1])
         for kind, more in counts.items():
-            more.update(found[kind])
+            more.update(counted[kind])
         print(f"{part + 1} of {parts}: {counts}", flush=True)
-    for kind, found in counts.items():
-        row = {"kind": f"x86 {kind}", "seed": options.seed, "sanitized": options.sanitize, "files": sum(found.values())}
-        row |= {outcome: found[outcome] for outcome in ("refused", "ran", "crashed")}
+    for kind, tally in counts.items():
+        row = {"kind": f"x86 {kind}", "seed": options.seed, "sanitized": options.sanitize, "files": sum(tally.values())}
+        row |= {outcome: tally[outcome] for outcome in ("refused", "ran", "crashed")}
         records.write("faults", [row | {"seconds": round(time.perf_counter() - start)}], ("kind", "seed"))
 
 

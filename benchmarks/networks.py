@@ -288,9 +288,9 @@ def _tokens(tokenizer: Any, sentences: Sequence[str]) -> Batch:
     """Token ids and attention mask `(sentences, TOKENS)`, padded with zeros."""
     ids = torch.zeros(len(sentences), TOKENS, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, found in enumerate(tokenizer.encode_batch(list(sentences))):
-        ids[row, : len(found.ids)] = torch.tensor(found.ids)
-        mask[row, : len(found.ids)] = 1
+    for row, encoding in enumerate(tokenizer.encode_batch(list(sentences))):
+        ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
+        mask[row, : len(encoding.ids)] = 1
     return ids, mask
 
 

@@ -74,16 +74,16 @@ def main() -> None:
     bounds = roofline.measure(options.threads)
     network = load_network(options.network, samples=options.batch).batched(options.batch)
     graph, _ = quantize(QUANTIZERS["x86"], network.model, network.calibration[:1])  # ranges do not change the work
-    found = work(graph)
-    level = bounds.level_of(resident_bytes(found))
+    op_work = work(graph)
+    level = bounds.level_of(resident_bytes(op_work))
     batch = network.held_out[0]
     products, others = measured_us(graph, batch)
-    rows = times(found, bounds, level, products)
+    rows = times(op_work, bounds, level, products)
     for kind, us in {**others, "whole program": program_us(graph, batch, options.threads)}.items():
         rows.append({"node": f"({kind})", "kind": kind, "bound": "", **dict.fromkeys(SUMS, 0), "measured_us": us})
     about = {"network": network.name, "batch": options.batch, "threads": options.threads}
     records.write("profile", [{**about, **row} for row in rows], KEY)
-    print(f"\n{network.name}, batch {options.batch}; {bounds}\n{resident_bytes(found):,} bytes, read from {level}")
+    print(f"\n{network.name}, batch {options.batch}; {bounds}\n{resident_bytes(op_work):,} bytes, read from {level}")
     computing = [row for row in rows if row["macs"]]
     for row in computing:
         print(_line(row["node"], [row]))
@@ -166,9 +166,9 @@ KINDS: Mapping[str, Callable[..., tuple[str, int]]] = {
 }
 
 
-def resident_bytes(found: Sequence[Work]) -> int:
+def resident_bytes(op_work: Sequence[Work]) -> int:
     """What stays in the caches from call to call at best: all weights, and the activations of the largest op."""
-    return sum(w.weight_bytes for w in found) + max(w.input_bytes + w.output_bytes for w in found)
+    return sum(w.weight_bytes for w in op_work) + max(w.input_bytes + w.output_bytes for w in op_work)
 
 
 def measured_us(graph: GraphModule, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
@@ -188,7 +188,7 @@ def measured_us(graph: GraphModule, batch: Batch) -> tuple[dict[str, float], dic
     others: dict[str, float] = {}
     for i, region in enumerate(steps):
         for k, step in enumerate(region):
-            us = statistics.median(found[i][k] for found in rounds)
+            us = statistics.median(microseconds[i][k] for microseconds in rounds)
             if step.kind in ("conv", "depthwise"):
                 products[names[step.label]] = us
             else:
@@ -213,7 +213,7 @@ def program_us(graph: GraphModule, batch: Batch, threads: int) -> float:
 
 
 def times(
-    found: Sequence[Work], bounds: roofline.Roofline, level: str, measured: Mapping[str, float]
+    op_work: Sequence[Work], bounds: roofline.Roofline, level: str, measured: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """One row an op: its work, the microseconds it takes at best, and those measured, if any.
 
@@ -221,7 +221,7 @@ def times(
         level: where everything is read from; writes count like reads.
     """
     rows = []
-    for op in found:
+    for op in op_work:
         ideal_us = 1e3 * bounds.ideal_ms(op.macs, op.bytes_, level, op.precision)
         compute_us = 1e3 * bounds.ideal_ms(op.macs, 0, level, op.precision)
         row = {**asdict(op), "ideal_us": ideal_us, "bound": "compute" if compute_us == ideal_us else level}

@@ -23,8 +23,8 @@ Row = dict[str, Any]
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """The content of `results/NAME.json`; no rows if there is no such file."""
     file = folder / f"{name}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
-    return found
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    return record
 
 
 def write(

@@ -81,7 +81,7 @@ def measure(threads: int = 1) -> Roofline:
         "l3": caches["l3"] // 4 // threads,
         "memory": max(MIN_MEMORY_ARRAY_BYTES, 4 * caches["l3"]) // threads,
     }
-    found = Roofline(
+    roofline = Roofline(
         threads,
         gmacs={k: rate for k, rate in rates.items() if rate},
         instructions={k: library.instruction(i).decode() for i, k in enumerate(KINDS) if rates[k]},
@@ -91,7 +91,7 @@ def measure(threads: int = 1) -> Roofline:
     share = library.core_share()
     if share < MIN_CORE_SHARE:
         warnings.warn(f"other processes ran: a thread had {share:.0%} of a core, so rates are too low", stacklevel=2)
-    return found
+    return roofline
 
 
 def _read_gbps(array_bytes: int, threads: int) -> float:

@@ -58,16 +58,16 @@ def _times(make: Callable[[], nn.Module], shape: tuple[int, ...], samples: int, 
     tq.calibrate(prepared, batches, progress=False)
     walk = Stream(prepared, batches).walk(layers(prepared))  # holds the data while it stands
     task = next(walk)
-    found: dict[str, list[float]] = {"gram_s": [], "sampled_s": []}
+    seconds: dict[str, list[float]] = {"gram_s": [], "sampled_s": []}
     for turn in range(ROUNDS + 1):
         for form, run in (("gram_s", _gram), ("sampled_s", _sampled)):
             start = time.perf_counter()
             run(task, iterations)
             if turn:
-                found[form].append(time.perf_counter() - start)
-    ratios = [s / g for g, s in zip(found["gram_s"], found["sampled_s"], strict=True)]
+                seconds[form].append(time.perf_counter() - start)
+    ratios = [s / g for g, s in zip(seconds["gram_s"], seconds["sampled_s"], strict=True)]
     return {
-        **{form: statistics.median(times) for form, times in found.items()},
+        **{form: statistics.median(times) for form, times in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),

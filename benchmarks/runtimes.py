@@ -55,8 +55,8 @@ class Case:
         """The network converted with one of `QUANTIZERS`, calibrated in batches of this case's size."""
         network = self.network
         build = lambda: quantize(QUANTIZERS[key], network.model, network.calibration)[0]  # noqa: E731
-        found: GraphModule = self.once(f"converted {key}", build)
-        return found
+        converted: GraphModule = self.once(f"converted {key}", build)
+        return converted
 
     def file(self, name: str, write: Callable[[Path], Any]) -> Path:
         """A file that `write` makes the first time."""
@@ -122,8 +122,8 @@ def _compiled(model: torch.nn.Module, case: Case) -> Run:
 
 def _runner(call: Callable[..., Any]) -> Run:
     def run(batch: Batch) -> torch.Tensor:
-        found = call(*batch)
-        output: torch.Tensor = found[0] if isinstance(found, (tuple, list)) else found
+        outputs = call(*batch)
+        output: torch.Tensor = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
         return output
 
     return run

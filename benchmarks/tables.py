@@ -115,10 +115,10 @@ def _cell(op: str, row: Capability | None) -> str:
 # accuracy -----------------------------------------------------------------------------------------------------
 
 
-def _accuracy(found: Row) -> list[str]:
-    parts = ["## Accuracy", _about(found, "accuracy"), _ACCURACY_NOTE]
-    for name in _distinct(found["rows"], "network"):
-        rows = [r for r in found["rows"] if r["network"] == name]
+def _accuracy(results: Row) -> list[str]:
+    parts = ["## Accuracy", _about(results, "accuracy"), _ACCURACY_NOTE]
+    for name in _distinct(results["rows"], "network"):
+        rows = [r for r in results["rows"] if r["network"] == name]
         first = next((r for r in rows if "metric" in r), None)
         if first is None:
             continue
@@ -178,9 +178,9 @@ def _accuracy_cells(row: Row) -> list[str]:
 # algorithms ---------------------------------------------------------------------------------------------------
 
 
-def algorithms(found: Row) -> str:
+def algorithms(results: Row) -> str:
     """Every converted graph measured with an algorithm, beside the plain one."""
-    rows = [r for r in found["rows"] if r["artefact"] == "converted graph" and "metric" in r]
+    rows = [r for r in results["rows"] if r["artefact"] == "converted graph" and "metric" in r]
     tried = {(r["network"], r["quantizer"]) for r in rows if r["algorithm"] != "none"}
     rows = [r for r in rows if (r["network"], r["quantizer"]) in tried]
     order = {key: i for i, key in enumerate(dict.fromkeys((r["network"], r["quantizer"]) for r in rows))}
@@ -205,10 +205,10 @@ def _algorithm_cells(row: Row) -> list[str]:
     ]
 
 
-def gpu_schemes(found: Row) -> str:
+def gpu_schemes(results: Row) -> str:
     """What each scheme of `CudaQuantizer` costs, network by network."""
     mine = "CudaQuantizer "
-    rows = [r for r in found["rows"] if r["quantizer"].startswith(mine) and "metric" in r]
+    rows = [r for r in results["rows"] if r["quantizer"].startswith(mine) and "metric" in r]
     networks = list(dict.fromkeys(r["network"] for r in rows))
     rows.sort(key=lambda r: networks.index(r["network"]))
     head = ["network", "scheme", "algorithms", "quantized ops", "SQNR dB", "metric", "", "to float"]
@@ -228,7 +228,7 @@ def gpu_schemes(found: Row) -> str:
     return markdown(head, cells)
 
 
-def machine_code(found: Row) -> str:
+def machine_code(results: Row) -> str:
     """What the GPU kernels compile to."""
     head = ["format", "rows", "kernel", "tile (rows x outputs x inputs)", "registers", "spilled", "shared KB"]
     head += ["instructions a weight", "tensor core"]
@@ -244,26 +244,26 @@ def machine_code(found: Row) -> str:
             f"{r['instructions_a_weight']:.2f}",
             f"`{r['tensor_core']}`",
         ]
-        for r in found["rows"]
+        for r in results["rows"]
     ]
     return markdown(head, cells)
 
 
-def memory(found: Row) -> str:
+def memory(results: Row) -> str:
     """What algorithms added to the memory of the process, against the bound."""
     head = ["network", "algorithm", "budget MB", "bound MB", "added MB", "on disk MB"]
     fields = ("budget_bytes", "bound_bytes", "added_bytes", "spilled_bytes")
-    rows = [[r["network"], r["algorithm"], *(f"{r[f] / 1e6:.0f}" for f in fields)] for r in found["rows"]]
+    rows = [[r["network"], r["algorithm"], *(f"{r[f] / 1e6:.0f}" for f in fields)] for r in results["rows"]]
     return markdown(head, rows)
 
 
 # latency ------------------------------------------------------------------------------------------------------
 
 
-def _latency(found: Row) -> list[str]:
-    parts = ["## Latency on a CPU", _about(found, "cpu"), _LATENCY_NOTE]
-    for name in _distinct(found["rows"], "network"):
-        rows = [r for r in found["rows"] if r["network"] == name]
+def _latency(results: Row) -> list[str]:
+    parts = ["## Latency on a CPU", _about(results, "cpu"), _LATENCY_NOTE]
+    for name in _distinct(results["rows"], "network"):
+        rows = [r for r in results["rows"] if r["network"] == name]
         settings = sorted({(r["batch"], r["threads"]) for r in rows})
         head = ["runtime", "int8 ops", "SQNR dB", *(f"batch {b}, threads {t}" for b, t in settings)]
         body = [_latency_cells(r, rows, settings) for r in _distinct(rows, "runtime")]
@@ -291,11 +291,11 @@ def _time(row: Row) -> str:
 # profile ------------------------------------------------------------------------------------------------------
 
 
-def _profile(found: Row) -> list[str]:
+def _profile(results: Row) -> list[str]:
     """Where the time of a program goes, kind by kind, beside the machine's bound."""
-    parts = ["## Where the time goes on x86", _about(found, "profile_cpu"), _PROFILE_NOTE]
-    for setting in dict.fromkeys((r["network"], r["batch"]) for r in found["rows"]):
-        rows = [r for r in found["rows"] if (r["network"], r["batch"]) == setting]
+    parts = ["## Where the time goes on x86", _about(results, "profile_cpu"), _PROFILE_NOTE]
+    for setting in dict.fromkeys((r["network"], r["batch"]) for r in results["rows"]):
+        rows = [r for r in results["rows"] if (r["network"], r["batch"]) == setting]
         whole = next((r["measured_us"] for r in rows if r["kind"] == "whole program"), None)
         kinds = [k for k in _distinct(rows, "kind") if k != "whole program"]
         body = [_profile_cells(kind, [r for r in rows if r["kind"] == kind], whole) for kind in kinds]
@@ -333,17 +333,18 @@ def _share(part: float, whole: float | None) -> str:
 # zoo ----------------------------------------------------------------------------------------------------------
 
 
-def _zoo(found: Row, suite: Row) -> list[str]:
+def _zoo(results: Row, suite: Row) -> list[str]:
     """What became of the models of `tests/zoo`, and of ExecuTorch's own tests; nothing where they were not run."""
-    if not found["rows"]:
+    if not results["rows"]:
         return []
-    ways = sorted({r["way"] for r in found["rows"]})
-    families = _distinct(found["rows"], "family")
+    ways = sorted({r["way"] for r in results["rows"]})
+    families = _distinct(results["rows"], "family")
     body = [
-        [f, *(_outcomes(r for r in found["rows"] if (r["family"], r["way"]) == (f, w)) for w in ways)] for f in families
+        [f, *(_outcomes(r for r in results["rows"] if (r["family"], r["way"]) == (f, w)) for w in ways)]
+        for f in families
     ]
-    body.append(["**all**", *(_outcomes(r for r in found["rows"] if r["way"] == w) for w in ways)])
-    parts = ["## A zoo of models", _about(found, "model_zoo"), _ZOO_NOTE, markdown(["family", *ways], body)]
+    body.append(["**all**", *(_outcomes(r for r in results["rows"] if r["way"] == w) for w in ways)])
+    parts = ["## A zoo of models", _about(results, "model_zoo"), _ZOO_NOTE, markdown(["family", *ways], body)]
     if suite["rows"]:
         head = ["part", "outcome", "tests", "reason"]
         body = [[r["part"], r["outcome"], str(r["tests"]), r["reason"]] for r in suite["rows"]]
@@ -372,12 +373,12 @@ def _outcomes(rows: Iterable[Row]) -> str:
 # GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _gpu(found: Row) -> list[str]:
+def _gpu(results: Row) -> list[str]:
     """Everything of `results/gpu.json`; nothing where no GPU was measured."""
-    if not found["rows"]:
+    if not results["rows"]:
         return []
-    parts = [f"## On an {found['gpu']}", f"{_about(found, 'gpu')} Triton {found['triton']}."]
-    for table in gpu_tables.tables(found):
+    parts = [f"## On an {results['gpu']}", f"{_about(results, 'gpu')} Triton {results['triton']}."]
+    for table in gpu_tables.tables(results):
         parts += [f"### {table.title}", *([table.note] if table.note else [])]
         parts += [markdown(table.head, table.rows)] if table.head else []
     return parts
@@ -386,13 +387,13 @@ def _gpu(found: Row) -> list[str]:
 # all ----------------------------------------------------------------------------------------------------------
 
 
-def _about(found: Row, name: str) -> str:
+def _about(results: Row, name: str) -> str:
     """How the rows were made: commands, machine, versions, date."""
-    if not found["rows"]:
+    if not results["rows"]:
         return f"Not measured yet: `python benchmarks/{name}.py`."
-    commands = "\n".join(_distinct(found["rows"], "command"))
-    versions = ", ".join(f"{package} {v}" for package, v in found["versions"].items())
-    return f"```\n{commands}\n```\n{found['cpu']}; {versions}; {found['date']}."
+    commands = "\n".join(_distinct(results["rows"], "command"))
+    versions = ", ".join(f"{package} {v}" for package, v in results["versions"].items())
+    return f"```\n{commands}\n```\n{results['cpu']}; {versions}; {results['date']}."
 
 
 def _distinct(rows: Iterable[Row], field: str) -> list[str]:

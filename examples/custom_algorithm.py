@@ -39,10 +39,10 @@ class BestOfManyRoundings(Layerwise):
         for _ in range(self.draws):
             drawn = torch.floor(steps + torch.rand(steps.shape, generator=generator))
             codes = problem.clamp(drawn + problem.zero_point)
-            found = problem.contributions(codes).sum(-1)
-            better = found < error
+            candidate_error = problem.contributions(codes).sum(-1)
+            better = candidate_error < error
             best = torch.where(better[..., None], codes, best)
-            error = torch.where(better, found, error)
+            error = torch.where(better, candidate_error, error)
             if clock.is_over:
                 break
         return Answer(best, torch.ones(problem.count))

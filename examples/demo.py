@@ -49,13 +49,13 @@ def _lowered(
     program.save(OUT / f"efficientnet_lite0.{target}{target.suffix}")
     report = tq.report(graph, program)
     report.save(OUT / f"report.{target}.txt")
-    found = tq.compare(exported, program, unseen)
+    comparison = tq.compare(exported, program, unseen)
     times = interleaved({"float": float_run, "int8": program}, unseen[0], rounds=40)
     return {
         "int8 compute ops": report.coverage,
         "kernels": ", ".join(f"{n} {kernel}" for kernel, n in program.proof.kernels.items()),
-        "SQNR against float, held out": f"{found.sqnr_db:.1f} dB",
-        "same top-1 as float": f"{100 * found.agreement:.1f} %",
+        "SQNR against float, held out": f"{comparison.sqnr_db:.1f} dB",
+        "same top-1 as float": f"{100 * comparison.agreement:.1f} %",
         "against the converted graph": f"{program.proof.comparison.sqnr_db:.1f} dB",
         "bytes (of float)": f"{program.size_bytes:,} ({program.size_bytes / float_bytes:.3f})",
         "latency (of float, same runtime)": f"{times['int8'].median_ms:.2f} ms "

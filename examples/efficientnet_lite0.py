@@ -105,7 +105,7 @@ def held_out(crops: int = 16) -> list[Tensor]:
 
 def _crops(images: list[np.ndarray], count: int) -> list[Tensor]:
     rng = random.Random(0)
-    found = []
+    crops = []
     for array in images:
         image = Image.fromarray(array).convert("RGB")
         for _ in range(count):
@@ -113,5 +113,5 @@ def _crops(images: list[np.ndarray], count: int) -> list[Tensor]:
             left, top = (rng.randint(0, size - side) for size in image.size)
             crop = image.resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
             pixels = torch.from_numpy(np.asarray(crop, dtype=np.float32))
-            found.append(((pixels - 127) / 128).permute(2, 0, 1)[None].contiguous())
-    return found
+            crops.append(((pixels - 127) / 128).permute(2, 0, 1)[None].contiguous())
+    return crops

@@ -35,20 +35,6 @@ class CudaQuantizer(CapabilityQuantizer):
 
     def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
         """The same with smaller groups where the input is no whole groups."""
-        weight = TARGET.schemes[scheme].weight
-        if ops.op_name(node) not in ("linear", "conv1d", "conv2d") or weight is None or weight.group_size is None:
-            return scheme, ""
-        shape = ops.shape_of(node.args[1])  # type: ignore[arg-type]
-        if shape is None or shape[1] % weight.group_size == 0:
-            return scheme, ""
-        alike = {
-            s.weight.group_size: s.name
-            for s in TARGET.schemes.values()
-            if s.weight is not None
-            and s.weight.group_size is not None
-            and (s.weight.format, s.weight.symmetric) == (weight.format, weight.symmetric)
-        }
-        fitting = [size for size in alike if size < weight.group_size and shape[1] % size == 0]
-        if not fitting:
-            return scheme, ""
-        return alike[max(fitting)], f"its {shape[1]} inputs are no multiple of {weight.group_size}"
+        return (
+            self.smaller_groups(node, scheme) if ops.op_name(node) in ("linear", "conv1d", "conv2d") else (scheme, "")
+        )

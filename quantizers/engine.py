@@ -135,9 +135,9 @@ class CapabilityQuantizer(Quantizer):
         inputs = [i for n in nodes for i in ops.data_inputs(n, ops.kind_of(n)) if "val" in i.meta]  # type: ignore[arg-type]
         others = {i.meta["val"].dtype for i in inputs} - set(self.dtypes)
         if others and not any(map(is_annotated, nodes)) and not any(i.meta["val"].dtype in self.dtypes for i in inputs):
-            found, taken = (" or ".join(sorted(_name(d) for d in dtypes)) for dtypes in (others, self.dtypes))
+            computed, taken = (" or ".join(sorted(_name(d) for d in dtypes)) for dtypes in (others, self.dtypes))
             warnings.warn(
-                f"{type(self).__name__} annotated nothing: the model computes in {found}, and {self.target} takes "
+                f"{type(self).__name__} annotated nothing: the model computes in {computed}, and {self.target} takes "
                 f"{taken}. Convert the model first, e.g. with model.float(), and its inputs, then export it again.",
                 TorchquantWarning,
                 stacklevel=5,
@@ -181,6 +181,30 @@ class CapabilityQuantizer(Quantizer):
         """The scheme that this node gets where `scheme` was asked for, and why it is another one."""
         return scheme, ""
 
+    def smaller_groups(self, node: Node, scheme: str) -> tuple[str, str]:
+        """The scheme alike with the largest group of weights that divides the input features, and why it is taken.
+
+        Without a group that does, and for transposed convolutions, whose second axis are outputs: one scale for each
+        output channel, if there is such a scheme.
+        """
+        weight, kind = self.schemes[scheme].weight, ops.kind_of(node)
+        if weight is None or weight.group_size is None or kind is None or kind.weight is None:
+            return scheme, ""
+        shape = ops.shape_of(node.args[kind.weight])  # type: ignore[arg-type]
+        if shape is None or (kind.axis == 0 and shape[1] % weight.group_size == 0):
+            return scheme, ""
+        alike = {
+            s.weight.group_size: s.name
+            for s in self.schemes.values()
+            if s.weight is not None
+            and s.activation == self.schemes[scheme].activation
+            and (s.weight.format.bits, s.weight.symmetric) == (weight.format.bits, weight.symmetric)
+        }
+        fitting = [n for n in alike if n and n < weight.group_size and kind.axis == 0 and shape[1] % n == 0]
+        chosen = max(fitting) if fitting else None
+        why = f"its {shape[1]} inputs are no multiple of {weight.group_size}" if kind.axis == 0 else "it is transposed"
+        return (alike[chosen], why) if chosen in alike else (scheme, "")
+
     def why_float(self, node: Node, row: Capability | None, scheme: str, data: set[Node]) -> str:
         """The reason why `node` cannot run in `scheme` here; empty if it can."""
         kind = ops.kind_of(node)
@@ -193,15 +217,17 @@ class CapabilityQuantizer(Quantizer):
         inputs = ops.data_inputs(node, kind)
         if row.role == "weighted" and any(n not in self._derived for n in inputs):
             return CONSTANT
-        if not inputs or (row.role != "weighted" and any(n not in data for n in inputs)):
+        reads_data = kind.data != ()  # a lookup reads its weight and integers alone
+        if (reads_data and not inputs) or (row.role != "weighted" and any(n not in data for n in inputs)):
             return "an operand does not depend on the model's data (a mask, a position, a constant)"
-        if any(n.meta["val"].dtype not in self.dtypes for n in inputs if "val" in n.meta):
+        floats = inputs if reads_data else [n for n in node.all_input_nodes if ops.is_float(n)]
+        if any(n.meta["val"].dtype not in self.dtypes for n in floats if "val" in n.meta):
             names = " or ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"its input is not {names}; export a {names} model"
         if row.role != "weighted" and not all(has_quantized_output(n) for n in inputs):
             return "its input is float here, so running it in int8 would only add rounding"
         if row.role == "weighted":
-            weight = ops.argument(node, kind.weight or 1)
+            weight = None if kind.weight is None else ops.argument(node, kind.weight)
             if weight is None or not ops.is_constant(weight):
                 return "its weight is computed at run time, so it has no codes to store"
         return (row.condition(node, scheme) if row.condition else None) or ""
@@ -298,8 +324,8 @@ def _fake_quantizer(per_channel: bool, axis: int) -> Any:
     """Constructor of a fake quantizer. torch's fused kernel trains per channel along the first axis only."""
     if not per_channel:
         return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingActivation)
-    made = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
-    return made.with_args(observer=MovingWeight, ch_axis=axis)
+    constructor = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
+    return constructor.with_args(observer=MovingWeight, ch_axis=axis)
 
 
 def _trainable(scheme: Scheme) -> bool:

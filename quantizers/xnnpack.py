@@ -58,10 +58,10 @@ class XnnpackQuantizer(CapabilityQuantizer):
         before = {n: (n.meta.get(Q_ANNOTATION_KEY), n.meta.get("custom")) for n in model.graph.nodes}
         while True:
             super().annotate(model)
-            found = {n for n in model.graph.nodes if ops.op_name(n) == "linear" and _joins_float_sum(n)}
-            if found <= self._joining:
+            joining = {n for n in model.graph.nodes if ops.op_name(n) == "linear" and _joins_float_sum(n)}
+            if joining <= self._joining:
                 return model
-            self._joining |= found
+            self._joining |= joining
             for node, (annotation, custom) in before.items():
                 _restore(node, Q_ANNOTATION_KEY, annotation)
                 _restore(node, "custom", custom)

@@ -74,9 +74,9 @@ def x86_pixels() -> Lowered:
     torch.manual_seed(0)
     batch = (torch.randn(3, 4, 8, 8),)
     inductor = inductor_settings()
-    found = lowered(inductor_x86, X86Quantizer(), nets.Pixels(), batch, ({0: torch.export.Dim("batch")},))
-    found.settings_before, found.settings_after = inductor, inductor_settings()
-    return found
+    case = lowered(inductor_x86, X86Quantizer(), nets.Pixels(), batch, ({0: torch.export.Dim("batch")},))
+    case.settings_before, case.settings_after = inductor, inductor_settings()
+    return case
 
 
 def inductor_settings():

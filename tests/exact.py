@@ -28,8 +28,8 @@ class Grid:
     dtype: torch.dtype = torch.uint8
 
     def __call__(self, x):
-        given = (self.scale, self.zero_point, self.low, self.high, self.dtype)
-        return Q.dequantize_per_tensor(Q.quantize_per_tensor(x, *given), *given)
+        qparams = (self.scale, self.zero_point, self.low, self.high, self.dtype)
+        return Q.dequantize_per_tensor(Q.quantize_per_tensor(x, *qparams), *qparams)
 
     def sample(self, *shape):
         """Random values that are on the grid."""
@@ -92,22 +92,22 @@ class Exact(Interpreter):
         self.codes, self.before = {}, {}
 
     def run_node(self, node):
-        given = {k: self._value(v) for k, v in ops.arguments(node).items()}
+        arguments = {k: self._value(v) for k, v in ops.arguments(node).items()}
         if node.op == "get_attr":
             return _double(super().run_node(node))
         if node.op == "placeholder":
             return _double(super().run_node(node))
         if ops.is_quantize(node):
-            steps = given["input"] / given["scale"]
+            steps = arguments["input"] / arguments["scale"]
             self.before[node] = steps
-            codes = (steps.round() + given["zero_point"]).clamp(given["quant_min"], given["quant_max"])
+            codes = (steps.round() + arguments["zero_point"]).clamp(arguments["quant_min"], arguments["quant_max"])
             return codes
         if ops.is_dequantize(node):
             source = node.args[0]
             if source in self.before:
                 self.before[node] = self.before[source]
-            zero, scale = given.get("zero_point", 0), given.get("scale", given.get("scales"))
-            codes = given["input"].double() - (zero if isinstance(zero, int) else 0)  # weights are symmetric
+            zero, scale = arguments.get("zero_point", 0), arguments.get("scale", arguments.get("scales"))
+            codes = arguments["input"].double() - (zero if isinstance(zero, int) else 0)  # weights are symmetric
             self.codes[node] = codes, scale
             return codes * (scale.view(-1, *[1] * (codes.dim() - 1)) if isinstance(scale, torch.Tensor) else scale)
         if ops.op_name(node) in PRODUCTS and {node.args[0], node.args[1]} <= set(self.codes):
@@ -121,13 +121,13 @@ class Exact(Interpreter):
         (x, x_scale), (w, w_scale) = self.codes[node.args[0]], self.codes[node.args[1]]
         bias = self._value(node.args[2]) if len(node.args) > 2 else None
         rest = [self._value(a) for a in node.args[3:]]
-        found = node.target(x, w, None, *rest, **node.kwargs)
-        assert float(found.abs().max() if found.numel() else 0) < 2**52  # so each sum was exact
+        product = node.target(x, w, None, *rest, **node.kwargs)
+        assert float(product.abs().max() if product.numel() else 0) < 2**52  # so each sum was exact
         axis = {"linear": -1, "conv1d": -2, "conv2d": -3}[ops.op_name(node)]
-        shape = [1] * found.dim()
+        shape = [1] * product.dim()
         shape[axis] = -1
         scale = x_scale * (w_scale.view(shape) if isinstance(w_scale, torch.Tensor) else w_scale)
-        return found * scale + (0 if bias is None else bias.view(shape))
+        return product * scale + (0 if bias is None else bias.view(shape))
 
 
 def _double(value):
@@ -184,17 +184,17 @@ class Case:
             exact = Exact(graph)
             exact.garbage_collect_values = False
             with torch.no_grad():
-                found = torch.utils._pytree.tree_leaves(exact.run(*inputs))
+                values = torch.utils._pytree.tree_leaves(exact.run(*inputs))
             distances = [from_tie(exact.before[n]).min() for n in inner if exact.before[n].numel()]
             if all(d > SAFE for d in distances):
-                return inputs, found, [exact.before.get(n) for n in outputs], grids
+                return inputs, values, [exact.before.get(n) for n in outputs], grids
         raise AssertionError("no inputs keep clear of ties: make the case smaller")
 
     def check(self, sets=None):
         for name in sets or native.instruction_sets():
             with native.use(name), torch.no_grad():
-                found = torch.utils._pytree.tree_leaves(self.graph(*self.inputs))
-            for value, expected, steps, grid in zip(found, self.expected, self.steps, self.grids, strict=True):
+                actual = torch.utils._pytree.tree_leaves(self.graph(*self.inputs))
+            for value, expected, steps, grid in zip(actual, self.expected, self.steps, self.grids, strict=True):
                 assert value.shape == expected.shape, name
                 assert value.is_contiguous()
                 if not value.numel():

@@ -218,8 +218,8 @@ def callers_agree(run, inputs, rounds=20):
 
     def call(x, wanted):
         for _ in range(rounds):
-            found = pytree.tree_leaves(run(x))
-            if not all(torch.equal(a, b) for a, b in zip(found, pytree.tree_leaves(wanted), strict=True)):
+            actual = pytree.tree_leaves(run(x))
+            if not all(torch.equal(a, b) for a, b in zip(actual, pytree.tree_leaves(wanted), strict=True)):
                 wrong.append(x)
 
     callers = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]

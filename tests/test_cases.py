@@ -15,8 +15,8 @@ def flattened(model, batch, dynamic_shapes=None):
 
 def test_one_sample_is_tried_where_the_batch_varies():
     batch = torch.export.Dim("batch")
-    found = cases_of(flattened(nn.Linear(4, 2), torch.randn(3, 4), ({0: batch},)), torch.randn(3, 4))
-    assert [tuple(case[0].shape) for case in found] == [(3, 4), (1, 4)]
+    cases = cases_of(flattened(nn.Linear(4, 2), torch.randn(3, 4), ({0: batch},)), torch.randn(3, 4))
+    assert [tuple(case[0].shape) for case in cases] == [(3, 4), (1, 4)]
 
 
 def test_one_sample_is_left_out_where_indices_point_beyond_it():

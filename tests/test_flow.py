@@ -327,8 +327,8 @@ def test_infinities_among_the_outputs_do_not_hide_what_an_algorithm_gains():
     batches = [torch.randn(16, 8) for _ in range(4)]
     prepared = tq.prepare(tq.export(model, batches[0]), X86Quantizer())
     tq.calibrate(prepared, batches, progress=False)
-    found = tq.optimize(prepared, batches, algorithms=[tq.BiasCorrection()], progress=False)
-    assert "nan" not in str(found)
+    optimization = tq.optimize(prepared, batches, algorithms=[tq.BiasCorrection()], progress=False)
+    assert "nan" not in str(optimization)
 
 
 def test_branches_without_weights_are_no_layers_that_a_quantizer_missed():

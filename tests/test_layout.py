@@ -30,30 +30,30 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    files = {}
     for package, folder in FOLDERS.items():
         for file in sorted(folder.rglob("*.py")):
             parts = list(file.relative_to(folder).with_suffix("").parts)
             if package == "torchquant" and parts[0] in ("quantizers", "backends"):
                 continue
             parts = parts[:-1] if parts[-1] == "__init__" else parts
-            found[".".join([package, *parts])] = file
-    return found
+            files[".".join([package, *parts])] = file
+    return files
 
 
 MODULES = modules()
 
 
 def imports_of(file: Path) -> set[str]:
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             members = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= members & set(MODULES) or {str(node.module)}
-    return found
+            imported |= members & set(MODULES) or {str(node.module)}
+    return imported
 
 
 EDGES = {name: {i for i in imports_of(file) if i in MODULES and i != name} for name, file in MODULES.items()}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchquant.algorithms.bias_correction import BiasCorrection
     from torchquant.algorithms.brecq import BRECQ
     from torchquant.algorithms.equalization import CrossLayerEqualization
+    from torchquant.algorithms.gptq import GPTQ
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
@@ -47,6 +48,7 @@ _HOMES = {
     "algorithms.bias_correction": ("BiasCorrection",),
     "algorithms.brecq": ("BRECQ",),
     "algorithms.equalization": ("CrossLayerEqualization",),
+    "algorithms.gptq": ("GPTQ",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
@@ -94,6 +96,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BRECQ",
+    "GPTQ",
     "AdaQuant",
     "AdaRound",
     "ArtifactError",

@@ -82,19 +82,19 @@ class Delegated:
 
 
 def read_delegates(edge: Any) -> Delegated:
-    """What of each site runs where, from the delegates' bytes."""
+    """Which sites run as integers in the delegate, which do not, and which ops run outside it."""
     graph: GraphModule = edge.exported_program().graph_module
-    found = Delegated(outside=Counter(_edge_name(n) for n in graph.graph.nodes if n.op == "call_function"))
-    found.calls = found.outside.pop("executorch_call_delegate", 0)
+    delegated = Delegated(outside=Counter(_edge_name(n) for n in graph.graph.nodes if n.op == "call_function"))
+    delegated.calls = delegated.outside.pop("executorch_call_delegate", 0)
     for lowered in graph.children():
         if hasattr(lowered, "original_module"):
             for site, integer in _sites_of(lowered):
-                (found.integer if integer else found.inexact).add(site)
+                (delegated.integer if integer else delegated.inexact).add(site)
     for node in graph.graph.nodes:
         if node.op == "call_function" and _edge_name(node) not in ("executorch_call_delegate", "getitem"):
-            found.inexact.add(marked(node))
-    found.integer -= found.inexact
-    return found
+            delegated.inexact.add(marked(node))
+    delegated.integer -= delegated.inexact
+    return delegated
 
 
 def _sites_of(lowered: Any) -> Iterator[tuple[str, bool]]:
@@ -154,8 +154,8 @@ def _graph_of(payload: bytes) -> dict[str, Any]:
     return dict(json.loads(re.sub(r":\s*(-?)(inf|nan)\b", _json_number, text)))
 
 
-def _json_number(found: re.Match[str]) -> str:
-    return f": {found[1]}{'Infinity' if found[2] == 'inf' else 'NaN'}"
+def _json_number(match: re.Match[str]) -> str:
+    return f": {match[1]}{'Infinity' if match[2] == 'inf' else 'NaN'}"
 
 
 def _edge_name(node: Node) -> str:

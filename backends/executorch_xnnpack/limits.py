@@ -144,8 +144,8 @@ def refuse_narrow(graph: GraphModule, allowed: set[str]) -> None:
     for node in graph.graph.nodes:
         if not ops.is_quantize(node) or ops.is_constant(node) or isinstance(node.args[1], Node):
             continue
-        given = ops.arguments(node)
-        grid = (given.get("dtype"), given.get("quant_min"), given.get("quant_max"))
+        arguments = ops.arguments(node)
+        grid = (arguments.get("dtype"), arguments.get("quant_min"), arguments.get("quant_max"))
         around = {str(node.args[0]), *(str(user) for dequantize in node.users for user in dequantize.users)}
         if grid != (torch.int8, -128, 127) and not around & allowed:
             raise LoweringError(

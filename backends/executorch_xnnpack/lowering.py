@@ -162,20 +162,20 @@ def _built_and_run(
     def trial(part: GraphModule) -> None:
         """Fail as the graph fails, with a part of it that may have fewer inputs."""
         kept = [names.index(n.name) for n in part.graph.nodes if n.op == "placeholder"]
-        given = [[tensors[i] for i in kept] for tensors in cases]
+        inputs = [[tensors[i] for i in kept] for tensors in cases]
         if doing == "lower":
-            _delegate(executorch, part, given[0])
+            _delegate(executorch, part, inputs[0])
             return
-        method = _built(executorch, part, given[0])
-        for tensors in given if doing == "run" else ():
+        method = _built(executorch, part, inputs[0])
+        for tensors in inputs if doing == "run" else ():
             method(*tensors)
 
     with undisturbed():
         try:
             stage("exporting and compiling")
             edge = _delegate(executorch, graph, cases[0])
-            found = read_delegates(edge)
-            found.check(wanted)
+            delegated = read_delegates(edge)
+            delegated.check(wanted)
             refuse_without_kernel(edge, graph)
             doing = "build a program of"
             buffer = _buffer(edge)
@@ -187,7 +187,7 @@ def _built_and_run(
         except ExecutorchError as error:
             stage("looking for the op at fault")
             raise blamed(graph, error, trial, doing, other_sizes=_differ(cases[0], cases[case])) from error
-    return found, buffer, run
+    return delegated, buffer, run
 
 
 def _differ(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
@@ -220,8 +220,8 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     _, buffer, run = _built_and_run(executorch_modules(), pure.graph, cases)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        found = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
-        return pure.signature.outputs(found[: pure.count])
+        values = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
+        return pure.signature.outputs(values[: pure.count])
 
     return call, len(buffer)
 

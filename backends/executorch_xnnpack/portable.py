@@ -59,24 +59,24 @@ def _three(value: Any, default: Any = 0) -> tuple[int, int, int]:
 
 def pool3d(b: Builder, node: Node) -> Node | None:
     """A pool over three axes: one over the two last axes, then one over the first of them."""
-    given = ops.arguments(node)
-    x = given["self"]
-    if not is_float32(x) or x.meta["val"].ndim not in (4, 5) or given.get("divisor_override"):
+    arguments = ops.arguments(node)
+    x = arguments["self"]
+    if not is_float32(x) or x.meta["val"].ndim not in (4, 5) or arguments.get("divisor_override"):
         return None
-    kernel = _three(given["kernel_size"])
-    stride, padding = _three(given.get("stride"), kernel), _three(given.get("padding", 0))
+    kernel = _three(arguments["kernel_size"])
+    stride, padding = _three(arguments.get("stride"), kernel), _three(arguments.get("padding", 0))
     *leading, depth, height, width = x.meta["val"].shape
     if varying(leading) > 1 or varying((depth, height, width)):
         return None
     average = node.target is aten.avg_pool3d.default
-    ceil, dilation = bool(given.get("ceil_mode", False)), _three(given.get("dilation", 1))
-    options: list[Any] = [ceil, bool(given.get("count_include_pad", True))] if average else [ceil]
+    ceil, dilation = bool(arguments.get("ceil_mode", False)), _three(arguments.get("dilation", 1))
+    options: list[Any] = [ceil, bool(arguments.get("count_include_pad", True))] if average else [ceil]
     pool = aten.avg_pool2d.default if average else aten.max_pool2d.default
 
     def pooled(images: Node, axes: tuple[int, int], at: Sequence[bool]) -> Node:
-        """A pool over two axes, of which those not `at` are left alone."""
+        """Pools (n, c, rows, columns) over rows and columns, with the sizes of `axes`; an axis only if `at` says so."""
         sizes = [
-            [v[a] if here else neutral for a, here in zip(axes, at, strict=True)]
+            [v[a] if is_pooled else neutral for a, is_pooled in zip(axes, at, strict=True)]
             for v, neutral in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
         ]
         return b.call(pool, images, *(sizes[:3] if average else sizes), *options)
@@ -100,11 +100,11 @@ def adaptive_pool(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
     if not is_float32(x) or (several and used_parts(node) != {0}):
         return None
     assert isinstance(x, Node)
-    given, rank = list(sizes), x.meta["val"].ndim  # type: ignore[arg-type]
-    axes = range(rank - len(given), rank)
+    output_sizes, rank = list(sizes), x.meta["val"].ndim  # type: ignore[arg-type]
+    axes = range(rank - len(output_sizes), rank)
     if not all(isinstance(x.meta["val"].shape[axis], int) for axis in axes):
         return None
-    for axis, parts in zip(axes, given, strict=True):
+    for axis, parts in zip(axes, output_sizes, strict=True):
         size = x.meta["val"].shape[axis]
         if parts is None or parts == size:
             continue
@@ -120,9 +120,9 @@ def adaptive_pool(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
 
 def circular_pad(b: Builder, node: Node) -> Node | None:
     """A pad with what stands at the other end, as a concatenation; torch's own form of it would fix the batch."""
-    given = ops.arguments(node)
-    x, sizes = given["self"], list(given["pad"])
-    if given.get("mode") != "circular" or value_of(x) is None:
+    arguments = ops.arguments(node)
+    x, sizes = arguments["self"], list(arguments["pad"])
+    if arguments.get("mode") != "circular" or value_of(x) is None:
         return None
     for i in range(len(sizes) // 2):
         axis, before, behind = x.meta["val"].ndim - 1 - i, sizes[2 * i], sizes[2 * i + 1]
@@ -141,14 +141,14 @@ def circular_pad(b: Builder, node: Node) -> Node | None:
 
 def embedding_bag(b: Builder, node: Node) -> tuple[Node, ...] | None:
     """Rows of a table, summed, averaged or maximized by bags of one size (as indices of two axes make them)."""
-    given = ops.arguments(node)
-    table, indices, mode = given["weight"], given["indices"], given.get("mode", 0)
-    size = _bag_size(b, given["offsets"], given.get("include_last_offset", False), value_of(indices))
-    padding = given.get("padding_idx")
+    arguments = ops.arguments(node)
+    table, indices, mode = arguments["weight"], arguments["indices"], arguments.get("mode", 0)
+    size = _bag_size(b, arguments["offsets"], arguments.get("include_last_offset", False), value_of(indices))
+    padding = arguments.get("padding_idx")
     if used_parts(node) != {0} or size is None or (padding is not None and padding >= 0) or not is_float32(table, 2):
         return None
     rows = b.call(aten.embedding.default, table, indices)
-    if (weights := given.get("per_sample_weights")) is not None:
+    if (weights := arguments.get("per_sample_weights")) is not None:
         rows = b.call(aten.mul.Tensor, rows, b.call(aten.reshape.default, weights, [-1, 1]))
     bags = b.call(aten.reshape.default, rows, [-1, size, table.meta["val"].shape[1]])
     if mode == 2:
@@ -162,9 +162,9 @@ def _bag_size(b: Builder, offsets: Any, last: bool, indices: torch.Tensor | None
     if not isinstance(offsets, Node) or indices is None or last:
         return None
     if ops.op_name(offsets) == "arange":
-        found = ops.arguments(offsets)
-        step = found.get("step", 1)
-        return step if isinstance(step, int) and step > 0 and found.get("start", 0) == 0 else None
+        arguments = ops.arguments(offsets)
+        step = arguments.get("step", 1)
+        return step if isinstance(step, int) and step > 0 and arguments.get("start", 0) == 0 else None
     if not ops.is_constant(offsets) or not isinstance(indices.shape[0], int):
         return None
     starts = [*ops.constant_value(b.model, offsets).tolist(), indices.shape[0]]
@@ -173,17 +173,17 @@ def _bag_size(b: Builder, offsets: Any, last: bool, indices: torch.Tensor | None
 
 
 def sorted_place(b: Builder, node: Node) -> Node | None:
-    """Where values stand in a sorted row: how many of the row are smaller, or not larger."""
-    given = ops.arguments(node)
-    row = given.get("sorted_sequence", given.get("boundaries"))
-    x = given["self"]
+    """searchsorted and bucketize: how many elements of the sorted row are smaller than each value, or not larger."""
+    arguments = ops.arguments(node)
+    row = arguments.get("sorted_sequence", arguments.get("boundaries"))
+    x = arguments["self"]
     value = value_of(row)
-    if value is None or value.ndim != 1 or value_of(x) is None or given.get("sorter") is not None:
+    if value is None or value.ndim != 1 or value_of(x) is None or arguments.get("sorter") is not None:
         return None
-    right = bool(given.get("right")) or given.get("side") == "right"
+    right = bool(arguments.get("right")) or arguments.get("side") == "right"
     column = b.call(aten.unsqueeze.default, x, -1)
     behind = b.call(aten.gt.Tensor if right else aten.ge.Tensor, row, column)
-    dtype = torch.int32 if given.get("out_int32") else torch.int64
+    dtype = torch.int32 if arguments.get("out_int32") else torch.int64
     before = b.call(aten._to_copy.default, b.call(aten.logical_not.default, behind), dtype=dtype)
     return b.call(aten.sum.dim_IntList, before, [-1], dtype=dtype)
 
@@ -192,18 +192,18 @@ _MOST_RANKED = 256  # of a row whose values are all compared with each other
 
 
 def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
-    """A sort, its places or its values: all values as the largest or smallest ones, places by comparing all pairs.
+    """A sort, its indices or values: values as the top k of all of them, indices by comparing all pairs.
 
     The portable kernel that gives the largest values leaves open which of equal ones comes first, and quantized values
     often are equal.
     """
-    given = ops.arguments(node)
-    x, name = given["self"], ops.overload_of(node).partition(".")[0]
+    arguments = ops.arguments(node)
+    x, name = arguments["self"], ops.overload_of(node).partition(".")[0]
     value = value_of(x)
-    axis = 0 if name == "msort" else int(given.get("dim", -1))
+    axis = 0 if name == "msort" else int(arguments.get("dim", -1))
     if value is None or not value.ndim or not isinstance(value.shape[axis], int):
         return None
-    axis, descending = axis % value.ndim, bool(given.get("descending", False))
+    axis, descending = axis % value.ndim, bool(arguments.get("descending", False))
     if name == "msort" or (name == "sort" and used_parts(node) == {0}):
         best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
         values = b.call(operator.getitem, best, 0)
@@ -211,7 +211,7 @@ def sort(b: Builder, node: Node) -> Node | tuple[Node, ...] | None:
     if value.shape[axis] <= _MOST_RANKED and value.is_floating_point():
         places = _places(b, x, axis, descending)
         return places if name == "argsort" else (b.call(aten.gather.default, x, axis, places), places)
-    if given.get("stable"):
+    if arguments.get("stable"):
         return None
     best = b.call(aten.topk.default, x, value.shape[axis], axis, descending, True)
     values, places = (b.call(operator.getitem, best, i) for i in (0, 1))
@@ -245,11 +245,11 @@ def _places(b: Builder, x: Node, axis: int, descending: bool) -> Node:
 
 def mean_slope(b: Builder, node: Node) -> Node | None:
     """A randomized leaky ReLU outside of training: one with the mean slope."""
-    given = ops.arguments(node)
-    if given.get("training") or not is_float32(given["self"]):
+    arguments = ops.arguments(node)
+    if arguments.get("training") or not is_float32(arguments["self"]):
         return None
-    slope = (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2
-    return b.call(aten.leaky_relu.default, given["self"], slope)
+    slope = (arguments.get("lower", 1 / 8) + arguments.get("upper", 1 / 3)) / 2
+    return b.call(aten.leaky_relu.default, arguments["self"], slope)
 
 
 # graphs of conditions and maps ---------------------------------------------------------------------------------------
@@ -309,17 +309,17 @@ def other_branches(model: GraphModule) -> GraphModule | None:
 
 def float_transposed_conv(b: Builder, node: Node) -> Node | None:
     """A float transposed convolution of rows as one of images of one row: the delegate takes the first in int8 only."""
-    given = ops.arguments(node)
-    x, weight = given["input"], given["weight"]
+    arguments = ops.arguments(node)
+    x, weight = arguments["input"], arguments["weight"]
     if not is_float32(x, 3) or ops.is_dequantize(weight):
         return None
     names, neutral = ("stride", "padding", "output_padding", "dilation"), (1, 0, 0, 1)
-    sizes = [given.get(name) for name in names]
+    sizes = [arguments.get(name) for name in names]
     last = [n if s is None else s if isinstance(s, int) else s[0] for s, n in zip(sizes, neutral, strict=True)]
     stride, padding, output_padding, dilation = ([n, v] for n, v in zip(neutral, last, strict=True))
     image, kernel = b.call(aten.unsqueeze.default, x, 2), b.call(aten.unsqueeze.default, weight, 2)
-    rest = (stride, padding, output_padding, given.get("groups", 1), dilation)
-    return b.call(aten.squeeze.dim, b.call(aten.conv_transpose2d.input, image, kernel, given.get("bias"), *rest), 2)
+    rest = (stride, padding, output_padding, arguments.get("groups", 1), dilation)
+    return b.call(aten.squeeze.dim, b.call(aten.conv_transpose2d.input, image, kernel, arguments.get("bias"), *rest), 2)
 
 
 def last_axis(b: Builder, node: Node) -> Node | None:
@@ -335,10 +335,10 @@ def last_axis(b: Builder, node: Node) -> Node | None:
 
 def stack_last(b: Builder, node: Node) -> Node | None:
     """Tensors stacked on a last axis behind others of which several vary, as a concatenation of reshaped ones."""
-    given, shape = ops.arguments(node), node.meta["val"].shape
-    if given.get("dim", 0) % len(shape) != len(shape) - 1 or varying(shape) < 2:
+    arguments, shape = ops.arguments(node), node.meta["val"].shape
+    if arguments.get("dim", 0) % len(shape) != len(shape) - 1 or varying(shape) < 2:
         return None
-    return b.call(aten.cat.default, [_with_last_axis(b, t) for t in given["tensors"]], -1)
+    return b.call(aten.cat.default, [_with_last_axis(b, t) for t in arguments["tensors"]], -1)
 
 
 def _with_last_axis(b: Builder, x: Node) -> Node:

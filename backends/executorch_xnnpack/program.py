@@ -98,19 +98,19 @@ class Method:
         self._lock = threading.Lock()
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        given = [t.detach().contiguous() for t in tensors]
-        sizes = ", ".join(str(tuple(t.shape)) for t in given)
+        inputs = [t.detach().contiguous() for t in tensors]
+        sizes = ", ".join(str(tuple(t.shape)) for t in inputs)
         with self._lock, _typed(f"run the program on tensors of {sizes}"):
-            return tuple(self._method.execute(given))
+            return tuple(self._method.execute(inputs))
 
     def signature(self) -> Signature:
         """What the runtime reports of the inputs: of a program with dynamic sizes, the largest ones."""
         with _typed("say what the program takes"):
             about = self._method.metadata
-            found = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
+            metas = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
         return Signature.flat(
             InputSpec(f"input {i}", str(_DTYPES.get(m.dtype(), m.dtype())), tuple(m.sizes()))
-            for i, m in enumerate(found)
+            for i, m in enumerate(metas)
         )
 
 
@@ -130,9 +130,9 @@ class XnnpackProgram(Program):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
-        found = self._method(*tensors, *self._state.values.values())
+        values = self._method(*tensors, *self._state.values.values())
         with torch.no_grad():
-            return self._finish(self._about, tensors, found)
+            return self._finish(self._about, tensors, values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the `.pte`; any ExecuTorch runtime with the XNNPACK delegate runs it."""

@@ -21,29 +21,29 @@ def _gates(b: Builder, x: Node, weight: Any, bias: Any, gates: int) -> list[Node
         return None
     weights = ops.constant_value(b.model, weight).chunk(gates)
     biases = [None] * gates if bias is None else ops.constant_value(b.model, bias).chunk(gates)
-    found = []
+    outputs = []
     for i, (rows, offsets) in enumerate(zip(weights, biases, strict=True)):
         name = f"{weight.name}_gate_{i}"
-        given = [b.constant(rows.contiguous(), name)]
-        given += [] if offsets is None else [b.constant(offsets.contiguous(), f"{name}_bias")]
-        found.append(b.call(aten.linear.default, x, *given))
-    return found
+        parameters = [b.constant(rows.contiguous(), name)]
+        parameters += [] if offsets is None else [b.constant(offsets.contiguous(), f"{name}_bias")]
+        outputs.append(b.call(aten.linear.default, x, *parameters))
+    return outputs
 
 
 def _both_gates(b: Builder, node: Node, x: Node, h: Node, gates: int) -> tuple[list[Node], list[Node]] | None:
-    given = ops.arguments(node)
+    arguments = ops.arguments(node)
     if not is_float32(x, 2) or not is_float32(h, 2):
         return None
-    of_x = _gates(b, x, given["w_ih"], given.get("b_ih"), gates)
-    of_h = _gates(b, h, given["w_hh"], given.get("b_hh"), gates)
+    of_x = _gates(b, x, arguments["w_ih"], arguments.get("b_ih"), gates)
+    of_h = _gates(b, h, arguments["w_hh"], arguments.get("b_hh"), gates)
     return None if of_x is None or of_h is None else (of_x, of_h)
 
 
 def gru_cell(b: Builder, node: Node) -> Node | None:
     """One step of a GRU."""
-    given = ops.arguments(node)
-    gates = _both_gates(b, node, given["input"], given["hx"], 3)
-    return None if gates is None else _gru_step(b, gates[0], gates[1], given["hx"])
+    arguments = ops.arguments(node)
+    gates = _both_gates(b, node, arguments["input"], arguments["hx"], 3)
+    return None if gates is None else _gru_step(b, gates[0], gates[1], arguments["hx"])
 
 
 def _gru_step(b: Builder, of_x: Sequence[Node], of_h: Sequence[Node], h: Node) -> Node:
@@ -56,16 +56,16 @@ def _gru_step(b: Builder, of_x: Sequence[Node], of_h: Sequence[Node], h: Node) -
 
 def gru(b: Builder, node: Node) -> tuple[Node, ...] | None:
     """A GRU step by step, layer by layer; torch's own form of it would fix the size of the batch."""
-    given = ops.arguments(node)
-    x, hx, parameters = given["input"], given["hx"], list(given["params"])
-    time = 1 if given["batch_first"] else 0
-    if not is_float32(x, 3) or not is_float32(hx, 3) or given["train"] or not isinstance(_size(x, time), int):
+    arguments = ops.arguments(node)
+    x, hx, parameters = arguments["input"], arguments["hx"], list(arguments["params"])
+    time = 1 if arguments["batch_first"] else 0
+    if not is_float32(x, 3) or not is_float32(hx, 3) or arguments["train"] or not isinstance(_size(x, time), int):
         return None
     if not all(ops.is_constant(p) for p in parameters):
         return None
-    directions, each = 1 + bool(given["bidirectional"]), 4 if given["has_biases"] else 2
+    directions, each = 1 + bool(arguments["bidirectional"]), 4 if arguments["has_biases"] else 2
     last = []
-    for layer in range(given["num_layers"]):
+    for layer in range(arguments["num_layers"]):
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
@@ -83,11 +83,11 @@ def _gru_steps(b: Builder, x: Node, h: Node, parameters: Sequence[Node], time: i
     b_x, b_h = biases or (None, None)
     of_x = _gates(b, x, w_x, b_x, 3) or []
     order = range(_size(x, time))
-    found = []
+    states = []
     for t in reversed(order) if backwards else order:
         h = _gru_step(b, [b.call(aten.select.int, g, time, t) for g in of_x], _gates(b, h, w_h, b_h, 3) or [], h)
-        found.append(h)
-    return found[::-1] if backwards else found
+        states.append(h)
+    return states[::-1] if backwards else states
 
 
 def _size(node: Node, axis: int) -> Any:
@@ -96,9 +96,9 @@ def _size(node: Node, axis: int) -> Any:
 
 def lstm_cell(b: Builder, node: Node) -> tuple[Node, ...] | None:
     """c' = f c + i g and h' = o tanh(c') with i, f, o = sigmoid(x' + h'), g = tanh(x' + h')."""
-    given = ops.arguments(node)
-    h, c = given["hx"]
-    gates = _both_gates(b, node, given["input"], h, 4)
+    arguments = ops.arguments(node)
+    h, c = arguments["hx"]
+    gates = _both_gates(b, node, arguments["input"], h, 4)
     if gates is None or not is_float32(c, 2):
         return None
     sums = [b.call(aten.add.Tensor, of_x, of_h) for of_x, of_h in zip(*gates, strict=True)]
@@ -110,8 +110,8 @@ def lstm_cell(b: Builder, node: Node) -> tuple[Node, ...] | None:
 
 def rnn_cell(b: Builder, node: Node) -> Node | None:
     """tanh(x' + h') or relu(x' + h')."""
-    given = ops.arguments(node)
-    gates = _both_gates(b, node, given["input"], given["hx"], 1)
+    arguments = ops.arguments(node)
+    gates = _both_gates(b, node, arguments["input"], arguments["hx"], 1)
     if gates is None:
         return None
     activation = aten.tanh.default if node.target is aten.rnn_tanh_cell.default else aten.relu.default

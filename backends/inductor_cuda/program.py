@@ -54,9 +54,9 @@ class CudaProgram(Program):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._about.signature.tensors_of(args, kwargs)
         with own_modes() if self._compiled else unchanged(), torch.no_grad():
-            found = self.run(*tensors, *self._state.values.values())
+            values = self.run(*tensors, *self._state.values.values())
         self._compiled = True
-        return self._finish(self._about, tensors, found)
+        return self._finish(self._about, tensors, values)
 
     def run(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """The compiled graph on the tensors of the signature and the states; they are not changed."""
@@ -115,12 +115,12 @@ class CudaProgram(Program):
 
         def write(part: Path) -> None:
             with torch.no_grad(), OwnFolder("torchquant-cuda-") as folder:
-                made = str(folder / "model.pt2")
+                package = str(folder / "model.pt2")
                 try:
-                    torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=settings)
+                    torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=settings)
                 except Exception as error:
                     raise LoweringError(f"Inductor cannot compile the lowered graph: {str(error)[:2000]}") from error
-                shutil.copyfile(made, part)
+                shutil.copyfile(package, part)
 
         return write_whole(path, write)
 

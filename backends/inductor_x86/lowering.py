@@ -190,8 +190,8 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
         size_bytes = package.stat().st_size
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        found = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
-        return pure.signature.outputs(found[: pure.count])
+        values = run(*pure.signature.tensors_of(args, kwargs), *pure.initial.values())
+        return pure.signature.outputs(values[: pure.count])
 
     return call, size_bytes
 
@@ -281,13 +281,13 @@ def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
 
 def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
     """Calls to matrix kernels in the package's generated C++, by name, and the int8 products inside our regions."""
-    found: Counter[str] = Counter(f"torchquant_{kind}" for region in regions for kind in region.products)
+    kernels: Counter[str] = Counter(f"torchquant_{kind}" for region in regions for kind in region.products)
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".wrapper.cpp"):
                 source = archive.read(name).decode("utf-8", "replace")
-                found.update(m for m in _KERNEL.findall(source) if _MATRIX_KERNEL.search(m))
-    return dict(found)
+                kernels.update(m for m in _KERNEL.findall(source) if _MATRIX_KERNEL.search(m))
+    return dict(kernels)
 
 
 def _prove_integer(wanted: Sequence[Site], kernels: dict[str, int]) -> int:

@@ -42,11 +42,11 @@ def race(packages: Sequence[Path], batch: Any) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     with torch.no_grad():
         for _ in range(_ROUNDS + 1):
-            for run, found in zip(runs, times, strict=True):
+            for run, milliseconds in zip(runs, times, strict=True):
                 start = time.perf_counter()
                 run(*args)
-                found.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(found[1:]) for found in times]
+                milliseconds.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(milliseconds[1:]) for milliseconds in times]
 
 
 class OnCopies:
@@ -59,10 +59,10 @@ class OnCopies:
         self._run, self.overwrote = run, False
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        given = [t.contiguous().clone() for t in tensors]
-        found = self._run(*given)
-        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, given, strict=True))
-        return found
+        copied = [t.contiguous().clone() for t in tensors]
+        outputs = self._run(*copied)
+        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, copied, strict=True))
+        return outputs
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -61,8 +61,8 @@ class X86Program(Program):
         tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
         before = self._state.values.values()
         with torch.no_grad():
-            found = self._run(*map(self._own, (*tensors, *before)))
-            return self._finish(self._about, tensors, found)
+            values = self._run(*map(self._own, (*tensors, *before)))
+            return self._finish(self._about, tensors, values)
 
     def _own(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""

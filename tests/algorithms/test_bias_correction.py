@@ -93,9 +93,9 @@ def test_deep_in_a_network_the_mean_error_of_every_layer_is_zero():
     batches = [torch.rand(2, 3, 10, 10) for _ in range(3)]
     prepared = calibrated(model, batches, CoarseQuantizer())
     tq.optimize(prepared, batches, [tq.BiasCorrection()], progress=False)
-    found = largest_mean_errors(prepared, batches)
-    assert len(found) == 3
-    assert max(found) < 1e-5
+    mean_errors = largest_mean_errors(prepared, batches)
+    assert len(mean_errors) == 3
+    assert max(mean_errors) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
@@ -103,14 +103,14 @@ def test_deep_in_a_network_the_mean_error_of_every_layer_is_zero():
 def test_it_never_ends_below_the_plain_result_on_the_calibration_data(quantizer):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     batches = [torch.randn(2, 3, 8, 8) for _ in range(4)]
-    found = []
+    sqnr_db = []
     for algorithms in ((), (tq.BiasCorrection(),)):
         exported = tq.export(model, batches[0])
         converted = tq.quantize(
             exported, batches[0], batches, quantizer=quantizer(), algorithms=algorithms, progress=False
         )
-        found.append(tq.compare(model, converted, batches).sqnr_db)
-    assert found[1] >= found[0]
+        sqnr_db.append(tq.compare(model, converted, batches).sqnr_db)
+    assert sqnr_db[1] >= sqnr_db[0]
 
 
 def test_a_worse_result_is_not_kept_and_a_warning_says_so(monkeypatch):
@@ -165,11 +165,11 @@ def test_it_corrects_every_layer_of_a_quantizer_that_uses_every_kind_of_spec():
 
 
 def largest_mean_errors(prepared, batches):
-    stream, found = Stream(prepared, batches), []
+    stream, mean_errors = Stream(prepared, batches), []
     for task in stream.walk(layers(prepared)):
         moments = output_moments(task, "float")
-        found.append(float((moments.mean - moments.mean_q).abs().max()))
-    return found
+        mean_errors.append(float((moments.mean - moments.mean_q).abs().max()))
+    return mean_errors
 
 
 def test_batches_of_different_size_count_by_their_samples():

@@ -156,14 +156,14 @@ def test_the_factor_is_the_papers():
 def test_uneven_channels_cost_several_db_less_under_weights_with_one_scale():
     torch.manual_seed(0)
     model, batches = spread(depthwise_chain()).eval(), [torch.randn(4, 3, 8, 8) for _ in range(3)]
-    found = []
+    sqnr_db = []
     for algorithm in (None, CrossLayerEqualization()):
         prepared = prepared_of(model, batches[0], QUANTIZERS["foreign per tensor"]())
         if algorithm is not None:
             algorithm.transform(prepared, batches)
         recalibrate(prepared, batches, progress=False)
-        found.append(tq.compare(model, tq.convert(prepared), batches).sqnr_db)
-    assert found[1] > found[0] + 6
+        sqnr_db.append(tq.compare(model, tq.convert(prepared), batches).sqnr_db)
+    assert sqnr_db[1] > sqnr_db[0] + 6
 
 
 def test_relu6_stops_a_pair():
@@ -227,11 +227,11 @@ def absorbing(padding, absorb_bias=True):
     batches = [torch.rand(2, 3, 6, 6) for _ in range(2)]
     prepared, _, _ = equalized(model, batches, absorb_bias=absorb_bias)
     relu = next(n for n in prepared.graph.nodes if ops.op_name(n) == "relu")
-    found = []
+    minima = []
     with torch.no_grad():
         for batch in batches:
-            found.append(_value_at(prepared, relu.args[0], batch).amin((0, 2, 3)))
-    return torch.stack(found).amin(0)
+            minima.append(_value_at(prepared, relu.args[0], batch).amin((0, 2, 3)))
+    return torch.stack(minima).amin(0)
 
 
 def _value_at(prepared, node, batch):

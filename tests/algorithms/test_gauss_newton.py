@@ -44,8 +44,8 @@ def test_the_error_never_rises_and_falls_from_rounding_to_nearest(drop, sensitiv
         stream.sensitivities(spans, seed=0)
     for task in stream.walk(spans):
         objective, start = Objective(task, sensitive=sensitive), standing(task)
-        found = [improve_codes(objective, start, Clock(), rounds=n, drop=drop) for n in (0, 1, 3, 20)]
-        errors = [_Steps(objective, start, Clock(), drop, True).look(s).error for s in found]
+        solutions = [improve_codes(objective, start, Clock(), rounds=n, drop=drop) for n in (0, 1, 3, 20)]
+        errors = [_Steps(objective, start, Clock(), drop, True).look(s).error for s in solutions]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < (0.7 if coupled else 0.9) * errors[0]
 
@@ -71,12 +71,12 @@ def test_it_ends_near_the_best_codes_of_a_tiny_block():
         net(2, 1, 1), [torch.rand(64, 2)], SpecQuantizer(KINDS, per_tensor(), per_channel(low=-3, high=3))
     )
     objective, start = Objective(task, sensitive=False), standing(task)
-    found = objective.of(trial(task, improve_codes(objective, start, Clock(), rounds=30, biases=False)))
+    error = objective.of(trial(task, improve_codes(objective, start, Clock(), rounds=30, biases=False)))
     best = min(
         objective.of(trial(task, Solution(_with(start, task, values), start.biases)))
         for values in itertools.product(range(-3, 4), repeat=3)
     )
-    assert best <= found <= max(1.5 * best, 1e-6)
+    assert best <= error <= max(1.5 * best, 1e-6)
 
 
 def _with(start, task, values):
@@ -109,7 +109,7 @@ def test_compensated_weights_bring_the_results_nearer_to_the_float_ones_than_flo
         aim, off = Compensated(task), [0.0, 0.0]
         for batch in range(task.count):
             inputs, [wanted] = task.inputs(batch, "quantized"), task.targets(batch)
-            [found], [plain] = aim.results(inputs), task.outputs(batch, task.evaluator("float"))
-            off[0] += float((found - wanted).square().sum())
+            [compensated], [plain] = aim.results(inputs), task.outputs(batch, task.evaluator("float"))
+            off[0] += float((compensated - wanted).square().sum())
             off[1] += float((plain - wanted).square().sum())
         assert off[0] <= off[1] * (1 + 1e-6) + 1e-6

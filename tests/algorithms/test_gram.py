@@ -13,7 +13,7 @@ from torch import nn
 
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.layers import gram
-from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
@@ -67,9 +67,9 @@ def test_the_quadratic_form_is_the_squared_error_on_the_data(name):
     (site,) = task.span.sites
     exact, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
     layout = Layout.of(site, exact.shape)
-    found = Moments.joined(moments(task, site, layout))
+    joined = Moments.joined(moments(task, site, layout))
     W, V = layout.matrix(exact), layout.matrix(grid.nearest(exact))
-    form = ((V @ found.a) * V).sum() - 2 * ((W @ found.b) * V).sum()
+    form = ((V @ joined.a) * V).sum() - 2 * ((W @ joined.b) * V).sum()
     sampled, weights = 0.0, {site.args[1]: grid.nearest(exact)}
     for batch in range(task.count):
         bias = task.targets(batch)[0] * 0 + (layer.bias.detach() if layout.stride == () else 0)
@@ -77,7 +77,7 @@ def test_the_quadratic_form_is_the_squared_error_on_the_data(name):
             bias = bias + layer.bias.detach().reshape(-1, *(1,) * (len(exact.shape) - 2))
         y, yq = task.targets(batch)[0] - bias, task.outputs(batch, task.evaluator(weights=weights))[0] - bias
         sampled += float((yq * yq - 2 * y * yq).sum(dtype=torch.float64))
-    assert float(form) * found.count == pytest.approx(sampled, rel=1e-4)
+    assert float(form) * joined.count == pytest.approx(sampled, rel=1e-4)
     assert torch.equal(layout.tensor(W), exact)
     walk.close()
 
@@ -91,26 +91,26 @@ def test_an_op_that_is_no_matrix_product_is_refused():
 
 def test_the_moments_do_not_depend_on_how_the_samples_come_in_batches():
     layer, data = nn.Conv2d(3, 4, 3, padding=1), torch.randn(12, 3, 5, 5)
-    found = []
+    joined = []
     for size in (2, 4, 12):
         model, batches = nn.Sequential(layer), list(data.split(size))
         prepared = calibrated(model, batches, SpecQuantizer(KINDS, per_tensor(), per_channel()))
         for task in Stream(prepared, batches).walk(layers(prepared)):
             (site,) = task.span.sites
-            found.append(Moments.joined(moments(task, site, Layout.of(site, layer.weight.shape))))
-    for same in found[1:]:
-        assert same.count == found[0].count
+            joined.append(Moments.joined(moments(task, site, Layout.of(site, layer.weight.shape))))
+    for same in joined[1:]:
+        assert same.count == joined[0].count
         for name in ("a", "b", "mean_q", "mean"):
-            assert torch.allclose(getattr(same, name), getattr(found[0], name), atol=1e-5)
+            assert torch.allclose(getattr(same, name), getattr(joined[0], name), atol=1e-5)
 
 
 def test_centred_moments_are_covariances():
     x, xq = torch.randn(2, 5, 100), torch.randn(2, 5, 100) + 3
     a, b = xq @ xq.mT / 100, x @ xq.mT / 100
-    found = Moments(a, b, xq.mean(-1), x.mean(-1), 100).centred()
+    centred = Moments(a, b, xq.mean(-1), x.mean(-1), 100).centre_()
     xc, xqc = x - x.mean(-1, keepdim=True), xq - xq.mean(-1, keepdim=True)
-    assert torch.allclose(found.a, xqc @ xqc.mT / 100, atol=1e-4)
-    assert torch.allclose(found.b, xc @ xqc.mT / 100, atol=1e-4)
+    assert torch.allclose(centred.a, xqc @ xqc.mT / 100, atol=1e-4)
+    assert torch.allclose(centred.b, xc @ xqc.mT / 100, atol=1e-4)
 
 
 # solvers of the problem ---------------------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def test_enumerated_rounding_is_the_brute_force_optimum(inputs):
 def test_adaround_is_at_most_the_brute_force_optimum_on_tiny_layers(inputs, seed):
     torch.manual_seed(seed)
     of = problem(outputs=3, inputs=inputs)
-    found = AdaRound(search=False, refits=0).choose(of, Clock())
-    assert of.error(found.codes) <= brute_force(of) * (1 + 1e-5) + 1e-9
+    answer = AdaRound(search=False, refits=0).choose(of, Clock())
+    assert of.error(answer.codes) <= brute_force(of) * (1 + 1e-5) + 1e-9
 
 
 def test_the_relaxation_comes_near_the_brute_force_optimum(monkeypatch):
@@ -227,9 +227,9 @@ def test_the_relaxation_comes_near_the_brute_force_optimum(monkeypatch):
     for seed in range(8):
         torch.manual_seed(seed)
         of = problem(outputs=3, inputs=8)
-        found = AdaRound(search=False, refits=0).choose(of, Clock())
-        assert of.error(found.codes) <= of.error(of.nearest())
-        share.append(of.error(found.codes) / brute_force(of))
+        answer = AdaRound(search=False, refits=0).choose(of, Clock())
+        assert of.error(answer.codes) <= of.error(of.nearest())
+        share.append(of.error(answer.codes) / brute_force(of))
     assert sum(share) / len(share) < 1.2
 
 
@@ -249,9 +249,8 @@ def test_the_error_is_at_most_that_of_rounding_to_nearest(name, algorithm):
     (site,) = task.span.sites
     weight, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
     layout = Layout.of(site, weight.shape)
-    folds = moments(task, site, layout)
-    aim = algorithm._aim(layout.matrix(weight), folds, Moments.joined(folds))
-    of = Problem.of(weight, layout, grid, *aim)
+    target, metric, _ = algorithm._aim(task, site, layout, layout.matrix(weight))
+    of = Problem.of(weight, layout, grid, target, metric)
     answer = algorithm.choose(of, Clock())
     assert of.scaled(answer.factor).error(answer.codes) <= of.error(of.nearest())
     assert answer.codes.min() >= grid.quant_min
@@ -297,8 +296,8 @@ def test_without_a_quantized_prefix_the_compensated_target_is_the_weight():
     x = torch.randn(1, 5, 100)
     a = x @ x.mT / 100
     matrix = torch.randn(1, 4, 5)
-    found = Moments(a, a, x.mean(-1), x.mean(-1), 100)
-    assert torch.allclose(compensated(matrix, found, 0.001), matrix, atol=1e-4)
+    same_moments = Moments(a, a, x.mean(-1), x.mean(-1), 100)
+    assert torch.allclose(compensated(matrix, same_moments, 0.001), matrix, atol=1e-4)
 
 
 def halves(samples, noise, inputs=20):
@@ -329,7 +328,7 @@ def test_compensation_lowers_the_error_of_the_output_on_noisy_inputs():
 
 def test_damping_is_a_share_of_the_mean_diagonal():
     a = torch.diag(torch.tensor([1.0, 3.0]))[None]
-    assert torch.equal(damped(a, 0.1), torch.diag(torch.tensor([0.2, 0.2]))[None])
+    assert torch.equal(damp_(a.clone(), 0.1), a + torch.diag(torch.tensor([0.2, 0.2])))
 
 
 def test_the_halves_of_the_data_go_on_where_those_of_the_processes_before_end(monkeypatch):

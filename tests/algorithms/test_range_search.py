@@ -85,7 +85,7 @@ def test_positions_that_the_output_does_not_feel_cost_no_codes():
 
 
 def test_a_prefix_of_poor_weights_does_not_change_the_ranges():
-    found = []
+    ranges = []
     torch.manual_seed(0)
     model, batches = nn.Sequential(nn.Linear(16, 16), nn.ReLU6(), nn.Linear(16, 4)), [torch.randn(32, 16)]
     for high in (127, 1):
@@ -94,9 +94,9 @@ def test_a_prefix_of_poor_weights_does_not_change_the_ranges():
         search, stream = RangeSearch(), Stream(prepared, batches)
         spans = search.spans(prepared, frozenset())
         search.begin(stream, spans, 0)
-        found.append([search.solve(task, Clock()).activations for task in stream.walk(spans)])
-    assert found[0] == found[1]
-    assert len(found[0]) == 2
+        ranges.append([search.solve(task, Clock()).activations for task in stream.walk(spans)])
+    assert ranges[0] == ranges[1]
+    assert len(ranges[0]) == 2
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
@@ -129,10 +129,10 @@ def test_a_shared_range_is_searched_only_if_no_other_range_lies_between_its_plac
         shared = prepared.graph.find_nodes(op="output")[0].args[0][0].args[0].args[0][0]
         observer = observer_of(prepared, shared)
         places = [n for n, o in observers(prepared) if o is observer]
-        found = [s for s in RangeSearch().spans(prepared, frozenset()) if observer_of(prepared, s.nodes[0]) is observer]
+        spans = [s for s in RangeSearch().spans(prepared, frozenset()) if observer_of(prepared, s.nodes[0]) is observer]
         assert len(places) > 1
-        assert [set(places) <= set(span.nodes) for span in found] == [True] * len(found)
-        assert bool(found) == expected
+        assert [set(places) <= set(span.nodes) for span in spans] == [True] * len(spans)
+        assert bool(spans) == expected
 
 
 def test_dynamic_and_fixed_ranges_are_left_alone():

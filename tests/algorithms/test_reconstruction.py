@@ -74,10 +74,10 @@ def test_at_hard_rounding_the_loss_of_one_layer_is_adarounds_quadratic_form(laye
         codes = (torch.floor(layer.weight.detach() / grid.expand(layer.weight.shape)[0]) + up).clamp(-3, 3)
         chosen = Solution(weights={site.name: (codes, grid)})
         layout = Layout.of(site, layer.weight.shape)
-        found = Moments.joined(moments(task, site, layout))
+        joined = Moments.joined(moments(task, site, layout))
         W, V = layout.matrix(layer.weight.detach()), layout.matrix(grid.decode(codes))
         energy = float(task.targets(0)[0].square().sum())
-        form = found.count * float(((V @ found.a) * V).sum() - 2 * ((W @ found.b) * V).sum())
+        form = joined.count * float(((V @ joined.a) * V).sum() - 2 * ((W @ joined.b) * V).sum())
         objective = Objective(task, sensitive=False)
         assert objective.of(trial(task, chosen)) == pytest.approx(form + energy, rel=1e-4)
         learned = Reconstruction(objective, Clock(), {site: (codes, grid)}, {}, learn_steps=False)
@@ -86,13 +86,13 @@ def test_at_hard_rounding_the_loss_of_one_layer_is_adarounds_quadratic_form(laye
 
 def test_without_drop_qdrop_is_brecq(batches):
     model = Residual()
-    found = [calibrated(model, batches, W4A8) for _ in range(2)]
+    graphs = [calibrated(model, batches, W4A8) for _ in range(2)]
     results = [
         tq.optimize(prepared, batches, [algorithm], seed=3, progress=False)
-        for prepared, algorithm in zip(found, (BRECQ(20), QDrop(20, drop=0.0)), strict=True)
+        for prepared, algorithm in zip(graphs, (BRECQ(20), QDrop(20, drop=0.0)), strict=True)
     ]
     assert [s.after for s in results[0].spans] == [s.after for s in results[1].spans]
-    one, other = map(codes_of, found)
+    one, other = map(codes_of, graphs)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -139,8 +139,8 @@ def weight_and_grid(name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_learned_weight_starts_at_the_nearest_codes(name):
     weight, grid = weight_and_grid(name)
-    found, same = StraightThrough(weight, grid).answer()
-    assert torch.equal(found, grid.encode(weight))
+    codes, same = StraightThrough(weight, grid).answer()
+    assert torch.equal(codes, grid.encode(weight))
     assert torch.allclose(same.scale, grid.scale)
 
 
@@ -149,8 +149,8 @@ def test_a_learned_weight_starts_at_the_nearest_codes(name):
 def test_a_learned_weight_starts_at_the_codes_chosen_before(name):
     weight, grid = weight_and_grid(name)
     codes = torch.randint(grid.quant_min, grid.quant_max + 1, weight.shape)
-    found, same = StraightThrough(weight, grid, codes).answer()
-    assert torch.equal(found, codes.float())
+    learned, same = StraightThrough(weight, grid, codes).answer()
+    assert torch.equal(learned, codes.float())
     assert torch.allclose(same.scale, grid.scale)
 
 
@@ -178,8 +178,8 @@ def test_sensitivities_are_the_squared_gradients_of_a_linear_net_in_closed_form(
     stream.sensitivities(spans, seed=0, draws=4000)
     behind = [model[2].weight @ model[1].weight, model[2].weight, torch.eye(2)]
     for task, jacobian in zip(stream.walk(spans), behind, strict=True):
-        [found] = task.sensitivity(0)
-        assert torch.allclose(found, jacobian.detach().square().sum(0).expand_as(found), rtol=0.12)
+        [sensitivity] = task.sensitivity(0)
+        assert torch.allclose(sensitivity, jacobian.detach().square().sum(0).expand_as(sensitivity), rtol=0.12)
 
 
 def test_sensitivities_are_the_squared_gradients_by_autograd():
@@ -192,9 +192,9 @@ def test_sensitivities_are_the_squared_gradients_by_autograd():
         for batch in range(2):
             [y] = task.targets(batch)
             jacobian = torch.autograd.functional.jacobian(model[position + 1 :], y)
-            [found] = task.sensitivity(batch)
+            [sensitivity] = task.sensitivity(batch)
             exact = jacobian.flatten(0, 1).square().sum(0)
-            assert (found - exact).norm() < 0.1 * exact.norm()
+            assert (sensitivity - exact).norm() < 0.1 * exact.norm()
 
 
 def test_the_output_metric_is_the_jacobians_gram_matrix():
@@ -205,8 +205,8 @@ def test_the_output_metric_is_the_jacobians_gram_matrix():
     exact = model[1].weight.detach().T @ model[1].weight.detach()
     exact = exact / exact.diagonal().mean()
     for task, wanted in zip(stream.walk(spans), (exact, torch.eye(6)), strict=True):
-        found = task.output_metric(task.span.sites[0])
-        assert (found - wanted).norm() < 0.1 * wanted.norm()
+        metric = task.output_metric(task.span.sites[0])
+        assert (metric - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_mean_of_draws_approaches_its_limit():
@@ -216,8 +216,8 @@ def test_a_mean_of_draws_approaches_its_limit():
     for draws in (2, 2000):
         spans, stream = layers(prepared), Stream(prepared, sample)
         stream.sensitivities(spans, seed=1, draws=draws)
-        found = [task.sensitivity(0)[0] for task in stream.walk(spans)]
-        off.append(float((found[0] - exact).abs().mean()))
+        sensitivities = [task.sensitivity(0)[0] for task in stream.walk(spans)]
+        off.append(float((sensitivities[0] - exact).abs().mean()))
     assert off[1] < 0.2 * off[0]
 
 

@@ -154,14 +154,14 @@ def test_the_float_function_stays_the_same_under_any_quantizer(quantizer, networ
 def test_planted_outlier_channels_cost_several_db_less(quantizer, alpha):
     model, batches = plant_outliers(nets.Block()).eval(), [torch.randn(8, 8, 32) for _ in range(4)]
     held_out = [torch.randn(8, 8, 32) for _ in range(4)]
-    found = []
+    sqnr_db = []
     for algorithm in (None, SmoothQuant(alpha)):
         prepared = prepared_of(model, batches[0], QUANTIZERS[quantizer]())
         if algorithm is not None:
             assert algorithm.transform(prepared, batches) >= 2
         recalibrate(prepared, batches, progress=False)
-        found.append(tq.compare(model, tq.convert(prepared), held_out).sqnr_db)
-    assert found[1] > found[0] + 3
+        sqnr_db.append(tq.compare(model, tq.convert(prepared), held_out).sqnr_db)
+    assert sqnr_db[1] > sqnr_db[0] + 3
 
 
 def smoothed(model, batches, quantizer=None, **options):
@@ -279,14 +279,14 @@ def test_a_fixed_range_is_left_alone():
 def test_the_search_never_takes_a_rule_that_is_worse_on_the_other_half_of_the_data():
     torch.manual_seed(0)
     model, batches = norms().eval(), [torch.randn(64, 8) for _ in range(4)]
-    found = []
+    sqnr_db = []
     for algorithm in (None, SmoothQuant()):
         prepared = prepared_of(model, batches[0], X86Quantizer())
         if algorithm is not None:
             algorithm.transform(prepared, batches)
         recalibrate(prepared, batches, progress=False)
-        found.append(tq.compare(model, tq.convert(prepared), batches).sqnr_db)
-    assert found[1] > found[0] - 0.5
+        sqnr_db.append(tq.compare(model, tq.convert(prepared), batches).sqnr_db)
+    assert sqnr_db[1] > sqnr_db[0] - 0.5
 
 
 def test_alpha_one_half_makes_inputs_and_weights_equally_large():

@@ -131,7 +131,7 @@ def test_the_predicted_noise_is_what_rounding_adds_to_the_output():
     (noise,) = [n for n in measured(prepared, batches[:2]) if len(n.activations) == 3]
     predicted = sum(a.noise(torch.ones_like(a.low)) for a in noise.activations)
     tie = next(t for t in ties_of(prepared) if t.is_sum)
-    stream, found = Stream(prepared, batches[:2]), 0.0
+    stream, squared_error = Stream(prepared, batches[:2]), 0.0
     tied = {str(o.target) for o in tie.observers}
     everything = [n for n in prepared.graph.nodes if n.op == "call_module"]
     free = {str(n.target): (lambda x: x) for n in everything if str(n.target) not in tied}
@@ -141,8 +141,8 @@ def test_the_predicted_noise_is_what_rounding_adds_to_the_output():
             env = {next(n for n in prepared.graph.nodes if n.op == "placeholder"): batch}
             quantized = stream.evaluator("quantized", fakes=free, weights=weights).run(stream._order, env)
             last = prepared.graph.find_nodes(op="output")[0].args[0][0]
-            found += float((quantized[last] - model(batch)).square().sum())
-    assert 0.4 < predicted / found < 2.5
+            squared_error += float((quantized[last] - model(batch)).square().sum())
+    assert 0.4 < predicted / squared_error < 2.5
 
 
 def test_spread_leaves_channels_below_the_threshold_alone():

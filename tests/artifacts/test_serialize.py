@@ -120,8 +120,8 @@ def rewritten(source, target, change):
 
 
 def test_another_format_version_is_refused_with_its_writer(saved, tmp_path):
-    def newer(found):
-        return json.dumps({**found, "format": archive.FORMAT + 1, "versions": {"torchquant": "9.9"}})
+    def newer(metadata):
+        return json.dumps({**metadata, "format": archive.FORMAT + 1, "versions": {"torchquant": "9.9"}})
 
     with pytest.raises(
         tq.ArtifactError, match=rf"format {archive.FORMAT + 1} \(torchquant 9\.9\).*reads {archive.FORMAT}"
@@ -130,8 +130,8 @@ def test_another_format_version_is_refused_with_its_writer(saved, tmp_path):
 
 
 def test_another_kind_of_artefact_is_refused(saved, tmp_path):
-    def other(found):
-        return sealed({**found, "kind": "inductor_x86"})
+    def other(metadata):
+        return sealed({**metadata, "kind": "inductor_x86"})
 
     with pytest.raises(tq.ArtifactError, match="holds a 'inductor_x86', not a 'converted graph'"):
         tq.load(rewritten(saved, tmp_path / "other.pt2", other))
@@ -146,7 +146,7 @@ def test_another_kind_of_artefact_is_refused(saved, tmp_path):
 )
 def test_broken_metadata_is_refused(saved, tmp_path, text):
     with pytest.raises(tq.ArtifactError):
-        tq.load(rewritten(saved, tmp_path / "broken.pt2", lambda found: text))
+        tq.load(rewritten(saved, tmp_path / "broken.pt2", lambda metadata: text))
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(quantized, tmp_path):

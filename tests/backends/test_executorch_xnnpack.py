@@ -247,11 +247,11 @@ def test_our_quantizer_works_in_an_executorch_recipe():
         lowering_recipe=LoweringRecipe(partitioners=[XnnpackPartitioner()]),
     )
     session = export(model, [(image,)], recipe)
-    (found,) = session.run_method("forward", (image,))
+    (output,) = session.run_method("forward", (image,))
     prepared = prepare_pt2e(tq.export(model, image), XnnpackQuantizer())
     tq.calibrate(prepared, [image], progress=False)
-    assert tq.sqnr_db(convert_pt2e(prepared)(image), found) > 40
-    assert 20 < tq.sqnr_db(model(image), found) < 70
+    assert tq.sqnr_db(convert_pt2e(prepared)(image), output) > 40
+    assert 20 < tq.sqnr_db(model(image), output) < 70
 
 
 def test_the_observer_of_activations_can_be_chosen():
@@ -279,7 +279,7 @@ def test_a_linear_called_twice_has_the_right_bias_both_times_and_outputs_keep_th
     model, ids = TiedTwice().eval(), torch.randint(0, 20, (2, 5))
     quantized = tq.quantize(model, ids, [ids], quantizer=XnnpackQuantizer("static_int8"), algorithms=(), progress=False)
     program = executorch_xnnpack.lower(quantized, ids)
-    found, expected = program(ids), quantized(ids)
+    actual, expected = program(ids), quantized(ids)
     assert program.proof.fused == 3
-    assert list(found) == ["logits", "hidden"]
-    assert tq.sqnr_db(expected["logits"], found["logits"]) > 40
+    assert list(actual) == ["logits", "hidden"]
+    assert tq.sqnr_db(expected["logits"], actual["logits"]) > 40

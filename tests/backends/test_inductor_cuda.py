@@ -60,8 +60,8 @@ def convolutions(graph):
 
 def endings(graph):
     """Activation and whether there is a residual, of each op of ours."""
-    found = [ops.arguments(n) for n in our_ops(graph)]
-    return [(given["activation"], given["residual"] is not None) for given in found]
+    calls = [ops.arguments(n) for n in our_ops(graph)]
+    return [(arguments["activation"], arguments["residual"] is not None) for arguments in calls]
 
 
 def agree(graph, lowered, *batch):
@@ -230,9 +230,9 @@ def test_graphs_of_other_quantizers_are_lowered_alike(name):
     x = torch.randn(2, 6, 32)
     graph = convert_pt2e(calibrated(nets.Block(), [(x,)], make()))
     lowered = inductor_cuda.transform(graph)
-    found = Counter(str(n.target).split(".")[1] for n in our_ops(lowered))
-    assert found[f"{kind}_linear"] == count
-    assert sum(found.values()) == 4
+    counts = Counter(str(n.target).split(".")[1] for n in our_ops(lowered))
+    assert counts[f"{kind}_linear"] == count
+    assert sum(counts.values()) == 4
     names = {ops.qdq_name(n) for n in lowered.graph.nodes}
     assert not names & {"choose_qparams", "quantize_per_token", "dequantize_per_token", "choose_qparams_affine"}
     assert agree(graph, lowered, x) > 60
@@ -355,8 +355,8 @@ def test_windows_of_every_shape(name, scheme):
     layer, shape, op = SHAPES[name]
     x = torch.randn(shape) + 0.5  # so that zero points are not 0
     graph = converted(scheme, layer, x)
-    (found,) = our_ops(lowered := inductor_cuda.transform(graph))
-    assert op in str(found.target)
+    (call,) = our_ops(lowered := inductor_cuda.transform(graph))
+    assert op in str(call.target)
     assert agree(graph, lowered, x) > 100
 
 
@@ -561,8 +561,8 @@ def test_a_bfloat16_network_is_held_to_what_it_reproduces_itself():
     torch.manual_seed(0)
     x = torch.randn(2, 6, 64).bfloat16()
     graph = converted("dynamic_fp8", nets.Decoder().bfloat16().eval(), x)
-    found = inductor_cuda.lower(graph, x, device="cpu").proof.comparison
-    assert 25 < found.sqnr_db < 100
+    comparison = inductor_cuda.lower(graph, x, device="cpu").proof.comparison
+    assert 25 < comparison.sqnr_db < 100
 
 
 def test_without_a_gpu_lowering_says_how_to_check_without_one(monkeypatch):

@@ -62,12 +62,12 @@ def test_channels_last_and_strided_inputs_give_the_same_result(x86_pixels):
 def test_the_callers_grad_mode_is_neither_needed_nor_changed(x86_pixels):
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     with torch.enable_grad():
-        found = x86_pixels.program(x)
+        output = x86_pixels.program(x)
         assert torch.is_grad_enabled()
     with torch.inference_mode():
         same = x86_pixels.program(x)
-    assert not found.requires_grad
-    assert torch.equal(found, same)
+    assert not output.requires_grad
+    assert torch.equal(output, same)
 
 
 METADATA = "aot_inductor.metadata"
@@ -103,8 +103,8 @@ def test_a_call_leaves_the_callers_tensors_as_they_were(x86_residual):
     x, y = (t.clone() for t in x86_residual.batch)
     expected = x86_residual.expected(x, y)
     for _ in range(2):
-        found = x86_residual.program(x, y)
-        assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, found, strict=True))
+        actual = x86_residual.program(x, y)
+        assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, actual, strict=True))
     assert torch.equal(x, x86_residual.batch[0])
     assert torch.equal(y, x86_residual.batch[1])
 
@@ -112,8 +112,8 @@ def test_a_call_leaves_the_callers_tensors_as_they_were(x86_residual):
 def test_arguments_may_be_given_by_name_in_any_order(x86_residual):
     x, y = x86_residual.batch
     expected = x86_residual.program(x, y)
-    found = x86_residual.program(y=y, x=x)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    actual = x86_residual.program(y=y, x=x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 def test_results_are_not_overwritten_by_the_next_call(x86_residual):
@@ -383,16 +383,16 @@ def strewn(x):
 @pytest.mark.parametrize("name", ["x86_pixels", "x86_residual", "x86_block"])
 def test_what_is_not_finite_comes_out_as_from_the_graph(name, request):
     low = request.getfixturevalue(name)
-    for place, given in enumerate(low.batch):
-        for wild in strewn(given):
+    for place, tensor in enumerate(low.batch):
+        for wild in strewn(tensor):
             batch = [wild if i == place else t for i, t in enumerate(low.batch)]
             outputs = (low.expected(*batch), low.program(*batch))
-            for expected, found in zip(*map(torch.utils._pytree.tree_leaves, outputs), strict=True):
-                assert torch.equal(expected.isnan(), found.isnan())
-                infinite = expected.isinf() | found.isinf()
-                assert torch.equal(expected[infinite], found[infinite])
+            for expected, actual in zip(*map(torch.utils._pytree.tree_leaves, outputs), strict=True):
+                assert torch.equal(expected.isnan(), actual.isnan())
+                infinite = expected.isinf() | actual.isinf()
+                assert torch.equal(expected[infinite], actual[infinite])
                 finite = expected.isfinite()
-                assert not finite.any() or tq.sqnr_db(expected[finite], found[finite]) > 30
+                assert not finite.any() or tq.sqnr_db(expected[finite], actual[finite]) > 30
 
 
 # CPUs without VNNI: oneDNN's int8 products saturate -------------------------------------------------------------------

@@ -75,12 +75,12 @@ def test_dicts_in_any_order_nested_inputs_and_outputs_of_any_tree_work(forms):
     model, (a, b) = Nested(), torch.randn(2, 4, 8)
     pair = (torch.randn(2), torch.randn(3))
     for program in forms(lowered(model, ({"a": a, "b": b}, pair))):
-        found, expected = program({"b": b, "a": a}, pair), model({"a": a, "b": b}, pair)
-        assert list(found) == ["sum", "rest"]
-        assert tq.sqnr_db(expected["sum"].detach(), found["sum"]) > 25
-        assert torch.equal(found["rest"][0], pair[0])
-        assert found["rest"][2] == 3
-        assert torch.equal(program(pair=pair, inputs={"a": a, "b": b})["sum"], found["sum"])
+        actual, expected = program({"b": b, "a": a}, pair), model({"a": a, "b": b}, pair)
+        assert list(actual) == ["sum", "rest"]
+        assert tq.sqnr_db(expected["sum"].detach(), actual["sum"]) > 25
+        assert torch.equal(actual["rest"][0], pair[0])
+        assert actual["rest"][2] == 3
+        assert torch.equal(program(pair=pair, inputs={"a": a, "b": b})["sum"], actual["sum"])
 
 
 def net():
@@ -194,9 +194,9 @@ def test_a_value_returned_twice_a_parameter_an_input_and_state_are_outputs_like_
     model, x = Returned(), torch.randn(2, 8)
     for program in forms(lowered(model, (x,))):
         model.memory.zero_()
-        expected, found = model(x), program(x)
-        assert all(tq.sqnr_db(a.detach(), b) > 25 for a, b in zip(expected, found, strict=True))
-        assert torch.equal(found[0], found[1])
+        expected, actual = model(x), program(x)
+        assert all(tq.sqnr_db(a.detach(), b) > 25 for a, b in zip(expected, actual, strict=True))
+        assert torch.equal(actual[0], actual[1])
 
 
 def test_a_model_that_writes_into_its_input_does_so(forms):
@@ -264,8 +264,8 @@ def test_a_weight_that_the_graph_makes_is_no_fault_of_its_scale():
     quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
     quantized = tq.quantize(model, batch, [batch], quantizer=quantizer, algorithms=(), progress=False)
     sites = [s for s in tq.report(quantized).sites if s.status == "quantized"]
-    made = [s for s in sites if s.op == "linear" and not ops.is_constant(_weight_of(quantized, s.node))]
-    assert len(made) == 1
+    computed = [s for s in sites if s.op == "linear" and not ops.is_constant(_weight_of(quantized, s.node))]
+    assert len(computed) == 1
     refuse_overflow(quantized, sites)
 
 

@@ -111,13 +111,13 @@ def converts(program):
 
     from torchquant.backends.executorch_xnnpack.delegated import _graph_of
 
-    content, found = program._buffer, 0
+    content, count = program._buffer, 0
     at = content.find(XNNHeader.EXPECTED_MAGIC)
     while at >= 0:
         graph = _graph_of(content[at - 4 :])
-        found += sum(node["xnode_union_type"] == "XNNConvert" for node in graph["xnodes"])
+        count += sum(node["xnode_union_type"] == "XNNConvert" for node in graph["xnodes"])
         at = content.find(XNNHeader.EXPECTED_MAGIC, at + 4)
-    return found
+    return count
 
 
 FLOAT = {  # float with the true reason, and right

@@ -33,12 +33,12 @@ def lowered(model, batch, *, dynamic=False, quantizer=None):
 
 
 def assert_same(program, graph, batch):
-    for wanted, found in zip(graph(*batch), program(*batch), strict=True):
-        assert (wanted.dtype, wanted.shape) == (found.dtype, found.shape)
+    for wanted, actual in zip(graph(*batch), program(*batch), strict=True):
+        assert (wanted.dtype, wanted.shape) == (actual.dtype, actual.shape)
         if wanted.is_floating_point():
-            assert tq.sqnr_db(wanted, found) > 30  # wrong, it is 6; a sum of the first layer may round otherwise
+            assert tq.sqnr_db(wanted, actual) > 30  # wrong, it is 6; a sum of the first layer may round otherwise
         else:
-            assert torch.equal(wanted, found)
+            assert torch.equal(wanted, actual)
 
 
 def vectors(m, x):

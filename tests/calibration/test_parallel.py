@@ -53,26 +53,26 @@ def data():
 def outcome(batches, folder=None):
     """Everything that the tests compare, from this process."""
     torch.manual_seed(0)
-    model, found = Net().eval(), {}
+    model, values = Net().eval(), {}
     for name, observer in {"minmax": None, "entropy": ActivationEntropy, **OBSERVERS}.items():
         prepared = calibrated(model, batches, quantizer(observer))
-        found[f"state {name}"] = {
+        values[f"state {name}"] = {
             f"{node.target}.{key}": value.clone()
             for node, module in observers(prepared)
             for key, value in module.state_dict().items()
         }
-        found[f"scale {name}"] = torch.cat([o.calculate_qparams()[0].reshape(-1) for _, o in observers(prepared)])
+        values[f"scale {name}"] = torch.cat([o.calculate_qparams()[0].reshape(-1) for _, o in observers(prepared)])
     tq.calibrate(prepared, batches, progress=False)  # what was seen before counts once
-    found["state twice"] = {k: v.clone() for k, v in prepared.state_dict().items() if k.endswith("counts")}
+    values["state twice"] = {k: v.clone() for k, v in prepared.state_dict().items() if k.endswith("counts")}
     for name, algorithms in ALGORITHMS.items():
         prepared = calibrated(model, batches, quantizer())
         result = tq.optimize(prepared, batches, algorithms(), checkpoint=folder and folder / name, progress=False)
         codes = {str(n.target): o.codes for n, o in observers(prepared) if isinstance(o, SolvedWeight)}
-        found[name] = codes, result.steps, [(s.span, s.before, s.after) for s in result.spans]
+        values[name] = codes, result.steps, [(s.span, s.before, s.after) for s in result.spans]
         again = calibrated(model, batches, quantizer())
         tq.optimize(again, batches, algorithms(), checkpoint=folder and folder / name, progress=False)
-        found[f"{name} resumed"] = {str(n.target): o.codes for n, o in observers(again) if isinstance(o, SolvedWeight)}
-    return found
+        values[f"{name} resumed"] = {str(n.target): o.codes for n, o in observers(again) if isinstance(o, SolvedWeight)}
+    return values
 
 
 def refusals(batches):
@@ -95,9 +95,9 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     batches = data()[4 * rank : 4 * rank + 4]
-    found = outcome(batches, folder)
-    found["refusals"], found["in time"] = refusals(batches), in_time(batches)
-    torch.save(found, folder / f"{rank}.pt")
+    outcomes = outcome(batches, folder)
+    outcomes["refusals"], outcomes["in time"] = refusals(batches), in_time(batches)
+    torch.save(outcomes, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -113,11 +113,11 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["minmax", "entropy", "mse", "percentile"])
 def test_observers_end_exactly_as_in_one_process(runs, name):
-    for found in runs[:2]:
-        assert found[f"state {name}"].keys() == runs[2][f"state {name}"].keys()
+    for run in runs[:2]:
+        assert run[f"state {name}"].keys() == runs[2][f"state {name}"].keys()
         for key, value in runs[2][f"state {name}"].items():
-            assert torch.equal(found[f"state {name}"][key], value), key
-        assert torch.equal(found[f"scale {name}"], runs[2][f"scale {name}"])
+            assert torch.equal(run[f"state {name}"][key], value), key
+        assert torch.equal(run[f"scale {name}"], runs[2][f"scale {name}"])
 
 
 def test_torchaos_histograms_are_the_same_everywhere_and_close_to_those_of_one_process(runs):
@@ -262,9 +262,9 @@ class Failing:
         self._at("begin")
 
     def solve(self, task, clock):
-        found = self._algorithm.solve(task, clock)
+        solution = self._algorithm.solve(task, clock)
         self._at("solve")
-        return found
+        return solution
 
 
 class FailingTransform:
@@ -280,9 +280,9 @@ class OfItsOwn(tq.BiasCorrection):
     """What an algorithm does that sums nothing over the processes."""
 
     def solve(self, task, clock):
-        found = super().solve(task, clock)
-        found.biases = {name: bias + 1e-6 * dist.get_rank() for name, bias in found.biases.items()}
-        return found
+        solution = super().solve(task, clock)
+        solution.biases = {name: bias + 1e-6 * dist.get_rank() for name, bias in solution.biases.items()}
+        return solution
 
 
 def failure(run):
@@ -298,27 +298,27 @@ def failure(run):
 def failures(batches):
     """What comes of an error in the last process, by the step it happens at."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    prepared, found = residual(batches), {}
+    prepared, raised = residual(batches), {}
     for step in STEPS:
         algorithm = FailingTransform() if step == "transform" else Failing(AdaRound(5), step)
         bad = [torch.zeros(1, 7)] if step == "batches" and last else batches
         before = {k: v.clone() for k, v in prepared.state_dict().items()}
-        found[step] = failure(lambda a=algorithm, b=bad: tq.optimize(prepared, b, [a], progress=False))
-        found[f"{step} unchanged"] = all(torch.equal(v, before[k]) for k, v in prepared.state_dict().items())
+        raised[step] = failure(lambda a=algorithm, b=bad: tq.optimize(prepared, b, [a], progress=False))
+        raised[f"{step} unchanged"] = all(torch.equal(v, before[k]) for k, v in prepared.state_dict().items())
     broken = [torch.full((4, 3, 8, 8), torch.nan)] if last else batches
-    found["calibrate"] = failure(lambda: tq.calibrate(prepared, broken, progress=False))
+    raised["calibrate"] = failure(lambda: tq.calibrate(prepared, broken, progress=False))
     quantizer_of = (lambda: 5) if last else quantizer
-    found["quantize"] = failure(
+    raised["quantize"] = failure(
         lambda: tq.quantize(Net().eval(), data()[0], batches, quantizer=quantizer_of(), progress=False)
     )
     uncalibrated = tq.prepare(tq.export(Net().eval(), data()[0]), quantizer()) if last else prepared
-    found["uncalibrated"] = failure(lambda: tq.optimize(uncalibrated, batches, [AdaRound(5)], progress=False))
+    raised["uncalibrated"] = failure(lambda: tq.optimize(uncalibrated, batches, [AdaRound(5)], progress=False))
     prepared = residual(batches)
     other = [tq.BiasCorrection()] if last else [AdaRound(5)]
-    found["other algorithms"] = failure(lambda: tq.optimize(prepared, batches, other, progress=False))
+    raised["other algorithms"] = failure(lambda: tq.optimize(prepared, batches, other, progress=False))
     own = residual(batches)
-    found["own sums"] = failure(lambda: tq.optimize(own, batches, [OfItsOwn()], progress=False))
-    return found
+    raised["own sums"] = failure(lambda: tq.optimize(own, batches, [OfItsOwn()], progress=False))
+    return raised
 
 
 class Dying(AdaRound):
@@ -333,19 +333,19 @@ class Dying(AdaRound):
 def work_on_shares(rank, folder, world, names, shares):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {}
+    outcomes = {}
     for kind in shares:
         counts = SHARES[world][kind]
         first = sum(counts[:rank])
         batches = data()[first : first + counts[rank]]
         for name in names:
-            found[name, kind] = optimized(batches, EVERY[name]())
+            outcomes[name, kind] = optimized(batches, EVERY[name]())
     batches = data()[rank::world]
-    found["failures"] = failures(batches)
+    outcomes["failures"] = failures(batches)
     prepared = residual(batches)
-    torch.save(found, folder / f"{rank}.pt")
-    found["death"] = failure(lambda: tq.optimize(prepared, batches, [Dying(5)], progress=False))
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(outcomes, folder / f"{rank}.pt")
+    outcomes["death"] = failure(lambda: tq.optimize(prepared, batches, [Dying(5)], progress=False))
+    torch.save(outcomes, folder / f"{rank}.pt")
 
 
 def on_shares(folder, world, names, shares):
@@ -374,16 +374,16 @@ def check_failures(runs):
     for step in (*STEPS, *list(typed)[1:]):
         kind, message, _ = last[step]
         assert kind == typed.get(step, "ValueError"), step
-        for found in others:
-            assert found[step][0] == "ParallelError", step
-            assert f"process {len(runs) - 1} of {len(runs)} failed with {kind}: {message[:50]}" in found[step][1]
-            assert found[step][2] < 10
-    for found in (*others, last):
-        assert all(found[f"{step} unchanged"] for step in STEPS)
-        assert found["other algorithms"][:1] == ("ParallelError",)
-        assert "do not agree on what `optimize` is to do" in found["other algorithms"][1]
-        assert found["own sums"][:1] == ("ParallelError",)
-        assert "do not agree on what the algorithms made of the graph" in found["own sums"][1]
+        for raised in others:
+            assert raised[step][0] == "ParallelError", step
+            assert f"process {len(runs) - 1} of {len(runs)} failed with {kind}: {message[:50]}" in raised[step][1]
+            assert raised[step][2] < 10
+    for raised in (*others, last):
+        assert all(raised[f"{step} unchanged"] for step in STEPS)
+        assert raised["other algorithms"][:1] == ("ParallelError",)
+        assert "do not agree on what `optimize` is to do" in raised["other algorithms"][1]
+        assert raised["own sums"][:1] == ("ParallelError",)
+        assert "do not agree on what the algorithms made of the graph" in raised["own sums"][1]
     for run in runs[:-1]:
         kind, message, seconds = run["death"]
         assert (kind, seconds < 10) == ("ParallelError", True)

@@ -206,8 +206,8 @@ def test_a_solvers_change_reaches_the_rest_of_the_walk():
             bias = task.prepared.get_parameter("0.bias")
             bias.data += 100  # a spoiled quantized flow; the float flow of this span has been taken already
         else:
-            exact, found = (task.inputs(0, flow)[task.span.sites[0].args[0]] for flow in ("float", "quantized"))
-            assert (found - exact).abs().mean() > 0.5
+            exact, quantized = (task.inputs(0, flow)[task.span.sites[0].args[0]] for flow in ("float", "quantized"))
+            assert (quantized - exact).abs().mean() > 0.5
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -62,15 +62,15 @@ def arrays():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with a user's module and data files."""
-    found = tmp_path_factory.mktemp("cli")
-    (found / "users_net.py").write_text(MODULE)
+    path = tmp_path_factory.mktemp("cli")
+    (path / "users_net.py").write_text(MODULE)
     data = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
-    np.savez(found / "data.npz", input=data.numpy())
-    save_file({"input": data}, found / "data.safetensors")
-    (found / "cut.npz").write_bytes((found / "data.npz").read_bytes()[:200])
-    (found / "empty.npz").write_bytes(b"")
-    np.savez(found / "words.npz", input=np.array(["a", "b"]))
-    return found
+    np.savez(path / "data.npz", input=data.numpy())
+    save_file({"input": data}, path / "data.safetensors")
+    (path / "cut.npz").write_bytes((path / "data.npz").read_bytes()[:200])
+    (path / "empty.npz").write_bytes(b"")
+    np.savez(path / "words.npz", input=np.array(["a", "b"]))
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -37,8 +37,8 @@ def plainly_pickled(command):
 def members(path):
     """name without the root -> content, of what torchquant did not write itself."""
     with zipfile.ZipFile(path) as source:
-        found = {n.partition("/")[2]: source.read(n) for n in source.namelist()}
-    return {n: c for n, c in found.items() if not n.endswith(archive.NAME)}
+        contents = {n.partition("/")[2]: source.read(n) for n in source.namelist()}
+    return {n: c for n, c in contents.items() if not n.endswith(archive.NAME)}
 
 
 def about(path):

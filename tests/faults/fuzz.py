@@ -97,8 +97,8 @@ def _made_up(shape: Sequence[int]) -> torch.Tensor:
     return torch.linspace(-2, 2, math.prod(shape)).reshape(tuple(shape))
 
 
-def _values(*found: Any) -> tuple[Any, ...]:
-    return tuple(tensors.bytes_of(v) if isinstance(v, torch.Tensor) else str(v) for v in found)
+def _values(*values: Any) -> tuple[Any, ...]:
+    return tuple(tensors.bytes_of(v) if isinstance(v, torch.Tensor) else str(v) for v in values)
 
 
 def _graph(path: Path) -> Any:
@@ -135,8 +135,8 @@ def _arrays(path: Path) -> Any:
 
 
 def _safetensors(path: Path) -> Any:
-    found = tensors.read(path, path.read_bytes(), sealed=True)
-    return _values(*(v for pair in sorted(found.items()) for v in pair))
+    read = tensors.read(path, path.read_bytes(), sealed=True)
+    return _values(*(v for pair in sorted(read.items()) for v in pair))
 
 
 _MEASURED = {str(i): i % 4 and i % 4 + 1 for i in range(12)}
@@ -149,8 +149,8 @@ def _panels(path: Path) -> bool:
 
 
 def _cuts(path: Path) -> bool:
-    found = configs._measured(path)
-    rows = [(f, int(m), configs.Config(**c)) for f, s in found.items() for t in s.values() for m, c in t.items()]
+    measured = configs._measured(path)
+    rows = [(f, int(m), configs.Config(**c)) for f, s in measured.items() for t in s.values() for m, c in t.items()]
     return all(config in configs.candidates(format, m) for format, m, config in rows)
 
 
@@ -299,25 +299,25 @@ def _inside(source: Path, target: Path, random: random.Random, marker: Path) -> 
     """An archive with one member damaged, exchanged for a pickle that runs something, or left out, and sealed again."""
     with zipfile.ZipFile(source) as opened:
         root = opened.namelist()[0].partition("/")[0] + "/" if source.suffix == ".pt2" else ""
-    found = crafted.members(source) if root else {n: zipfile.ZipFile(source).read(n) for n in opened.namelist()}
+    members = crafted.members(source) if root else {n: zipfile.ZipFile(source).read(n) for n in opened.namelist()}
     sealed = crafted.about(source)
-    names = [n for n in found if not n.endswith(".so")]  # code is what its writer makes it
+    names = [n for n in members if not n.endswith(".so")]  # code is what its writer makes it
     name = random.choice(names)
     way = random.random()
     if sealed is not None and way < 0.3:
         sealed = {**_odd({k: v for k, v in sealed.items() if k not in crafted.SEAL}, random)} or {}
         sealed["kind"] = crafted.about(source)["kind"]
     elif name.endswith(".json") and way < 0.8:
-        found[name] = json.dumps(_odd(json.loads(found[name]), random)).encode()
+        members[name] = json.dumps(_odd(json.loads(members[name]), random)).encode()
     elif way < 0.85:
-        del found[name]
+        del members[name]
     elif way < 0.93:
-        found[name] = crafted.pickled(f"touch {marker}")
+        members[name] = crafted.pickled(f"touch {marker}")
     else:
-        content = bytearray(found[name] or b"\0")
+        content = bytearray(members[name] or b"\0")
         random.choice(_BYTES)(content, random)
-        found[name] = bytes(content)
-    crafted.write(target, found, sealed, root)
+        members[name] = bytes(content)
+    crafted.write(target, members, sealed, root)
 
 
 def _mutate(kind: Kind, source: Path, target: Path, random: random.Random, marker: Path) -> bool:
@@ -340,14 +340,14 @@ def _mutate(kind: Kind, source: Path, target: Path, random: random.Random, marke
 def _outcome(kind: Kind, path: Path, forged: bool, expected: Any) -> tuple[str, str]:
     try:
         read = kind.load if forged and kind.load else kind.read
-        found = read(path)
+        value = read(path)
     except (TorchquantError, TorchquantWarning) as error:
         return "refused", type(error).__name__
     except Exception as error:
         return "raw", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if forged:
         return "forged", ""
-    return ("same" if found == expected else "changed"), ""
+    return ("same" if value == expected else "changed"), ""
 
 
 def _serve(folder: Path, seed: int, name: str, first: int, end: int) -> None:

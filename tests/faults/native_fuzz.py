@@ -103,7 +103,7 @@ def odd(tensor, chance):
     """A tensor that is not quite what was asked for."""
     size = list(tensor.shape)
     axis = chance.randrange(len(size)) if size else 0
-    made = [
+    variants = [
         lambda: tensor,
         lambda: tensor.to(chance.choice((torch.int32, torch.float64, torch.float16, torch.uint8, torch.bool))),
         lambda: tensor.narrow(axis, 0, chance.randrange(size[axis] + 1)),
@@ -114,7 +114,7 @@ def odd(tensor, chance):
         lambda: torch.cat([tensor, tensor], axis),
         lambda: tensor.flip(axis) * float("nan"),
     ]
-    return chance.choice(made)()
+    return chance.choice(variants)()
 
 
 def tried(call, counts):
@@ -132,22 +132,22 @@ def main():
     torch.set_num_threads(1)
     native._FLAGS += tuple(os.environ.get("TORCHQUANT_FUZZ_FLAGS", "").split())
     native.load()
-    found = list(calls())
+    regions = list(calls())
     counts = {
         "seed": seed,
         "plans": {"ran": 0, "refused": 0},
         "arguments": {"ran": 0, "refused": 0},
-        "regions": len(found),
+        "regions": len(regions),
     }
-    for plan, inputs, shapes in found:
+    for plan, inputs, shapes in regions:
         REGION.x86_region(plan, inputs, shapes)  # as it is
     for _ in range(plans):
-        plan, inputs, shapes = chance.choice(found)
+        plan, inputs, shapes = chance.choice(regions)
         bad = damaged(plan, chance)
         tried(lambda b=bad, i=inputs, s=shapes: REGION.x86_region(b, i, s), counts["plans"])
     for _ in range(arguments):
         if chance.random() < 0.5:
-            plan, inputs, shapes = chance.choice(found)
+            plan, inputs, shapes = chance.choice(regions)
             inputs = [odd(t, chance) for t in inputs][: chance.choice((1, 9, 9))]
             shapes = [chance.choice((s, s, s, -s, s + 1, *VALUES[:9])) for s in shapes][
                 : chance.choice((1, 2, 99, 99, 99))

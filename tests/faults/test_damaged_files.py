@@ -29,10 +29,10 @@ GOOD = {"refused", "same", "forged"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, x86_pixels, pte_mobile):
-    found = tmp_path_factory.mktemp("fuzz")
-    x86_pixels.program.save(found / fuzz.KINDS["x86"].name)
-    pte_mobile.program.save(found / fuzz.KINDS["pte"].name)
-    return found
+    path = tmp_path_factory.mktemp("fuzz")
+    x86_pixels.program.save(path / fuzz.KINDS["x86"].name)
+    pte_mobile.program.save(path / fuzz.KINDS["pte"].name)
+    return path
 
 
 @pytest.mark.parametrize(("kinds", "count"), [(CHEAP, 250), (sorted(set(fuzz.KINDS) - set(CHEAP)), 10)])
@@ -51,14 +51,14 @@ def test_each_byte_of_a_member_and_of_the_archive_s_own_notes_is_held(tmp_path):
         out.writestr("model/data", b"content")
     archive.seal(tmp_path / "a.pt2", "thing", {"number": 1})
     assert archive.read(tmp_path / "a.pt2", "thing")["number"] == 1
-    about, found = crafted.about(tmp_path / "a.pt2"), crafted.members(tmp_path / "a.pt2")
+    about, members = crafted.about(tmp_path / "a.pt2"), crafted.members(tmp_path / "a.pt2")
     cases = {
         "content": ({"data": b"other"}, about),
-        "another member": ({**found, "more": b""}, about),
+        "another member": ({**members, "more": b""}, about),
         "a member less": ({}, about),
-        "a note": (found, {**about, "number": 2}),
-        "a digest": (found, {**about, "digest": "0"}),
-        "no digest": (found, {k: v for k, v in about.items() if k != "digest"}),
+        "a note": (members, {**about, "number": 2}),
+        "a digest": (members, {**about, "digest": "0"}),
+        "no digest": (members, {k: v for k, v in about.items() if k != "digest"}),
     }
     for name, (contents, notes) in cases.items():
         path = crafted.write(tmp_path / "b.pt2", contents)

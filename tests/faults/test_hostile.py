@@ -66,10 +66,10 @@ def files(tmp_path_factory):
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
     """A file that every payload makes; a module of that name does so when it is imported."""
-    found = tmp_path / "ran"
-    (tmp_path / "hostile_module.py").write_text(f"open({str(found)!r}, 'w').close()\nclass Kind: pass\n")
+    path = tmp_path / "ran"
+    (tmp_path / "hostile_module.py").write_text(f"open({str(path)!r}, 'w').close()\nclass Kind: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield found
+    yield path
     sys.modules.pop("hostile_module", None)
 
 
@@ -84,79 +84,79 @@ def expression(marker):
 # what is changed in an archive: a function of its members and of the file that the payload makes ----------------------
 
 
-def example_inputs(found, marker):
-    found[INPUTS] = crafted.pickled(command(marker))
+def example_inputs(members, marker):
+    members[INPUTS] = crafted.pickled(command(marker))
 
 
-def example_inputs_without_zip(found, marker):
-    found[INPUTS] = crafted.plainly_pickled(command(marker))
+def example_inputs_without_zip(members, marker):
+    members[INPUTS] = crafted.plainly_pickled(command(marker))
 
 
 def pickled_member(config, content):
-    def change(found, marker):
-        name, payload = next(iter(found[config]["config"].items())) if found[config]["config"] else ("x", None)
+    def change(members, marker):
+        name, payload = next(iter(members[config]["config"].items())) if members[config]["config"] else ("x", None)
         folder = config.rpartition("/")[0]
         payload = payload or {"path_name": "tensor_0", "is_param": False, "tensor_meta": None}
-        found[config]["config"][name] = {**payload, "use_pickle": True}
-        found[f"{folder}/{payload['path_name']}"] = content(command(marker))
+        members[config]["config"][name] = {**payload, "use_pickle": True}
+        members[f"{folder}/{payload['path_name']}"] = content(command(marker))
 
     return change
 
 
-def member_of_two_forms(found, marker):
-    config = found[WEIGHTS]["config"]
+def member_of_two_forms(members, marker):
+    config = members[WEIGHTS]["config"]
     name = next(iter(config))
-    pickled_member(WEIGHTS, lambda code: crafted.plainly_pickled(code))(found, marker)
+    pickled_member(WEIGHTS, lambda code: crafted.plainly_pickled(code))(members, marker)
     member = f"data/weights/{config[name]['path_name']}"
-    found[member] += bytes(-len(found[member]) % 8)
+    members[member] += bytes(-len(members[member]) % 8)
     config["another"] = {**config[name], "use_pickle": False}
 
 
 def object_member(prefix, content):
-    def change(found, marker):
+    def change(members, marker):
         entry = {"path_name": f"{prefix}0", "is_param": False, "use_pickle": True, "tensor_meta": None}
-        found[CONSTANTS]["config"]["thing"] = entry
-        found[f"data/constants/{prefix}0"] = content(command(marker))
+        members[CONSTANTS]["config"]["thing"] = entry
+        members[f"data/constants/{prefix}0"] = content(command(marker))
 
     return change
 
 
 def legacy_member(folder):
-    def change(found, marker):
-        found[f"data/{folder}/model.pt"] = crafted.pickled(command(marker))
+    def change(members, marker):
+        members[f"data/{folder}/model.pt"] = crafted.pickled(command(marker))
 
     return change
 
 
-def size(found, marker):
-    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+def size(members, marker):
+    values = members[GRAPH]["graph_module"]["graph"]["tensor_values"]
     values["x"]["sizes"][0] = {"as_expr": {"expr_str": expression(marker), "hint": {"as_int": 4}}}
 
 
-def size_behind_a_name(found, marker):
-    found[GRAPH] = _renamed(found[GRAPH], "x", "opset_version")
-    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+def size_behind_a_name(members, marker):
+    members[GRAPH] = _renamed(members[GRAPH], "x", "opset_version")
+    values = members[GRAPH]["graph_module"]["graph"]["tensor_values"]
     values["opset_version"]["sizes"][0] = {"as_expr": {"expr_str": expression(marker), "hint": {"as_int": 4}}}
 
 
-def hidden_size(found, marker):
-    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+def hidden_size(members, marker):
+    values = members[GRAPH]["graph_module"]["graph"]["tensor_values"]
     code = f"(lambda: {expression(marker)})() or 4"
     values["x"]["sizes"][0] = {"as_expr": {"expr_str": f"Max(4, Symbol('s0'), {code})", "hint": {"as_int": 4}}}
 
 
-def guard(found, marker):
-    found[GRAPH]["guards_code"] = [f"L['x'].size()[0] < 0 or {expression(marker)} == 0"]
+def guard(members, marker):
+    members[GRAPH]["guards_code"] = [f"L['x'].size()[0] < 0 or {expression(marker)} == 0"]
 
 
-def guard_by_attributes(found, marker):
+def guard_by_attributes(members, marker):
     code = "torch.os.system"
-    found[GRAPH]["guards_code"] = [f"{code}('touch {marker}') == 0"]
+    members[GRAPH]["guards_code"] = [f"{code}('touch {marker}') == 0"]
 
 
 def function(target):
-    def change(found, marker):
-        graph = found[GRAPH]["graph_module"]["graph"]
+    def change(members, marker):
+        graph = members[GRAPH]["graph_module"]["graph"]
         argument = {"name": "", "arg": {"as_string": command(marker)}, "kind": 1}
         node = {**graph["nodes"][0], "target": target, "inputs": [argument], "name": "extra"}
         node["outputs"] = [{"as_none": True}]
@@ -165,8 +165,8 @@ def function(target):
     return change
 
 
-def operator_argument(found, marker):
-    graph = found[GRAPH]["graph_module"]["graph"]
+def operator_argument(members, marker):
+    graph = members[GRAPH]["graph_module"]["graph"]
     argument = {"name": "", "arg": {"as_operator": "torch.os.system"}, "kind": 1}
     graph["nodes"][0]["inputs"].append(argument)
 
@@ -184,22 +184,22 @@ def _renamed(value, old, new):
     return new if value == old else value
 
 
-def node_name(found, marker):
-    name = found[GRAPH]["graph_module"]["graph"]["nodes"][0]["name"]
-    found[GRAPH] = _renamed(found[GRAPH], name, f"y = {expression(marker)}; z")
+def node_name(members, marker):
+    name = members[GRAPH]["graph_module"]["graph"]["nodes"][0]["name"]
+    members[GRAPH] = _renamed(members[GRAPH], name, f"y = {expression(marker)}; z")
 
 
-def placeholder_name(found, marker):
-    found[GRAPH] = _renamed(found[GRAPH], "x", f"x={expression(marker)}")
+def placeholder_name(members, marker):
+    members[GRAPH] = _renamed(members[GRAPH], "x", f"x={expression(marker)}")
 
 
-def argument_name(found, marker):
-    signature = found[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
+def argument_name(members, marker):
+    signature = members[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
     signature["forward_arg_names"] = ["x", f"mode={expression(marker)}"]
 
 
-def keyword_name(found, marker):
-    signature = found[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
+def keyword_name(members, marker):
+    signature = members[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
     tree = json.loads(signature["in_spec"])
     named = tree[1]["children_spec"][1]
     names = json.loads(named["context"] or "null") or ["y"]
@@ -208,58 +208,58 @@ def keyword_name(found, marker):
     signature["in_spec"] = json.dumps(tree)
 
 
-def parameter_name(found, marker):
-    config = found[WEIGHTS]["config"]
+def parameter_name(members, marker):
+    config = members[WEIGHTS]["config"]
     name = next(iter(config))
     evil = f'a"), {expression(marker)}, getattr(self, "b'.replace(".", "\\x2e")
     config[evil] = config.pop(name)
-    found[GRAPH] = _renamed(found[GRAPH], name, evil)
+    members[GRAPH] = _renamed(members[GRAPH], name, evil)
 
 
-def attribute_name(found, marker):
-    config = found[WEIGHTS]["config"]
+def attribute_name(members, marker):
+    config = members[WEIGHTS]["config"]
     name = next(iter(config))
     evil = "first or exec(bytes([112]))"
     config[evil] = config.pop(name)
-    found[GRAPH] = _renamed(found[GRAPH], name, evil)
+    members[GRAPH] = _renamed(members[GRAPH], name, evil)
 
 
-def number(found, marker):
-    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+def number(members, marker):
+    values = members[GRAPH]["graph_module"]["graph"]["tensor_values"]
     values["x"]["sizes"][0] = {"as_expr": {"expr_str": "Symbol('s0')", "hint": {"as_int": expression(marker)}}}
 
 
-def tower(found, marker):
-    values = found[GRAPH]["graph_module"]["graph"]["tensor_values"]
+def tower(members, marker):
+    values = members[GRAPH]["graph_module"]["graph"]["tensor_values"]
     values["x"]["sizes"][0] = {"as_expr": {"expr_str": "Pow(9, Pow(9, Pow(9, 9)))", "hint": {"as_int": 4}}}
 
 
-def text_argument(found, marker):
-    found[GRAPH] = _renamed(found[GRAPH], "plain", f"' or {expression(marker)} or '")
+def text_argument(members, marker):
+    members[GRAPH] = _renamed(members[GRAPH], "plain", f"' or {expression(marker)} or '")
 
 
-def enumeration(found, marker):
-    signature = found[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
+def enumeration(members, marker):
+    signature = members[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
     tree = json.loads(signature["out_spec"])
     context = json.dumps({"__enum__": True, "fqn": "hostile_module:Kind", "name": "x"})
     signature["out_spec"] = json.dumps([tree[0], {"type": "builtins.list", "context": context, "children_spec": []}])
 
 
-def default_factory(found, marker):
-    signature = found[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
+def default_factory(members, marker):
+    signature = members[GRAPH]["graph_module"]["module_call_graph"][0]["signature"]
     tree = json.loads(signature["out_spec"])
     context = {"default_factory_module": "hostile_module", "default_factory_name": "Kind", "dict_context": []}
     spec = {"type": "collections.defaultdict", "context": context, "children_spec": []}
     signature["out_spec"] = json.dumps([tree[0], spec])
 
 
-def library(found, marker):
-    found["data/aotinductor/model/model.wrapper.so"] = b"\x7fELF"
-    found["data/aotinductor/model/model.wrapper_metadata.json"] = {"AOTI_DEVICE_KEY": "cpu"}
+def library(members, marker):
+    members["data/aotinductor/model/model.wrapper.so"] = b"\x7fELF"
+    members["data/aotinductor/model/model.wrapper_metadata.json"] = {"AOTI_DEVICE_KEY": "cpu"}
 
 
-def file_of_the_caller(found, marker):
-    graph = found[GRAPH]["graph_module"]["graph"]
+def file_of_the_caller(members, marker):
+    graph = members[GRAPH]["graph_module"]["graph"]
     named = [("filename", {"as_string": str(marker)}), ("shared", {"as_bool": True}), ("size", {"as_int": 4})]
     inputs = [{"name": n, "arg": a, "kind": 1} for n, a in named]
     node = {**graph["nodes"][0], "target": "torch.ops.aten.from_file.default", "inputs": inputs, "name": "extra"}
@@ -312,7 +312,7 @@ LEFT_OUT = ("example inputs", "example inputs, no zip", "all weights", "all cons
 @pytest.mark.parametrize("name", [*RUN_BY_TORCH, *OTHERS])
 def test_nothing_in_a_graph_runs(files, tmp_path, marker, kind, name):
     source, load = files[kind]
-    path = crafted.changed(source, tmp_path / "hostile.pt2", lambda found: (RUN_BY_TORCH | OTHERS)[name](found, marker))
+    path = crafted.changed(source, tmp_path / "hostile.pt2", lambda m: (RUN_BY_TORCH | OTHERS)[name](m, marker))
     if name in LEFT_OUT or (name, kind) == ("a text among the arguments", "cuda"):
         graph = load(path)
         graph(batch()) if kind == "cuda" else graph(x=batch(), mode="plain")
@@ -325,7 +325,7 @@ def test_nothing_in_a_graph_runs(files, tmp_path, marker, kind, name):
 @pytest.mark.parametrize("name", RUN_BY_TORCH)
 def test_the_same_runs_where_torch_reads_the_file(files, tmp_path, marker, name):
     path = crafted.changed(
-        files["theirs"][0], tmp_path / "hostile.pt2", lambda found: RUN_BY_TORCH[name](found, marker)
+        files["theirs"][0], tmp_path / "hostile.pt2", lambda members: RUN_BY_TORCH[name](members, marker)
     )
     with contextlib.suppress(Exception):  # it may fail once it has run
         torch.export.load(path).module()(x=batch(), mode="plain")
@@ -360,18 +360,18 @@ def test_sizes_that_depend_on_each_other_are_read(tmp_path):
             return x[: x.shape[0] // 2] + y[1:], x.reshape(-1)[: 3 * y.shape[0]] ** 2, max(x.shape[0], 7)
 
     n = torch.export.Dim("n", min=2, max=32)
-    given = (torch.ones(8, 4), torch.ones(5, 4))
-    program = torch.export.export(Halves(), given, dynamic_shapes=({0: 2 * n}, {0: n + 1}), strict=False)
+    example = (torch.ones(8, 4), torch.ones(5, 4))
+    program = torch.export.export(Halves(), example, dynamic_shapes=({0: 2 * n}, {0: n + 1}), strict=False)
     torch.export.save(program, tmp_path / "halves.pt2")
-    found, expected = exported.load(tmp_path / "halves.pt2"), torch.export.load(tmp_path / "halves.pt2")
-    assert found._guards_code == expected._guards_code
-    assert found.module().code == expected.module().code
-    assert str(found.range_constraints) == str(expected.range_constraints)
+    actual, expected = exported.load(tmp_path / "halves.pt2"), torch.export.load(tmp_path / "halves.pt2")
+    assert actual._guards_code == expected._guards_code
+    assert actual.module().code == expected.module().code
+    assert str(actual.range_constraints) == str(expected.range_constraints)
 
 
 def test_notes_of_nodes_end_no_comment(files, tmp_path):
-    def change(found):
-        for node in found[GRAPH]["graph_module"]["graph"]["nodes"]:
+    def change(members):
+        for node in members[GRAPH]["graph_module"]["graph"]["nodes"]:
             node["metadata"]["stack_trace"] = 'File "a", line 1, in f\n    x = 1\r    exec(y)'
 
     path = crafted.changed(files["theirs"][0], tmp_path / "noted.pt2", change)
@@ -467,9 +467,9 @@ def test_other_guards_are_not(text):
 
 def test_the_format_before_is_refused(tmp_path, marker):
     content = crafted.pickled(command(marker))
-    found = {"version": b"8.20", "serialized_exported_program.json": b"{}"}
-    found |= {f"serialized_{n}.pt": content for n in ("state_dict", "constants", "example_inputs")}
-    path = crafted.write(tmp_path / "old.pt2", found, root="")
+    members = {"version": b"8.20", "serialized_exported_program.json": b"{}"}
+    members |= {f"serialized_{n}.pt": content for n in ("state_dict", "constants", "example_inputs")}
+    path = crafted.write(tmp_path / "old.pt2", members, root="")
     with pytest.raises(tq.ArtifactError, match=r"old\.pt2"):
         sources.load_model(str(path))
     assert not marker.exists()
@@ -477,8 +477,8 @@ def test_the_format_before_is_refused(tmp_path, marker):
 
 def test_two_members_of_one_name_are_refused(files, tmp_path):
     source = files["theirs"][0]
-    found = crafted.members(source)
-    path = crafted.write(tmp_path / "twice.pt2", found)
+    members = crafted.members(source)
+    path = crafted.write(tmp_path / "twice.pt2", members)
     with pytest.warns(UserWarning, match="Duplicate"), crafted.zipfile.ZipFile(path, "a") as out:
         out.writestr(f"model/{INPUTS}", b"")
     with pytest.raises(tq.ArtifactError, match="twice"):
@@ -521,9 +521,9 @@ def test_a_library_that_changed_is_not_mapped(x86_pixels, tmp_path, monkeypatch)
     from torchquant.backends import inductor_x86
 
     source = x86_pixels.program.save(tmp_path / "program.pt2")
-    found, sealed = crafted.members(source), crafted.about(source)
-    name = next(n for n in found if n.endswith(".so") and "aotinductor" in n)
-    path = crafted.write(tmp_path / "other.pt2", {**found, name: found[name] + b"\0"})
+    members, sealed = crafted.members(source), crafted.about(source)
+    name = next(n for n in members if n.endswith(".so") and "aotinductor" in n)
+    path = crafted.write(tmp_path / "other.pt2", {**members, name: members[name] + b"\0"})
     with crafted.zipfile.ZipFile(path, "a") as out:
         out.writestr(f"model/extra/{archive.NAME}", json.dumps(sealed))
     monkeypatch.setattr(native, "_load_file", lambda path: pytest.fail("it is loaded"))
@@ -552,7 +552,7 @@ def test_a_library_that_came_with_a_program_stays_out_of_the_cache(tmp_path, mon
 
 def test_the_command_lets_torch_unpickle_a_model_only_if_it_is_trusted(files, tmp_path, marker):
     path = crafted.changed(
-        files["theirs"][0], tmp_path / "hostile.pt2", lambda found: RUN_BY_TORCH["a weight"](found, marker)
+        files["theirs"][0], tmp_path / "hostile.pt2", lambda members: RUN_BY_TORCH["a weight"](members, marker)
     )
     np.savez(tmp_path / "data.npz", x=np.zeros((2, 4, 16), "float32"))
     command = ["report", "--model", str(path), "--calibration", str(tmp_path / "data.npz")]

@@ -112,9 +112,9 @@ def test_the_next_build_deletes_what_a_killed_one_left(folder, monkeypatch):
     running.wait()
 
     def build(place):
-        made = place / "kernels.so"
-        made.write_bytes(b"library")
-        return made
+        library = place / "kernels.so"
+        library.write_bytes(b"library")
+        return library
 
     monkeypatch.setattr(native, "_build", build)
     assert native.library_file().read_bytes() == b"library"

@@ -32,9 +32,9 @@ def stand_in(monkeypatch, builds):
 
     def build(place):
         builds.append(place)
-        made = place / "kernels.so"
-        made.write_bytes(b"library " * 1000)
-        return made
+        library = place / "kernels.so"
+        library.write_bytes(b"library " * 1000)
+        return library
 
     monkeypatch.setattr(native, "_build", build)
 

@@ -29,12 +29,12 @@ def test_no_damaged_plan_and_no_odd_argument_ends_the_process():
     command = [sys.executable, "-W", "ignore", str(FUZZ), "0", "6000", "1500"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     for kind, count in (("plans", 6000), ("arguments", 1500)):
-        assert sum(found[kind].values()) == count
-    assert found["plans"]["refused"] > 2000  # and what runs has other numbers in it, or changed nothing that matters
-    assert found["plans"]["ran"] > 1000
-    assert found["arguments"]["refused"] > 500
+        assert sum(counts[kind].values()) == count
+    assert counts["plans"]["refused"] > 2000  # and what runs has other numbers in it, or changed nothing that matters
+    assert counts["plans"]["ran"] > 1000
+    assert counts["arguments"]["refused"] > 500
 
 
 @pytest.fixture

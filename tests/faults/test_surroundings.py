@@ -176,9 +176,9 @@ def test_all_of_a_caller_s_modes_change_nothing_in_a_program(tmp_path, backend, 
             stack.enter_context(MODES[name]())
         program = backend.lower(graph, x, **options)
         again = backend.load(program.save(tmp_path / "program"), **options)
-        found = [program(x), again(x), program(x)]
+        outputs = [program(x), again(x), program(x)]
         read = tq.load(tq.save(graph, tmp_path / "graph.pt2", x))
-    assert all(torch.equal(y, expected) for y in found)
+    assert all(torch.equal(y, expected) for y in outputs)
     assert torch.equal(read(x), graph(x))
 
 

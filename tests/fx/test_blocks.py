@@ -102,11 +102,11 @@ def test_no_cut_falls_inside_a_residual_block(min_sites):
     prepared = prepared_for(ResNet(), torch.randn(2, 3, 8, 8))
     spans = blocks(prepared, min_sites=min_sites)
     check(prepared, spans)
-    found = [paths(span) for span in spans]
+    span_paths = [paths(span) for span in spans]
     for block in (["first.0", "first.1"], ["second.0", "second.1", "shortcut"]):
-        assert any(set(block) <= set(span) for span in found)
-    assert found[0][0] == "stem"
-    assert len(found) > 1
+        assert any(set(block) <= set(span) for span in span_paths)
+    assert span_paths[0][0] == "stem"
+    assert len(span_paths) > 1
 
 
 def test_the_halves_of_a_transformer_block_are_spans():

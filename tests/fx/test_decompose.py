@@ -173,9 +173,9 @@ def test_a_normal_form_keeps_the_float_function(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_in_the_delegates_arithmetic_is_the_same(name):
     model, inputs = FUNCTIONS[name]
-    count, expected, found = before_and_after(model, inputs())
+    count, expected, actual = before_and_after(model, inputs())
     assert count
-    assert_same(expected, found)
+    assert_same(expected, actual)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -186,8 +186,8 @@ def test_what_has_no_normal_form_keeps_its_function(name):
     changed = passes.copy_graph(exported)
     normalize(changed)
     assert_same(exported(*batch), changed(*batch))
-    _, expected, found = before_and_after(model, batch)
-    assert_same(expected, found)
+    _, expected, actual = before_and_after(model, batch)
+    assert_same(expected, actual)
 
 
 def test_what_stands_for_an_op_keeps_its_name():
@@ -204,42 +204,42 @@ def before_and_after(model, inputs):
     return count, exported(*inputs), changed(*inputs)
 
 
-def assert_same(expected, found):
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
+def assert_same(expected, actual):
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error = (actual - expected).norm() / expected.norm().clamp(min=1e-12)
     assert float(error) < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_rewrite_keeps_the_float_function(name):
     model, inputs = CASES[name]
-    count, expected, found = before_and_after(model, inputs())
+    count, expected, actual = before_and_after(model, inputs())
     assert count or name == "folded constants"
-    assert_same(expected, found)
+    assert_same(expected, actual)
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_what_no_rewrite_fits_keeps_its_function(name):
     model, inputs = OTHER[name]
-    _, expected, found = before_and_after(model, inputs())
-    assert_same(expected, found)
+    _, expected, actual = before_and_after(model, inputs())
+    assert_same(expected, actual)
 
 
 @pytest.mark.parametrize("name", MASKED_ROWS)
 def test_a_query_with_every_key_masked_gives_finite_values_and_the_others_stay(name):
     model, inputs = MASKED_ROWS[name]
-    _, expected, found = before_and_after(model, inputs())
-    assert found.isfinite().all()
+    _, expected, actual = before_and_after(model, inputs())
+    assert actual.isfinite().all()
     visible = expected.abs().sum(-1) > 0
-    assert torch.allclose(found[visible], expected[visible], atol=1e-5)
+    assert torch.allclose(actual[visible], expected[visible], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EDGES)
 def test_a_rewrite_keeps_the_float_function_at_the_edges(name):
     model, inputs = EDGES[name]
-    _, expected, found = before_and_after(model, inputs())
-    assert_same(expected, found)
+    _, expected, actual = before_and_after(model, inputs())
+    assert_same(expected, actual)
 
 
 def test_no_composite_op_is_left_of_a_transformer_block():

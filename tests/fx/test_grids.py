@@ -84,8 +84,8 @@ def test_codes_on_the_grid_are_fixed_points():
 
 def test_there_is_no_static_grid_for_dynamic_and_own_ops():
     prepared = calibrated(EveryKind(), [torch.randn(2, 4, 8, 8)], EverySpec())
-    found = [type(o).__name__ for _, o in observers(prepared) if grid_of(o, torch.Size([16, 16])) is None]
-    assert sorted(found) == ["PerTokenActivation", "PlaceholderObserver", "PlaceholderObserver", "PowerOfTwo"]
+    without_grid = [type(o).__name__ for _, o in observers(prepared) if grid_of(o, torch.Size([16, 16])) is None]
+    assert sorted(without_grid) == ["PerTokenActivation", "PlaceholderObserver", "PlaceholderObserver", "PowerOfTwo"]
 
 
 # the quantized flow ---------------------------------------------------------------------------------------------------
@@ -105,9 +105,9 @@ def flows(prepared, batches):
 
 def assert_equal_flows(prepared, batches):
     signal = noise = 0.0
-    for batch, (wanted, found) in zip(batches, flows(prepared, batches), strict=True):
+    for batch, (wanted, actual) in zip(batches, flows(prepared, batches), strict=True):
         exact = [value.detach() for value in pytree.tree_leaves(data.call(prepared, batch))]
-        for a, b, c in zip(exact, wanted, found, strict=True):
+        for a, b, c in zip(exact, wanted, actual, strict=True):
             assert (b - c).norm() <= 1e-5 * b.norm()
             assert (a - b).norm() > 1e-3 * a.norm()
             signal += float(a.square().sum(dtype=torch.float64))
@@ -192,6 +192,6 @@ def test_the_quantized_flow_of_a_bf16_model_equals_the_converted_graph():
     model, batches = nets.mlp().bfloat16(), [torch.randn(4, 8).bfloat16()]
     for weight in (per_channel(), per_tensor(low=-127, symmetric=True), groupwise(8)):
         prepared = calibrated(model, batches, SpecQuantizer(("linear",), per_tensor(), weight))
-        for (wanted,), (found,) in flows(prepared, batches):
-            assert found.dtype == wanted.dtype == torch.bfloat16
-            assert torch.equal(found, wanted)
+        for (wanted,), (actual,) in flows(prepared, batches):
+            assert actual.dtype == wanted.dtype == torch.bfloat16
+            assert torch.equal(actual, wanted)

@@ -66,8 +66,8 @@ def test_leaves_stand_in_the_order_of_the_placeholders_however_the_call_is_writt
         ((turned, 0.5, None, pair, False), {}),
     ]
     for args, kwargs in calls:
-        found = signature.leaves(args, kwargs)
-        assert all(a is b or a == b for a, b in zip(found, wanted, strict=True))
+        leaves = signature.leaves(args, kwargs)
+        assert all(a is b or a == b for a, b in zip(leaves, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_stored_signature_binds_and_restores_as_before_or_in_plain_dicts():
 
 def test_outputs_that_are_no_tensors_stand_where_the_model_has_them():
     graph = torch.export.export(Call(lambda m, x: {"a": (x + 1, None, 3), "b": "text"}), (torch.ones(2),)).module()
-    found = Signature.from_json(Signature.of(graph).to_json()).outputs([torch.zeros(2)])
-    assert found["a"][1:] == (None, 3)
-    assert found["b"] == "text"
+    outputs = Signature.from_json(Signature.of(graph).to_json()).outputs([torch.zeros(2)])
+    assert outputs["a"][1:] == (None, 3)
+    assert outputs["b"] == "text"
 
 
 def test_a_program_takes_every_order_of_arguments_strided_tensors_and_is_the_same_after_loading(tmp_path):
@@ -131,10 +131,10 @@ def test_a_program_takes_every_order_of_arguments_strided_tensors_and_is_the_sam
     )
     right = quantized(strided, 0.5, mask=None, weights=pair, flag=False)
     for run in (program, inductor_x86.load(program.save(tmp_path / "model.pt2"))):
-        found = run(weights=pair, flag=False, features=strided, scale=0.5)
-        assert isinstance(found, Scores if run is program else dict)
-        found = found if isinstance(found, dict) else vars(found)
-        assert all(tq.sqnr_db(vars(right)[name], found[name]) > 40 for name in ("left", "right"))
+        outputs = run(weights=pair, flag=False, features=strided, scale=0.5)
+        assert isinstance(outputs, Scores if run is program else dict)
+        outputs = outputs if isinstance(outputs, dict) else vars(outputs)
+        assert all(tq.sqnr_db(vars(right)[name], outputs[name]) > 40 for name in ("left", "right"))
         with pytest.raises(tq.InputError, match=r"scale.*0\.5"):
             run(strided, 1.0, weights=pair, flag=False)
 

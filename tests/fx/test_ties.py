@@ -100,6 +100,6 @@ def test_an_operand_with_one_value_for_all_channels_forbids_a_factor():
 def test_what_the_quantizer_annotated_is_known():
     model = Call(lambda m, x: F.gelu(m.first(x)), first=nn.Linear(8, 8))
     prepared = prepared_of(model, torch.randn(4, 8))
-    found = {n.name: (is_annotated(n), quantizes_output(n)) for n in prepared.graph.nodes}
-    assert found["linear"] == (True, True)
-    assert found["gelu"] == (False, False)
+    annotated = {n.name: (is_annotated(n), quantizes_output(n)) for n in prepared.graph.nodes}
+    assert annotated["linear"] == (True, True)
+    assert annotated["gelu"] == (False, False)

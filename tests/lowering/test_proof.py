@@ -152,8 +152,8 @@ def test_integers_are_held_to_what_follows_from_the_artefacts_own_floats(wrong):
 
     def build(g):
         def run(*inputs):
-            found = Slightly(g)(*inputs)
-            return ((found[0] + 1) % 64, *found[1:]) if wrong else found
+            outputs = Slightly(g)(*inputs)
+            return ((outputs[0] + 1) % 64, *outputs[1:]) if wrong else outputs
 
         return run
 

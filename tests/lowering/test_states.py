@@ -106,13 +106,13 @@ def test_two_streams_are_served_by_exchanging_the_state(lowered):
     for stream in streams:
         program.reset()
         alone.append(over(program, stream))
-    states, found = [initial, initial], [[], []]
+    states, outputs = [initial, initial], [[], []]
     for pair in zip(*streams, strict=True):
         for i, x in enumerate(pair):
             program.state = states[i]
-            found[i].append(program(x)[0])
+            outputs[i].append(program(x)[0])
             states[i] = program.state
-    assert all(torch.equal(torch.cat(f), a) for f, a in zip(found, alone, strict=True))
+    assert all(torch.equal(torch.cat(f), a) for f, a in zip(outputs, alone, strict=True))
 
 
 def test_threads_do_not_share_the_state(lowered):

@@ -31,8 +31,8 @@ def test_a_target_says_why_an_op_stays_float():
 
 @pytest.mark.parametrize("name", backends.names())
 def test_each_folder_of_backends_is_a_target_with_its_quantizer(name):
-    found = backends.target(name)
-    assert found.name == name
-    assert found.quantizer_class().target is found
-    assert callable(found.backend().lower)
-    assert callable(found.backend().load)
+    backend_target = backends.target(name)
+    assert backend_target.name == name
+    assert backend_target.quantizer_class().target is backend_target
+    assert callable(backend_target.backend().lower)
+    assert callable(backend_target.backend().load)

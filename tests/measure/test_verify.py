@@ -33,10 +33,10 @@ def test_sqnr_of_tensors_that_only_broadcast_is_refused():
 
 def test_compare_sums_over_batches_and_outputs():
     batches = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
-    found = tq.compare(lambda x: (x, x), lambda x: (x, x + 0.5), batches)
-    assert found.sqnr_db == pytest.approx(10 * math.log10(50 / 1.0))
-    assert found.max_abs == 0.5
-    assert found.agreement == 1.0
+    comparison = tq.compare(lambda x: (x, x), lambda x: (x, x + 0.5), batches)
+    assert comparison.sqnr_db == pytest.approx(10 * math.log10(50 / 1.0))
+    assert comparison.max_abs == 0.5
+    assert comparison.agreement == 1.0
 
 
 def test_agreement_is_the_share_of_rows_with_the_same_largest_element():
@@ -68,10 +68,10 @@ def test_nothing_to_compare_is_refused():
 
 def test_integers_are_compared_for_equality():
     x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 9.0], [9.0, 0.0]])
-    found = tq.compare(lambda x: (x.argmax(1), x), lambda x: (torch.tensor([1, 0, 1, 1]), x), [x])
-    assert found.agreement == 0.75
-    assert [o.is_float for o in found.outputs] == [False, True]
-    assert found.sqnr_db == math.inf
+    comparison = tq.compare(lambda x: (x.argmax(1), x), lambda x: (torch.tensor([1, 0, 1, 1]), x), [x])
+    assert comparison.agreement == 0.75
+    assert [o.is_float for o in comparison.outputs] == [False, True]
+    assert comparison.sqnr_db == math.inf
 
 
 def test_a_channel_whose_values_are_lost_is_named_though_the_others_drown_it():
@@ -79,9 +79,9 @@ def test_a_channel_whose_values_are_lost_is_named_though_the_others_drown_it():
     close = x + 1e-3 * torch.randn(2, 8, 4, 4)
     lost = close.clone()
     lost[:, 7] = 0
-    found = [tq.compare(lambda x: x, lambda x, y=y: y, [x]).outputs[0] for y in (close, lost)]
-    assert [o.lost for o in found] == [None, (1, 7)]
-    assert found[1].sqnr_db > 60
+    outputs = [tq.compare(lambda x: x, lambda x, y=y: y, [x]).outputs[0] for y in (close, lost)]
+    assert [o.lost for o in outputs] == [None, (1, 7)]
+    assert outputs[1].sqnr_db > 60
 
 
 def test_a_model_that_writes_into_its_input_is_compared_on_the_same_input():
@@ -89,13 +89,13 @@ def test_a_model_that_writes_into_its_input_is_compared_on_the_same_input():
 
 
 def test_a_nan_output_has_no_largest_difference():
-    found = tq.compare(lambda x: x, lambda x: x * math.nan, [torch.randn(2, 3)])
-    assert found.sqnr_db == -math.inf
-    assert not found.max_abs < math.inf
+    comparison = tq.compare(lambda x: x, lambda x: x * math.nan, [torch.randn(2, 3)])
+    assert comparison.sqnr_db == -math.inf
+    assert not comparison.max_abs < math.inf
 
 
 def test_infinities_at_the_same_places_are_no_noise():
     """Masked logits are minus infinity on both sides."""
-    found = tq.compare(lambda x: x, lambda x: x.clone(), [torch.tensor([[1.0, -math.inf]])])
-    assert found.sqnr_db == math.inf
-    assert found.max_abs == 0
+    comparison = tq.compare(lambda x: x, lambda x: x.clone(), [torch.tensor([[1.0, -math.inf]])])
+    assert comparison.sqnr_db == math.inf
+    assert comparison.max_abs == 0

@@ -129,8 +129,8 @@ def test_the_percentile_equals_that_of_all_values_to_a_bin(data, percentile):
     counts, edges = observer.histogram()
     outside = (100 - percentile) / 200
     expected = torch.quantile(x.double(), torch.tensor([outside, 1 - outside], dtype=torch.float64))
-    found = torch.stack(observer.find_range(counts, edges))
-    assert (found - expected).abs().max() <= edges[1] - edges[0]
+    percentiles = torch.stack(observer.find_range(counts, edges))
+    assert (percentiles - expected).abs().max() <= edges[1] - edges[0]
 
 
 @pytest.mark.parametrize("values", [[5.0, 5.001], [-1e-30, 3e38], [0.0, 0.0], [0.0, -2.0], [1e6, 1e6 + 1]])
@@ -242,11 +242,11 @@ def test_the_range_of_a_weight_has_at_most_the_error_of_min_max_in_every_channel
 def test_the_range_of_a_weight_is_the_best_of_its_factors():
     w = DATA["heavy-tailed"](8, 64)
     mine = seen(PerChannelWeightMSE(**options("int4", True, channel=True)), w)
-    found = errors(w, mine, 2.0)
+    least = errors(w, mine, 2.0)
     for factor in torch.linspace(15 / 14, 0.2, 80):
         other = seen(PerChannelWeight(**options("int4", True, channel=True)), w * factor)
-        assert (found <= 1.0001 * errors(w, other, 2.0)).all()
-    assert (found < 0.9 * errors(w, seen(PerChannelWeight(**options("int4", True, channel=True)), w), 2.0)).any()
+        assert (least <= 1.0001 * errors(w, other, 2.0)).all()
+    assert (least < 0.9 * errors(w, seen(PerChannelWeight(**options("int4", True, channel=True)), w), 2.0)).any()
 
 
 def test_no_channel_has_a_scale_below_the_floor():
@@ -336,8 +336,8 @@ def test_missing_empty_and_non_finite_data_are_refused(make):
 @every_observer
 def test_any_float_dtype_is_observed(make, dtype):
     x = torch.randn(4, 32).to(dtype)
-    found, expected = (seen(make(), v).calculate_qparams()[0].float() for v in (x, x.float()))
-    assert torch.allclose(found, expected, rtol=0.2)
+    actual, expected = (seen(make(), v).calculate_qparams()[0].float() for v in (x, x.float()))
+    assert torch.allclose(actual, expected, rtol=0.2)
 
 
 @pytest.mark.parametrize("observer", [*ACTIVATIONS, ActivationMSE.with_args(p=2.4)])

@@ -179,20 +179,20 @@ def activations(m, k, data, device):
     return x
 
 
-def relative_error(found, exact):
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-300))
+def relative_error(actual, exact):
+    return float((actual.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-300))
 
 
 def cases():
     """One list for both: small shapes, none a multiple of a tile, each feature at least once a kernel."""
-    found = []
+    chosen = []
     for config in (
         Config(SKINNY, 8, 16, slices=4),
         Config(TILED, 16, 16, slices=2),
         Config(TILED, 16, 32),
         Config("dequantize"),
     ):
-        found += [
+        chosen += [
             WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
             WeightOnly(5, 24, 192, 4, 32, True, config, "gelu", bias=True),
             WeightOnly(9, 20, 320, 4, 160, False, config, "gelu_tanh"),
@@ -207,7 +207,7 @@ def cases():
             Config(SKINNY, 8, 16, 64, slices=2),
             Config(TILED, 16, 32, 64),
         ):
-            found += [
+            chosen += [
                 Scaled(9, 24, 200, dtype, "codes", config, "gelu_tanh", bias=True),
                 Scaled(3, 40, 300, dtype, "rows", config, "relu6", bias=True, residual=True),
                 Scaled(3, 40, 256, dtype, "tensor", config, "silu"),
@@ -215,43 +215,43 @@ def cases():
                 Scaled(4, 20, 256, dtype, "rows", config, data="outliers"),
             ]
             if dtype == torch.int8:
-                found += [
+                chosen += [
                     Scaled(5, 40, 130, dtype, "affine", config, "relu", bias=True),
                     Scaled(5, 20, 130, dtype, "rows", config, even=False),
                 ]
         split = Config(TILED, 16, 32, 64, slices=2)
-        found += [
+        chosen += [
             Scaled(9, 24, 200, dtype, "codes", split, "gelu_tanh", bias=True, residual=True),
             Scaled(3, 40, 256, dtype, "rows", replace(split, slices=4), "silu"),
         ]
         library = Config("library")
-        found += [
+        chosen += [
             Scaled(20, 48, 64, dtype, "rows", library, "silu", bias=True, residual=True),
             Scaled(20, 48, 64, dtype, "codes", library, bias=True),
             Scaled(20, 48, 64, dtype, "tensor", library, "relu"),
         ]
         tile = Config("copied", 64, 64, 128)
-        found += [
+        chosen += [
             Scaled(70, 72, 208, dtype, "codes", tile, "gelu_tanh", bias=True),
             Scaled(70, 72, 720, dtype, "codes", replace(tile, slices=4), "gelu_tanh", bias=True, residual=True),
             Scaled(300, 136, 512, dtype, "rows", tile, "relu6", bias=True, residual=True),
             Scaled(64, 64, 256, dtype, "tensor", tile, "silu"),
         ]
         tile = Config(TILED, 16, 32, 32)
-        found += [
+        chosen += [
             Convolution((2, 7, 9, 5), 24, (3, 3), dtype, tile, (2, 1), (1, 1), activation="relu", residual=True),
             Convolution((1, 9, 8, 32), 40, (3, 2), dtype, tile, (1, 1), (2, 0), (2, 1), "silu"),
             Convolution((3, 4, 5, 16), 8, (1, 1), dtype, tile, (2, 2)),
         ]
-    return found
+    return chosen
 
 
 def compiled_cases():
     """Kernels that Triton's interpreter does not know: those in Gluon."""
-    found = []
+    chosen = []
     for slices, ahead in ((4, 1), (4, 2), (2, 1)):
         config = Config("direct", 8, 32, slices=slices, warps=slices, stages=ahead)
-        found += [
+        chosen += [
             WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
             WeightOnly(1, 33, 1024, 4, 128, False, config),
             WeightOnly(5, 24, 192, 4, 32, True, config, "gelu", bias=True),
@@ -264,11 +264,11 @@ def compiled_cases():
         ]
     every = [Config("pipelined", m, n, warps=warps, stages=stages) for m, n, warps, stages in configs._PIPELINED]
     for config in every:
-        found.append(WeightOnly(300, 1000, 1024, 4, 128, False, config, "relu", bias=True, residual=True))
-        found.append(WeightOnly(130, 264, 200, 8, 0, True, replace(config, slices=2), bias=True))
+        chosen.append(WeightOnly(300, 1000, 1024, 4, 128, False, config, "relu", bias=True, residual=True))
+        chosen.append(WeightOnly(130, 264, 200, 8, 0, True, replace(config, slices=2), bias=True))
     for config in (every[0], every[4]):
         split = replace(config, slices=2)
-        found += [
+        chosen += [
             WeightOnly(3, 40, 256, 4, 128, False, config, "relu", bias=True, residual=True),
             WeightOnly(70, 264, 640, 4, 128, True, split, "silu", bias=True, residual=True),
             WeightOnly(70, 100, 320, 4, 32, True, config, "gelu"),
@@ -281,8 +281,8 @@ def compiled_cases():
             WeightOnly(200, 2000, 1024, 8, 128, False, replace(config, slices=4)),
         ]
     # more tiles than there are multiprocessors, so that programs have several
-    found += [WeightOnly(300, 40000, 384, 4, 128, False, config) for config in (every[0], every[4])]
-    return found
+    chosen += [WeightOnly(300, 40000, 384, 4, 128, False, config) for config in (every[0], every[4])]
+    return chosen
 
 
 def rows_agree():
@@ -309,20 +309,20 @@ def rows_agree():
 
 def wild_cases():
     """Each activation behind each kernel, and each way to quantize; NaN and infinity go into x and the residual."""
-    found = []
+    chosen = []
     for activation in linears.ACTIVATIONS:
         for config in (Config(SKINNY, 8, 16, slices=4), Config(TILED, 16, 16, slices=2), Config(TILED, 16, 32)):
-            found.append(WeightOnly(5, 40, 256, 4, 128, True, config, activation, bias=True, residual=True))
+            chosen.append(WeightOnly(5, 40, 256, 4, 128, True, config, activation, bias=True, residual=True))
         for config in (Config(SKINNY, 8, 16, 64, slices=4, quantizes=True), Config(TILED, 16, 32, 64)):
-            found.append(Scaled(5, 40, 300, torch.int8, "rows", config, activation, bias=True, residual=True))
-            found.append(Scaled(5, 40, 300, torch.int8, "affine", config, activation, residual=True))
+            chosen.append(Scaled(5, 40, 300, torch.int8, "rows", config, activation, bias=True, residual=True))
+            chosen.append(Scaled(5, 40, 300, torch.int8, "affine", config, activation, residual=True))
     for config in (Config(SKINNY, 8, 16, 64, slices=4, quantizes=True), Config(TILED, 16, 32, 64), Config("library")):
-        found += [
+        chosen += [
             Scaled(20, 40, 296, torch.int8, "rows", config, even=False),
             Scaled(20, 40, 296, torch.int8, "tensor", config),
             Scaled(20, 40, 296, torch.float8_e4m3fn, "rows", config),
         ]
-    return found
+    return chosen
 
 
 def _set_wild(tensor, case):
@@ -331,7 +331,7 @@ def _set_wild(tensor, case):
     But not what the interpreter or torch on a CPU has wrong: a float8 of NaN, the GELU of infinity.
     """
     integer = isinstance(case, WeightOnly) or case.dtype == torch.int8
-    values = (torch.nan, torch.nan if case.activation == "gelu" else torch.inf, -torch.inf) if integer else (torch.nan,)
+    values = (torch.nan, torch.inf, -torch.inf) if integer and case.activation != "gelu" else (torch.nan,)
     for i, value in enumerate(values):
         tensor[1 + i, (7 * i + tensor.shape[1] // 2) % tensor.shape[1]] = value
 

@@ -69,10 +69,10 @@ def test_operators_do_not_wait_for_the_gpu_and_record_as_graphs(case):
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = operator(*arguments, *extra)
-    found.fill_(float("nan"))
+        output = operator(*arguments, *extra)
+    output.fill_(float("nan"))
     graph.replay()
-    assert torch.equal(found, expected)  # and deterministic
+    assert torch.equal(output, expected)  # and deterministic
 
 
 def test_no_number_of_rows_compiles_a_kernel_anew():

@@ -164,7 +164,7 @@ def test_tensor_cores_multiply_a_chunk_while_the_next_is_unpacked(compiled, conf
 
 def overwritten(loop):
     """Instructions that write a register of a product that may not have finished, in two rounds of a loop."""
-    under_way, product, found = [], set(), []
+    under_way, product, hazards = [], set(), []
     for line in loop + loop:
         name, _, operands = re.sub(r"^@!?\w+\s+", "", line).partition(" ")
         registers = [int(r) for r in re.findall(r"\bR(\d+)", operands)]
@@ -180,8 +180,8 @@ def overwritten(loop):
         elif re.match(r"\s*R\d+\b", operands) and not re.match(r"ST|R2UR", name):
             width = 4 if "LDSM" in name or ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
             written = set(range(registers[0], registers[0] + width))
-            found += [line for taken in (*under_way, product) if written & taken]
-    return found
+            hazards += [line for taken in (*under_way, product) if written & taken]
+    return hazards
 
 
 def test_products_that_the_copy_engine_cannot_serve_are_cut_otherwise(compiled):

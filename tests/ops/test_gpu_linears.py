@@ -64,9 +64,9 @@ def test_weight_only_is_the_float_linear_of_the_unpacked_weight(case, dtype):
     weight = (packing.unpack_weight(packed, bits, case.k).double() - zero) * scale
     y = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
     y = linears.ACTIVATIONS[activation](y if residual is None else y + residual.double())
-    found = torch.ops.torchquant.weight_only_linear(*arguments)
-    assert found.dtype == dtype
-    assert relative_error(found, y) < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    output = torch.ops.torchquant.weight_only_linear(*arguments)
+    assert output.dtype == dtype
+    assert relative_error(output, y) < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
 
 
 def test_scaled_is_the_product_of_codes():
@@ -127,9 +127,9 @@ def test_a_convolution_pads_with_real_zeros():
     values = ((x.double() - zero) * scale).permute(0, 3, 1, 2)
     weight = (weight.double() * by_output[:, None, None, None]).permute(0, 3, 1, 2)
     y = nn.functional.conv2d(values, weight, bias.double(), stride, padding, dilation).relu().permute(0, 2, 3, 1)
-    found = torch.ops.torchquant.scaled_conv2d(*arguments)
-    assert found.is_contiguous()
-    assert relative_error(found, y) < 1e-6
+    output = torch.ops.torchquant.scaled_conv2d(*arguments)
+    assert output.is_contiguous()
+    assert relative_error(output, y) < 1e-6
 
 
 def test_quantize_rows_keeps_its_contract():

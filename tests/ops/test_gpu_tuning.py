@@ -138,8 +138,8 @@ def test_no_split_where_tiles_fill_the_gpu():
 
 def test_kernels_that_are_the_same_are_compiled_once():
     products = [Product("int8", n, 256) for n in (4096, 1024, 100)]
-    found = tuning.requests(products, rows=(1, 4))
-    assert len(found) == 2 * len(configs.candidates("int8", 1))  # 100 is no multiple of 16
+    requests = tuning.requests(products, rows=(1, 4))
+    assert len(requests) == 2 * len(configs.candidates("int8", 1))  # 100 is no multiple of 16
 
 
 def test_copies_exceed_the_cache():
@@ -178,8 +178,8 @@ def test_products_are_read_from_a_lowered_graph():
             return ops.scaled_linear(y, self.codes, self.scale, None, None, None, None, None, *rest)
 
     graph = torch.export.export(Net(), (torch.randn(2, 256, dtype=torch.bfloat16),)).module()
-    found = tuning.products_of(graph)
-    assert found == [
+    products = tuning.products_of(graph)
+    assert products == [
         Product("w4a16", 32, 256, 128),
         Product("int8", 16, 32, dtype=torch.float32),
     ]

@@ -90,8 +90,8 @@ def test_a_product_is_unsafe_where_two_of_its_codes_products_leave_16_bits(name)
     for layer, shape in ((linear, (2, 8)), (conv, (1, 8, 5, 5)), (depthwise, (1, 8, 5, 5))):
         size = (8,) if layer is depthwise else (8, 4)
         module = Call(lambda m, x: m.a(x), a=layer(*size, grid=grid, codes=torch.tensor(code)))
-        found = saturation.unsafe_products(exported(module, (torch.randn(shape),)))
-        assert list(found) == ([grid.dtype] if unsafe else [])
+        products = saturation.unsafe_products(exported(module, (torch.randn(shape),)))
+        assert list(products) == ([grid.dtype] if unsafe else [])
 
 
 def unsafe_graph():
@@ -160,6 +160,6 @@ def test_products_of_others_keep_their_quantized_values(shared, monkeypatch):
     assert ops.is_dequantize(left.args[0])
     assert ops.is_quantize(left.args[0].args[0])
     assert targets(graph).count("quantized_decomposed.quantize_per_tensor.default") == 1
-    found = graph(*inputs)
-    for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found), strict=True):
+    actual = graph(*inputs)
+    for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(actual), strict=True):
         assert float((a - b).abs().mean()) < 1e-3

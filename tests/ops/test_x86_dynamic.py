@@ -77,8 +77,8 @@ class Replaced:
             expected = torch.utils._pytree.tree_leaves(self.graph(*inputs))
             for name in native.instruction_sets():
                 with native.use(name):
-                    found = torch.utils._pytree.tree_leaves(self.replaced(*inputs))
-                for a, b in zip(expected, found, strict=True):
+                    actual = torch.utils._pytree.tree_leaves(self.replaced(*inputs))
+                for a, b in zip(expected, actual, strict=True):
                     assert a.shape == b.shape
                     assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max()) + 1e-9, name
 
@@ -95,12 +95,12 @@ BATCH = ({0: torch.export.Dim("batch")},)  # of a layer; `Call` takes any number
 @pytest.fixture(scope="module")
 def identities():
     """Linears that return their quantized input: sums of one term are exact, so results are equal or wrong."""
-    found = {}
+    layers = {}
     for name, grid in GRIDS.items():
         layer = Layer(F.linear, grid, (20, 20), bias=False, codes=torch.eye(20))
         layer.scales.fill_(1.0)
-        found[name] = Replaced(layer, torch.randn(3, 20), dynamic_shapes=BATCH)
-    return found
+        layers[name] = Replaced(layer, torch.randn(3, 20), dynamic_shapes=BATCH)
+    return layers
 
 
 def assert_equal_to_torch(case, x):
@@ -338,8 +338,8 @@ def test_dynamic_quantization_of_another_kind_is_no_region(name):
     replace_regions(replaced)
     assert not regions_in(replaced)
     leaves = torch.utils._pytree.tree_leaves
-    for expected, found in zip(leaves(graph(x)), leaves(replaced(x)), strict=True):
-        assert torch.equal(expected, found)
+    for expected, actual in zip(leaves(graph(x)), leaves(replaced(x)), strict=True):
+        assert torch.equal(expected, actual)
 
 
 def test_a_dynamic_convolution_is_no_region():

@@ -61,16 +61,16 @@ class Compared:
             expected = tree_flatten_with_path(self.graph(*inputs))[0]
             for name in native.instruction_sets():
                 with native.use(name):
-                    found = leaves(self.replaced(*inputs))
-                for (path, a), b in zip(expected, found, strict=True):
+                    actual = leaves(self.replaced(*inputs))
+                for (path, a), b in zip(expected, actual, strict=True):
                     assert_same(a, b, (name, path))
 
 
-def assert_same(expected, found, where):
-    assert torch.equal(expected.isnan(), found.isnan()), where
-    infinite = expected.isinf() | found.isinf()
-    assert torch.equal(expected[infinite], found[infinite]), where
-    a, b = (t[expected.isfinite()] for t in (expected, found))
+def assert_same(expected, actual, where):
+    assert torch.equal(expected.isnan(), actual.isnan()), where
+    infinite = expected.isinf() | actual.isinf()
+    assert torch.equal(expected[infinite], actual[infinite]), where
+    a, b = (t[expected.isfinite()] for t in (expected, actual))
     if a.numel():
         away = (a - b).abs() / (1 + a.abs() / STEP * 1e-4)
         assert float(away.max()) <= STEP, where
@@ -350,16 +350,16 @@ def test_attention_to_what_is_not_finite(rows, keys, width, which, value):
     sizes = {"query": rows, "key": keys, "value": keys}
     for mask, causal in masks(rows, keys).values():
         for place in {0, sizes[which] // 2, sizes[which] - 1}:
-            given = {name: torch.randn(2, 3, n, width) for name, n in sizes.items()}
-            given[which][1, 1, place, width // 2] = value
-            expected = attended(*given.values(), mask, causal)
-            theirs = F.scaled_dot_product_attention(*given.values(), attn_mask=mask, is_causal=causal)
+            operands = {name: torch.randn(2, 3, n, width) for name, n in sizes.items()}
+            operands[which][1, 1, place, width // 2] = value
+            expected = attended(*operands.values(), mask, causal)
+            theirs = F.scaled_dot_product_attention(*operands.values(), attn_mask=mask, is_causal=causal)
             assert bool((expected.isnan() | ~theirs.isnan()).all())
             assert keys < 16 or torch.equal(expected.isnan(), theirs.isnan())
             for name in native.instruction_sets():
                 with native.use(name):
-                    found = REGION.x86_attention(*given.values(), mask, width**-0.5, causal).transpose(1, 2)
-                assert torch.allclose(expected, found, rtol=1e-4, atol=1e-5, equal_nan=True), name
+                    actual = REGION.x86_attention(*operands.values(), mask, width**-0.5, causal).transpose(1, 2)
+                assert torch.allclose(expected, actual, rtol=1e-4, atol=1e-5, equal_nan=True), name
 
 
 def test_a_mask_that_is_nan_is_seen():
@@ -369,5 +369,5 @@ def test_a_mask_that_is_nan_is_seen():
         mask[2, keys // 2] = math.nan
         for name in native.instruction_sets():
             with native.use(name):
-                found = REGION.x86_attention(q, k, k, mask, 0.25, False)
-            assert found.isnan().all((0, 2, 3)).tolist() == [False, False, True, False, False], name
+                output = REGION.x86_attention(q, k, k, mask, 0.25, False)
+            assert output.isnan().all((0, 2, 3)).tolist() == [False, False, True, False, False], name

@@ -286,10 +286,10 @@ def lane_of(channel, channels):
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 80, 96, 112, 128, 208])
 def test_channels_are_interleaved_as_byte_vectors_leave_them(channels):
     values = torch.arange(channels)
-    found = packing.interleave_channels(values)
+    interleaved = packing.interleave_channels(values)
     for channel in range(channels):
         at, _, vector, lane = lane_of(channel, channels)
-        assert int(found[at + 16 * vector + lane]) == channel
+        assert int(interleaved[at + 16 * vector + lane]) == channel
 
 
 @pytest.mark.parametrize("channels", [1, 16, 40, 65, 112])
@@ -383,8 +383,8 @@ def unharmed(graph, *inputs):
     replaced = copy.deepcopy(graph)
     replace_regions(replaced)
     for _ in range(2):
-        expected, found = leaves(graph(*inputs)), leaves(replaced(*inputs))
-        assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, found, strict=True))
+        expected, actual = leaves(graph(*inputs)), leaves(replaced(*inputs))
+        assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, actual, strict=True))
     return replaced
 
 
@@ -538,8 +538,8 @@ def test_writing_in_place_is_unharmed(name):
     graph = exported(Call(IN_PLACE[name], a=conv(5, 16), b=conv(16, 4, 1), c=conv(5, 16)), (x,))
     replaced = export_again(flat(graph).graph, x.clone()).module()
     assert replace_regions(replaced)
-    expected, found = leaves(graph(x.clone())), leaves(replaced(x.clone()))  # and what is written into the input
-    assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, found[: len(expected)], strict=True))
+    expected, actual = leaves(graph(x.clone())), leaves(replaced(x.clone()))  # and what is written into the input
+    assert all(tq.sqnr_db(a, b) > 60 for a, b in zip(expected, actual[: len(expected)], strict=True))
 
 
 def test_regions_of_a_graph_without_products_are_none():

@@ -47,12 +47,12 @@ def sites(graph, op="linear"):
 
 def codes_of(graph):
     """The stored codes of each weight, by the op's name."""
-    found = {}
+    codes = {}
     for node in graph.graph.nodes:
         kind = ops.kind_of(node)
         if kind is not None and kind.weight is not None:
-            found[node.name] = ops.constant_value(graph, node.args[kind.weight].args[0])
-    return found
+            codes[node.name] = ops.constant_value(graph, node.args[kind.weight].args[0])
+    return codes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,9 +62,9 @@ def test_every_scheme_covers_linears_and_pointwise_convolutions(scheme, dtype, t
     x = torch.randn(2, 8, 128).to(dtype)
     exported = tq.export(Layers().to(dtype), x, dynamic_shapes=({0: ANY},))
     graph = quantized(scheme, exported, x)
-    spec, found = SCHEMES[scheme], tq.report(graph)
-    assert found.coverage == "3/3"
-    for site in (s for s in found.sites if s.compute):
+    spec, report = SCHEMES[scheme], tq.report(graph)
+    assert report.coverage == "3/3"
+    for site in (s for s in report.sites if s.compute):
         codes = codes_of(graph)[site.node]
         assert codes.dtype == site.weight.dtype == spec.weight.format.dtype
         assert codes.float().min() >= site.weight.quant_min == spec.weight.format.quant_min
@@ -139,9 +139,9 @@ def test_a_convolution_has_one_scale_for_each_pixel():
     image = torch.randn(2, 16, 3, 3)
     image[0, :, 0, 0] *= 1000
     model = Call(lambda m, x: m.inner(x), inner=nn.Conv2d(16, 8, 1)).eval()
-    expected, found = model(image), quantized("dynamic_int8", model, image)(image)
-    assert tq.sqnr_db(expected[0, :, 0, 0], found[0, :, 0, 0]) > 35
-    assert tq.sqnr_db(expected[0, :, 1:], found[0, :, 1:]) > 35
+    expected, actual = model(image), quantized("dynamic_int8", model, image)(image)
+    assert tq.sqnr_db(expected[0, :, 0, 0], actual[0, :, 0, 0]) > 35
+    assert tq.sqnr_db(expected[0, :, 1:], actual[0, :, 1:]) > 35
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "dynamic_int8", "static_fp8"])

@@ -24,11 +24,11 @@ IMAGE = (torch.rand(1, 4, 8, 8) - 0.5,)
 
 def conv(weight=None, bias=None, **options):
     torch.manual_seed(1)
-    made = nn.Conv2d(4, 4, 3, padding=1, **options)
+    layer = nn.Conv2d(4, 4, 3, padding=1, **options)
     with torch.no_grad():
-        made.weight.copy_(made.weight if weight is None else torch.full_like(made.weight, weight))
-        made.bias.copy_(made.bias if bias is None else torch.full_like(made.bias, bias))
-    return made
+        layer.weight.copy_(layer.weight if weight is None else torch.full_like(layer.weight, weight))
+        layer.bias.copy_(layer.bias if bias is None else torch.full_like(layer.bias, bias))
+    return layer
 
 
 def closed(channels):

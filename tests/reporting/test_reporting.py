@@ -102,8 +102,8 @@ def test_an_artefact_off_its_reference_is_refused_and_a_close_one_is_not():
     x = torch.randn(4, 8)
     graph = tq.export(nets.mlp(), x)
     assert hold_against(graph, graph, [x], **BOUND).comparison.sqnr_db > 100
-    found = hold_against(graph, lambda v: graph(v) * 1.001, [x], **BOUND)
-    assert found.comparison.sqnr_db == pytest.approx(60, abs=0.1)
+    verdict = hold_against(graph, lambda v: graph(v) * 1.001, [x], **BOUND)
+    assert verdict.comparison.sqnr_db == pytest.approx(60, abs=0.1)
     for wrong in (lambda v: graph(v) * 1.1, lambda v: graph(v) * float("nan"), lambda v: graph(v)[:1]):
         with pytest.raises(tq.LoweringError, match=r"the artefact"):
             hold_against(graph, wrong, [x], **BOUND)

@@ -93,11 +93,11 @@ print(description([tq.BRECQ(), tq.SmoothQuant(), {"a", "b", "c"}, module, Plain(
 def test_another_process_describes_the_same_settings_alike():
     environment = {**os.environ, "PYTHONPATH": str(Path(tq.__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    found = [
+    processes = [
         subprocess.run(command, env={**environment, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
         for seed in ("1", "2")
     ]
-    assert found[0].stdout == found[1].stdout
+    assert processes[0].stdout == processes[1].stdout
 
 
 def of_groups(group_size, mapping):

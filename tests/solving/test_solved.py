@@ -66,9 +66,9 @@ def test_convert_emits_exactly_the_chosen_codes(name, dtype):
     assert list(stream.walk([])) == []
     converted = convert_pt2e(prepared)
     for site, (codes, grid) in solution.weights.items():
-        found, values = stored(converted, site)
-        assert found.dtype == grid.dtype
-        assert torch.equal(found.float(), codes)
+        weight, values = stored(converted, site)
+        assert weight.dtype == grid.dtype
+        assert torch.equal(weight.float(), codes)
         assert values.dtype == dtype
         assert torch.equal(values, grid.decode(codes).to(dtype))
     exact, noise = model(*batches), stream.noise

@@ -115,8 +115,8 @@ def test_steps_say_what_the_converted_model_gives(model, batches):
     kept = [db for _, db, kept in result.steps if kept]
     assert kept == sorted(kept)
     converted = tq.convert(prepared)
-    found = [converted(b) for b in batches]
-    noise = sum(float((f - model(b)).detach().square().sum()) for f, b in zip(found, batches, strict=True))
+    outputs = [converted(b) for b in batches]
+    noise = sum(float((f - model(b)).detach().square().sum()) for f, b in zip(outputs, batches, strict=True))
     signal = sum(float(model(b).detach().square().sum()) for b in batches)
     assert kept[-1] == pytest.approx(10 * torch.log10(torch.tensor(signal / noise)).item(), abs=0.01)
 
@@ -261,11 +261,11 @@ def test_equal_settings_are_the_same_run_also_where_an_algorithm_holds_another(m
 def test_checkpoints_of_another_run_are_refused_with_their_folder(model, batches, tmp_path, change):
     arguments = {"algorithms": [SeqMSE(8), tq.BiasCorrection()], "seed": 0, "exclude": ()}
     tq.optimize(calibrated(model, batches, LINEAR), batches, **arguments, checkpoint=tmp_path, progress=False)
-    given, quantizer = batches, LINEAR
+    calibration, quantizer = batches, LINEAR
     if change == "seed":
         arguments["seed"] = 1
     elif change == "data":
-        given = [*batches[:2], batches[2] + 1]
+        calibration = [*batches[:2], batches[2] + 1]
     elif change == "model":
         model[0].weight.data[0, 0] += 1
     elif change == "algorithm":
@@ -278,7 +278,7 @@ def test_checkpoints_of_another_run_are_refused_with_their_folder(model, batches
         quantizer = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel(low=-7, high=7))
     prepared = calibrated(model, batches, quantizer)
     with pytest.raises(tq.ArtifactError, match=rf"{tmp_path.name} holds the checkpoints of another run"):
-        tq.optimize(prepared, given, **arguments, checkpoint=tmp_path, progress=False)
+        tq.optimize(prepared, calibration, **arguments, checkpoint=tmp_path, progress=False)
 
 
 def kept_run(model, batches, folder):
@@ -373,15 +373,15 @@ def test_the_time_is_kept(model, batches):
 
 
 def test_the_seed_decides_all_that_is_drawn(model, batches):
-    found = []
+    errors = []
     for seed in (0, 0, 1):
         prepared = calibrated(model, batches, LINEAR)
-        torch.manual_seed(len(found))  # the global generator plays no part
+        torch.manual_seed(len(errors))  # the global generator plays no part
         result = tq.optimize(prepared, batches, [Spoil()], seed=seed, progress=False)
-        found.append([span.after for span in result.spans])
-    assert found[0] == found[1]
-    assert found[0] != found[2]
-    assert len(set(found[0])) == len(found[0])
+        errors.append([span.after for span in result.spans])
+    assert errors[0] == errors[1]
+    assert errors[0] != errors[2]
+    assert len(set(errors[0])) == len(errors[0])
 
 
 @pytest.mark.parametrize(("exclude", "left"), [(["2"], ["2"]), (["op:linear"], "02468"), (["0", "8"], ["0", "8"])])
@@ -507,6 +507,6 @@ def test_an_infinite_output_stays_infinite(batches, algorithm, quantizer):
     model[2].bias.data[1] = -math.inf
     prepared = calibrated(model, batches, quantizer)
     tq.optimize(prepared, batches, [algorithm], progress=False)
-    found, wanted = tq.convert(prepared)(batches[0]), model(batches[0])
-    assert torch.equal(found[:, 1], wanted[:, 1])
-    assert bool(found[:, 2:].isfinite().all())
+    actual, wanted = tq.convert(prepared)(batches[0]), model(batches[0])
+    assert torch.equal(actual[:, 1], wanted[:, 1])
+    assert bool(actual[:, 2:].isfinite().all())

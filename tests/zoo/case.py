@@ -56,11 +56,11 @@ class Case:
 def rows(arguments: int = 1) -> Callable[[], Any]:
     """`dynamic_shapes` of a model whose arguments all have a batch axis in front."""
 
-    def made() -> Any:
+    def shapes() -> Any:
         batch = torch.export.Dim("batch", min=1, max=MOST)
         return tuple({0: batch} for _ in range(arguments))
 
-    return made
+    return shapes
 
 
 def images(channels: int = 3, side: int = 16) -> Callable[[int], Any]:

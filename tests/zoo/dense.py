@@ -56,10 +56,10 @@ class Aspp(nn.Module):
         self.pooled, self.project = nn.Conv2d(3, 8, 1), nn.Conv2d(32, 4, 1)
 
     def forward(self, x):
-        found = [branch(x) for branch in self.branches]
+        features = [branch(x) for branch in self.branches]
         mean = F.relu(self.pooled(F.adaptive_avg_pool2d(x, 1)))
-        found.append(F.interpolate(mean, size=x.shape[-2:], mode="bilinear", align_corners=False))
-        logits = F.interpolate(self.project(torch.cat(found, 1)), scale_factor=2.0, mode="bilinear")
+        features.append(F.interpolate(mean, size=x.shape[-2:], mode="bilinear", align_corners=False))
+        logits = F.interpolate(self.project(torch.cat(features, 1)), scale_factor=2.0, mode="bilinear")
         return logits, logits.argmax(1)
 
 

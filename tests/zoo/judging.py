@@ -121,58 +121,58 @@ class Float:
 
     def streams(self, run: Callable[[], Callable[..., Any]]) -> list[Any]:
         """Outputs of each stream, with the inputs as they are afterwards; `run` makes what starts a stream anew."""
-        found = []
+        outputs = []
         for stream in self.unseen:
             called = run()
             for batch in stream:
                 mine = _copied(batch)
                 with torch.no_grad():
                     returned = data.call(called, mine)
-                found.append((_copied(returned), mine))
-        return found
+                outputs.append((_copied(returned), mine))
+        return outputs
 
     def expected(self) -> list[Any]:
         return self.streams(lambda: copy.deepcopy(self.model))
 
 
-def converted(found: Float, quantizer: Any) -> Any:
+def converted(original: Float, quantizer: Any) -> Any:
     """The case through the whole flow, with its default algorithms."""
-    example = found.case.batch(found.case.size)
-    return tq.quantize(found.exported, example, found.calibration, quantizer=quantizer, progress=False)
+    example = original.case.batch(original.case.size)
+    return tq.quantize(original.exported, example, original.calibration, quantizer=quantizer, progress=False)
 
 
-def quantized_for_both(found: Float) -> list[Any]:
+def quantized_for_both(original: Float) -> list[Any]:
     """For each target whose Quantizer annotates something: the converted graph, from one pass over the data."""
-    prepared = [tq.prepare(found.exported, quantizer()) for quantizer in (X86Quantizer, XnnpackQuantizer)]
+    prepared = [tq.prepare(original.exported, quantizer()) for quantizer in (X86Quantizer, XnnpackQuantizer)]
     prepared = [graph for graph in prepared if is_prepared(graph)]
     if prepared:
-        tq.calibrate(prepared, found.calibration, progress=False)
+        tq.calibrate(prepared, original.calibration, progress=False)
     return [tq.convert(graph) for graph in prepared]
 
 
-def _judge(found: Float, quantizer: Any, backend: Any) -> Outcome:
-    quantized = converted(found, quantizer)
+def _judge(original: Float, quantizer: Any, backend: Any) -> Outcome:
+    quantized = converted(original, quantizer)
     reference = passes.copy_graph(quantized)
-    program = backend.lower(quantized, _copied(found.case.batch(found.case.size)))
-    wanted = found.expected()
-    of_graph = differences(wanted, found.streams(lambda: copy.deepcopy(reference)))
+    program = backend.lower(quantized, _copied(original.case.batch(original.case.size)))
+    wanted = original.expected()
+    of_graph = differences(wanted, original.streams(lambda: copy.deepcopy(reference)))
 
     def afresh() -> Any:
         program.reset()
         return program
 
-    returned = found.streams(afresh)
+    returned = original.streams(afresh)
     of_program = differences(wanted, returned)
-    text = fault(of_graph, of_program, found.case.clear_db) or _lost_when_saved(program, backend, found, returned)
+    text = fault(of_graph, of_program, original.case.clear_db) or _lost_when_saved(program, backend, original, returned)
     worst = [min((d.db for d in each if d.is_float), default=float("nan")) for each in (of_graph, of_program)]
     return Outcome("wrong" if text else "right", text, *worst, 0 if program.proof is None else program.proof.fused)
 
 
-def _lost_when_saved(program: Any, backend: Any, found: Float, returned: list[Any]) -> str:
+def _lost_when_saved(program: Any, backend: Any, original: Float, returned: list[Any]) -> str:
     """What differs once the program was saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         loaded = backend.load(program.save(Path(folder) / "model"))
-        again = found.streams(lambda: (loaded.reset(), loaded)[1])
+        again = original.streams(lambda: (loaded.reset(), loaded)[1])
     same = all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(_tensors(returned), _tensors(again), strict=True)
     )

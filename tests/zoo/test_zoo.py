@@ -27,15 +27,15 @@ QUANTIZED = [pytest.param(c, marks=[pytest.mark.slow] if c.name == "deep_chain" 
 def test_the_exported_graph_is_the_model_and_the_quantized_one_is_near(case):
     if case.expectation("export") != "right":
         pytest.skip(f"torch.export refuses it: {case.expectation('export')}")
-    found = Float.of(case, dynamic=case.dynamic_shapes is not None)
-    expected = found.expected()
-    exact = differences(expected, found.streams(lambda: copy.deepcopy(found.exported)))
+    original = Float.of(case, dynamic=case.dynamic_shapes is not None)
+    expected = original.expected()
+    exact = differences(expected, original.streams(lambda: copy.deepcopy(original.exported)))
     assert all(d.db > 80 if d.is_float else d.unequal == 0 for d in exact)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graphs = quantized_for_both(found)
+        graphs = quantized_for_both(original)
     for graph in graphs:
-        near = differences(expected, found.streams(lambda graph=graph: copy.deepcopy(graph)))
+        near = differences(expected, original.streams(lambda graph=graph: copy.deepcopy(graph)))
         assert min((d.db for d in near if d.is_float), default=100.0) > case.at_least_db
         assert all(d.unequal <= case.most_unequal * d.count for d in near)
 

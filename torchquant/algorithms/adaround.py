@@ -15,17 +15,17 @@ What the relaxation finds is then improved by coordinate descent, in which a cod
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
 from torchquant.algorithms.layers.layerwise import Answer, Layerwise
-from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
+from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, refit, search_grid
 from torchquant.solving.contract import Clock
 
 __all__ = ["AdaRound", "relax"]
 
 _LOW, _HIGH = -0.1, 1.1  # gamma and zeta of the rectified sigmoid
+_CHUNK = 1 << 18  # weights whose gradient is computed at a time
 
 
 class AdaRound(Layerwise):
@@ -62,30 +62,24 @@ class AdaRound(Layerwise):
 
     def choose(self, problem: Problem, clock: Clock) -> Answer:
         """Codes and scale factors for one site."""
-        factor, codes = self._by_rows(problem.by_rows(), clock)
+        factor, zero_point, codes = self._by_rows(problem.by_rows(), clock)
         if problem.outputs is not None:
-            codes = descend(problem.scaled(factor), codes, self.sweeps)
-        return Answer(codes, factor)
+            codes = descend(problem.scaled(factor, zero_point), codes, self.sweeps)
+        return Answer(codes, factor, zero_point)
 
-    def _by_rows(self, problem: Problem, clock: Clock) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale factors and codes, each row for itself."""
-        factor = torch.ones(problem.count)
+    def _by_rows(self, problem: Problem, clock: Clock) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Scale factors, zero points and codes, each row for itself."""
+        factor, zero_point = torch.ones(problem.count), None
         if self.search:
-            factor = search_scale(problem, torch.linspace(1.2, 0.3, 37))
-        scaled = problem.scaled(factor)
+            factor, zero_point = search_grid(problem, torch.linspace(1.2, 0.3, 37))
+        scaled = problem.scaled(factor, zero_point)
         codes = enumerate_rounding(scaled)
         if codes is None:
             codes = relax(scaled, self.iterations, self.lr, self.lam, self.beta, self.warm_up, clock)
             codes = min(codes, scaled.nearest(), key=scaled.error)
         codes = descend(scaled, codes, self.sweeps)
-        for _ in range(self.refits):
-            refitted = factor * fit_scale(scaled, codes)
-            trial = problem.scaled(refitted)
-            moved = descend(trial, codes, self.sweeps)
-            if trial.error(moved) >= scaled.error(codes):
-                break
-            factor, scaled, codes = refitted, trial, moved
-        return factor, codes
+        factor, codes = refit(problem, factor, zero_point, codes, self.refits, self.sweeps)
+        return factor, zero_point, codes
 
 
 def relax(
@@ -103,32 +97,47 @@ def relax(
     width.
     """
     nearest = problem.error(problem.nearest())
-    problem = replace(problem, metric=problem.metric * (problem.target.numel() / max(nearest, 1e-30)))
+    unit = problem.target.numel() / max(nearest, 1e-30)
     low = torch.floor(problem.target / problem.scale)
-    fraction = (problem.target / problem.scale - low).clamp(1e-4, 1 - 1e-4)
-    low = low + problem.zero_point
-    a = torch.nn.Parameter(torch.logit((fraction - _LOW) / (_HIGH - _LOW)))
-    optimizer = torch.optim.Adam([a], lr=lr)
+    a = torch.nn.Parameter(_inverse(problem.target / problem.scale - low))
+    low += problem.zero_point
+    a.grad = torch.zeros_like(a)
+    optimizer = torch.optim.Adam([a], lr=lr, foreach=False)
+    rows = max(1, _CHUNK // max(1, a.shape[0] * a.shape[2]))
     for step in range(iterations):
         if clock.is_over:
             break
-        sigmoid = torch.sigmoid(a.detach())
-        stretched = sigmoid * (_HIGH - _LOW) + _LOW
-        soft = stretched.clamp(0, 1)
-        inside = (stretched > 0) & (stretched < 1)
-        codes = low + soft
-        inside &= (codes > problem.low) & (codes < problem.high)
-        off = problem.values(problem.clamp(codes)) - problem.target
-        gradient = 2 * (off @ problem.metric) * problem.scale
         progress = step / max(1, iterations)
-        if progress >= warm_up:
-            b = _anneal(progress, warm_up, beta)
-            away = 2 * soft - 1
-            gradient -= lam * 2 * b * away.abs().pow(b - 1) * away.sign()
-        a.grad = gradient * inside * (_HIGH - _LOW) * sigmoid * (1 - sigmoid)
+        b = _anneal(progress, warm_up, beta) if progress >= warm_up else None
+        for start in range(0, a.shape[1], rows):
+            part = slice(start, start + rows)
+            a.grad[:, part] = _gradient(problem, part, low[:, part], a.detach()[:, part], unit, lam, b)
         optimizer.step()
     hard = torch.sigmoid(a.detach()) * (_HIGH - _LOW) + _LOW > 0.5
     return problem.clamp(low + hard)
+
+
+def _gradient(
+    problem: Problem, rows: slice, low: torch.Tensor, a: torch.Tensor, unit: float, lam: float, b: float | None
+) -> torch.Tensor:
+    """Of the relaxed objective by `a` (g, rows, k), for some rows; None leaves the rounding term out."""
+    sigmoid = torch.sigmoid(a)
+    stretched = sigmoid * (_HIGH - _LOW) + _LOW
+    soft = stretched.clamp(0, 1)
+    codes = low + soft
+    inside = (stretched > 0) & (stretched < 1) & (codes > problem.low) & (codes < problem.high)
+    scale = problem.scale[:, rows]
+    off = (problem.clamp(codes) - problem.zero_point[:, rows]) * scale - problem.target[:, rows]
+    gradient = (off @ problem.metric).mul_(2 * unit).mul_(scale)
+    if b is not None:
+        away = soft.mul_(2).sub_(1)
+        gradient -= away.abs().pow_(b - 1).mul_(2 * lam * b).mul_(away.sign())
+    return gradient.mul_(inside).mul_((_HIGH - _LOW) * sigmoid).mul_(1 - sigmoid)
+
+
+def _inverse(fraction: torch.Tensor) -> torch.Tensor:
+    """The a with h(a) = fraction."""
+    return torch.logit((fraction.clamp(1e-4, 1 - 1e-4) - _LOW) / (_HIGH - _LOW))
 
 
 def _anneal(progress: float, warm_up: float, beta: tuple[float, float]) -> float:

@@ -38,12 +38,12 @@ class BatchNormReestimation:
     def solve(self, task: Task, clock: Clock) -> Solution:
         """Scale and bias of one site."""
         (site,) = task.span.sites
-        found, bias, grid = output_moments(task), bias_now(task), weight_grid(task.prepared, site)
-        gain = torch.ones_like(found.mean)
+        moments, bias, grid = output_moments(task), bias_now(task), weight_grid(task.prepared, site)
+        gain = torch.ones_like(moments.mean)
         if _is_per_output(site, grid):
-            gain = torch.where(found.variance_q > 0, found.covariance / found.variance_q.clamp(min=1e-30), gain)
+            gain = torch.where(moments.variance_q > 0, moments.covariance / moments.variance_q.clamp(min=1e-30), gain)
             gain = gain.clamp(*_GAIN)
-        solution = Solution(biases={site.name: found.mean - gain * (found.mean_q - bias)})
+        solution = Solution(biases={site.name: moments.mean - gain * (moments.mean_q - bias)})
         if bool((gain != 1).any()):
             solution.weights[site.name] = _codes(task, site, grid), grid.with_scale(grid.scale * gain)
         return solution
@@ -55,8 +55,8 @@ def _is_per_output(site: Node, grid: Grid) -> bool:
 
 
 def _codes(task: Task, site: Node, grid: Grid) -> torch.Tensor:
-    found = weight_of(task.prepared, site)
-    assert found is not None
-    if isinstance(found[1], SolvedWeight):
-        return found[1].codes
+    weight = weight_of(task.prepared, site)
+    assert weight is not None
+    if isinstance(weight[1], SolvedWeight):
+        return weight[1].codes
     return grid.encode(float_weight(task.prepared, site))

@@ -41,8 +41,8 @@ class BiasCorrection:
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """The corrected bias of one site."""
-        found = output_moments(task, "float")
-        error = found.mean - found.mean_q
+        moments = output_moments(task, "float")
+        error = moments.mean - moments.mean_q
         if not bool(error.any()):
             return Solution()
         return Solution(biases={task.span.sites[0].name: bias_now(task) + error})

@@ -117,10 +117,10 @@ class BRECQ:
 
 
 def _layer_by_layer(start: Layerwise, task: Task, clock: Clock) -> Solution:
-    found = Solution()
+    solution = Solution()
     for site in task.span.sites:
-        inside = Inside(task, site, trial(task, found))
+        inside = Inside(task, site, trial(task, solution))
         answer = clock.part(inside, partial(start.solve, inside, clock))
-        found.weights |= answer.weights
-        found.biases |= answer.biases
-    return found
+        solution.weights |= answer.weights
+        solution.biases |= answer.biases
+    return solution

@@ -75,7 +75,7 @@ class CrossLayerEqualization:
         return len(changed)
 
     def _pairs(self, prepared: GraphModule) -> list[Pair]:
-        found = []
+        pairs = []
         for node in prepared.graph.nodes:
             if ops.op_name(node) not in LAYERS or not has_constants(prepared, node):
                 continue
@@ -83,8 +83,8 @@ class CrossLayerEqualization:
             if isinstance(pair, str):
                 self.notes.append(f"{node.name}: not equalized with what feeds it: {pair}")
             else:
-                found.append(pair)
-        return found
+                pairs.append(pair)
+        return pairs
 
     def _absorb(self, prepared: GraphModule, pairs: Sequence[Pair], batches: Sequence[Any]) -> set[Node]:
         """Move the biases; returns the second layers of the pairs that changed."""

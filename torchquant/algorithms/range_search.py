@@ -57,13 +57,13 @@ class RangeSearch:
         order = data_order(prepared)
         ranges = {i: id(m) for i, n in enumerate(order) if (m := observer_of(prepared, n)) is not None}
         starts = [i for i, before in zip(ranges, [0, *ranges.values()], strict=False) if ranges[i] != before]
-        found = []
+        spans = []
         for start, end in pairwise([*starts, len(order)]):
             members = [i for i, module in ranges.items() if module == ranges[start]]
             touched = {user.name for i in members for user in order[i].users}
             if members[0] == start and members[-1] < end and not touched & excluded:
-                found.append(Span(tuple(order[start:end]), ()))
-        return found
+                spans.append(Span(tuple(order[start:end]), ()))
+        return spans
 
     def begin(self, stream: Stream, spans: list[Span], seed: int) -> None:
         """Measure what the network's output feels of the spans' results."""
@@ -106,18 +106,18 @@ class RangeSearch:
         return low, high
 
     def _shrink(self, error: Callable[[float], float], clock: Clock) -> float:
-        """The share of an end with the least error, refined once between its neighbours."""
-        best, found = 1.0, error(1.0)
+        """The factor on an end of the range with the least error, refined once between its neighbours."""
+        best, least = 1.0, error(1.0)
         share, idle = 1.0, 0
         while idle < self.patience and share > 1e-6 and not clock.is_over:
             share *= self.factor
             tried = error(share)
-            idle = 0 if tried < found * 0.999 else idle + (tried > found)  # a plateau may end: a mask's does
-            if tried < found:
-                best, found = share, tried
+            idle = 0 if tried < least * 0.999 else idle + (tried > least)  # a plateau may end: a mask's does
+            if tried < least:
+                best, least = share, tried
         for share in (best * self.factor**0.5, best * self.factor**-0.5):
-            if share < 1.0 and (tried := error(share)) < found:
-                best, found = share, tried
+            if share < 1.0 and (tried := error(share)) < least:
+                best, least = share, tried
         return best
 
 
@@ -154,13 +154,13 @@ class _Judge:
         return list(zip(wanted, self._task.sensitivity(batch), strict=True))
 
     def error(self, grid: Grid | None = None) -> float:
-        """Squared error of the results, as the output feels it; relative to their energy where that is unknown.
+        """Squared error of the results, weighted by the output's sensitivity; without it relative to their energy.
 
         Args:
-            grid: a trial; None: as the observer stands.
+            grid: the grid to try; None: the observer's own.
         """
         evaluator = self._evaluator(None if grid is None else per_tensor(grid))
-        found = 0.0
+        error = 0.0
         for batch in range(self._count):
             outputs = self._task.outputs(batch, evaluator, "float")
             results = self._kept.get(batch) or self._results(batch)
@@ -168,8 +168,8 @@ class _Judge:
                 if _is_float(wanted):
                     square = (got - wanted).square_()
                     square = square.div_(energy) if felt is None else square.mul_(felt)
-                    found += float(square.sum(dtype=torch.float64))
-        return total(found)[0]
+                    error += float(square.sum(dtype=torch.float64))
+        return total(error)[0]
 
     def _evaluator(self, fake: Callable[[torch.Tensor], torch.Tensor] | None) -> Evaluator:
         fakes = {} if fake is None else dict.fromkeys(self._targets, fake)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from torchquant.algorithms.layers.layerwise import Answer, Layerwise
-from torchquant.algorithms.layers.rounding import Problem, search_scale
+from torchquant.algorithms.layers.rounding import Problem, search_grid
 from torchquant.solving.contract import Clock
 
 __all__ = ["SeqMSE"]
@@ -31,7 +31,7 @@ class SeqMSE(Layerwise):
         self.candidates, self.largest, self.smallest = candidates, largest, smallest
 
     def choose(self, problem: Problem, clock: Clock) -> Answer:
-        """The best scale of each cell, and the nearest codes."""
+        """The best scale of each cell (and zero point, of an affine grid), and the nearest codes."""
         factors = torch.cat([torch.ones(1), torch.linspace(self.largest, self.smallest, self.candidates)])
-        factor = search_scale(problem, factors)
-        return Answer(problem.scaled(factor).nearest(), factor)
+        factor, zero_point = search_grid(problem, factors)
+        return Answer(problem.scaled(factor, zero_point).nearest(), factor, zero_point)

@@ -126,9 +126,9 @@ class SmoothQuant:
         self.notes, tied = [], 0
         if self.ties:
             tied, self.notes = smooth_ties(prepared, batches, explicit=self.explicit, seed=self.seed)
-        found = [g for g in groups_of(prepared) if self._possible(g)]
-        samples = self._measure(prepared, found, batches)
-        changed = sum(self._smooth(prepared, g, s) for g, s in zip(found, samples, strict=True))
+        groups = [g for g in groups_of(prepared) if self._possible(g)]
+        samples = self._measure(prepared, groups, batches)
+        changed = sum(self._smooth(prepared, g, s) for g, s in zip(groups, samples, strict=True))
         folding.tidy(prepared)
         return tied + changed
 
@@ -142,14 +142,14 @@ class SmoothQuant:
             self.notes.append(f"{group.tensor.name}: left as it is: {reason}")
         return not reason
 
-    def _measure(self, prepared: GraphModule, found: list[Group], batches: Sequence[Any]) -> list[ChannelSample]:
-        sizes = [_elements(g) for g in found]
+    def _measure(self, prepared: GraphModule, groups: list[Group], batches: Sequence[Any]) -> list[ChannelSample]:
+        sizes = [_elements(g) for g in groups]
         rows = min(self.rows, max(64, _BYTES // (4 * max(1, sum(c for c, _ in sizes)))))
         samples = [
             ChannelSample(g.axis, rows if g.by_rows else max(1, rows // positions), g.by_rows, self.seed)
-            for g, (_, positions) in zip(found, sizes, strict=True)
+            for g, (_, positions) in zip(groups, sizes, strict=True)
         ]
-        record(prepared, {g.readers[0].observer: s for g, s in zip(found, samples, strict=True)}, batches)
+        record(prepared, {g.readers[0].observer: s for g, s in zip(groups, samples, strict=True)}, batches)
         return samples
 
     def _smooth(self, prepared: GraphModule, group: Group, sample: ChannelSample) -> int:
@@ -176,8 +176,8 @@ class SmoothQuant:
             for shift in shifts:
                 bar = least * (min(worth, op) if shift else worth)
                 for rule in family(shift):
-                    if (found := search.error(rule)) < bar:
-                        best, least, bar = rule, found, found
+                    if (error := search.error(rule)) < bar:
+                        best, least, bar = rule, error, error
         return best
 
 

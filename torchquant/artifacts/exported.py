@@ -65,9 +65,9 @@ def _harmless(members: Mapping[str, bytes]) -> io.BytesIO:
     stored = {name: members[name] for name in _FRAME if name in members}
     stored |= {_GRAPH: json.dumps(graph).encode(), _INPUTS: inputs}
     for config, folder in _CONFIGS.items():
-        found = json.loads(members[config])
-        stored[config] = json.dumps(found).encode()
-        stored |= _tensors(members, folder, found["config"])
+        parsed = json.loads(members[config])
+        stored[config] = json.dumps(parsed).encode()
+        stored |= _tensors(members, folder, parsed["config"])
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as target:
         for name, content in stored.items():
@@ -78,7 +78,7 @@ def _harmless(members: Mapping[str, bytes]) -> io.BytesIO:
 
 def _tensors(members: Mapping[str, bytes], folder: str, config: Mapping[str, Any]) -> dict[str, bytes]:
     """The members that hold tensors, each in one form: as bytes, or pickled again."""
-    found: dict[str, bytes] = {}
+    stored: dict[str, bytes] = {}
     forms: dict[str, bool] = {}
     for name, about in config.items():
         _require(_is_path(name), name, "the name of a tensor")
@@ -87,8 +87,8 @@ def _tensors(members: Mapping[str, bytes], folder: str, config: Mapping[str, Any
             raise UnsafeContentError(f"{name} is an object that only pickle or TorchScript could make")
         if forms.setdefault(member, is_pickled) is not is_pickled or not isinstance(is_pickled, bool):
             raise UnsafeContentError(f"{member} is pickled in one place, and not in another")
-        found[member] = _tensor_again(members[member]) if is_pickled else members[member]
-    return found
+        stored[member] = _tensor_again(members[member]) if is_pickled else members[member]
+    return stored
 
 
 def _tensor_again(content: bytes) -> bytes:
@@ -153,8 +153,8 @@ def _keywords_of(text: str) -> list[Any]:
     spec = json.loads(text)[1]
     children = spec["children_spec"]
     if spec["type"] == "builtins.tuple" and len(children) == 2 and children[1]["type"] == "builtins.dict":
-        found = json.loads(children[1]["context"])
-        return list(found) if isinstance(found, list) else [found]
+        context = json.loads(children[1]["context"])
+        return list(context) if isinstance(context, list) else [context]
     return []
 
 
@@ -265,14 +265,14 @@ _TARGETS = {"parameter_name", "buffer_name", "tensor_constant_name", "user_input
 def _check_operator(text: Any) -> None:
     """Refuse what is neither an operator of the dispatcher nor one of numbers; files are none of its arguments."""
     fits = isinstance(text, str) and _OPERATOR.fullmatch(text) is not None
-    found = _resolved(text) if fits else None
-    if isinstance(found, torch._ops.OpOverload):
-        arguments = found._schema.arguments
+    resolved = _resolved(text) if fits else None
+    if isinstance(resolved, torch._ops.OpOverload):
+        arguments = resolved._schema.arguments
         fits = not any(str(a.type) == "str" and re.search("file|path|url", a.name) for a in arguments)
-    elif isinstance(found, torch._ops.HigherOrderOperator):
-        fits = found.name() in _HIGHER_ORDER
+    elif isinstance(resolved, torch._ops.HigherOrderOperator):
+        fits = resolved.name() in _HIGHER_ORDER
     else:
-        fits = fits and found in _SYMBOLIC
+        fits = fits and resolved in _SYMBOLIC
     if not fits:
         hint = " (an operator of your own has to be imported before)" if str(text).startswith("torch.ops.") else ""
         raise UnsafeContentError(f"the graph calls {str(text)[:200]!r}, which is no operator that torch knows{hint}")
@@ -280,10 +280,10 @@ def _check_operator(text: Any) -> None:
 
 def _resolved(text: str) -> Any:
     module, *names = text.split(".")
-    found: Any = {"torch": torch, "math": math}.get(module, operator)
+    attribute: Any = {"torch": torch, "math": math}.get(module, operator)
     for name in names:
-        found = getattr(found, name, None)
-    return found
+        attribute = getattr(attribute, name, None)
+    return attribute
 
 
 class _Checker:

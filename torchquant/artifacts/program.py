@@ -123,11 +123,11 @@ class Program(ABC):
     def size_bytes(self) -> int:
         """Size of the artefact as saved."""
 
-    def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], found: Sequence[Any]) -> Any:
+    def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], values: Sequence[Any]) -> Any:
         """The model's outputs, of all that the artefact returned for `tensors`; the rest goes where it belongs."""
         states = len(about.states)
-        count = len(found) - states - len(about.returns)
-        outputs, after, returned = found[:count], found[count : count + states], found[count + states :]
+        count = len(values) - states - len(about.returns)
+        outputs, after, returned = values[:count], values[count : count + states], values[count + states :]
         for position, value in zip(about.returns, returned, strict=True):
             tensors[position].copy_(value)
         if states:  # a caller may write into what it is given

@@ -154,10 +154,10 @@ def to_export(signature: Signature, leaves: Sequence[Any]) -> list[Any]:
     wanted: dict[str, int] = {}
     for value, spec in zip(leaves, signature.inputs, strict=True):
         for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):
-            if size is not None and (given := size.symbol_at(value.shape[axis])) is not None:
+            if size is not None and (symbol_value := size.symbol_at(value.shape[axis])) is not None:
                 most = largest.get(size.symbol)
-                given = given - 1 if given == most and given > 2 else given
-                wanted[size.symbol] = max(given, 2) if most is None or most >= 2 else given
+                symbol_value = symbol_value - 1 if symbol_value == most and symbol_value > 2 else symbol_value
+                wanted[size.symbol] = max(symbol_value, 2) if most is None or most >= 2 else symbol_value
     return [_resized(v, spec, wanted) for v, spec in zip(leaves, signature.inputs, strict=True)]
 
 
@@ -181,12 +181,12 @@ def with_largest_sizes(signature: Signature, leaves: Sequence[Any], limit: int) 
     present: dict[str, int] = {}
     for spec, value in zip(signature.inputs, leaves, strict=True):
         for axis, size in enumerate(spec.sizes if isinstance(spec, InputSpec) else ()):
-            found = size.symbol_at(value.shape[axis]) if size is not None else None
-            if size is None or found is None or size.maximum is None:
+            symbol_value = size.symbol_at(value.shape[axis]) if size is not None else None
+            if size is None or symbol_value is None or size.maximum is None:
                 continue
             bound = (size.maximum - size.offset) // size.factor
             most[size.symbol] = min(bound, most.get(size.symbol, bound))
-            present[size.symbol] = found
+            present[size.symbol] = symbol_value
     while any(most[s] > present[s] for s in most):
         larger = [_resized(v, spec, most) for v, spec in zip(leaves, signature.inputs, strict=True)]
         if sum(v.numel() for v in larger if isinstance(v, torch.Tensor)) <= limit:

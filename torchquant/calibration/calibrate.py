@@ -153,9 +153,9 @@ class Recorder(Interpreter):
         """Run one batch, or the arguments of one; neither they nor the graph's state are changed."""
         whole = len(args) == 1 and not kwargs and isinstance(args[0], (data.Given, tuple, list, dict))
         batch = args[0] if whole else (kwargs if kwargs and not args else (*args, *kwargs.values()))
-        given = data.own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
-        self._states = {n: given.state.get(n, v).clone() for n, v in states_of(self._prepared).items()}
-        return self.run(*given.leaves)
+        inputs = data.own_inputs(self._prepared, data.given(Signature.of(self._prepared), batch))
+        self._states = {n: inputs.state.get(n, v).clone() for n, v in states_of(self._prepared).items()}
+        return self.run(*inputs.leaves)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._states[target] if target in self._states else super().get_attr(target, args, kwargs)

@@ -20,19 +20,19 @@ _COUNTS = ("histogram", "counts", "zeros")  # of weights' observers: how often a
 
 
 def digest_of(model: GraphModule) -> str:
-    """Of the ops, parameters and buffers of a graph, and of what its observers hold."""
-    found = hashlib.blake2b(digest_size=16)
-    found.update(str(model.graph).encode())
+    """Digest of the ops, parameters and buffers of a graph, and of its observers' state."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(str(model.graph).encode())
     for node in model.graph.nodes:
         if node.op == "get_attr":
-            _add(found, str(node.target), operator.attrgetter(str(node.target))(model))
+            _add(hasher, str(node.target), operator.attrgetter(str(node.target))(model))
     for node, observer in observers(model):
-        found.update(f"{node.target} {type(observer).__qualname__}".encode())
+        hasher.update(f"{node.target} {type(observer).__qualname__}".encode())
         seen = ops.is_constant(node.args[0])  # type: ignore[arg-type]
         for name, value in _held(observer):
             if not (seen and name.rpartition(".")[2] in _COUNTS):
-                _add(found, name, value)
-    return found.hexdigest()
+                _add(hasher, name, value)
+    return hasher.hexdigest()
 
 
 def _held(observer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -43,11 +43,11 @@ def _held(observer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     yield from sorted((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
 
 
-def _add(found: Any, name: str, value: Any) -> None:
-    found.update(name.encode())
+def _add(hasher: Any, name: str, value: Any) -> None:
+    hasher.update(name.encode())
     if isinstance(value, torch.Tensor):
-        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        hasher.update(f"{value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy() if value.numel() else b"")
+        hasher.update(flat.view(torch.uint8).numpy() if value.numel() else b"")
     else:
-        found.update(repr(value).encode())
+        hasher.update(repr(value).encode())

@@ -59,11 +59,11 @@ def merge(models: Sequence[GraphModule], reached: set[int]) -> None:
         reached: ids of the observers that saw data; those that saw some in another process are added.
     """
     ids = [id(module) for model in models for _, module in observers(model)]
-    found = [observer for _, observer in _stateful(models)]
-    everything = gathered(([key in reached for key in ids], [_state(observer) for observer in found]))
+    stateful = [observer for _, observer in _stateful(models)]
+    everything = gathered(([key in reached for key in ids], [_state(observer) for observer in stateful]))
     for flags, _ in everything:
         reached.update(key for key, seen in zip(ids, flags, strict=True) if seen)
-    for observer, *parts in zip(found, *(states for _, states in everything), strict=True):
+    for observer, *parts in zip(stateful, *(states for _, states in everything), strict=True):
         seen = [part for part in parts if part and bool(torch.isfinite(part["min_val"]).all())]
         if seen:
             _put_together(observer, seen)
@@ -71,14 +71,14 @@ def merge(models: Sequence[GraphModule], reached: set[int]) -> None:
 
 def _stateful(models: Sequence[GraphModule]) -> list[tuple[str, Any]]:
     """Each observer of data (weights are alike everywhere) that keeps something, once, with the name of its site."""
-    found: dict[int, tuple[str, Any]] = {}
+    stateful: dict[int, tuple[str, Any]] = {}
     for model in models:
         for node, module in observers(model):
             inner: Any = getattr(module, "activation_post_process", module)
             if ops.is_constant(node.args[0]) or isinstance(inner, _CONSTANT) or getattr(inner, "is_dynamic", False):  # type: ignore[arg-type]
                 continue
-            found.setdefault(id(inner), (str(getattr(inner, "site", node.args[0])), inner))
-    return list(found.values())
+            stateful.setdefault(id(inner), (str(getattr(inner, "site", node.args[0])), inner))
+    return list(stateful.values())
 
 
 def _check(site: str, observer: Any) -> None:
@@ -94,8 +94,8 @@ def _check(site: str, observer: Any) -> None:
 def _state(observer: Any) -> State:
     names = ("min_val", "max_val", "histogram", "counts", "zeros")
     kept = {name: getattr(observer, name, None) for name in names}
-    found = {name: value.detach().cpu() for name, value in kept.items() if isinstance(value, torch.Tensor)}
-    return found if "min_val" in found and found["min_val"].numel() else {}
+    tensors = {name: value.detach().cpu() for name, value in kept.items() if isinstance(value, torch.Tensor)}
+    return tensors if "min_val" in tensors and tensors["min_val"].numel() else {}
 
 
 def _put_together(observer: Any, parts: Sequence[State]) -> None:

@@ -38,8 +38,8 @@ def random_gradients(
     floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
     loss = sum((o * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in floats)
     if isinstance(loss, torch.Tensor):
-        found = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
-        yield from ((node, g) for node, g in zip(measured, found, strict=True) if g is not None)
+        gradients = torch.autograd.grad(loss, list(measured.values()), allow_unused=True, retain_graph=True)
+        yield from ((node, g) for node, g in zip(measured, gradients, strict=True) if g is not None)
 
 
 class OutputMetric:
@@ -54,12 +54,12 @@ class OutputMetric:
         self._sums = self._sums.to(rows.device) + rows @ rows.T
 
     def shrunk(self, samples: float) -> torch.Tensor:
-        """Mean diagonal 1, drawn to the diagonal: more so the fewer samples there were for an output."""
+        """(outputs, outputs), mean diagonal 1, shrunk to the diagonal: more so the fewer samples there were."""
         total_(self._sums)
-        found = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
-        share = len(found) / (len(found) + max(samples, 1.0))
-        diagonal = (1 - _EVEN) * found.diagonal() + _EVEN
-        return (1 - share) * found + torch.diag(diagonal - (1 - share) * found.diagonal())
+        metric = (self._sums / self._sums.diagonal().mean().clamp(min=1e-300)).float()
+        share = len(metric) / (len(metric) + max(samples, 1.0))
+        diagonal = (1 - _EVEN) * metric.diagonal() + _EVEN
+        return (1 - share) * metric + torch.diag(diagonal - (1 - share) * metric.diagonal())
 
 
 def outputs_of(site: Node) -> int:

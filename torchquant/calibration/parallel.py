@@ -132,11 +132,11 @@ def agree(digest: str, on: str) -> None:
     Args:
         on: what the digest is of, for the message.
     """
-    found = gathered(digest)
-    if len(set(found)) > 1:
-        odd = [str(i) for i, other in enumerate(found) if other != found[0]]
+    digests = gathered(digest)
+    if len(set(digests)) > 1:
+        odd = [str(i) for i, other in enumerate(digests) if other != digests[0]]
         raise ParallelError(
-            f"the {len(found)} processes do not agree on {on}: {', '.join(odd)} differ from process 0. Each must be "
+            f"the {len(digests)} processes do not agree on {on}: {', '.join(odd)} differ from process 0. Each must be "
             "given the same model, Quantizer and options; an algorithm of your own must sum what it measures over the "
             "processes (torchquant.calibration.parallel)."
         )
@@ -162,7 +162,7 @@ def _meet(about: str) -> None:
     if most != -least:
         raise ParallelError(
             "the processes went different ways: "
-            + "; ".join(f"process {i} came for: {found}" for i, found in enumerate(_gather(about)))
+            + "; ".join(f"process {i} came for: {purpose}" for i, purpose in enumerate(_gather(about)))
             + ". Each must make the same calls with the same arguments; only the batches may differ."
         )
 
@@ -175,9 +175,9 @@ def _tell(error: BaseException) -> None:
 
 
 def _gather(value: Any) -> list[Any]:
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _said(messages: Sequence[str | None]) -> str:

@@ -17,7 +17,7 @@ from torchquant.errors import ArtifactError
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading
 
-__all__ = ["Store"]
+__all__ = ["Store", "give_back"]
 
 _LEAST_FREED, _MOST_FREED = 1 << 20, 1 << 26
 
@@ -68,6 +68,10 @@ class Store:
         elif key in self._spilled:
             self._spilled.pop(key).unlink()
 
+    def give_back(self) -> None:
+        """Return freed memory to the system, where the process has grown by more than the budget."""
+        self._freed.give_back()
+
     def close(self) -> None:
         """Forget everything and delete the folder."""
         self._kept.clear()
@@ -114,6 +118,12 @@ class _Freed:
         if not math.isinf(self._most) and _resident_bytes() > self._most:
             _TRIM(0)
             self._most = max(self._allowed, _resident_bytes() + self._step)
+
+
+def give_back() -> None:
+    """Return freed memory of this process to the system, where the C library can."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def _resident_bytes() -> int:

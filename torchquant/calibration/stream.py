@@ -181,6 +181,10 @@ class Task:
             pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
             return sum(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
 
+    def give_back(self) -> None:
+        """Return freed memory to the system, where there is much of it: what a solver does between its stages."""
+        self._stream.store.give_back()
+
     def evaluator(self, flow: Flow = "quantized", **trial: Any) -> Evaluator:
         """An Evaluator of the graph, with a solver's trial values."""
         return self._stream.evaluator(flow, **trial)
@@ -215,8 +219,8 @@ class Stream:
 
     def value(self, flow: Flow, node: Node, batch: int) -> Any:
         """A live value."""
-        given = self._given[batch]
-        return given[node] if node in given else self.store.get((flow, node, batch))
+        inputs = self._given[batch]
+        return inputs[node] if node in inputs else self.store.get((flow, node, batch))
 
     def evaluator(self, flow: Flow, **trial: Any) -> Evaluator:
         """An Evaluator that shares what is known of the observers."""
@@ -256,39 +260,39 @@ class Stream:
         """
         generator = torch.Generator().manual_seed(seed)
         results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
-        borders = {span.nodes[-1]: found for span, found in zip(spans, results, strict=elements)}
+        borders = {span.nodes[-1]: span_results for span, span_results in zip(spans, results, strict=elements)}
         sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
-        found_metrics = {site: OutputMetric(site) for site in sites}
+        output_metrics = {site: OutputMetric(site) for site in sites}
         for batch in range(self.count):
             measured, leaves = self._float_with_gradients(batch, borders, sites)
             squares: dict[Node, torch.Tensor] = {}
             for _ in range(draws):
                 for node, gradient in random_gradients(leaves, measured, generator):
-                    if node in found_metrics:
-                        found_metrics[node].add(gradient)
-                    if any(node in found for found in results):
+                    if node in output_metrics:
+                        output_metrics[node].add(gradient)
+                    if any(node in span_results for span_results in results):
                         squares[node] = squares.get(node, 0) + gradient.square() / draws
             for node, square in squares.items():
                 self.store.put(("sensitivity", node, batch), square)
         if metrics:
             samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
-            self.output_metrics = {site: metric.shrunk(samples) for site, metric in found_metrics.items()}
+            self.output_metrics = {site: metric.shrunk(samples) for site, metric in output_metrics.items()}
 
     def _float_with_gradients(
         self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
     ) -> tuple[dict[Node, torch.Tensor], list[Any]]:
-        """The float values of one batch that gradients are wanted of, and the network's outputs."""
+        """The float values of one batch whose gradients are needed, and the network's outputs."""
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")
         with torch.enable_grad():
             for node in self._order:
                 evaluator.run([node], env)
-                for made in (*borders.get(node, ()), *([node] if node in sites else [])):
-                    if isinstance(env[made], torch.Tensor) and env[made].is_floating_point():
-                        if not env[made].requires_grad:
-                            env[made] = env[made].detach().requires_grad_()
-                        measured[made] = env[made]
+                for result in (*borders.get(node, ()), *([node] if node in sites else [])):
+                    if isinstance(env[result], torch.Tensor) and env[result].is_floating_point():
+                        if not env[result].requires_grad:
+                            env[result] = env[result].detach().requires_grad_()
+                        measured[result] = env[result]
             return measured, pytree.tree_leaves([env[n] for n in self._measured])
 
     def _advance(self, start: int, end: int) -> None:
@@ -324,8 +328,8 @@ class Stream:
 
     def _reads(self, start: int, end: int) -> list[Node]:
         """What order[start:end] reads from outside, constants left out."""
-        found = dict.fromkeys(n for node in self._order[start:end] for n in node.all_input_nodes)
-        return [n for n in found if n in self._inputs or self._place.get(n, start) < start]
+        operands = dict.fromkeys(n for node in self._order[start:end] for n in node.all_input_nodes)
+        return [n for n in operands if n in self._inputs or self._place.get(n, start) < start]
 
     def _results(self, start: int, end: int) -> list[Node]:
         return [n for n in self._order[start:end] if self._last[n] >= end]
@@ -344,36 +348,36 @@ class Stream:
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _first_size(given: Mapping[Node, Any]) -> int:
-    return next((len(v) for v in given.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+def _first_size(inputs: Mapping[Node, Any]) -> int:
+    return next((len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
 def given_to(prepared: GraphModule, batches: Sequence[Any]) -> list[data.Given]:
     """The batches as the graph takes them, steps one by one with the state that the float function has there."""
-    signature, found = Signature.of(prepared), []
+    signature, inputs = Signature.of(prepared), []
     for batch in batches:
         if not isinstance(batch, data.Steps):
-            found.append(data.given(signature, batch))
+            inputs.append(data.given(signature, batch))
             continue
         state: dict[str, torch.Tensor] = {}
         for step in batch.batches:
-            found.append(data.Given(data.given(signature, step).leaves, state))
-            state = _state_after(prepared, found[-1])
-    return found
+            inputs.append(data.Given(data.given(signature, step).leaves, state))
+            state = _state_after(prepared, inputs[-1])
+    return inputs
 
 
-def _state_after(prepared: GraphModule, given: data.Given) -> dict[str, torch.Tensor]:
+def _state_after(prepared: GraphModule, inputs: data.Given) -> dict[str, torch.Tensor]:
     """What the float function leaves in the buffers that the graph writes."""
     with torch.no_grad():
-        env = Evaluator(prepared, "float").run(data_order(prepared), dict(_values(prepared, given)))
+        env = Evaluator(prepared, "float").run(data_order(prepared), dict(_values(prepared, inputs)))
     kept = [n for n in env if _mutates(n) and n.args[0].op == "get_attr"]  # type: ignore[union-attr]
     return {str(n.args[0].target): env[n].clone() for n in kept}  # type: ignore[union-attr]
 
 
-def _values(prepared: GraphModule, given: data.Given) -> Env:
+def _values(prepared: GraphModule, inputs: data.Given) -> Env:
     """Input node -> value of one batch; a buffer that the graph writes is an input too."""
-    states = {n: given.state.get(str(n.target), _attribute(prepared, str(n.target))) for n in state_nodes(prepared)}
-    return {**dict(zip(placeholders(prepared), given.leaves, strict=True)), **states}
+    states = {n: inputs.state.get(str(n.target), _attribute(prepared, str(n.target))) for n in state_nodes(prepared)}
+    return {**dict(zip(placeholders(prepared), inputs.leaves, strict=True)), **states}
 
 
 def _mutates(node: Node) -> bool:

@@ -135,8 +135,8 @@ def targets() -> None:
 def _target(name: str) -> Target:
     if name not in names():
         raise InputError(f"there is no backend {name!r}; choose from {', '.join(names())}")
-    found: Target = target(name)
-    return found
+    backend: Target = target(name)
+    return backend
 
 
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:

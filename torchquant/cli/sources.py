@@ -35,8 +35,8 @@ def resolve(reference: str) -> Any:
             f"{reference!r} is not of the form package.module:name; files are read as models (.pt2, an "
             "ExportedProgram) or as data (.npz, .safetensors)"
         )
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    working_directory = os.getcwd()
+    sys.path.insert(0, working_directory)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -46,8 +46,8 @@ def resolve(reference: str) -> Any:
     except Exception as error:
         raise InputError(f"{module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
-        if here in sys.path:
-            sys.path.remove(here)
+        if working_directory in sys.path:
+            sys.path.remove(working_directory)
     if not hasattr(module, name):
         raise InputError(f"module {module_name!r} has no {name!r}")
     return getattr(module, name)
@@ -65,8 +65,8 @@ def load_model(reference: str, *, trust: bool = False) -> torch.nn.Module:
     """
     if reference.endswith(".pt2"):
         return _exported(Path(reference), trust)
-    found = resolve(reference)
-    model = found if isinstance(found, torch.nn.Module) else _called(found, reference)
+    source = resolve(reference)
+    model = source if isinstance(source, torch.nn.Module) else _called(source, reference)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{reference!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -106,8 +106,8 @@ def load_batches(reference: str) -> list[Any]:
     """
     if reference.endswith((".npz", ".safetensors")):
         return _split_file(Path(reference))
-    found = resolve(reference)
-    batches = _called(found, reference) if callable(found) else found
+    source = resolve(reference)
+    batches = _called(source, reference) if callable(source) else source
     if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict, str)):
         raise InputError(f"{reference!r} gave a {type(batches).__name__}, not an iterable of batches")
     kept = _called(lambda: list(batches), reference)  # a generator runs only now
@@ -117,11 +117,11 @@ def load_batches(reference: str) -> list[Any]:
 
 
 def _split_file(path: Path) -> list[Any]:
-    found = _arrays(path)
-    counts = {len(t) if t.ndim else 0 for t in found.values()}
+    inputs = _arrays(path)
+    counts = {len(t) if t.ndim else 0 for t in inputs.values()}
     if len(counts) != 1 or counts == {0}:
         raise InputError(f"{path} holds no batches: its tensors must share a first dimension that counts them")
-    return [{name: t[i] for name, t in found.items()} for i in range(counts.pop())]
+    return [{name: t[i] for name, t in inputs.items()} for i in range(counts.pop())]
 
 
 def _arrays(path: Path) -> dict[str, torch.Tensor]:
@@ -132,8 +132,8 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
             return tensors.read(path, path.read_bytes())
         with zipfile.ZipFile(path) as source:
             members = dict(archive.entries(path, source))
-        found = {name.removesuffix(".npy"): _array(name, content) for name, content in members.items()}
-    return {name: _tensor(path, name, value) for name, value in found.items()}
+        arrays = {name.removesuffix(".npy"): _array(name, content) for name, content in members.items()}
+    return {name: _tensor(path, name, value) for name, value in arrays.items()}
 
 
 def _array(name: str, content: bytes) -> np.ndarray[Any, Any]:

@@ -84,8 +84,8 @@ def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def contents(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The JSON, and all members by their names without the archive's root, as they were checked; raises as `read`."""
-    found: dict[str, bytes] = {}
-    return _of_kind(_checked(path, found), path, kind), found
+    raw: dict[str, bytes] = {}
+    return _of_kind(_checked(path, raw), path, kind), raw
 
 
 def _of_kind(about: dict[str, Any], path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def sweep(parent: Path) -> None:
     if fcntl is None:
         return
     with suppress(OSError):
-        found = [Path(entry.path) for entry in os.scandir(parent) if entry.name.endswith(SUFFIX)]
-        for folder in found:
+        folders = [Path(entry.path) for entry in os.scandir(parent) if entry.name.endswith(SUFFIX)]
+        for folder in folders:
             with suppress(OSError):
                 lock = _locked(folder)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -34,10 +34,10 @@ def digest_of(values: Mapping[str, torch.Tensor]) -> str:
 
 def dtype_of(text: Any) -> torch.dtype:
     """The dtype that `str` wrote; raises ValueError if it is none."""
-    found = getattr(torch, str(text).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, str(text).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{text!r} is no dtype of torch")
-    return found
+    return dtype
 
 
 def stored(values: Mapping[str, torch.Tensor]) -> bytes:

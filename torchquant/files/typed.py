@@ -22,9 +22,9 @@ def made(kind: type[_T], stored: Mapping[str, Any], unchecked: Collection[str] =
     value = kind(**stored)
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        found = getattr(value, field.name)
-        if field.name not in unchecked and not fits(found, hints[field.name]):
-            raise ValueError(f"{kind.__name__}.{field.name} cannot be {found!r:.100}")
+        field_value = getattr(value, field.name)
+        if field.name not in unchecked and not fits(field_value, hints[field.name]):
+            raise ValueError(f"{kind.__name__}.{field.name} cannot be {field_value!r:.100}")
     return value
 
 

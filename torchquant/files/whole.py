@@ -21,11 +21,11 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,20}")  # by which torch tells what it is 
 
 
 def digest(*parts: bytes | memoryview) -> str:
-    """What is recorded of content, to notice later that it changed: damage, not forgery."""
-    found = hashlib.blake2b(digest_size=32)
+    """BLAKE2b digest (32 bytes, in hex) of the parts, to detect damage; it does not prevent forgery."""
+    hasher = hashlib.blake2b(digest_size=32)
     for part in parts:
-        found.update(part)
-    return found.hexdigest()
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 @contextmanager

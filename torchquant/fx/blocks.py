@@ -50,15 +50,15 @@ class Span:
 def data_order(prepared: GraphModule) -> list[Node]:
     """The nodes whose value depends on the data (or on nothing), in graph order, inputs and output left out."""
     constant: set[Node] = set()
-    found = []
+    nodes = []
     for node in prepared.graph.nodes:
         if node.op == "get_attr" and ops.is_overwritten(node):
             continue  # an input like any other
         if node.op == "get_attr" or (node.all_input_nodes and all(n in constant for n in node.all_input_nodes)):
             constant.add(node)
         elif node.op not in ("placeholder", "output"):
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes
 
 
 def weight_of(prepared: GraphModule, node: Node) -> tuple[Node, torch.nn.Module] | None:
@@ -77,9 +77,9 @@ def weight_grid(prepared: GraphModule, node: Node) -> Grid:
     Raises:
         SchemeError: its observer has no static integer grid, so codes cannot be chosen for it.
     """
-    found = weight_of(prepared, node)
-    assert found is not None
-    source, observer = found
+    weight = weight_of(prepared, node)
+    assert weight is not None
+    source, observer = weight
     grid = grid_of(observer, ops.constant_value(prepared, source.args[0]).shape)  # type: ignore[arg-type]
     if grid is None:
         format: Any = getattr(observer, "format", None)
@@ -118,16 +118,16 @@ def blocks(
     order = data_order(prepared)
     crossing = _Crossing(prepared, order)
     chosen = {n for n in order if n.name not in excluded and solvable(prepared, n)}
-    found: list[Span] = []
+    spans: list[Span] = []
     start = 0
     while any(n in chosen for n in order[start:]):
         end = crossing.next_cut(start, chosen, min_sites, max_sites)
         nodes = tuple(order[start:end])
         sites = tuple(n for n in nodes if n in chosen)
         if sites:
-            found.append(Span(nodes, sites))
+            spans.append(Span(nodes, sites))
         start = end
-    return found
+    return spans
 
 
 class _Crossing:

@@ -64,7 +64,7 @@ def groups_of(prepared: GraphModule) -> list[Group]:
         if ops.op_name(node) in LAYERS and _is_smoothable(prepared, node):
             observer = node.args[0]
             tensors.setdefault(observer.args[0], []).append(Reader(node, observer))
-    return [_group(prepared, tensor, found) for tensor, found in tensors.items()]
+    return [_group(prepared, tensor, tensor_readers) for tensor, tensor_readers in tensors.items()]
 
 
 def _is_smoothable(prepared: GraphModule, layer: Node) -> bool:
@@ -80,11 +80,11 @@ def _is_smoothable(prepared: GraphModule, layer: Node) -> bool:
     return whole and integer and has_constants(prepared, layer)
 
 
-def _group(prepared: GraphModule, tensor: Node, found: list[Reader]) -> Group:
-    axes = {channel_axis(r.layer) for r in found}
+def _group(prepared: GraphModule, tensor: Node, tensor_readers: list[Reader]) -> Group:
+    axes = {channel_axis(r.layer) for r in tensor_readers}
     reason = "its readers take their channels from different axes" if len(axes) > 1 else ""
     axis = axes.pop()
-    observers, layers = {r.observer for r in found}, {r.layer for r in found}
+    observers, layers = {r.observer for r in tensor_readers}, {r.layer for r in tensor_readers}
     others = [n for n in readers(tensor) if n not in observers]
     others += [u for o in observers for u in readers(o) if u not in layers]
     producer = producer_of(prepared, tensor, axis)
@@ -96,7 +96,7 @@ def _group(prepared: GraphModule, tensor: Node, found: list[Reader]) -> Group:
             producer = f"{tensor.name} is read by {others[0].name} too"
         elif producer.repeat != 1:
             producer = f"several channels come from one of {producer.node.name}"
-    return Group(tensor, axis, found, producer, reason)
+    return Group(tensor, axis, tensor_readers, producer, reason)
 
 
 def _is_matrix(layer: Node) -> bool:

@@ -124,11 +124,11 @@ def _lift(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
 
 def _take_writes(graph: GraphModule) -> dict[Node, Node]:
     """Input -> the value that the graph copies into it at its end; the copies are removed."""
-    found = {}
+    writes = {}
     for node in list(graph.graph.nodes):
         target = node.args[0] if node.target is aten.copy_.default else None
         if isinstance(target, Node) and target.op == "placeholder":
-            found[target] = node.args[1]
+            writes[target] = node.args[1]
             node.replace_all_uses_with(node.args[1])
             graph.graph.erase_node(node)
-    return found
+    return writes

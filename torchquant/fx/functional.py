@@ -94,7 +94,7 @@ def _refuse_shared_memory(model: GraphModule, reads: dict[str, Node]) -> None:
 class _Functionalized:
     """One walk over the graph, in which every node that shares memory knows whose memory it shares and how old it is.
 
-    The nodes of these tables are those of the graph as it came; `now` names the new ones.
+    The keys of these tables are nodes of the original graph; the values of `now` may be new nodes.
     """
 
     def __init__(self, model: GraphModule) -> None:
@@ -113,8 +113,8 @@ class _Functionalized:
             self.at = node
             if node.op == "output":
                 self._keep()
-            targets, given = _written_by_aten(node), (node.args, node.kwargs)
-            node.args, node.kwargs = (torch.fx.node.map_arg(a, self.current) for a in given)
+            targets, call_arguments = _written_by_aten(node), (node.args, node.kwargs)
+            node.args, node.kwargs = (torch.fx.node.map_arg(a, self.current) for a in call_arguments)
             if name_of(node) in _GEOMETRY:
                 _rename(node)
             elif targets:
@@ -123,7 +123,7 @@ class _Functionalized:
                 continue
             self.now[node] = node
             if source is not None:
-                self.parent[node], self.arguments[node] = source, given
+                self.parent[node], self.arguments[node] = source, call_arguments
             self.age[node] = self.writes.get(self.root(node), 0)
         for node in reversed(writers):
             self.graph.erase_node(node)
@@ -165,17 +165,17 @@ class _Functionalized:
 
     def _value(self, node: Node) -> Any:
         """What the op writes."""
-        name, given = name_of(node), ops.arguments(node)
+        name, arguments = name_of(node), ops.arguments(node)
         if name == "copy_":
-            return given["src"]
+            return arguments["src"]
         if name in ("fill_", "zero_"):
-            return given.get("value", 0)
-        found, kwargs = _without_write(node.target), {k: v for k, v in node.kwargs.items() if k != "out"}
-        if found is None or name in _RESIZING:
+            return arguments.get("value", 0)
+        overload, kwargs = _without_write(node.target), {k: v for k, v in node.kwargs.items() if k != "out"}
+        if overload is None or name in _RESIZING:
             raise ExportError(
                 f"{where(node)} writes in place, and has no form without the write; use one in the model's forward"
             )
-        return self.call(found, *node.args, like=node, **kwargs)
+        return self.call(overload, *node.args, like=node, **kwargs)
 
     def _shaped(self, value: Any, held: Node) -> Node:
         """`value` with the dtype and shape of the tensor that it is written into."""
@@ -200,26 +200,26 @@ class _Functionalized:
                 self.now[node], self.age[node] = new, self.writes[root]
 
     def _put(self, view: Node, value: Node) -> Node:
-        """The value of what `view` shows a part of, with `value` in that part."""
+        """The new value of the tensor that `view` is a view of, once `value` is written through the view."""
         if view not in self.arguments or isinstance(view.meta.get("val"), (list, tuple)):
             return value
         if view.target is operator.getitem:
             return self._put_part(view, value)
         _check_strided(view)
-        whole, name, given = self.current(self.parent[view]), name_of(view), ops.arguments(view)
+        whole, name, arguments = self.current(self.parent[view]), name_of(view), ops.arguments(view)
         if view.target is aten.view.dtype:
             return self.call(aten.view.dtype, value, self._fake(whole).dtype)
         if name in ("real", "imag") and not self._fake(whole).is_complex():
             return value
         if name in _SCATTER:
-            rest = {k: v for k, v in given.items() if k != "self"}
+            rest = {k: v for k, v in arguments.items() if k != "self"}
             return self.call(_SCATTER[name], whole, value, **rest)
-        if name == "narrow" and isinstance(given["start"], int):
-            dim, start = given["dim"], given["start"]
-            end = start + given["length"] or torch.iinfo(torch.int64).max
+        if name == "narrow" and isinstance(arguments["start"], int):
+            dim, start = arguments["dim"], arguments["start"]
+            end = start + arguments["length"] or torch.iinfo(torch.int64).max
             return self.call(aten.slice_scatter.default, whole, value, dim, start, end)
         if name in _INVERSE:
-            return _INVERSE[name](self, whole, value, given)
+            return _INVERSE[name](self, whole, value, arguments)
         if name in _SAME and _same_shape(view.meta["val"], self._fake(whole)):
             return value
         if name in _RESHAPING:
@@ -291,26 +291,26 @@ class _Functionalized:
 # views ---------------------------------------------------------------------------------------------------------------
 
 
-def _permuted(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
-    dims = [d % len(given["dims"]) for d in given["dims"]]
+def _permuted(f: _Functionalized, whole: Node, value: Node, arguments: dict[str, Any]) -> Node:
+    dims = [d % len(arguments["dims"]) for d in arguments["dims"]]
     return f.call(aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
 
 
-def _transposed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
-    first, second = given.get("dim0", given.get("axis0")), given.get("dim1", given.get("axis1"))
+def _transposed(f: _Functionalized, whole: Node, value: Node, arguments: dict[str, Any]) -> Node:
+    first, second = arguments.get("dim0", arguments.get("axis0")), arguments.get("dim1", arguments.get("axis1"))
     return f.call(aten.transpose.int, value, first, second)
 
 
-def _moved(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
-    overload = aten.movedim.int if isinstance(given["source"], int) else aten.movedim.intlist
-    return f.call(overload, value, given["destination"], given["source"])
+def _moved(f: _Functionalized, whole: Node, value: Node, arguments: dict[str, Any]) -> Node:
+    overload = aten.movedim.int if isinstance(arguments["source"], int) else aten.movedim.intlist
+    return f.call(overload, value, arguments["destination"], arguments["source"])
 
 
-def _matrix_turned(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+def _matrix_turned(f: _Functionalized, whole: Node, value: Node, arguments: dict[str, Any]) -> Node:
     return f.call(aten.transpose.int, value, -2, -1)
 
 
-def _reversed(f: _Functionalized, whole: Node, value: Node, given: dict[str, Any]) -> Node:
+def _reversed(f: _Functionalized, whole: Node, value: Node, arguments: dict[str, Any]) -> Node:
     return f.call(aten.permute.default, value, list(range(value.meta["val"].ndim))[::-1])
 
 
@@ -326,10 +326,10 @@ _INVERSE: dict[str, Callable[[_Functionalized, Node, Node, dict[str, Any]], Node
     "movedim": _moved,
     **dict.fromkeys(("t", "numpy_T"), _reversed),
     **dict.fromkeys(("mT", "matrix_H", "adjoint", "mH"), _matrix_turned),
-    "view_as_real": lambda f, whole, value, given: f.call(aten.view_as_complex.default, value),
-    "view_as_complex": lambda f, whole, value, given: f.call(aten.view_as_real.default, value),
-    "real": lambda f, whole, value, given: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
-    "imag": lambda f, whole, value, given: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
+    "view_as_real": lambda f, whole, value, arguments: f.call(aten.view_as_complex.default, value),
+    "view_as_complex": lambda f, whole, value, arguments: f.call(aten.view_as_real.default, value),
+    "real": lambda f, whole, value, arguments: f.call(aten.complex.default, value, f.call(aten.imag.default, whole)),
+    "imag": lambda f, whole, value, arguments: f.call(aten.complex.default, f.call(aten.real.default, whole), value),
 }
 _SPLIT_DIMS = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", *_SPLIT_DIMS)
@@ -360,10 +360,10 @@ def _without_write(target: Any) -> Any:
         name = name[:-1]
     else:
         in_place = False  # an `out=` form
-    given = [(a.name, str(a.type)) for a in target._schema.arguments if in_place or a.alias_info is None]
+    parameters = [(a.name, str(a.type)) for a in target._schema.arguments if in_place or a.alias_info is None]
     packet = getattr(aten, name, None)
     overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
-    return next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == given), None)
+    return next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == parameters), None)
 
 
 def _check_strided(view: Node) -> None:

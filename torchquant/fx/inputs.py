@@ -83,19 +83,19 @@ class InputSpec:
             if size is not None:
                 self._check_size(size, value.shape[axis], f"{where}, axis {axis}", {} if symbols is None else symbols)
 
-    def _check_size(self, size: Size, found: int, where: str, symbols: dict[str, tuple[int, str]]) -> None:
-        value = size.symbol_at(found)
-        too_large = size.maximum is not None and found > size.maximum
-        if value is None or too_large or found < size.minimum:
+    def _check_size(self, size: Size, actual: int, where: str, symbols: dict[str, tuple[int, str]]) -> None:
+        value = size.symbol_at(actual)
+        too_large = size.maximum is not None and actual > size.maximum
+        if value is None or too_large or actual < size.minimum:
             raise InputError(
-                f"{where}: the size is {found}, and the model was exported for {size}"
+                f"{where}: the size is {actual}, and the model was exported for {size}"
                 + (f", at least {size.minimum}" if size.minimum else "")
                 + "; export it with other bounds in dynamic_shapes"
             )
         known, seen = symbols.setdefault(size.symbol, (value, where))
         if known != value:
             raise InputError(
-                f"{where}: the size is {found}, and {size.at(known)} goes with {seen}: the model was exported with "
+                f"{where}: the size is {actual}, and {size.at(known)} goes with {seen}: the model was exported with "
                 f"sizes that depend on each other ({size})"
             )
 

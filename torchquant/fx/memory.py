@@ -29,9 +29,9 @@ def source_of(node: Node) -> Node | None:
     first = next(iter(node.all_input_nodes), None)
     if schema is None or first is None or name_of(node) in COPIES:
         return None
-    made, given = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
-    if made and given:
-        return first if made & given else None
+    output_storages, input_storages = _storages(node.meta.get("val")), _storages(first.meta.get("val"))
+    if output_storages and input_storages:
+        return first if output_storages & input_storages else None
     viewed = schema.arguments[0].alias_info
     return first if viewed is not None and not viewed.is_write else None
 

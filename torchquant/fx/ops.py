@@ -45,7 +45,13 @@ KINDS: tuple[OpKind, ...] = (
     OpKind("addmm", ("addmm.default", "baddbmm.default"), True, data=(1, 2)),
     OpKind("einsum", ("einsum.default",), True, data=None),
     OpKind("attention", ("scaled_dot_product_attention.default",), True, data=(0, 1, 2)),
-    OpKind("embedding", ("embedding.default", "embedding_bag.default"), True, data=(), weight=0),
+    OpKind(
+        "embedding",
+        ("embedding.default", "embedding_bag.default", "embedding_bag.padding_idx"),
+        True,
+        data=(),
+        weight=0,
+    ),
     OpKind("bilinear", ("bilinear.default",), True, data=(0, 1), weight=2),
     OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True),
     OpKind("add", ("add.Tensor", "add_.Tensor"), data=(0, 1)),
@@ -193,9 +199,9 @@ def draws_numbers(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    given = {a.name: a.default_value for a in target._schema.arguments} | arguments(node)
-    switches = [given[name] for name in ("train", "training") if name in given]
-    chances = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+    values = {a.name: a.default_value for a in target._schema.arguments} | arguments(node)
+    switches = [values[name] for name in ("train", "training") if name in values]
+    chances = [values[name] for name in ("p", "dropout_p", "dropout") if name in values]
     return False not in switches and 0 not in chances
 
 
@@ -204,8 +210,8 @@ def written(node: Node) -> list[Node]:
     schema = schema_of(node)
     if schema is None or not schema.is_mutable:
         return []
-    given = arguments(node)
-    values = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    operands = arguments(node)
+    values = [operands.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return [n for n in pytree.tree_leaves(values) if isinstance(n, Node)]
 
 
@@ -250,13 +256,13 @@ def is_float(node: Node) -> bool:
 
 
 def measured_nodes(model: GraphModule) -> list[Node]:
-    """The float tensors that tell how good the outputs are: outputs, and for integers what they are made of."""
+    """The float tensors to compare: float outputs, and for an integer output the floats that it is computed from."""
     output = next(n for n in model.graph.nodes if n.op == "output")
-    found: dict[Node, None] = {}
+    measured: dict[Node, None] = {}
     for node in output.all_input_nodes:
         for source in [node] if is_float(node) or "val" not in node.meta else float_sources(node)[0]:
-            found[source] = None
-    return list(found)
+            measured[source] = None
+    return list(measured)
 
 
 def float_sources(node: Node) -> tuple[list[Node], list[Node]]:
@@ -334,11 +340,11 @@ def constant_value(model: GraphModule, node: Node) -> torch.Tensor:
             values[at] = operator.attrgetter(str(at.target))(model).detach()
             continue
         target: Any = at.target
-        given: Any = torch.fx.node.map_arg((at.args, at.kwargs), values.__getitem__)
+        inputs: Any = torch.fx.node.map_arg((at.args, at.kwargs), values.__getitem__)
         with torch.no_grad():
-            values[at] = target(*given[0], **given[1])
-    found: torch.Tensor = values[node]
-    return found
+            values[at] = target(*inputs[0], **inputs[1])
+    constant: torch.Tensor = values[node]
+    return constant
 
 
 def module_path(node: Node) -> str:

@@ -91,7 +91,7 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
 
     So one pattern covers projections that were not written as nn.Linear (GPT-2's Conv1D). Returns how many.
     """
-    found = 0
+    rewritten = 0
     for node in list(model.graph.nodes):
         parts = _projection(node)
         if parts is None:
@@ -115,11 +115,11 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
                 result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         model.graph.erase_node(node)
-        found += 1
-    if found:
+        rewritten += 1
+    if rewritten:
         model.graph.eliminate_dead_code()
         model.recompile()
-    return found
+    return rewritten
 
 
 def _projection(node: Node) -> tuple[Node, Node, Node | None] | None:

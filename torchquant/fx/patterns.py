@@ -26,18 +26,18 @@ def match(model: GraphModule, pattern: str) -> set[Node]:
     kind, separator, rest = pattern.partition(":")
     nodes = [n for n in model.graph.nodes if n.op == "call_function"]
     if separator and kind == "op":
-        found = {n for n in nodes if fnmatch.fnmatchcase(ops.op_name(n), rest)}
+        matches = {n for n in nodes if fnmatch.fnmatchcase(ops.op_name(n), rest)}
         known = {ops.op_name(n) for n in nodes}
     elif separator and kind == "node":
-        found = {n for n in nodes if fnmatch.fnmatchcase(n.name, rest)}
+        matches = {n for n in nodes if fnmatch.fnmatchcase(n.name, rest)}
         known = {n.name for n in nodes}
     else:
-        found = {n for n in nodes if any(fnmatch.fnmatchcase(p, pattern) for p in _ancestors(ops.module_path(n)))}
+        matches = {n for n in nodes if any(fnmatch.fnmatchcase(p, pattern) for p in _ancestors(ops.module_path(n)))}
         known = {p for n in nodes for p in _ancestors(ops.module_path(n))}
         rest = pattern
-    if not found:
+    if not matches:
         raise PatternError(f"pattern {pattern!r} matches nothing in the model. {_nearest(rest, known)}")
-    return found
+    return matches
 
 
 def _ancestors(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a tensor's channels are made: the op whose constants can take a factor for each of them, and the way there."""
+"""Which op produces a tensor's channels, so that its constants can take a factor per channel, and the nodes between."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class _Step:
-    """One node further up: `axes` of its output hold the channels, row-major, each for `repeat` of the tensor."""
+    """A node on the way up: `axes` of its output hold the channels, row-major, each for `repeat` of the tensor."""
 
     node: Node
     axes: tuple[int, ...]
@@ -84,17 +84,17 @@ def producer_of(model: GraphModule, tensor: Node, axis: int) -> Producer | str:
     reshapes and transposes that keep the channels in order, and the value path of attention. Every node on it has one
     reader. ReLU6 and other saturating functions end it: they do not commute with a factor.
     """
-    here, path = _Step(tensor, (axis % len(shape_behind(tensor)),)), []
-    while not _is_producer(model, here.node):
-        above = _above(model, here)
+    step, path = _Step(tensor, (axis % len(shape_behind(tensor)),)), []
+    while not _is_producer(model, step.node):
+        above = _above(model, step)
         if above is None:
-            return f"a factor does not pass {_describe(here.node)}"
-        others = [n for n in readers(above.node) if n is not here.node]
+            return f"a factor does not pass {_describe(step.node)}"
+        others = [n for n in readers(above.node) if n is not step.node]
         if others and not _only_slices(above.node):
             return f"{above.node.name} is read by {others[0].name} too"
-        path.append(here.node)
-        here = replace(above, shift=above.shift and here.shift)
-    return _ending(here, tuple(path))
+        path.append(step.node)
+        step = replace(above, shift=above.shift and step.shift)
+    return _ending(step, tuple(path))
 
 
 def readers(node: Node) -> list[Node]:
@@ -159,24 +159,24 @@ def _at(node: Node, position: int | None) -> Node | None:
     return None if position is None else ops.argument(node, position)
 
 
-def _ending(here: _Step, path: tuple[Node, ...]) -> Producer | str:
-    node, name = here.node, ops.op_name(here.node)
+def _ending(step: _Step, path: tuple[Node, ...]) -> Producer | str:
+    node, name = step.node, ops.op_name(step.node)
     shape = shape_behind(ops.argument(node, 0)) if name == "layer_norm" else shape_behind(node)
-    sizes = [shape[a] for a in here.axes]
+    sizes = [shape[a] for a in step.axes]
     if not all(isinstance(s, int) for s in sizes):
         return f"the channels of {node.name} lie on an axis of changing size"
-    axis = here.axes[0] if name == "mul" else channel_axis(node)
-    if here.axes[0] != axis or list(here.axes) != sorted(here.axes) or (name == "mul" and not _fits(here)):
+    axis = step.axes[0] if name == "mul" else channel_axis(node)
+    if step.axes[0] != axis or list(step.axes) != sorted(step.axes) or (name == "mul" and not _fits(step)):
         return f"the channels are not those of {node.name}"
-    shift = here.shift and affine_positions(node)[1] is not None
-    repeat = here.repeat * math.prod(map(int, sizes[1:]))
-    return Producer(node, path, repeat, here.start, here.total or int(sizes[0]), shift, axis)
+    shift = step.shift and affine_positions(node)[1] is not None
+    repeat = step.repeat * math.prod(map(int, sizes[1:]))
+    return Producer(node, path, repeat, step.start, step.total or int(sizes[0]), shift, axis)
 
 
-def _fits(here: _Step) -> bool:
+def _fits(step: _Step) -> bool:
     """Whether the constant of a multiplication may hold one factor for each channel without growing the output."""
-    constant = ops.argument(here.node, affine_positions(here.node)[0])
-    return len(here.axes) == 1 and len(shape_behind(constant)) <= len(shape_behind(here.node))
+    constant = ops.argument(step.node, affine_positions(step.node)[0])
+    return len(step.axes) == 1 and len(shape_behind(constant)) <= len(shape_behind(step.node))
 
 
 def _describe(node: Node) -> str:
@@ -194,40 +194,40 @@ def _overload(node: Node) -> str:
     return f"{schema.name.split('::')[-1]}.{schema.overload_name or 'default'}" if schema is not None else ""
 
 
-# one rule for each kind of node: where its channels are one node further up ---------------------------------------
+# one rule for each kind of node: which axes of its input hold the channels ----------------------------------------
 
 
-def _above(model: GraphModule, here: _Step) -> _Step | None:
-    node = here.node
+def _above(model: GraphModule, step: _Step) -> _Step | None:
+    node = step.node
     observer, source = observer_of(model, node), ops.argument(node, 0)
     if source is None or isinstance(observer, FixedQParamsObserver):
         return None
     if observer is not None:
-        return replace(here, node=source)
+        return replace(step, node=source)
     if node.target is operator.getitem:
-        return _through_split(here, source)
+        return _through_split(step, source)
     rule = _RULES.get(ops.op_name(node))
-    return rule(here, source) if rule is not None else None
+    return rule(step, source) if rule is not None else None
 
 
-def _through_relu(here: _Step, source: Node) -> _Step | None:
-    return replace(here, node=source, shift=False)
+def _through_relu(step: _Step, source: Node) -> _Step | None:
+    return replace(step, node=source, shift=False)
 
 
-def _through_prelu(here: _Step, source: Node) -> _Step | None:
-    slope = ops.argument(here.node, 1)
-    return _through_relu(here, source) if slope is not None and shape_behind(slope) in ((), (1,)) else None
+def _through_prelu(step: _Step, source: Node) -> _Step | None:
+    slope = ops.argument(step.node, 1)
+    return _through_relu(step, source) if slope is not None and shape_behind(slope) in ((), (1,)) else None
 
 
-def _through_pool(here: _Step, source: Node) -> _Step | None:
+def _through_pool(step: _Step, source: Node) -> _Step | None:
     rank = len(shape_behind(source))
-    name = _overload(here.node)
+    name = _overload(step.node)
     pooled = int(name[name.index("d.") - 1])
-    kept = tuple(a for a in here.axes if a < rank - pooled)
-    sizes = [_size(here.node, a) for a in here.axes[len(kept) :]]
-    if here.axes[: len(kept)] != kept or not all(sizes):
+    kept = tuple(a for a in step.axes if a < rank - pooled)
+    sizes = [_size(step.node, a) for a in step.axes[len(kept) :]]
+    if step.axes[: len(kept)] != kept or not all(sizes):
         return None
-    return replace(here, node=source, axes=kept, repeat=here.repeat * math.prod(sizes), shift=False)
+    return replace(step, node=source, axes=kept, repeat=step.repeat * math.prod(sizes), shift=False)
 
 
 def _size(node: Node, axis: int) -> int:
@@ -236,46 +236,46 @@ def _size(node: Node, axis: int) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _through_mean(here: _Step, source: Node) -> _Step | None:
-    given, rank = ops.arguments(here.node), len(shape_behind(source))
-    dims = given.get("dim")
+def _through_mean(step: _Step, source: Node) -> _Step | None:
+    arguments, rank = ops.arguments(step.node), len(shape_behind(source))
+    dims = arguments.get("dim")
     if not isinstance(dims, (list, tuple)) or not dims:
         return None
     gone = {d % rank for d in dims}
-    kept = list(range(rank)) if given.get("keepdim", False) else [a for a in range(rank) if a not in gone]
-    axes = tuple(kept[a] for a in here.axes)
-    return None if gone & set(axes) else replace(here, node=source, axes=axes, shift=False)
+    kept = list(range(rank)) if arguments.get("keepdim", False) else [a for a in range(rank) if a not in gone]
+    axes = tuple(kept[a] for a in step.axes)
+    return None if gone & set(axes) else replace(step, node=source, axes=axes, shift=False)
 
 
-def _through_reshape(here: _Step, source: Node) -> _Step | None:
-    name, given = _overload(here.node).split(".")[0], ops.arguments(here.node)
+def _through_reshape(step: _Step, source: Node) -> _Step | None:
+    name, arguments = _overload(step.node).split(".")[0], ops.arguments(step.node)
     rank = len(shape_behind(source))
     if name == "permute":
-        order = [d % rank for d in given["dims"]]
+        order = [d % rank for d in arguments["dims"]]
     elif name in ("transpose", "t"):
         order = list(range(rank))
-        first, second = (given["dim0"] % rank, given["dim1"] % rank) if name == "transpose" else (0, rank - 1)
+        first, second = (arguments["dim0"] % rank, arguments["dim1"] % rank) if name == "transpose" else (0, rank - 1)
         order[first], order[second] = second, first
     elif name in _ROW_MAJOR:
-        axes = _axes_before(shape_behind(source), shape_behind(here.node), here.axes)
-        return replace(here, node=source, axes=axes) if axes is not None else None
+        axes = _axes_before(shape_behind(source), shape_behind(step.node), step.axes)
+        return replace(step, node=source, axes=axes) if axes is not None else None
     else:
         return None
-    return replace(here, node=source, axes=tuple(order[a] for a in here.axes))
+    return replace(step, node=source, axes=tuple(order[a] for a in step.axes))
 
 
 def _axes_before(before: Shape, after: Shape, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes that the channels ran over before a row-major reshape, or None if they were mixed with others."""
-    found: dict[int, list[int]] = {}
+    sources: dict[int, list[int]] = {}
     for old, new in _runs(before, after):
         mine = [a for a in new if a in axes]
         whole = [a for a in new if after[a] != 1 or a in axes]
         if mine and len(old) + len(new) > 2 and mine != whole:
             return None
-        found.update(dict.fromkeys(mine, [a for a in old if before[a] != 1] or list(old)[:1]))
-    if any(a not in found for a in axes):
+        sources.update(dict.fromkeys(mine, [a for a in old if before[a] != 1] or list(old)[:1]))
+    if any(a not in sources for a in axes):
         return None
-    return tuple(dict.fromkeys(a for axis in axes for a in found[axis]))
+    return tuple(dict.fromkeys(a for axis in axes for a in sources[axis]))
 
 
 def _runs(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
@@ -295,33 +295,33 @@ def _runs(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
         i, j = low, high
 
 
-def _through_attention(here: _Step, source: Node) -> _Step | None:
+def _through_attention(step: _Step, source: Node) -> _Step | None:
     """The value path: rows of the output are sums of the values' rows, head by head."""
-    value = ops.argument(here.node, 1 if ops.op_name(here.node) == "matmul" else 2)
-    mine, theirs = shape_behind(here.node), shape_behind(value)
+    value = ops.argument(step.node, 1 if ops.op_name(step.node) == "matmul" else 2)
+    mine, theirs = shape_behind(step.node), shape_behind(value)
     if value is None or len(mine) != len(theirs) or len(mine) < 3:
         return None
-    exact = all(a != len(mine) - 2 and mine[a] == theirs[a] for a in here.axes)
-    return replace(here, node=value, shift=False) if exact and not ops.is_constant(value) else None
+    exact = all(a != len(mine) - 2 and mine[a] == theirs[a] for a in step.axes)
+    return replace(step, node=value, shift=False) if exact and not ops.is_constant(value) else None
 
 
-def _through_split(here: _Step, source: Node) -> _Step | None:
-    index = here.node.args[1]
+def _through_split(step: _Step, source: Node) -> _Step | None:
+    index = step.node.args[1]
     if ops.op_name(source) == "layer_norm":
-        return replace(here, node=source) if index == 0 else None
+        return replace(step, node=source) if index == 0 else None
     pieces = source.meta.get("val")
     whole = ops.argument(source, 0)
-    if ops.op_name(source) != "slice" or not isinstance(pieces, (list, tuple)) or whole is None or here.total:
+    if ops.op_name(source) != "slice" or not isinstance(pieces, (list, tuple)) or whole is None or step.total:
         return None
     dim = ops.arguments(source).get("dim", 0) % pieces[0].ndim
-    if here.axes != (dim,) or not isinstance(index, int):
+    if step.axes != (dim,) or not isinstance(index, int):
         return None
     sizes = [p.shape[dim] for p in pieces]
-    return replace(here, node=source, start=sum(sizes[:index]), total=sum(sizes))
+    return replace(step, node=source, start=sum(sizes[:index]), total=sum(sizes))
 
 
-def _through_slices(here: _Step, source: Node) -> _Step | None:
-    return replace(here, node=source) if here.total else None
+def _through_slices(step: _Step, source: Node) -> _Step | None:
+    return replace(step, node=source) if step.total else None
 
 
 _RULES: dict[str, Callable[[_Step, Node], _Step | None]] = {

@@ -84,18 +84,18 @@ class Signature:
         Raises:
             InputError: a missing, surplus or unknown argument, another structure, or a value that does not fit.
         """
-        found = self._by_leaf_name(args, kwargs)
-        if found is None:
-            found = []
+        leaves = self._by_leaf_name(args, kwargs)
+        if leaves is None:
+            leaves = []
             for name, spec, value in self._pairs(args, kwargs, batch):
-                found += _flatten(value, spec, f"{batch}, argument {name!r}")
+                leaves += _flatten(value, spec, f"{batch}, argument {name!r}")
         symbols: dict[str, tuple[int, str]] = {}
-        for value, wanted in zip(found, self.inputs, strict=True):
+        for value, wanted in zip(leaves, self.inputs, strict=True):
             if isinstance(wanted, InputSpec):
                 wanted.check(value, batch, symbols)
             else:
                 wanted.check(value, batch)
-        return found
+        return leaves
 
     def tensors_of(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None = None
@@ -105,11 +105,11 @@ class Signature:
         Args:
             device: the kind of device that they must lie on, e.g. `cpu`; None: any.
         """
-        found = self.leaves(args, kwargs)
-        for value, wanted in zip(found, self.inputs, strict=True):
+        leaves = self.leaves(args, kwargs)
+        for value, wanted in zip(leaves, self.inputs, strict=True):
             if device is not None and isinstance(wanted, InputSpec) and value.device.type != device:
                 raise InputError(f"input {wanted.name!r} lies on {value.device}; the program runs on {device}: move it")
-        return [v for v, wanted in zip(found, self.inputs, strict=True) if isinstance(wanted, InputSpec)]
+        return [v for v, wanted in zip(leaves, self.inputs, strict=True) if isinstance(wanted, InputSpec)]
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) as at export, of leaves in order."""
@@ -140,20 +140,20 @@ class Signature:
         if len(args) > len(specs):
             hint = "; if a batch holds a label too, leave it out, e.g. [x for x, _ in loader]" if len(args) == 2 else ""
             raise InputError(f"{batch} has {len(args)} arguments, the model takes {len(specs)}: {listed}{hint}")
-        given = dict(zip(self.parameters, args, strict=False))
+        arguments = dict(zip(self.parameters, args, strict=False))
         unknown = [k for k in kwargs if k not in self.parameters]
-        twice = [k for k in kwargs if k in given]
+        twice = [k for k in kwargs if k in arguments]
         if unknown or twice:
             text = f"the model has no argument {unknown[0]!r}" if unknown else f"argument {twice[0]!r} is given twice"
             raise InputError(f"{batch}: {text}; it takes {listed}")
-        given |= kwargs
+        arguments |= kwargs
         for name, spec in zip(self.parameters, specs, strict=True):
-            if name not in given and not self._is_none(name):
+            if name not in arguments and not self._is_none(name):
                 raise InputError(
                     f"{batch} has no {name!r}: the model takes {listed}"
                     + ("" if spec.num_leaves else "; give an empty one")
                 )
-        return [(name, spec, given.get(name)) for name, spec in zip(self.parameters, specs, strict=True)]
+        return [(name, spec, arguments.get(name)) for name, spec in zip(self.parameters, specs, strict=True)]
 
     def _is_none(self, parameter: str) -> bool:
         return any(isinstance(s, Constant) and s.value is None and s.name == parameter for s in self.inputs)
@@ -189,8 +189,8 @@ def _flatten(value: Any, spec: pytree.TreeSpec, where: str) -> list[Any]:
     keys = _keys_of(spec)
     if keys is not None:
         if not isinstance(value, Mapping) or set(value) != set(keys):
-            found = f"one with {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
-            raise InputError(f"{where}: expected a dict with the keys {list(keys)}, got {found}")
+            actual = f"one with {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+            raise InputError(f"{where}: expected a dict with the keys {list(keys)}, got {actual}")
         names, parts = [repr(k) for k in keys], [value[k] for k in keys]
     else:
         parts = _parts(value, spec, where)

@@ -60,9 +60,9 @@ def _stale_reads(
     for member in [n for n in place if place[n] < place[writer]]:
         for reader in [u for u in member.users if place[u] > place[writer] and (u.users or u.op == "output")]:
             other, between = _way_up(member, reader, parents, is_copy)
-            made = [c for c, _ in between ^ copies if place[c] < place[writer]] if other is root else []
-            if made:
-                yield reader, made[0]
+            stale_copies = [c for c, _ in between ^ copies if place[c] < place[writer]] if other is root else []
+            if stale_copies:
+                yield reader, stale_copies[0]
 
 
 def _way_up(

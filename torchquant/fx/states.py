@@ -28,13 +28,13 @@ def states_of(model: GraphModule) -> dict[str, torch.Tensor]:
 def hidden_states(model: GraphModule) -> list[Node]:
     """Normalizations that update running statistics in each call, though their ops say nothing of writing."""
     names = {"batch_norm": "training", "instance_norm": "use_input_stats"}
-    found = []
+    normalizations = []
     for node in model.graph.nodes:
-        given = ops.arguments(node)
+        arguments = ops.arguments(node)
         switch = names.get(ops.overload_of(node).partition(".")[0])
-        if switch and given.get(switch) and given.get("running_mean") is not None:
-            found.append(node)
-    return found
+        if switch and arguments.get(switch) and arguments.get("running_mean") is not None:
+            normalizations.append(node)
+    return normalizations
 
 
 def own_states(model: GraphModule) -> None:

@@ -74,7 +74,7 @@ def ties_of(prepared: GraphModule) -> list[Tie]:
     An op that the Quantizer annotated must keep its observers as neighbours, or it would not be lowered as an integer
     op: no op is inserted beside it.
     """
-    found = []
+    ties = []
     for values in _components(prepared):
         if all(map(ops.is_constant, values)):
             continue
@@ -83,8 +83,8 @@ def ties_of(prepared: GraphModule) -> list[Tie]:
         if any(has_static_range(prepared, o) for o in tie.observers):
             tie.reason = _classify(prepared, tie)
             if tie.is_sum or any(source in tie.observers for source in tie.outside):
-                found.append(tie)
-    return found
+                ties.append(tie)
+    return ties
 
 
 def is_annotated(node: Node) -> bool:
@@ -115,10 +115,10 @@ def _components(prepared: GraphModule) -> list[list[Node]]:
             root(_value(prepared, node))
         for operand in _tied(prepared, node):
             parent[root(operand)] = root(node)
-    found: dict[Node, list[Node]] = {}
+    components: dict[Node, list[Node]] = {}
     for node in [n for n in prepared.graph.nodes if n in parent]:
-        found.setdefault(root(node), []).append(node)
-    return list(found.values())
+        components.setdefault(root(node), []).append(node)
+    return list(components.values())
 
 
 def _tied(prepared: GraphModule, node: Node) -> list[Node]:

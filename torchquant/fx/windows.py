@@ -41,9 +41,9 @@ class Window:
 
 def window_of(node: Node, kernel: Sequence[int]) -> Window:
     """The window of a convolution whose weight is (out, in, *kernel)."""
-    given, rank = ops.arguments(node), len(kernel)
-    stride, dilation = (_each(given.get(name, 1), rank) for name in ("stride", "dilation"))
-    padding = given.get("padding", 0)
+    arguments, rank = ops.arguments(node), len(kernel)
+    stride, dilation = (_each(arguments.get(name, 1), rank) for name in ("stride", "dilation"))
+    padding = arguments.get("padding", 0)
     if padding == "same":
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         pairs = tuple((total // 2, total - total // 2) for total in totals)

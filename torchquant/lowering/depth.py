@@ -54,11 +54,11 @@ class Depth:
         self.reference, self.program, self.batches = reference, program, batches
         self.op_error, self.target = op_error, target
 
-    def verdict(self, found: Comparison, weak: Sequence[int], build: Callable[[GraphModule], Run] | None) -> Verdict:
-        fault = fault_of(self.target, weak[0], found.outputs[weak[0]])
+    def verdict(self, comparison: Comparison, weak: list[int], build: Callable[[GraphModule], Run] | None) -> Verdict:
+        fault = fault_of(self.target, weak[0], comparison.outputs[weak[0]])
         parts = parts_of(self.reference)
-        made = [n for part in parts for n in part.results]
-        taps = [n for n in dict.fromkeys(made) if n not in _returned(self.reference)]
+        results = [n for part in parts for n in part.results]
+        taps = [n for n in dict.fromkeys(results) if n not in _returned(self.reference)]
         if build is None or not taps:
             raise LoweringError(
                 f"{fault}. Its kernels compute something else: report this, or exclude the sites at fault."
@@ -74,7 +74,7 @@ class Depth:
         pairs = [(self._outputs(self.program, b), r.outputs) for b, r in zip(self.batches, runs, strict=True)]
         same = compare_tensors(pairs).outputs
         if all(o.sqnr_db >= _SAME_DB if o.is_float else o.agreement > _EQUAL for o in same):
-            return Verdict(found, reason=reason)
+            return Verdict(comparison, reason=reason)
         bounds = reproduced(self.reference, self.batches, self.op_error)
         for one, bound in zip(same, bounds, strict=True):
             if one.is_float and one.sqnr_db < min(_SAME_DB, bound.sqnr_db - MARGIN_DB):
@@ -83,7 +83,7 @@ class Depth:
                     "something else of the whole. Report this."
                 )
         text = "; but the build that was looked into and the artefact differ, as rounding is amplified"
-        return Verdict(found, "undecided", reason + text)
+        return Verdict(comparison, "undecided", reason + text)
 
     def _outputs(self, run: Run, batch: Any) -> list[torch.Tensor]:
         return [_comparable(v) for v in _as_list(data.call(run, tuple(t.clone() for t in batch)))]
@@ -95,18 +95,18 @@ class Depth:
         fixed = _Fixed(self.reference)
         with torch.no_grad():
             fixed.run(*(t.clone() for t in batch))
-        given = dict(zip(_inputs(self.reference), batch, strict=True))
+        inputs = dict(zip(_inputs(self.reference), batch, strict=True))
         known = {
             **dict(zip(_returned(self.reference), values, strict=False)),
             **dict(zip(taps, values[end:], strict=True)),
         }
-        return _DeepRun({**fixed.found, **given}, known, values[:end])
+        return _DeepRun({**fixed.found, **inputs}, known, values[:end])
 
     def _hold(self, part: _Part, runs: Sequence[_DeepRun], fault: str) -> None:
         """Raise LoweringError unless the part's results follow from the artefact's own inputs to it."""
         wanted = [_results(self.reference, part, run, 0.0) for run in runs]
-        found = compare_tensors((w, [r.known[n] for n in part.results]) for w, r in zip(wanted, runs, strict=True))
-        if all(map(is_clear, found.outputs)):
+        comparison = compare_tensors((w, [r.known[n] for n in part.results]) for w, r in zip(wanted, runs, strict=True))
+        if all(map(is_clear, comparison.outputs)):
             return
         trials = [
             compare_tensors(
@@ -114,7 +114,7 @@ class Depth:
             )
             for s in range(3)
         ]
-        for i, output in enumerate(found.outputs):
+        for i, output in enumerate(comparison.outputs):
             reproduced = min((t.outputs[i] for t in trials), key=lambda o: o.sqnr_db)
             near = not output.is_float and output.agreement > _EQUAL  # of equal numbers either may come first
             if not (is_clear(output) or near or is_explained(output, reproduced)):
@@ -215,7 +215,7 @@ def parts_of(graph: GraphModule) -> list[_Part]:
     place = {n: i for i, n in enumerate(nodes)}
     last = {n: max((place.get(u, -1) for u in n.users), default=-1) for n in nodes}
     least = max(1, math.ceil(sum(map(_is_product, nodes)) / _PARTS))
-    found: list[_Part] = []
+    parts: list[_Part] = []
     start, count, reads = 0, 0, ()
     for i, node in enumerate(nodes):
         count += _is_product(node)
@@ -224,9 +224,9 @@ def parts_of(graph: GraphModule) -> list[_Part]:
         crossing = tuple(n for n in nodes[: i + 1] if last[n] > i and n in data_)
         if i + 1 == len(nodes) or (crossing and _may_cut(crossing, place, i)):
             inside = tuple(nodes[start : i + 1])
-            found.append(_Part(inside, reads, tuple(dict.fromkeys((*crossing, *(n for n in inside if n in kept))))))
+            parts.append(_Part(inside, reads, tuple(dict.fromkeys((*crossing, *(n for n in inside if n in kept))))))
             start, count, reads = i + 1, 0, crossing
-    return [part for part in (*found, *decisions) if part.results]
+    return [part for part in (*parts, *decisions) if part.results]
 
 
 def _decision(node: Node) -> _Part:

@@ -35,12 +35,12 @@ def backend(
     lifted = [_is_lifted(node) for node in placeholders(graph)]
 
     def run(*inputs: Any) -> Any:
-        given = [v for v, constant in zip(inputs, lifted, strict=True) if not constant and isinstance(v, torch.Tensor)]
+        tensors = [v for v, fixed in zip(inputs, lifted, strict=True) if not fixed and isinstance(v, torch.Tensor)]
         sizes = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in inputs)
         if sizes not in programs:
-            programs[sizes] = lower(_bind(graph, inputs, lifted), tuple(given), **chosen)
-        found = programs[sizes](*given)
-        return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+            programs[sizes] = lower(_bind(graph, inputs, lifted), tuple(tensors), **chosen)
+        outputs = programs[sizes](*tensors)
+        return tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
 
     return torch._dynamo.disable(run)
 

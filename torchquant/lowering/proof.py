@@ -60,9 +60,9 @@ def cases_of(reference: Flat, batch: Any, *, largest: bool = False) -> list[tupl
     cases: list[tuple[torch.Tensor, ...]] = []
     limit = max(_MOST_ELEMENTS, 2 * sum(v.numel() for v in leaves if isinstance(v, torch.Tensor)))
     further = [data.with_largest_sizes(signature, leaves, limit)] if largest else []
-    for given in (leaves, *further, data.with_first_sizes(signature, leaves, 1)):
-        if given is not None:
-            tensors = [v.contiguous() for v, s in zip(given, signature.inputs, strict=True) if isinstance(s, InputSpec)]
+    for sized in (leaves, *further, data.with_first_sizes(signature, leaves, 1)):
+        if sized is not None:
+            tensors = [v.contiguous() for v, s in zip(sized, signature.inputs, strict=True) if isinstance(s, InputSpec)]
             if not cases or _runs(reference.graph, (*tensors, *states)):
                 cases.append((*tensors, *states))
     with torch.no_grad():
@@ -109,28 +109,28 @@ def hold_against(
     """
     if min_sqnr_db is not None and (not isinstance(min_sqnr_db, (int, float)) or math.isnan(min_sqnr_db)):
         raise InputError(f"min_sqnr_db is a number of dB or None, not {min_sqnr_db!r}")
-    found = _compared(reference, program, batches, target)
-    empty = [i for i, o in enumerate(found.outputs) if o.elements and not o.compared]
-    if not any(o.compared for o in found.outputs):
+    comparison = _compared(reference, program, batches, target)
+    empty = [i for i, o in enumerate(comparison.outputs) if o.elements and not o.compared]
+    if not any(o.compared for o in comparison.outputs):
         raise LoweringError(
             f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
             "can be proven; pass example_inputs on which it is not"
         )
-    weak = [i for i, o in enumerate(found.outputs) if not is_clear(o)]
+    weak = [i for i, o in enumerate(comparison.outputs) if not is_clear(o)]
     if weak and (draws := [n.name for n in reference.graph.nodes if ops.draws_numbers(n)]):
         raise LoweringError(
             f"{target}: {', '.join(draws[:4])} of the model draws random numbers, so no two runs agree and nothing can "
             "be proven; make them an input"
         )
-    verdict = Verdict(found)
+    verdict = Verdict(comparison)
     if min_sqnr_db is not None:
-        verdict = _strict(found, min_sqnr_db, target)
-        weak = [i for i in weak if not found.outputs[i].is_float]
+        verdict = _strict(comparison, min_sqnr_db, target)
+        weak = [i for i in weak if not comparison.outputs[i].is_float]
     elif weak:
-        weak = [i for i in weak if not is_explained(found.outputs[i], reproduced(reference, batches, op_error)[i])]
-        verdict = Verdict(found, reason="as close as the converted graph reproduces itself")
+        weak = [i for i in weak if not is_explained(comparison.outputs[i], reproduced(reference, batches, op_error)[i])]
+        verdict = Verdict(comparison, reason="as close as the converted graph reproduces itself")
     if weak:
-        verdict = Depth(reference, program, batches, op_error, target).verdict(found, weak, build)
+        verdict = Depth(reference, program, batches, op_error, target).verdict(comparison, weak, build)
     if empty:
         text = f"output {empty[0]} is NaN, infinite or empty on example_inputs"
         verdict = replace(verdict, outcome="undecided", reason=f"{text}; {verdict.reason}".rstrip("; "))
@@ -144,30 +144,30 @@ def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], targ
 
     def noting(run: Run, of: list[torch.dtype]) -> Run:
         def noted(*tensors: Any) -> Any:
-            found = run(*tensors)
-            of.extend(v.dtype for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor))
-            return found
+            outputs = run(*tensors)
+            of.extend(v.dtype for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor))
+            return outputs
 
         return noted
 
     try:
         graph = noting(lambda *v: data.call(reference, v), dtypes[0])
-        found = compare(graph, noting(program, dtypes[1]), batches)
+        comparison = compare(graph, noting(program, dtypes[1]), batches)
         if dtypes[0] != dtypes[1]:
             first = next((a, b) for a, b in zip(*dtypes, strict=False) if a != b)
             raise InputError(f"{first[1]} where that returns {first[0]}")
-        return found
+        return comparison
     except InputError as error:
         raise LoweringError(f"{target}: the artefact does not return what the converted graph does: {error}") from error
     except Exception as error:
         raise LoweringError(f"{target}: the artefact was built but does not run: {error}") from error
 
 
-def _strict(found: Comparison, min_sqnr_db: float, target: str) -> Verdict:
-    for i, output in enumerate(found.outputs):
+def _strict(comparison: Comparison, min_sqnr_db: float, target: str) -> Verdict:
+    for i, output in enumerate(comparison.outputs):
         if output.is_float and output.compared and not output.sqnr_db >= min_sqnr_db:
             raise LoweringError(f"{fault_of(target, i, output)}; you asked for {min_sqnr_db:.1f} dB (min_sqnr_db)")
-    return Verdict(found, reason=f"each output at least {min_sqnr_db:g} dB, as asked for")
+    return Verdict(comparison, reason=f"each output at least {min_sqnr_db:g} dB, as asked for")
 
 
 # in depth ------------------------------------------------------------------------------------------------------------

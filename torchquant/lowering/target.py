@@ -22,7 +22,7 @@ class Target:
 
     Args:
         name: in proofs, files and on the command line.
-        module: where `lower` and `load` are.
+        module: where `lower` and `load` are; empty if nothing lowers to it.
         quantizer: `module:class` of the Quantizer that annotates for it.
         suffix: of its artefacts' files.
         schemes: by name; the first one is the default.
@@ -67,8 +67,18 @@ class Target:
         return "" if row.schemes else row.reason
 
     def backend(self) -> Any:
-        """The module with `lower` and `load`, imported when it is first asked for."""
-        return import_module(self.module)
+        """The module with `lower` and `load`, imported when it is first asked for.
+
+        Raises:
+            SchemeError: there is none, or it cannot be found.
+        """
+        try:
+            return import_module(self.module)
+        except (ModuleNotFoundError, ValueError) as error:
+            if isinstance(error, ModuleNotFoundError) and not self.module.startswith(str(error.name)):
+                raise  # what the module itself needs is missing
+            what = f"has no module {self.module!r}" if self.module else "is not lowered by torchquant"
+            raise SchemeError(f"target {self.name!r} {what}, so it has no lower() and load()") from error
 
     def quantizer_class(self) -> Any:
         """The class of the Quantizer that annotates for this target."""

@@ -199,9 +199,9 @@ def _copy(batch: Any) -> Any:
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, (torch.Tensor, bool, int, float))]
-    found = [torch.as_tensor(x).detach() for x in leaves]
-    found = [torch.view_as_real(x) if x.is_complex() else x for x in found]
-    return [x.float() if x.is_floating_point() else x for x in found]
+    tensors = [torch.as_tensor(x).detach() for x in leaves]
+    tensors = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
+    return [x.float() if x.is_floating_point() else x for x in tensors]
 
 
 def _check_outputs(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> None:

@@ -104,18 +104,18 @@ class Floor:
 
     def value(self) -> torch.Tensor | None:
         """The least scale, () or (channels,) float32."""
-        found = torch.as_tensor(self.factor, dtype=torch.float32)
+        least = torch.as_tensor(self.factor, dtype=torch.float32)
         for observer in self.times:
             scale = _widest_scale(observer)
             if scale is None:
                 return None
-            found = found * scale
+            least = least * scale
         for observer in self.over:
             scale = _widest_scale(observer)
             if scale is None:
                 return None
-            found = found / scale
-        return found
+            least = least / scale
+        return least
 
 
 def _widest_scale(observer: Any) -> float | None:
@@ -134,10 +134,10 @@ def _widest_scale(observer: Any) -> float | None:
 
 def _highest(floors: Iterable[Floor]) -> torch.Tensor | None:
     values = [value for floor in floors if (value := floor.value()) is not None]
-    found = None
+    highest = None
     for value in values:
-        found = value if found is None else torch.maximum(found, value)
-    return found
+        highest = value if highest is None else torch.maximum(highest, value)
+    return highest
 
 
 def least_scale(observer: Any) -> float:

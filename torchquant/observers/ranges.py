@@ -184,9 +184,9 @@ class _WeightSearch:
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in ("min_val", "max_val", "factor", "norm", "block"):
-            found, own = state_dict.get(prefix + name), getattr(self, name, None)
-            if found is not None and own is not None:
-                setattr(self, name, torch.empty_like(found, device=own.device))
+            stored, own = state_dict.get(prefix + name), getattr(self, name, None)
+            if stored is not None and own is not None:
+                setattr(self, name, torch.empty_like(stored, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 

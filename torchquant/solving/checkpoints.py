@@ -112,9 +112,9 @@ class Parts:
         self._count += 1
         if everywhere(path.exists()):
             return read(path, task)
-        found = compute()
-        write(path, found)
-        return found
+        solution = compute()
+        write(path, solution)
+        return solution
 
     def clear(self) -> None:
         """Forget them: the span's own answer is kept."""
@@ -131,19 +131,19 @@ def _mark(folder: Path) -> str:
 def _fingerprint(
     prepared: GraphModule, batches: Sequence[Any], algorithms: Sequence[Algorithm], settings: tuple[Any, ...]
 ) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    found.update(repr(sorted(versions().items())).encode())
-    found.update(str(prepared.graph).encode())
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(repr(sorted(versions().items())).encode())
+    hasher.update(str(prepared.graph).encode())
     for node in prepared.graph.nodes:
         if node.op == "get_attr":
-            found.update(description(operator.attrgetter(str(node.target))(prepared)).encode())
+            hasher.update(description(operator.attrgetter(str(node.target))(prepared)).encode())
     for node, observer in observers(prepared):
-        found.update(f"{node.target} {description(observer)}".encode())
+        hasher.update(f"{node.target} {description(observer)}".encode())
     for batch in batches:
-        found.update(description((batch.leaves, dict(batch.state))).encode())
-    found.update(description(algorithms).encode())
-    found.update(repr(settings).encode())
-    return found.hexdigest()
+        hasher.update(description((batch.leaves, dict(batch.state))).encode())
+    hasher.update(description(algorithms).encode())
+    hasher.update(repr(settings).encode())
+    return hasher.hexdigest()
 
 
 def write(path: Path, solution: Solution) -> None:
@@ -188,9 +188,9 @@ def _weight(
     task: Task, node: Node, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> tuple[torch.Tensor, Grid]:
     """Codes and their grid, if they are ones for this weight."""
-    grid, found = weight_grid(task.prepared, node), weight_of(task.prepared, node)
-    assert found is not None
-    shape = ops.constant_value(task.prepared, found[0].args[0]).shape  # type: ignore[arg-type]
+    grid, weight = weight_grid(task.prepared, node), weight_of(task.prepared, node)
+    assert weight is not None
+    shape = ops.constant_value(task.prepared, weight[0].args[0]).shape  # type: ignore[arg-type]
     fits = (codes.dtype, codes.shape) == (grid.dtype, shape)
     fits = fits and scale.numel() == grid.scale.numel() and zero_point.numel() == grid.zero_point.numel()
     fits = fits and not zero_point.is_floating_point() and bool((scale.isfinite() & (scale > 0)).all())

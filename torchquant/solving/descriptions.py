@@ -71,12 +71,12 @@ def _held_by_code(value: Any) -> list[tuple[Any, Any]]:
 
 def _attributes(value: Any) -> list[tuple[Any, Any]]:
     slots = [s for kind in type(value).__mro__ for s in _slots_of(kind)]
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)} | _vars_of(value)
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | _vars_of(value)
     if isinstance(value, torch.nn.Module):
-        found = {name: held for name, held in found.items() if name not in _OF_MODULES or name == "training"}
-        found |= {**value._parameters, **value._buffers, **value._modules}
+        attributes = {name: held for name, held in attributes.items() if name not in _OF_MODULES or name == "training"}
+        attributes |= {**value._parameters, **value._buffers, **value._modules}
     says_what = any("__repr__" in vars(kind) for kind in type(value).__mro__[:-1])  # and not where it lies in memory
-    return sorted(found.items()) if found or not says_what else [("repr", repr(value))]
+    return sorted(attributes.items()) if attributes or not says_what else [("repr", repr(value))]
 
 
 def _vars_of(value: Any) -> dict[str, Any]:

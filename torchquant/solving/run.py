@@ -297,9 +297,9 @@ def _solve_span(
 ) -> Callable[[], None]:
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
-    found = read(path, task) if path is not None and everywhere(path.exists()) else None
+    stored = read(path, task) if path is not None and everywhere(path.exists()) else None
     parts = clock.parts = None if path is None else Parts(path)
-    solution = algorithm.solve(task, clock) if found is None else found
+    solution = algorithm.solve(task, clock) if stored is None else stored
     if not solution:
         return lambda: None
     error = algorithm.error if isinstance(algorithm, Judging) else Task.error
@@ -310,7 +310,7 @@ def _solve_span(
     if not kept:
         undo()
     if path is not None and parts is not None:
-        if found is None:
+        if stored is None:
             write(path, solution)
         parts.clear()
     seconds = time.perf_counter() - start
@@ -336,12 +336,12 @@ def _judge(name: str, after: float, undo: Callable[[], None], result: Optimizati
 
 def _cost(span: Span) -> float:
     """Relative time that a span takes: its weights, times their inputs."""
-    found = 1.0
+    cost = 1.0
     for site in span.sites:
         value = site.args[1].meta.get("val") if hasattr(site.args[1], "meta") else None  # type: ignore[union-attr]
         shape = getattr(value, "shape", (1, 1))
-        found += math.prod(shape) * math.prod(shape[1:])
-    return found
+        cost += math.prod(shape) * math.prod(shape[1:])
+    return cost
 
 
 def _db(stream: Stream) -> float:

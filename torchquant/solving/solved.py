@@ -152,16 +152,16 @@ class Solution:
 def apply(prepared: GraphModule, solution: Solution) -> Callable[[], None]:
     """Put a solution into a prepared graph; returns a function that takes it out again.
 
-    What was found on values that are not finite, and is NaN itself, stays as it was.
+    Weights and ranges whose scale is not finite, and elements of a bias that are not, stay as they were.
     """
     nodes = {node.name: node for node in prepared.graph.nodes}
     undo: list[Callable[[], None]] = []
     for name, (codes, grid) in solution.weights.items():
         if not bool(grid.scale.isfinite().all()):
             continue
-        found = weight_of(prepared, nodes[name])
-        assert found is not None
-        undo.append(_exchange(prepared, str(found[0].target), SolvedWeight(codes, grid, _origin(found[1]))))
+        weight = weight_of(prepared, nodes[name])
+        assert weight is not None
+        undo.append(_exchange(prepared, str(weight[0].target), SolvedWeight(codes, grid, _origin(weight[1]))))
     for target, (scale, zero_point) in solution.activations.items():
         if not math.isfinite(scale):
             continue

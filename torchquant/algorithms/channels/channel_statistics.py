@@ -27,8 +27,8 @@ class Smallest:
 
     def share(self) -> None:
         """Of all processes' batches."""
-        found = [low for low in gathered(self.value) if low is not None]
-        self.value = torch.stack(found).amin(0) if found else None
+        minima = [low for low in gathered(self.value) if low is not None]
+        self.value = torch.stack(minima).amin(0) if minima else None
 
 
 @dataclass

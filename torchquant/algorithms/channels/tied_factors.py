@@ -65,24 +65,24 @@ def smooth_ties(
     Returns:
         How many ties changed, and why others did not.
     """
-    found, notes = [], []
+    candidates, notes = [], []
     for tie in ties_of(prepared):
         reason = tie.reason or ("" if explicit or not tie.operations else "nothing takes up the factor")
         if not reason:
-            found.append(tie)
+            candidates.append(tie)
         elif tie.is_sum:
             notes.append(f"{tie.values[0].name}: left as it is: {reason}")
-    measured = zip(found, _measure(prepared, found, batches, seed) if found else (), strict=True)
-    found, noises = [], []
+    measured = zip(candidates, _measure(prepared, candidates, batches, seed) if candidates else (), strict=True)
+    ties, noises = [], []
     for tie, noise in measured:
         if noise.activations:  # what no data reach costs nothing
-            found.append(tie)
+            ties.append(tie)
             noises.append(noise)
     factors = [_search(noise) for noise in noises]
     before = [noise(torch.ones_like(s)) for noise, s in zip(noises, factors, strict=True)]
     after = [noise(s) for noise, s in zip(noises, factors, strict=True)]
     changed = 0
-    for tie, s, old, new in zip(found, factors, before, after, strict=True):
+    for tie, s, old, new in zip(ties, factors, before, after, strict=True):
         pays = new <= _WORTH * old and old - new >= _SHARE * sum(after) * tie.operations
         if pays or (new < old and not tie.operations):
             _apply(prepared, tie, s)
@@ -136,8 +136,8 @@ class _Noise:
 
     def __call__(self, s: torch.Tensor, bound: float = float("inf")) -> float:
         """Squared error; beyond `bound` it may be too low."""
-        found = sum(a.noise(s) for a in self.activations)
-        return found + sum(w.noise(s) for w in self.weights) if found < bound else found
+        noise = sum(a.noise(s) for a in self.activations)
+        return noise + sum(w.noise(s) for w in self.weights) if noise < bound else noise
 
 
 def _search(noise: _Noise) -> torch.Tensor:
@@ -151,8 +151,8 @@ def _search(noise: _Noise) -> torch.Tensor:
             for octave in OCTAVES:
                 for exponent in EXPONENTS:
                     trial = s * spread(r, octave, exponent)
-                    if (found := noise(trial, bar)) < bar:
-                        best, bar = trial, found
+                    if (error := noise(trial, bar)) < bar:
+                        best, bar = trial, error
         if best is None:
             return s
         s, least = best, bar
@@ -178,7 +178,7 @@ def _derivatives(
 
     Each process measures some of its own batches, so nothing is exchanged before all are through.
     """
-    found: dict[Node, torch.Tensor] = {}
+    squares: dict[Node, torch.Tensor] = {}
     seen = 0
     for number, batch in enumerate(batches):
         stream = Stream(prepared, [batch])
@@ -186,13 +186,13 @@ def _derivatives(
         for node, axis in axes.items():
             if ("sensitivity", node, 0) in stream.store:
                 value = stream.store.get(("sensitivity", node, 0)).movedim(axis, -1)
-                found[node] = found.get(node, 0) + value.reshape(-1, value.shape[-1]).sum(0)
+                squares[node] = squares.get(node, 0) + value.reshape(-1, value.shape[-1]).sum(0)
         seen += max(
             len(v) for v in data.given(Signature.of(prepared), batch).leaves if isinstance(v, torch.Tensor) and v.ndim
         )
         if seen >= _SAMPLES:
             break
-    everywhere = zip(axes, zip(*gathered([found.get(node) for node in axes]), strict=True), strict=True)
+    everywhere = zip(axes, zip(*gathered([squares.get(node) for node in axes]), strict=True), strict=True)
     sums = {node: [v for v in values if v is not None] for node, values in everywhere}
     return {node: torch.stack(values).sum(0) for node, values in sums.items() if values}
 

@@ -14,7 +14,7 @@ T is what the layer should be, given what the quantized prefix makes of the data
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from torchquant.algorithms.layers.layout import Layout
 from torchquant.calibration.parallel import preceding, total_
 from torchquant.calibration.stream import Flow
 
-__all__ = ["Data", "Moments", "choose_damp", "compensated", "damped", "moments"]
+__all__ = ["Data", "Moments", "choose_damp", "compensated", "damp_", "moments"]
 
 _LEAST_CHUNK, _LARGEST_CHUNK = 1 << 17, 1 << 23  # elements of unfolded input at once
 
@@ -49,19 +49,20 @@ class Moments:
 
     @staticmethod
     def joined(folds: Sequence[Moments]) -> Moments:
-        """Moments over the data of all folds."""
+        """Moments over the data of all folds, in tensors of their own."""
         count = max(1, sum(f.count for f in folds))
-        a, b, mean_q, mean = (
-            sum((getattr(f, name) * (f.count / count) for f in folds), torch.zeros(()))
-            for name in ("a", "b", "mean_q", "mean")
-        )
+        sums = [torch.zeros_like(t) for t in (folds[0].a, folds[0].b, folds[0].mean_q, folds[0].mean)]
+        for fold in folds:
+            for total, part in zip(sums, (fold.a, fold.b, fold.mean_q, fold.mean), strict=True):
+                total.add_(part, alpha=fold.count / count)
+        a, b, mean_q, mean = sums
         return Moments(a, b, mean_q, mean, count)
 
-    def centred(self) -> Moments:
-        """The same with covariances in the place of second moments: what is left to a layer with a free bias."""
-        a = self.a - self.mean_q[:, :, None] * self.mean_q[:, None, :]
-        b = self.b - self.mean[:, :, None] * self.mean_q[:, None, :]
-        return replace(self, a=a, b=b)
+    def centre_(self) -> Moments:
+        """Make covariances of the second moments, in place: what is left to a layer with a free bias."""
+        self.a.baddbmm_(self.mean_q[:, :, None], self.mean_q[:, None, :], alpha=-1)
+        self.b.baddbmm_(self.mean[:, :, None], self.mean_q[:, None, :], alpha=-1)
+        return self
 
 
 def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
@@ -107,30 +108,40 @@ class _Sums:
             self._count += columns[0].shape[-1]
 
     def moments(self) -> Moments:
+        """The means; the sums are gone then."""
         for tensor in (self._products, self._sums, self._count):
             total_(tensor)
         count = self._count.clamp(min=1)
-        products, sums = (self._products / count).float(), (self._sums / count).float()
+        products, sums = self._products.div_(count).float(), self._sums.div_(count).float()
+        del self._products, self._sums
         return Moments(products[0], products[1], sums[0], sums[1], int(self._count))
 
 
 # what the layer should be -----------------------------------------------------------------------------------------
 
 
-def damped(a: torch.Tensor, damp: float) -> torch.Tensor:
-    """A matrix to add to `a` (g, k, k): `damp` times its mean diagonal, on the diagonal."""
-    ridge = damp * a.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
-    return torch.eye(a.shape[-1]).expand_as(a) * ridge[:, None, None]
+def damp_(a: torch.Tensor, damp: float) -> torch.Tensor:
+    """Add `damp` times the mean diagonal of `a` (g, k, k) to its diagonal, in place."""
+    a.diagonal(dim1=1, dim2=2).add_(_ridge(a, damp))
+    return a
 
 
-def compensated(matrix: torch.Tensor, found: Moments, damp: float) -> torch.Tensor:
-    """T = W (B + D) (A + D)^-1, D = damped(A): the matrix (g, o, k) that best gives W x from xq."""
-    ridge = damped(found.a, damp)
-    factor, failed = torch.linalg.cholesky_ex((found.a + ridge).double())
+def _ridge(a: torch.Tensor, damp: float) -> torch.Tensor:
+    """(g, 1): `damp` times the mean diagonal of `a` (g, k, k)."""
+    return damp * a.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-12)
+
+
+def compensated(matrix: torch.Tensor, of: Moments, damp: float) -> torch.Tensor:
+    """T = W (B + D) (A + D)^-1, D = `damp` times the mean diagonal of A: the (g, o, k) that best gives W x from xq."""
+    ridge = _ridge(of.a, damp)
+    damped = of.a.double()
+    damped.diagonal(dim1=1, dim2=2).add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if bool(failed.any()):
         return matrix
-    moved = (matrix @ (found.b + ridge)).double()
-    return torch.cholesky_solve(moved.transpose(1, 2), factor).transpose(1, 2).float()
+    moved = (matrix @ of.b).add_(matrix * ridge[..., None])
+    return torch.cholesky_solve(moved.transpose(1, 2).double(), factor).transpose(1, 2).float()
 
 
 def choose_damp(matrix: torch.Tensor, folds: Sequence[Moments], candidates: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damped, moments
+from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem
 from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
@@ -30,10 +30,11 @@ _FLOOR = 2.0**-16  # of the largest scale: a bias in units of the smallest must 
 
 @dataclass(frozen=True)
 class Answer:
-    """Codes (g, o, k) and the factor (cells,) on the grid's scale they belong to."""
+    """Codes (g, o, k), the factor (cells,) on the grid's scale they belong to, and other zero points (cells,)."""
 
     codes: torch.Tensor
     factor: torch.Tensor
+    zero_point: torch.Tensor | None = None
 
 
 class Layerwise:
@@ -79,28 +80,36 @@ class Layerwise:
         (site,) = task.span.sites
         weight, grid = float_weight(task.prepared, site), weight_grid(task.prepared, site)
         layout = Layout.of(site, weight.shape)
-        folds = moments(task, site, layout)
-        found = Moments.joined(folds)
-        problem = Problem.of(weight, layout, grid, *self._aim(layout.matrix(weight.float()), folds, found))
+        target, metric, means = self._aim(task, site, layout, layout.matrix(weight.float()))
+        task.give_back()
+        problem = Problem.of(weight, layout, grid, target, metric)
         outputs = task.output_metric(site)
         if outputs is not None:
             problem = replace(problem, outputs=by_groups(outputs, layout))
         answer = self.choose(problem, clock)
-        chosen = _floored(grid, answer.factor)
+        chosen = _floored(grid, answer)
         solution = Solution(weights={site.name: (layout.tensor(answer.codes), chosen)})
         if self.correct_bias:
             decoded = layout.matrix(chosen.decode(solution.weights[site.name][0]))
-            solution.biases[site.name] = moved_bias(task.prepared, site, layout, decoded, found)
+            solution.biases[site.name] = moved_bias(task.prepared, site, layout, decoded, *means)
         return solution
 
-    def _aim(self, matrix: torch.Tensor, folds: Sequence[Moments], found: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target (g, o, k) and metric (g, k, k)."""
+    def _aim(
+        self, task: Task | Inside, site: Node, layout: Layout, matrix: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Target (g, o, k), metric (g, k, k), and the mean input of the float function and of the prefix (g, k)."""
+        folds = moments(task, site, layout)
+        whole = Moments.joined(folds)
+        means = whole.mean, whole.mean_q
+        task.give_back()
         if self.correct_bias:
-            folds, found = [f.centred() for f in folds], found.centred()
+            for part in (*folds, whole):
+                part.centre_()
         if not self.compensate:
-            return matrix, found.a + damped(found.a, self.damp or _LEAST_DAMP)
+            return matrix, damp_(whole.a, self.damp or _LEAST_DAMP), means
         damp = choose_damp(matrix, folds, DAMPS) if self.damp is None else self.damp
-        return compensated(matrix, found, damp), found.a + damped(found.a, min(damp, _METRIC_DAMP))
+        del folds
+        return compensated(matrix, whole, damp), damp_(whole.a, min(damp, _METRIC_DAMP)), means
 
 
 class Inside:
@@ -130,18 +139,22 @@ class Inside:
         """See `Task.output_metric`."""
         return self._task.output_metric(site)
 
+    def give_back(self) -> None:
+        """See `Task.give_back`."""
+        self._task.give_back()
+
 
 def trial(task: Task, solution: Solution) -> Evaluator:
     """An Evaluator of the quantized graph with a solution in it."""
     nodes = {site.name: site for site in task.span.sites}
     weights, biases = {}, {}
     for name, (codes, grid) in solution.weights.items():
-        found = weight_of(task.prepared, nodes[name])
-        assert found is not None
-        weights[found[0]] = grid.decode(codes)
+        weight = weight_of(task.prepared, nodes[name])
+        assert weight is not None
+        weights[weight[0]] = grid.decode(codes)
     for name, bias in solution.biases.items():
         biases[nodes[name]] = bias
-    fakes = {target: _fixed(task, target, *found) for target, found in solution.activations.items()}
+    fakes = {target: _fixed(task, target, *grid) for target, grid in solution.activations.items()}
     return task.evaluator(weights=weights, biases=biases, fakes=fakes)
 
 
@@ -153,20 +166,27 @@ def _fixed(task: Task, target: str, scale: float, zero_point: int) -> Fake:
 
 def float_weight(prepared: GraphModule, site: Node) -> torch.Tensor:
     """The float weight of a site."""
-    found = weight_of(prepared, site)
-    assert found is not None
-    return ops.constant_value(prepared, found[0].args[0])  # type: ignore[arg-type]
+    weight = weight_of(prepared, site)
+    assert weight is not None
+    return ops.constant_value(prepared, weight[0].args[0])  # type: ignore[arg-type]
 
 
-def _floored(grid: Grid, factor: torch.Tensor) -> Grid:
-    scale = grid.scale * factor
-    return grid.with_scale(torch.maximum(scale, scale.max() * _FLOOR))
+def _floored(grid: Grid, answer: Answer) -> Grid:
+    scale = grid.scale * answer.factor
+    zero_point = None if answer.zero_point is None else answer.zero_point.to(grid.zero_point.dtype)
+    return grid.with_scale(torch.maximum(scale, scale.max() * _FLOOR), zero_point)
 
 
-def moved_bias(prepared: GraphModule, site: Node, layout: Layout, matrix: torch.Tensor, found: Moments) -> torch.Tensor:
-    """b + W E[x] - V E[xq]: the bias (out,) that makes the mean error of a site with weight V (g, o, k) zero."""
+def moved_bias(
+    prepared: GraphModule, site: Node, layout: Layout, matrix: torch.Tensor, mean: torch.Tensor, mean_q: torch.Tensor
+) -> torch.Tensor:
+    """b + W E[x] - V E[xq]: the bias (out,) that makes the mean error of a site with weight V (g, o, k) zero.
+
+    Args:
+        mean, mean_q: E[x] and E[xq], (g, k).
+    """
     exact, bias = layout.matrix(float_weight(prepared, site).float()), float_bias(prepared, site)
-    moved = (exact @ found.mean[..., None] - matrix @ found.mean_q[..., None]).reshape(-1)
+    moved = (exact @ mean[..., None] - matrix @ mean_q[..., None]).reshape(-1)
     return moved if bias is None else bias + moved
 
 

@@ -41,19 +41,19 @@ class Layout:
             SchemeError: the op has no such form.
         """
         name, rank = ops.op_name(node), len(shape) - 2
-        given = ops.arguments(node)
+        arguments = ops.arguments(node)
         if name == "linear":
             return Layout(shape)
-        if not name.startswith("conv") or given.get("transposed"):
+        if not name.startswith("conv") or arguments.get("transposed"):
             raise SchemeError(f"{node.name}: {name} is not a matrix product that a Gram matrix describes")
-        padding = given.get("padding", 0)
+        padding = arguments.get("padding", 0)
         return Layout(
             shape,
-            given.get("groups", 1),
-            _each(given.get("stride", 1), rank),
+            arguments.get("groups", 1),
+            _each(arguments.get("stride", 1), rank),
             padding if isinstance(padding, str) else _each(padding, rank),
-            _each(given.get("dilation", 1), rank),
-            _each(given.get("output_padding", 0), rank),
+            _each(arguments.get("dilation", 1), rank),
+            _each(arguments.get("output_padding", 0), rank),
             transposed="transpose" in name,
         )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.fx.grids import Grid
 
-__all__ = ["Problem", "descend", "enumerate_rounding", "fit_scale", "search_scale"]
+__all__ = ["Problem", "descend", "enumerate_rounding", "fit_scale", "refit", "search_grid", "search_scale"]
 
 Array = NDArray[np.float32]
 _EXHAUSTIVE = 9  # inputs of a group up to which every rounding is tried
@@ -35,6 +35,7 @@ class Problem:
         scale, zero_point: of each weight, (g, o, k). cells: which of the grid's cells it is in, int64.
         count: cells of the grid. low, high: limits of the codes.
         outputs: (g, o, o), symmetric, positive definite, or None for the unit matrix.
+        symmetric: zero points have to stay where they are.
     """
 
     target: torch.Tensor
@@ -46,15 +47,15 @@ class Problem:
     low: int
     high: int
     outputs: torch.Tensor | None = None
+    symmetric: bool = True
 
     @staticmethod
     def of(weight: torch.Tensor, layout: Layout, grid: Grid, target: torch.Tensor, metric: torch.Tensor) -> Problem:
         """The problem of a site with a float weight in its own shape."""
         scale, zero_point = (layout.matrix(t.expand(weight.shape)) for t in grid.expand(weight.shape))
         cells = layout.matrix(grid.cells(weight.shape).expand(weight.shape))
-        return Problem(
-            target, metric, scale, zero_point.float(), cells, grid.scale.numel(), grid.quant_min, grid.quant_max
-        )
+        count, low, high = grid.scale.numel(), grid.quant_min, grid.quant_max
+        return Problem(target, metric, scale, zero_point.float(), cells, count, low, high, symmetric=grid.symmetric)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What the codes (g, o, k) stand for."""
@@ -75,8 +76,8 @@ class Problem:
 
     def slope(self, off: torch.Tensor) -> torch.Tensor:
         """Half the derivative of the error by each value, (g, o, k), where the values are `off` the target."""
-        found = off @ self.metric
-        return found if self.outputs is None else self.outputs @ found
+        by_rows = off @ self.metric
+        return by_rows if self.outputs is None else self.outputs @ by_rows
 
     def by_rows(self) -> Problem:
         """The same with all outputs alike and each for itself."""
@@ -86,9 +87,75 @@ class Problem:
         """tr(outputs (V - target) metric (V - target)T)."""
         return float(self.contributions(codes).sum(dtype=torch.float64))
 
-    def scaled(self, factor: torch.Tensor) -> Problem:
-        """The same with the scale of each cell (count,) multiplied."""
-        return replace(self, scale=self.scale * factor[self.cells])
+    def scaled(self, factor: torch.Tensor, zero_point: torch.Tensor | None = None) -> Problem:
+        """The same with the scale of each cell (count,) multiplied, and its zero point (count,) another."""
+        zeros = self.zero_point if zero_point is None else zero_point.float()[self.cells]
+        return replace(self, scale=self.scale * factor[self.cells], zero_point=zeros)
+
+    def own_slope(self, off: torch.Tensor) -> torch.Tensor:
+        """`slope` (g, o, k) as far as it comes from weights of the same cell; `outputs` are left out."""
+        width = self._cell_width()
+        if width is None:
+            same = self.cells[:, :1, :, None] == self.cells[:, :1, None, :]
+            return off @ (self.metric * same[:, 0])
+        groups, rows, inputs = off.shape
+        blocks = self.metric.reshape(groups, inputs // width, width, inputs // width, width)
+        blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (g, cells, width, width)
+        parts = off.reshape(groups, rows, inputs // width, width).transpose(1, 2)
+        return (parts @ blocks).transpose(1, 2).reshape(off.shape)
+
+    def _cell_width(self) -> int | None:
+        """How many neighbours in a row are one cell, if all cells of the first row are as wide; else None."""
+        row = self.cells[0, 0]
+        _, widths = torch.unique_consecutive(row, return_counts=True)
+        width = int(widths[0])
+        return width if bool((widths == width).all()) and len(widths) == len(row.unique()) else None
+
+
+def search_grid(problem: Problem, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Factors (count,) on the scales of cells, and for affine grids zero points (count,), that round at least error."""
+    if problem.symmetric:
+        return search_scale(problem, factors), None
+    shares = torch.linspace(1.0, 0.4, 13).tolist()
+    steps, ones = problem.high - problem.low, torch.ones(problem.count)
+    scale, zero_point = (_by_cell(problem, t) for t in (problem.scale, problem.zero_point))
+    low, high = (problem.low - zero_point) * scale, (problem.high - zero_point) * scale
+    best = _Best(problem, ones, zero_point)
+    for low_share, high_share in itertools.product(shares, shares):
+        trial_scale = ((high * high_share - low * low_share) / steps).clamp(min=1e-30)
+        trial_zero = (problem.low - torch.round(low * low_share / trial_scale)).clamp(problem.low, problem.high)
+        factor = trial_scale / scale
+        best.offer(problem.scaled(factor, trial_zero), factor, trial_zero)
+    return best.factor, best.zero_point
+
+
+def _by_cell(problem: Problem, values: torch.Tensor) -> torch.Tensor:
+    """(count,) of what all weights (g, o, k) of a cell have in common."""
+    common = torch.zeros(problem.count)
+    common[problem.cells.reshape(-1)] = values.expand(problem.cells.shape).reshape(-1)
+    return common
+
+
+class _Best:
+    """For each cell, the grid with the least error of rounding to nearest. The error of a cell is that of its own
+    weights, which is exact per channel and per tensor."""
+
+    def __init__(self, trial: Problem, factor: torch.Tensor, zero_point: torch.Tensor) -> None:
+        self.factor, self.zero_point = factor, zero_point
+        self._errors = self._of(trial)
+
+    def _of(self, trial: Problem) -> torch.Tensor:
+        off = trial.values(trial.nearest()) - trial.target
+        errors = (trial.own_slope(off) * off).reshape(-1)
+        return torch.zeros(trial.count).index_add_(0, trial.cells.reshape(-1), errors)
+
+    def offer(self, trial: Problem, factor: torch.Tensor, zero_point: torch.Tensor) -> None:
+        """Take what is better than the best so far, cell by cell."""
+        errors = self._of(trial)
+        better = errors < self._errors
+        self._errors = torch.where(better, errors, self._errors)
+        self.factor = torch.where(better, factor, self.factor)
+        self.zero_point = torch.where(better, zero_point, self.zero_point)
 
 
 def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
@@ -97,17 +164,17 @@ def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
     Returns (count,). The error of a cell counts products of its own weights only, which is exact per channel and
     per tensor.
     """
-    same = problem.cells[:, :1, :, None] == problem.cells[:, :1, None, :]
-    local = replace(problem, metric=problem.metric * same[:, 0], outputs=None)
-    best = torch.full((problem.count,), torch.inf)
-    chosen = torch.ones(problem.count)
-    for factor in factors.tolist():
-        trial = local.scaled(torch.full((problem.count,), factor))
-        found = trial.contributions(trial.nearest())
-        errors = torch.zeros(problem.count).index_add_(0, problem.cells.reshape(-1), found.reshape(-1))
-        better = errors < best
-        best, chosen = torch.where(better, errors, best), torch.where(better, factor, chosen)
-    return chosen
+    zero_point = torch.zeros(problem.count)
+    best = None
+    for value in factors.tolist():
+        factor = torch.full((problem.count,), value)
+        trial = problem.scaled(factor)
+        if best is None:
+            best = _Best(trial, factor, zero_point)
+        else:
+            best.offer(trial, factor, zero_point)
+    assert best is not None
+    return best.factor
 
 
 def fit_scale(problem: Problem, codes: torch.Tensor) -> torch.Tensor:
@@ -116,15 +183,34 @@ def fit_scale(problem: Problem, codes: torch.Tensor) -> torch.Tensor:
     Where a weight's row has several cells they are fitted one by one, which never raises the error but for couplings.
     """
     values = problem.values(codes)
-    same = problem.cells[:, :1, :, None] == problem.cells[:, :1, None, :]
-    local = problem.metric * same[:, 0]
     rest = problem.target - values
-    top = values * (rest @ problem.metric) + (values @ local) * values
+    own = problem.own_slope(values) * values
+    top = values * (rest @ problem.metric) + own
     sums = torch.zeros(2, problem.count)
     sums[0].index_add_(0, problem.cells.reshape(-1), top.reshape(-1))
-    sums[1].index_add_(0, problem.cells.reshape(-1), ((values @ local) * values).reshape(-1))
+    sums[1].index_add_(0, problem.cells.reshape(-1), own.reshape(-1))
     factor = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-30), torch.ones(problem.count))
     return factor.clamp(0.5, 2.0)
+
+
+def refit(
+    problem: Problem,
+    factor: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    codes: torch.Tensor,
+    refits: int,
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Improve the scale factors (count,) and the codes (g, o, k) in turn, while that helps; `refits` times at most."""
+    scaled = problem.scaled(factor, zero_point)
+    for _ in range(refits):
+        refitted = factor * fit_scale(scaled, codes)
+        trial = problem.scaled(refitted, zero_point)
+        moved = descend(trial, codes, sweeps)
+        if trial.error(moved) >= scaled.error(codes):
+            break
+        factor, scaled, codes = refitted, trial, moved
+    return factor, codes
 
 
 def descend(

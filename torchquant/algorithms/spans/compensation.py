@@ -39,16 +39,17 @@ class Compensated:
 
     def _solve(self, site: Node) -> None:
         prepared = self._task.prepared
-        weight, found = float_weight(prepared, site), weight_of(prepared, site)
-        assert found is not None
+        weight, observed_weight = float_weight(prepared, site), weight_of(prepared, site)
+        assert observed_weight is not None
         layout = Layout.of(site, weight.shape)
         matrix = layout.matrix(weight.float())
         before = self._task.evaluator("float", weights=dict(self._weights), biases=dict(self._biases))
         folds = moments(Inside(self._task, site, before), site, layout)
-        whole, centred = Moments.joined(folds), [f.centred() for f in folds]
-        target = compensated(matrix, whole.centred(), choose_damp(matrix, centred, DAMPS))
-        self._weights[found[0]] = layout.tensor(target)
-        self._biases[site] = moved_bias(prepared, site, layout, target, whole)
+        whole = Moments.joined(folds).centre_()
+        damp = choose_damp(matrix, [fold.centre_() for fold in folds], DAMPS)
+        target = compensated(matrix, whole, damp)
+        self._weights[observed_weight[0]] = layout.tensor(target)
+        self._biases[site] = moved_bias(prepared, site, layout, target, whole.mean, whole.mean_q)
 
     def results(self, inputs: Mapping[Node, object]) -> list[torch.Tensor]:
         """The results of the span for inputs from the quantized prefix."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from torchquant.algorithms.layers.gram import Moments, damped, moments
+from torchquant.algorithms.layers.gram import Moments, damp_, moments
 from torchquant.algorithms.layers.layerwise import Inside, by_groups, trial
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend
@@ -55,25 +55,25 @@ def improve_codes(
     if not rounds or not start.weights:
         return start
     steps = _Steps(objective, start, clock, drop, biases)
-    here, kappa = steps.look(start), _KAPPA
+    current, kappa = steps.look(start), _KAPPA
     for _ in range(rounds):
         if clock.is_over or kappa > _LARGEST:
             break
-        moved = steps.step(here, kappa)
+        moved = steps.step(current, kappa)
         while moved is None and kappa > 1:
             kappa = max(kappa / _SHRINK, 1.0)
-            moved = steps.step(here, kappa)
+            moved = steps.step(current, kappa)
         if moved is None:
             break
-        there = steps.look(moved)
-        if not there.error < here.error:
+        candidate = steps.look(moved)
+        if not candidate.error < current.error:
             kappa *= _GROW
             continue
-        gain = 1 - there.error / here.error
-        here, kappa = there, max(kappa / _SHRINK, 1.0)
+        gain = 1 - candidate.error / current.error
+        current, kappa = candidate, max(kappa / _SHRINK, 1.0)
         if gain < _LEAST:
             break
-    return here.solution
+    return current.solution
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Point:
 
 
 class _Steps:
-    """The models of a span's sites, and the steps that they lead to."""
+    """Quadratic models of the error in the weights and biases of a span's sites, and the steps that minimize them."""
 
     def __init__(self, objective: Objective, start: Solution, clock: Clock, drop: float, biases: bool) -> None:
         self._objective, self._task, self._drop, self._biases = objective, objective.task, drop, biases
@@ -99,7 +99,7 @@ class _Steps:
         self._outputs = self._output_moments(start)
 
     def look(self, solution: Solution) -> _Point:
-        """Error and derivatives at a solution; the same elements are dropped at each look."""
+        """Error and derivatives at a solution; the dropped elements are the same in each call."""
         weights = {n: grid.decode(codes).requires_grad_() for n, (codes, grid) in solution.weights.items()}
         biases = {n: b.detach().clone().requires_grad_() for n, b in solution.biases.items()}
         error = 0.0
@@ -116,13 +116,13 @@ class _Steps:
         slopes = {n: self._layouts[n].matrix(_half_gradient(w)) for n, w in weights.items()}
         return _Point(solution, total(error)[0], slopes, {n: _half_gradient(b) for n, b in biases.items()})
 
-    def step(self, here: _Point, kappa: float) -> Solution | None:
-        """Where the models are least, or None if that is here."""
-        found = replace(here.solution, weights=dict(here.solution.weights), biases=dict(here.solution.biases))
+    def step(self, point: _Point, kappa: float) -> Solution | None:
+        """The codes and biases at which the quadratic models are least, or None if those are the ones of `point`."""
+        solution = replace(point.solution, weights=dict(point.solution.weights), biases=dict(point.solution.biases))
         moved = False
         for name in self._sites:
-            codes, grid = here.solution.weights[name]
-            layout, outputs, slope = self._layouts[name], self._outputs[name] * kappa, here.slopes[name]
+            codes, grid = point.solution.weights[name]
+            layout, outputs, slope = self._layouts[name], self._outputs[name] * kappa, point.slopes[name]
             matrix = layout.matrix(codes).float()
             problem = Problem.of(codes, layout, grid, matrix, self._inputs[name])
             own = outputs if outputs.ndim == 1 else outputs.diagonal()
@@ -132,15 +132,14 @@ class _Steps:
                 problem = replace(problem, outputs=by_groups(outputs, layout))
             better = descend(problem, matrix, _SWEEPS, slope=slope)
             moved |= not torch.equal(better, matrix)
-            found.weights[name] = layout.tensor(better), grid
-            if self._biases and name in found.biases:
-                found.biases[name] = found.biases[name] - here.bias_slopes[name] / own
-        return found if moved else None
+            solution.weights[name] = layout.tensor(better), grid
+            if self._biases and name in solution.biases:
+                solution.biases[name] = solution.biases[name] - point.bias_slopes[name] / own
+        return solution if moved else None
 
     def _input_moments(self, site: Node, start: Solution) -> torch.Tensor:
         inside = Inside(self._task, site, trial(self._task, start))
-        a = Moments.joined(moments(inside, site, self._layouts[site.name])).a
-        return a + damped(a, _DAMP)
+        return damp_(Moments.joined(moments(inside, site, self._layouts[site.name])).a, _DAMP)
 
     def _output_moments(self, start: Solution) -> dict[str, torch.Tensor]:
         """G (out, out), or its diagonal (out,), by backward passes of random signs times the roots of F."""
@@ -156,14 +155,14 @@ class _Steps:
                     if isinstance(z, torch.Tensor) and z.is_floating_point():
                         sign = torch.randint(0, 2, z.shape, generator=signs) * 2.0 - 1.0
                         loss = loss + (env[node] * (sign if f is None else sign * f.sqrt())).sum()
-                found = _gradients(loss, list(outputs.values()))
-            for name, gradient in zip(outputs, found, strict=True):
+                gradients = _gradients(loss, list(outputs.values()))
+            for name, gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None:
                     axis = -1 if ops.op_name(self._sites[name]) == "linear" else 1
                     rows = gradient.movedim(axis, 0).flatten(1).float()
                     sums[name] += rows @ rows.T if sums[name].ndim == 2 else rows.square().sum(1)
-        for found_sum in sums.values():
-            diagonal = total_(found_sum) if found_sum.ndim == 1 else total_(found_sum).diagonal()
+        for moment in sums.values():
+            diagonal = total_(moment) if moment.ndim == 1 else total_(moment).diagonal()
             diagonal += _DAMP * diagonal.mean().clamp(min=1e-20)
         return sums
 
@@ -179,7 +178,7 @@ class _Steps:
 
     def _run(self, env: Env, weights: Any, biases: Any, *, outputs: bool = False) -> dict[str, torch.Tensor]:
         """Run the span; with `outputs`, also give each site's output, with a gradient."""
-        nodes, found = {}, dict[str, torch.Tensor]()
+        nodes, site_outputs = {}, dict[str, torch.Tensor]()
         for name, site in self._sites.items():
             source = weight_of(self._task.prepared, site)
             assert source is not None
@@ -189,14 +188,14 @@ class _Steps:
         )
         if not outputs:
             evaluator.run(self._task.span.nodes, env)
-            return found
+            return site_outputs
         for node in self._task.span.nodes:
             evaluator.run([node], env)
             if self._sites.get(node.name) is node:
                 if not env[node].requires_grad:
                     env[node] = env[node].detach().requires_grad_()
-                found[node.name] = env[node]
-        return found
+                site_outputs[node.name] = env[node]
+        return site_outputs
 
 
 def _half_gradient(tensor: torch.Tensor) -> torch.Tensor:

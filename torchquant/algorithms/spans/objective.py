@@ -47,32 +47,32 @@ class Objective:
         return targets if self._aim is None else self._aim.results(inputs)
 
     def error(self, env: Mapping[Node, Any], wanted: Sequence[Any], weights: Sequence[Any]) -> torch.Tensor:
-        """Summed over the samples; `env` holds the results as they are."""
-        found = torch.zeros(())
+        """The weighted squared error of the results in `env`, summed over the samples."""
+        error = torch.zeros(())
         for node, z, weight in zip(self.task.results, wanted, weights, strict=True):
             if isinstance(z, torch.Tensor) and z.is_floating_point():
                 square = (env[node] - z).square()
-                found = found + (square if weight is None else square * weight).sum()
-        return found
+                error = error + (square if weight is None else square * weight).sum()
+        return error
 
     def of(self, evaluator: Evaluator) -> float:
         """The error over all batches (of all processes), on inputs from the quantized prefix."""
-        found = 0.0
+        error = 0.0
         with torch.no_grad():
             for batch in range(self.task.count):
                 inputs = self.task.inputs(batch, "quantized")
                 wanted = self.wanted(inputs, self.task.targets(batch))
                 env = evaluator.run(self.task.span.nodes, dict(inputs))
-                found += float(self.error(env, wanted, self.sensitivities(batch)))
-        return total(found)[0]
+                error += float(self.error(env, wanted, self.sensitivities(batch)))
+        return total(error)[0]
 
     def _mean_sensitivities(self) -> list[float]:
         sums = [0.0] * (2 * len(self.task.results))
         for batch in range(self.task.count):
-            for i, found in enumerate(self.task.sensitivity(batch)):
-                if found is not None:
-                    sums[2 * i] += float(found.sum(dtype=torch.float64))
-                    sums[2 * i + 1] += found.numel()
+            for i, sensitivity in enumerate(self.task.sensitivity(batch)):
+                if sensitivity is not None:
+                    sums[2 * i] += float(sensitivity.sum(dtype=torch.float64))
+                    sums[2 * i + 1] += sensitivity.numel()
         sums = total(*sums)
         return [max(s / max(n, 1.0), 1e-30) for s, n in zip(sums[::2], sums[1::2], strict=True)]
 
@@ -97,11 +97,11 @@ def passing(task: Task, drop: float, generator: torch.Generator) -> dict[str, Ca
 
     def fake(observer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def quantize(x: torch.Tensor) -> torch.Tensor:
-            found = fake_quantizer(observer, x.shape)(x)
+            quantized = fake_quantizer(observer, x.shape)(x)
             grid = grid_of(observer, x.shape)
             if grid is None or grid.dialect != "tensor":  # what rounds them has no gradient of its own
-                found = x + (found - x).detach()
-            return dropped(found, x, drop, generator)
+                quantized = x + (quantized - x).detach()
+            return dropped(quantized, x, drop, generator)
 
         return quantize
 

@@ -77,8 +77,8 @@ class LearnedStep(nn.Module):
         """`x`, quantized but for what is dropped."""
         scale, zero_point = self.grid.scale.reshape(()) * self.log_scale.exp(), self.grid.zero_point.reshape(())
         steps = (_round(x / scale) + zero_point).clamp(self.grid.quant_min, self.grid.quant_max)
-        found: torch.Tensor = dropped((steps - zero_point) * scale, x, self.drop, self._generator)
-        return found
+        dequantized: torch.Tensor = dropped((steps - zero_point) * scale, x, self.drop, self._generator)
+        return dequantized
 
     def answer(self) -> tuple[float, int]:
         """Scale and zero point."""
@@ -130,7 +130,7 @@ class Reconstruction:
         learned = [w for w in self.weights.values() if isinstance(w, StraightThrough)]
         scales = [w.log_scale for w in learned] + list(dict.fromkeys(s.log_scale for s in self.steps.values()))
         rates = [([w.a for w in learned], lr), (scales, step_lr), (list(self.biases.values()), bias_lr)]
-        groups: list[dict[str, Any]] = [{"params": found, "lr": rate} for found, rate in rates if found]
+        groups: list[dict[str, Any]] = [{"params": tensors, "lr": rate} for tensors, rate in rates if tensors]
         if not groups or not iterations:
             return
         optimizer = torch.optim.Adam(groups)
@@ -161,9 +161,9 @@ class Reconstruction:
         return self.objective.error(env, wanted, sensitivities) / count
 
     def _weight_node(self, site: Node) -> Node:
-        found = weight_of(self.task.prepared, site)
-        assert found is not None
-        return found[0]
+        weight = weight_of(self.task.prepared, site)
+        assert weight is not None
+        return weight[0]
 
     def answer(self) -> Solution:
         """What was learned."""
@@ -199,7 +199,7 @@ class Reconstruction:
 
 def standing(task: Task) -> Solution:
     """Codes, grids and biases of a span's sites as they are in the graph: chosen before, or by rounding to nearest."""
-    found = Solution()
+    solution = Solution()
     for site in task.span.sites:
         source, grid = weight_of(task.prepared, site), weight_grid(task.prepared, site)
         assert source is not None
@@ -208,12 +208,12 @@ def standing(task: Task) -> Solution:
             if isinstance(source[1], SolvedWeight)
             else grid.encode(float_weight(task.prepared, site).float())
         )
-        found.weights[site.name] = codes, grid
+        solution.weights[site.name] = codes, grid
         node = ops.argument(site, 2)
         value: Any = None if node is None else task.evaluator().value(node, {})
         outputs = Layout.of(site, codes.shape).matrix(codes).shape[:2].numel()
-        found.biases[site.name] = torch.zeros(outputs) if value is None else value.detach().clone().float()
-    return found
+        solution.biases[site.name] = torch.zeros(outputs) if value is None else value.detach().clone().float()
+    return solution
 
 
 Weight = StraightThrough | tuple[torch.Tensor, Grid]

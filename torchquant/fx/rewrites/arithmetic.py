@@ -92,9 +92,9 @@ def attention(b: Builder, node: Node) -> Node | None:
 
     A row whose keys are all masked gives their mean here, where PyTorch's safe softmax gives zero.
     """
-    given = ops.arguments(node)
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
-    if not is_static(q, k, v) or given.get("dropout_p") or q.meta["val"].ndim != 4 or given.get("enable_gqa"):
+    arguments = ops.arguments(node)
+    q, k, v, mask = arguments["query"], arguments["key"], arguments["value"], arguments.get("attn_mask")
+    if not is_static(q, k, v) or arguments.get("dropout_p") or q.meta["val"].ndim != 4 or arguments.get("enable_gqa"):
         return None
     assert isinstance(q, Node)
     assert isinstance(k, Node)
@@ -103,14 +103,14 @@ def attention(b: Builder, node: Node) -> Node | None:
     source, values = k.meta["val"].shape[2], v.meta["val"].shape[3]
     if k.meta["val"].shape[:2] != (batch, heads) or v.meta["val"].shape[:2] != (batch, heads):
         return None
-    scale = 1 / math.sqrt(features) if given.get("scale") is None else given["scale"]
+    scale = 1 / math.sqrt(features) if arguments.get("scale") is None else arguments["scale"]
     q = b.call(aten.mul.Tensor, q, b.scalar(float(scale)))
     q = b.call(aten.reshape.default, q, [batch * heads, length, features])
     k = b.call(aten.reshape.default, b.call(aten.permute.default, k, [0, 1, 3, 2]), [batch * heads, features, source])
     scores = b.call(aten.reshape.default, b.call(aten.bmm.default, q, k), [batch, heads, length, source])
     if isinstance(mask, Node):
         scores = b.call(aten.add.Tensor, scores, _additive(b, mask))
-    if given.get("is_causal"):
+    if arguments.get("is_causal"):
         later = torch.full((length, source), _NEGATIVE).triu(1)[None, None]
         scores = b.call(aten.add.Tensor, scores, b.constant(later, f"causal_{length}_{source}"))
     weights = b.call(aten.reshape.default, b.call(aten.softmax.int, scores, -1), [batch * heads, length, source])
@@ -176,8 +176,8 @@ def softplus(b: Builder, node: Node) -> Node | None:
 
     PyTorch takes x itself above the threshold; from 15 on the difference is below float32's resolution.
     """
-    given = ops.arguments(node)
-    x, beta, threshold = given["self"], given.get("beta", 1), given.get("threshold", 20)
+    arguments = ops.arguments(node)
+    x, beta, threshold = arguments["self"], arguments.get("beta", 1), arguments.get("threshold", 20)
     if not is_float32(x) or x.meta["val"].ndim == 0 or threshold < 15 or beta <= 0:
         return None
     if beta == 1:
@@ -235,8 +235,8 @@ def reversed_subtraction(b: Builder, node: Node) -> Node | None:
 
 def clamp(b: Builder, node: Node) -> Node | None:
     """A clamp by numbers as ReLU or hardtanh, which delegates compute in the kernel of the op before."""
-    given = ops.arguments(node)
-    x, low, high = given["self"], given.get("min"), given.get("max")
+    arguments = ops.arguments(node)
+    x, low, high = arguments["self"], arguments.get("min"), arguments.get("max")
     numbers = all(v is None or isinstance(v, (int, float)) for v in (low, high))
     if not isinstance(x, Node) or not ops.is_float(x) or not ops.is_float(node) or not numbers or is_aliased(node):
         return None
@@ -261,12 +261,12 @@ def spatial_mean(b: Builder, node: Node) -> Node | None:
 
 def whole_pool(b: Builder, node: Node) -> Node | None:
     """An average pool whose window is the whole image, as a mean."""
-    given = ops.arguments(node)
-    x = given["self"]
-    if not is_static(x) or x.meta["val"].ndim != 4 or given.get("divisor_override"):
+    arguments = ops.arguments(node)
+    x = arguments["self"]
+    if not is_static(x) or x.meta["val"].ndim != 4 or arguments.get("divisor_override"):
         return None
-    height, width = _pair(given["kernel_size"])
-    whole = (height, width) == tuple(x.meta["val"].shape[2:]) and not any(_pair(given.get("padding", 0)))
+    height, width = _pair(arguments["kernel_size"])
+    whole = (height, width) == tuple(x.meta["val"].shape[2:]) and not any(_pair(arguments.get("padding", 0)))
     return b.call(aten.mean.dim, x, [2, 3], True) if whole else None
 
 

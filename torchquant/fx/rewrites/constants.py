@@ -18,9 +18,9 @@ def fold_constants(model: GraphModule, limit: int = 1 << 20) -> int:
     values: dict[Node, Any] = {}
     for node in model.graph.nodes:
         if node.op == "get_attr":
-            found: Any = operator.attrgetter(str(node.target))(model)
-            if isinstance(found, torch.Tensor):
-                values[node] = found.detach()
+            attribute: Any = operator.attrgetter(str(node.target))(model)
+            if isinstance(attribute, torch.Tensor):
+                values[node] = attribute.detach()
         elif _foldable(node, values):
             args, kwargs = (torch.fx.node.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
             with torch.no_grad():

@@ -79,9 +79,9 @@ def shuffle(b: Builder, node: Node) -> Node | None:
 
 def cropped(b: Builder, node: Node) -> Node | None:
     """A pad with negative sizes: slices, then a pad of what is left."""
-    given = ops.arguments(node)
-    x, sizes = given["self"], list(given["pad"])
-    if not is_float32(x) or all(s >= 0 for s in sizes) or given.get("mode", "constant") != "constant":
+    arguments = ops.arguments(node)
+    x, sizes = arguments["self"], list(arguments["pad"])
+    if not is_float32(x) or all(s >= 0 for s in sizes) or arguments.get("mode", "constant") != "constant":
         return None
     rank = x.meta["val"].ndim
     for i in range(len(sizes) // 2):
@@ -91,7 +91,7 @@ def cropped(b: Builder, node: Node) -> Node | None:
             end = size - behind if isinstance(size, int) else -behind or _LAST
             x = b.call(aten.slice.Tensor, x, axis, before, end)
     left = [max(s, 0) for s in sizes]
-    return b.call(aten.constant_pad_nd.default, x, left, float(given.get("value") or 0.0)) if any(left) else x
+    return b.call(aten.constant_pad_nd.default, x, left, float(arguments.get("value") or 0.0)) if any(left) else x
 
 
 def needless(b: Builder, node: Node) -> Node | None:

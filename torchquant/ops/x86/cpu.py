@@ -43,7 +43,7 @@ def check_package(package: Path) -> None:
     """Raise ArtifactError if a package was compiled for instructions that this CPU lacks: it would be killed."""
     with zipfile.ZipFile(package) as source:
         notes = [json.loads(source.read(n)) for n in source.namelist() if n.endswith(f"extra/{NOTE}")]
-    missing = sorted({flag for found in notes for flag in found} - instructions()) if instructions() else []
+    missing = sorted({flag for flags in notes for flag in flags} - instructions()) if instructions() else []
     if missing:
         raise ArtifactError(
             f"{package} was compiled on a CPU with instructions that this one lacks ({', '.join(missing)}), and would "

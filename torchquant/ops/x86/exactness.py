@@ -36,8 +36,8 @@ def _is_exact(dtype: torch.dtype) -> bool:
     packed = torch.ops.onednn.qlinear_prepack(torch.full((columns, depth), weight, dtype=torch.int8), [rows, depth])
     scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
     form: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    found = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scales, zeros, *form)
-    return bool((found == float(depth * largest * weight)).all())
+    products = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scales, zeros, *form)
+    return bool((products == float(depth * largest * weight)).all())
 
 
 def check_package(package: Path) -> None:
@@ -45,7 +45,7 @@ def check_package(package: Path) -> None:
     with zipfile.ZipFile(package) as source:
         notes = [json.loads(source.read(n)) for n in source.namelist() if n.endswith(f"extra/{NOTE}")]
     exact = {str(dtype).removeprefix("torch.") for dtype in exact_dtypes()} if notes else set()
-    wrong = [names for found in notes for dtype, names in found.items() if dtype not in exact]
+    wrong = [names for note in notes for dtype, names in note.items() if dtype not in exact]
     if wrong:
         raise ArtifactError(
             f"{package} was lowered on a CPU with VNNI, which this one lacks: oneDNN's int8 products saturate here, "

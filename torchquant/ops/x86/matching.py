@@ -55,9 +55,9 @@ def turned(node: Node, layout: str | None) -> str | None:
     """The layout of a `permute` of an image or its pixels, which moves nothing where channels come last; else None."""
     if ops.overload_of(node) != TURN or layout not in _TURNED:
         return None
-    order, found = _TURNED[layout]
-    given = ops.arguments(node)["dims"]
-    return found if len(given) == 4 and tuple(d % 4 for d in given) == order else None
+    order, new_layout = _TURNED[layout]
+    dims = ops.arguments(node)["dims"]
+    return new_layout if len(dims) == 4 and tuple(d % 4 for d in dims) == order else None
 
 
 def factor_of(graph: GraphModule, node: Node) -> tuple[Node, torch.Tensor] | None:
@@ -179,11 +179,11 @@ def quantize_behind(node: Any) -> Node | None:
 
 def window_of(node: Node) -> dict[str, int] | None:
     """Kernel, stride, padding in front, dilation of a convolution or max pool; a conv1d lies along the width."""
-    given = ops.arguments(node)
+    arguments = ops.arguments(node)
     flat = ops.op_name(node) == "conv1d"
-    size = shape_of(given["weight"])[2:] if "weight" in given else given.get("kernel_size")
-    kernel, stride = pair(size, flat), pair(given.get("stride") or (1 if "weight" in given else size), flat)
-    dilation, padding = pair(given.get("dilation", 1), flat), given.get("padding", 0)
+    size = shape_of(arguments["weight"])[2:] if "weight" in arguments else arguments.get("kernel_size")
+    kernel, stride = pair(size, flat), pair(arguments.get("stride") or (1 if "weight" in arguments else size), flat)
+    dilation, padding = pair(arguments.get("dilation", 1), flat), arguments.get("padding", 0)
     if kernel is None or stride is None or dilation is None:
         return None
     if padding == "same":
@@ -206,11 +206,11 @@ def image_size(shape: Sequence[int | str]) -> tuple[int, int, int]:
 
 def padding_of(node: Node) -> list[int] | None:
     """top, left, bottom, right of a pad with zeros in space alone."""
-    given = ops.arguments(node)
-    pad = given.get("pad")
+    arguments = ops.arguments(node)
+    pad = arguments.get("pad")
     if (
-        given.get("mode", "constant") != "constant"
-        or (given.get("value") or 0) != 0
+        arguments.get("mode", "constant") != "constant"
+        or (arguments.get("value") or 0) != 0
         or not isinstance(pad, (list, tuple))
     ):
         return None
@@ -221,12 +221,12 @@ def padding_of(node: Node) -> list[int] | None:
 
 
 def _clamp(node: Node) -> tuple[float, float] | None:
-    name, given = ops.overload_of(node).rstrip("_"), ops.arguments(node)
+    name, arguments = ops.overload_of(node).rstrip("_"), ops.arguments(node)
     if "relu6" in name:
         return 0.0, 6.0
     if ops.op_name(node) == "relu":
         return 0.0, math.inf
-    low, high = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
+    low, high = arguments.get("min_val", arguments.get("min")), arguments.get("max_val", arguments.get("max"))
     if "hardtanh" in name:
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     low, high = (-math.inf if low is None else low), (math.inf if high is None else high)

@@ -114,15 +114,15 @@ def library_file() -> Path:
 
 def _built(folder: Path) -> Path:
     """The library in a folder, built there if it is not or not whole: by one process, while others wait for it."""
-    found = folder / build_name()
-    with FileLock(found.with_suffix(".lock")):
-        if not _is_whole(found):
+    library = folder / build_name()
+    with FileLock(library.with_suffix(".lock")):
+        if not _is_whole(library):
             with OwnFolder("build-", folder) as place:
-                made = _build(place)
-                digest = hashlib.sha256(made.read_bytes()).hexdigest()
-                os.replace(made, found)
-            write_whole(_digest_of(found), lambda part: part.write_text(digest))
-    return found
+                built = _build(place)
+                digest = hashlib.sha256(built.read_bytes()).hexdigest()
+                os.replace(built, library)
+            write_whole(_digest_of(library), lambda part: part.write_text(digest))
+    return library
 
 
 def _digest_of(library: Path) -> Path:
@@ -268,12 +268,12 @@ def _load_file(path: Path) -> None:
 
 def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
     """Outputs of a region: `shapes` holds for each output its rank and sizes; -1 - i stands for size i of input 0."""
-    found, at = [], 0
+    outputs, at = [], 0
     while at < len(shapes):
         sizes = shapes[at + 1 : at + 1 + shapes[at]]
-        found.append(inputs[0].new_empty([inputs[0].shape[-1 - s] if s < 0 else s for s in sizes]))
+        outputs.append(inputs[0].new_empty([inputs[0].shape[-1 - s] if s < 0 else s for s in sizes]))
         at += 1 + shapes[at]
-    return found
+    return outputs
 
 
 def _attended(query: torch.Tensor, *_: object) -> torch.Tensor:
@@ -323,8 +323,8 @@ def profiled(run: Callable[[], object], plans: Sequence[torch.Tensor], ops: Sequ
     load().torchquant_x86_profile(1)
     try:
         run()
-        found = load().torchquant_x86_profiled
-        return [[found(p.data_ptr(), i) / 1e3 for i in range(n)] for p, n in zip(plans, ops, strict=True)]
+        profiled = load().torchquant_x86_profiled
+        return [[profiled(p.data_ptr(), i) / 1e3 for i in range(n)] for p, n in zip(plans, ops, strict=True)]
     finally:
         load().torchquant_x86_profile(0)
         torch.set_num_threads(threads)

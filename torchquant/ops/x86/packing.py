@@ -30,13 +30,13 @@ class Groups:
     @classmethod
     def of(cls, groups: int, inputs: int, outputs: int) -> Groups:
         """For `groups` groups of `inputs` and `outputs` channels: the panels that read least, then the widest."""
-        found = []
+        candidates = []
         for panel in (4, 3, 2, 1):
             starts = range(0, groups * outputs, 16 * panel)
             ends = [min(start + 16 * panel, groups * outputs) - 1 for start in starts]
             most = max(end // outputs - start // outputs + 1 for start, end in zip(starts, ends, strict=True))
-            found.append(cls(inputs, outputs, panel, rounded(most * inputs, 4)))
-        return min(found, key=lambda g: g.depth)
+            candidates.append(cls(inputs, outputs, panel, rounded(most * inputs, 4)))
+        return min(candidates, key=lambda g: g.depth)
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """int8 `(n, inputs, kh, kw)` as the dense `(n, depth, kh, kw)` that each output channel reads."""

@@ -111,8 +111,8 @@ class Placement:
         """Whether the inputs are laid out as the node is; `mean`, reshapes and turns look for themselves."""
         if ops.op_name(node) == "mean" or ops.overload_of(node) in matching.RESHAPES or self.turns(node):
             return True
-        given = [n for n in node.all_input_nodes if n not in self.constants]
-        return all(self.layout.get(n) == self.layout[node] for n in given)
+        inputs = [n for n in node.all_input_nodes if n not in self.constants]
+        return all(self.layout.get(n) == self.layout[node] for n in inputs)
 
     def turns(self, node: Node) -> bool:
         """Whether a node only calls an image pixels or pixels an image."""

@@ -189,20 +189,20 @@ class Plan:
         for step in self.steps:
             if step.kind in ("conv", "depthwise"):
                 _widen(step)
-        found = []
+        steps = []
         for step in self.steps:
-            found += [Step("halo", None, out_byte=v, label=step.label) for v in step.writes() if any(v.border)]
-            found.append(step)
-        return found
+            steps += [Step("halo", None, out_byte=v, label=step.label) for v in step.writes() if any(v.border)]
+            steps.append(step)
+        return steps
 
 
 def _widen(step: Step) -> None:
     """Give the input of a window the border that it reads."""
-    given, made, n = step.input, step.writes()[0], {**_POINT, **step.numbers}
-    assert given is not None
-    bottom = (made.h - 1) * n["sh"] + (n["kh"] - 1) * n["dh"] + 1 - n["pt"] - given.h
-    right = (made.w - 1) * n["sw"] + (n["kw"] - 1) * n["dw"] + 1 - n["pl"] - given.w
-    given.border = [max(a, b) for a, b in zip(given.border, (n["pt"], n["pl"], bottom, right), strict=True)]
+    source, output, n = step.input, step.writes()[0], {**_POINT, **step.numbers}
+    assert source is not None
+    bottom = (output.h - 1) * n["sh"] + (n["kh"] - 1) * n["dh"] + 1 - n["pt"] - source.h
+    right = (output.w - 1) * n["sw"] + (n["kw"] - 1) * n["dw"] + 1 - n["pl"] - source.w
+    source.border = [max(a, b) for a, b in zip(source.border, (n["pt"], n["pl"], bottom, right), strict=True)]
 
 
 def _split(steps: list[Step]) -> int:
@@ -279,25 +279,26 @@ def _range_record(grid: Dynamic) -> bytes:
 
 
 def _record(step: Step, places: dict[Value, int], ranges: list[Dynamic]) -> bytes:
-    """As `Op` in plan.h."""
+    """A step as the bytes of `Op` in plan.h."""
     n = {**_POINT, **step.numbers}
     n["kind"] = KINDS.index(step.kind)
     for name in ("input", "out_byte", "out_float", "other"):
         value = getattr(step, name)
         n[name] = -1 if value is None else places[value]
-    given, other, grid = (v.grid if v is not None else None for v in (step.input, step.other, step.out_byte))
-    dynamic = [g for g in (given, other, grid) if isinstance(g, Dynamic)]
+    values = (step.input, step.other, step.out_byte)
+    input_grid, other_grid, output_grid = (v.grid if v is not None else None for v in values)
+    dynamic = [g for g in (input_grid, other_grid, output_grid) if isinstance(g, Dynamic)]
     if dynamic:  # one, which a product reads or an elementwise op writes: the runtime fills in what it decides
-        assert (step.kind, dynamic) in (("conv", [given]), ("elementwise", [grid])), step
+        assert (step.kind, dynamic) in (("conv", [input_grid]), ("elementwise", [output_grid])), step
         n["dynamic"] = 1 + ranges.index(dynamic[0])
-    if isinstance(given, Quantization):
-        n.setdefault("input_scale", given.scale)
-    if isinstance(other, Quantization):
-        n |= {"other_scale": other.scale, "other_zero_point": other.zero_point}
-    if isinstance(grid, Quantization):
-        n.setdefault("low", grid.low - grid.zero_point)
-        n.setdefault("high", grid.high - grid.zero_point)
-        n |= {"inverse": 1.0 / grid.scale, "zero_point": grid.zero_point, "nan_byte": grid.nan}
+    if isinstance(input_grid, Quantization):
+        n.setdefault("input_scale", input_grid.scale)
+    if isinstance(other_grid, Quantization):
+        n |= {"other_scale": other_grid.scale, "other_zero_point": other_grid.zero_point}
+    if isinstance(output_grid, Quantization):
+        n.setdefault("low", output_grid.low - output_grid.zero_point)
+        n.setdefault("high", output_grid.high - output_grid.zero_point)
+        n |= {"inverse": 1.0 / output_grid.scale, "zero_point": output_grid.zero_point, "nan_byte": output_grid.nan}
     n["binary"] = _BINARY.index(n.get("binary", ""))
     for name in ("before", "after"):
         n[name] = ACTIVATIONS.index(n.get(name, "none"))

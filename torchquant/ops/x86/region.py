@@ -19,7 +19,7 @@ __all__ = ["Made", "Region"]
 
 @dataclass
 class Made:
-    """What the steps so far have made of a node's value."""
+    """The forms in which the steps so far have stored a node's value: as floats, and as bytes on each grid."""
 
     number: Value | None = None
     bytes: dict[Quantization | Dynamic, Value] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class Region:
         """Make a caller's tensor a value; images are rearranged, and quantized if nothing else reads them."""
         h, w, c = self.size(node)
         outer = Value(h, w, c, external=("input", index))
-        made = self.made[node] = Made()
+        forms = self.made[node] = Made()
         image = h * w > 1 and self.layouts[node] == matching.IMAGE
         if not image and c % 16 == 0:
-            made.number = outer
+            forms.number = outer
             return
         quantizes, others = self.readers_of(node)
         grids = {self.grid(q) for q in quantizes}
@@ -74,10 +74,10 @@ class Region:
             grid = next(iter(grids))
             value = Value(h, w, c, grid, narrow=c <= 4 and all(self._feeds_convolutions(q) for q in quantizes))
             self.plan.steps.append(Step("import", outer, out_byte=value, label=node.name))
-            made.bytes[grid] = value
+            forms.bytes[grid] = value
             return
-        made.number = Value(h, w, c)
-        self.plan.steps.append(Step(kind, outer, out_float=made.number, label=node.name))
+        forms.number = Value(h, w, c)
+        self.plan.steps.append(Step(kind, outer, out_float=forms.number, label=node.name))
 
     def _feeds_convolutions(self, quantize: Node) -> bool:
         readers = [u for d in quantize.users for u in d.users]
@@ -101,29 +101,29 @@ class Region:
     def number(self, node: Node) -> Value:
         """A node's value as floats."""
         node = self.origin(node)
-        made = self.made[node]
-        if made.number is None:
-            source = next(iter(made.bytes.values()))
-            made.number = Value(source.h, source.w, source.c)
-            self.plan.steps.append(Step("elementwise", source, out_float=made.number, label=node.name))
-        return made.number
+        forms = self.made[node]
+        if forms.number is None:
+            source = next(iter(forms.bytes.values()))
+            forms.number = Value(source.h, source.w, source.c)
+            self.plan.steps.append(Step("elementwise", source, out_float=forms.number, label=node.name))
+        return forms.number
 
     def bytes_of(self, quantize: Node) -> Value:
-        """What a quantize op makes."""
+        """The output of a quantize op, as bytes."""
         grid = self.grid(quantize)
         node = self.origin(quantize.args[0])
-        made = self.made[node]
-        if grid not in made.bytes:
+        forms = self.made[node]
+        if grid not in forms.bytes:
             source = self.number(node)
-            made.bytes[grid] = Value(source.h, source.w, source.c, grid)
-            self.plan.steps.append(Step("elementwise", source, out_byte=made.bytes[grid], label=quantize.name))
-        return made.bytes[grid]
+            forms.bytes[grid] = Value(source.h, source.w, source.c, grid)
+            self.plan.steps.append(Step("elementwise", source, out_byte=forms.bytes[grid], label=quantize.name))
+        return forms.bytes[grid]
 
     def bytes_or_floats(self, node: Any) -> Value:
         """A value as bytes if it is there as such alone, else as floats."""
-        made = self.made[self.origin(node)]
-        if made.number is None and len(made.bytes) == 1:
-            value = next(iter(made.bytes.values()))
+        forms = self.made[self.origin(node)]
+        if forms.number is None and len(forms.bytes) == 1:
+            value = next(iter(forms.bytes.values()))
             if not value.narrow:
                 return value
         return self.number(node)
@@ -136,8 +136,8 @@ class Region:
             return replace(grid, input=self.inputs.index(quantize.all_input_nodes[0]))
         return grid
 
-    def bias(self, given: dict[str, Any], channels: int) -> torch.Tensor:
-        bias = given.get("bias")
+    def bias(self, arguments: dict[str, Any], channels: int) -> torch.Tensor:
+        bias = arguments.get("bias")
         return torch.zeros(channels).double() if bias is None else ops.constant_value(self.graph, bias).double()
 
     def origin(self, node: Any) -> Node:

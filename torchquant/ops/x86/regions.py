@@ -116,8 +116,8 @@ class Finder(Placement):
 
     def _qparams_readers(self, node: Node) -> Iterator[Node]:
         """What must be known too: the readers of the scale and zero point, and of what is on that grid."""
-        for made in (node, *matching.qparams_nodes(self.reading.op(node))[1:]):
-            yield from made.users
+        for value in (node, *matching.qparams_nodes(self.reading.op(node))[1:]):
+            yield from value.users
 
     @staticmethod
     def _readers(pad: Node) -> Iterator[Node]:

@@ -33,13 +33,13 @@ _REMEDY = (
 
 def unsafe_products(graph: GraphModule) -> dict[torch.dtype, list[Node]]:
     """By the dtype of their activations: products of codes that `vpmaddubsw` may saturate on."""
-    found: dict[torch.dtype, list[Node]] = {}
+    unsafe: dict[torch.dtype, list[Node]] = {}
     reading = GraphReading(graph)
     for node in graph.graph.nodes:
         dtype = _unsafe_dtype(reading, node) if ops.op_name(node) in matching.PRODUCTS else None
         if dtype is not None:
-            found.setdefault(dtype, []).append(node)
-    return found
+            unsafe.setdefault(dtype, []).append(node)
+    return unsafe
 
 
 def _unsafe_dtype(reading: GraphReading, node: Node) -> torch.dtype | None:

@@ -19,23 +19,23 @@ __all__ = ["max_pool", "step_of"]
 def max_pool(region: Region, node: Node, source: Value | None = None) -> Step:
     window = matching.window_of(node)
     assert window is not None
-    given = source or region.number(node.all_input_nodes[0])
-    return Step("max_pool", given, label=node.name, numbers=dict(window))
+    operand = source or region.number(node.all_input_nodes[0])
+    return Step("max_pool", operand, label=node.name, numbers=dict(window))
 
 
 def convolution(region: Region, node: Node) -> Step:
-    given = ops.arguments(node)
-    weight, window = region.finder.weight(given["weight"]), matching.window_of(node)
+    arguments = ops.arguments(node)
+    weight, window = region.finder.weight(arguments["weight"]), matching.window_of(node)
     assert weight is not None
     assert window is not None
-    quantize = matching.quantize_behind(given["input"])
+    quantize = matching.quantize_behind(arguments["input"])
     assert quantize is not None
     source = quantize.all_input_nodes[0]
     if ops.op_name(source) == "pad" and source in region.inside:
         top, left, _, _ = matching.padding_of(source) or [0] * 4
         window["pt"], window["pl"] = window["pt"] + top, window["pl"] + left
     n, c = weight.codes.shape[:2]
-    groups = given.get("groups", 1)
+    groups = arguments.get("groups", 1)
     deep = matching.is_depthwise(weight.codes, groups)
     numbers = {**window, "channels": n, "depth": 0 if deep else -(-c // 4) * 4}
     codes = weight.codes.unsqueeze(2) if weight.codes.dim() == 3 else weight.codes
@@ -44,22 +44,22 @@ def convolution(region: Region, node: Node) -> Step:
         numbers |= {"depth": cut.depth, "group_in": c, "group_out": n // groups, "group_panel": cut.panel}
         codes = cut.pack(codes)
     step = Step("depthwise" if deep else "conv", region.bytes_of(quantize), label=node.name, numbers=numbers)
-    region.products[step] = matching.Weight(codes, weight.scale), region.bias(given, n)
+    region.products[step] = matching.Weight(codes, weight.scale), region.bias(arguments, n)
     return step
 
 
 def linear(region: Region, node: Node) -> Step:
-    given = ops.arguments(node)
+    arguments = ops.arguments(node)
     weight, quantize = (
-        region.finder.weight(given["weight"]),
-        matching.quantize_behind(given["input"]),
+        region.finder.weight(arguments["weight"]),
+        matching.quantize_behind(arguments["input"]),
     )
     assert weight is not None
     assert quantize is not None
     n, c = weight.codes.shape
     numbers = {"channels": n, "depth": -(-c // 4) * 4}
     step = Step("conv", region.bytes_of(quantize), label=node.name, numbers=numbers)
-    region.products[step] = matching.Weight(weight.codes[:, :, None, None], weight.scale), region.bias(given, n)
+    region.products[step] = matching.Weight(weight.codes[:, :, None, None], weight.scale), region.bias(arguments, n)
     return step
 
 
@@ -78,13 +78,13 @@ def binary(region: Region, node: Node) -> Step:
 
 
 def layer_norm(region: Region, node: Node) -> Step:
-    given = ops.arguments(node)
+    arguments = ops.arguments(node)
     c = int(matching.shape_of(node)[-1])
-    numbers: dict[str, Any] = {"factor": float(given.get("eps", 1e-5))}
+    numbers: dict[str, Any] = {"factor": float(arguments.get("eps", 1e-5))}
     for field_name, key, fill in (("scale", "weight", 1.0), ("bias", "bias", 0.0)):
         padded = torch.zeros(-(-c // 16) * 16)
-        given_value = given.get(key)
-        padded[:c] = torch.full((c,), fill) if given_value is None else ops.constant_value(region.graph, given_value)
+        parameter = arguments.get(key)
+        padded[:c] = torch.full((c,), fill) if parameter is None else ops.constant_value(region.graph, parameter)
         numbers[field_name] = region.plan.constant(padded)
     return Step("layer_norm", region.bytes_or_floats(node.args[0]), label=node.name, numbers=numbers)
 

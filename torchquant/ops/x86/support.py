@@ -15,11 +15,11 @@ __all__ = ["is_run", "multiplication"]
 
 
 def _product(places: Placement, node: Node) -> matching.Weight | None:
-    given = ops.arguments(node)
-    source, weight = matching.quantize_behind(given["input"]), places.weight(given["weight"])
-    if source is None or given["input"] not in places.known or weight is None:
+    arguments = ops.arguments(node)
+    source, weight = matching.quantize_behind(arguments["input"]), places.weight(arguments["weight"])
+    if source is None or arguments["input"] not in places.known or weight is None:
         return None
-    bias = given.get("bias")
+    bias = arguments.get("bias")
     if bias is not None and not (isinstance(bias, Node) and ops.is_constant(bias)):
         return None
     terms = weight.codes[0].numel()
@@ -64,10 +64,10 @@ def multiplication(places: Placement, node: Node) -> bool:
 
 def _scales_product(places: Placement, node: Node) -> bool:
     """Whether the constants of a multiplication can be multiplied into the scales of the product in front of it."""
-    found = matching.factor_of(places.graph, node)
-    if found is None:
+    scaling = matching.factor_of(places.graph, node)
+    if scaling is None:
         return False
-    source, factor = found
+    source, factor = scaling
     layout, shape = places.layout[node], matching.shape_of(node)
     channels = shape[1] if layout == matching.IMAGE else shape[-1]
     if matching.channels_of(factor, int(channels), layout, len(shape)) is None:
@@ -92,12 +92,12 @@ def global_pool(places: Placement, node: Node) -> bool:
 
 
 def mean(places: Placement, node: Node) -> bool:
-    given = ops.arguments(node)
-    source, dims = given["self"], given.get("dim")
+    arguments = ops.arguments(node)
+    source, dims = arguments["self"], arguments.get("dim")
     layout = places.layout.get(source)
-    if given.get("dtype") is not None or len(matching.shape_of(source)) != 4 or layout == matching.ROWS:
+    if arguments.get("dtype") is not None or len(matching.shape_of(source)) != 4 or layout == matching.ROWS:
         return False
-    if layout == matching.PIXELS and given.get("keepdim"):
+    if layout == matching.PIXELS and arguments.get("keepdim"):
         return False
     return (
         isinstance(dims, (list, tuple))
@@ -128,12 +128,12 @@ def pad(places: Placement, node: Node) -> bool:
 
 
 def layer_norm(places: Placement, node: Node) -> bool:
-    given = ops.arguments(node)
-    if ops.overload_of(node) != "layer_norm.default" or list(given["normalized_shape"]) != [
+    arguments = ops.arguments(node)
+    if ops.overload_of(node) != "layer_norm.default" or list(arguments["normalized_shape"]) != [
         matching.shape_of(node)[-1]
     ]:
         return False
-    return all(given.get(k) is None or ops.is_constant(given[k]) for k in ("weight", "bias"))
+    return all(arguments.get(k) is None or ops.is_constant(arguments[k]) for k in ("weight", "bias"))
 
 
 def reshape(places: Placement, node: Node) -> bool:

@@ -50,15 +50,15 @@ def replace_regions(graph: GraphModule) -> list[Built]:
             graph.graph.erase_node(node)
     finder = Finder(graph)
     native.load()
-    found, replaced = [], set()
+    regions, replaced = [], set()
     for nodes in list(finder.regions()):
         built = _Translator(finder, nodes).build()
         if built is not None:
             built.sites = [marked(n) for n in nodes]
-            found.append(built)
+            regions.append(built)
             replaced |= set(nodes)
     attention = replace_attention(graph)
-    if found or attention:
+    if regions or attention:
         for node in reversed(list(graph.graph.nodes)):  # dropout counts as impure, and would keep all before it
             if node in replaced and not node.users:
                 graph.graph.erase_node(node)
@@ -66,7 +66,7 @@ def replace_regions(graph: GraphModule) -> list[Built]:
         graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()
-    return found
+    return regions
 
 
 def _code(bound: float, grid: Quantization, otherwise: int) -> int:
@@ -108,21 +108,21 @@ class _Translator(Region):
         return Built([ops.op_name(n) for n in self.nodes if ops.op_name(n) in matching.PRODUCTS], self.plan, memory)
 
     def _output_shapes(self) -> list[int] | None:
-        """As `torchquant::x86_region` takes them; None if a size is none of the first input's."""
-        found: list[int] = []
+        """As `torchquant::x86_region` takes them; None if a varying size is not one of the first input's."""
+        shapes: list[int] = []
         first = matching.shape_of(self.inputs[0]) if self.inputs else ()
         for node in self.outputs:
             shape = matching.shape_of(node)
-            found.append(len(shape))
+            shapes.append(len(shape))
             for i, size in enumerate(shape):
                 if isinstance(size, int):
-                    found.append(size)
+                    shapes.append(size)
                     continue
                 places = [p for p in (i, *range(len(first))) if p < len(first) and str(first[p]) == str(size)]
                 if not places:
                     return None
-                found.append(-1 - places[0])
-        return found
+                shapes.append(-1 - places[0])
+        return shapes
 
     def _replace(self, memory: torch.Tensor, shapes: list[int]) -> None:
         graph = self.graph.graph
@@ -195,8 +195,8 @@ class _Translator(Region):
             else:
                 break
             chain.append(end)
-        made = Made()
-        self.made |= dict.fromkeys(chain, made)
+        forms = Made()
+        self.made |= dict.fromkeys(chain, forms)
         quantizes, others = self.readers_of(end)
         h, w, c = self.size(node)
         grids = list(dict.fromkeys(self.grid(q) for q in quantizes))
@@ -204,21 +204,21 @@ class _Translator(Region):
         if pooled is not None:
             grids, others = [pooled], False
         if grids:
-            step.out_byte = made.bytes[grids[0]] = Value(h, w, c, grids[0])
+            step.out_byte = forms.bytes[grids[0]] = Value(h, w, c, grids[0])
         if others or len(grids) > 1 or not grids:
-            step.out_float = made.number = Value(h, w, c)
+            step.out_float = forms.number = Value(h, w, c)
         if step.kind in ("conv", "depthwise"):
             self._scale(step)
         self.plan.steps.append(step)
 
     def _scale_by(self, step: Step, node: Node) -> bool:
         """Multiply a product's scales and bias by the constants that its results are multiplied by."""
-        found = matching.factor_of(self.graph, node)
-        if found is None:
+        scaling = matching.factor_of(self.graph, node)
+        if scaling is None:
             return False
         weight, bias = self.products[step]
         shape = matching.shape_of(node)
-        factor = matching.channels_of(found[1], len(bias), self.layouts[node], len(shape))
+        factor = matching.channels_of(scaling[1], len(bias), self.layouts[node], len(shape))
         assert factor is not None  # as the finder saw to
         self.products[step] = matching.Weight(weight.codes, weight.scale * factor), bias * factor
         return True
@@ -243,10 +243,10 @@ class _Translator(Region):
         origin = self.origin(other)
         if origin not in self.made:
             return None
-        made = self.made[origin]
+        forms = self.made[origin]
         broadcast = int(matching.shape_of(other) != matching.shape_of(node))
-        if made.number is None and len(made.bytes) == 1 and not broadcast:
-            value = next(iter(made.bytes.values()))
+        if forms.number is None and len(forms.bytes) == 1 and not broadcast:
+            value = next(iter(forms.bytes.values()))
             if not value.narrow:
                 return value, 0
         value = self.number(other)
@@ -269,7 +269,7 @@ class _Translator(Region):
     def _max_pool_of_bytes(self, node: Node) -> bool:
         """A max pool on bytes whose result is read on the same grid."""
         source = self.origin(node.args[0])
-        made = self.made[source]
+        forms = self.made[source]
         if not self._bounds.is_finite(node):
             return False
         quantizes, others = self.readers_of(node)
@@ -277,9 +277,9 @@ class _Translator(Region):
         if others or len(grids) != 1:
             return False
         grid = next(iter(grids))
-        if grid not in made.bytes:
+        if grid not in forms.bytes:
             return False
-        step = max_pool(self, node, made.bytes[grid])
+        step = max_pool(self, node, forms.bytes[grid])
         h, w, c = self.size(node)
         step.out_byte = Value(h, w, c, grid)
         self.made[node] = Made(bytes={grid: step.out_byte})

@@ -26,7 +26,7 @@ def tune(run: Callable[[], object], regions: Sequence[Built], sizes: str) -> Non
 
     Args:
         run: runs a graph with these regions once.
-        sizes: of the inputs that `run` uses; part of what a choice is remembered by.
+        sizes: of the inputs that `run` uses; part of the key under which a choice is stored.
     """
     plans = [r.plan for r in regions]
     keys = [[_key(step, sizes) for step in plan.laid_out] for plan in plans]
@@ -34,13 +34,13 @@ def tune(run: Callable[[], object], regions: Sequence[Built], sizes: str) -> Non
     wanted = {key for row in keys for key in row if key}
     if not wanted <= set(known):
         times = {panel: _times(run, regions, panel) for panel in (0, *_PANELS)}
-        found: dict[str, dict[int, float]] = {}
+        timings: dict[str, dict[int, float]] = {}
         for panel, measured in times.items():
             for key, us in zip((k for row in keys for k in row), measured, strict=True):
                 if key:
-                    found.setdefault(key, {}).setdefault(panel, 0.0)
-                    found[key][panel] += us
-        known |= {key: _best(us) for key, us in found.items()}
+                    timings.setdefault(key, {}).setdefault(panel, 0.0)
+                    timings[key][panel] += us
+        known |= {key: _best(us) for key, us in timings.items()}
         _write(known)
     for region, row in zip(regions, keys, strict=True):
         for i, key in enumerate(row):
@@ -69,10 +69,10 @@ def _key(step: Step, sizes: str) -> str:
     """What decides a product's time: the machine, the sizes, and what follows it; empty for other ops."""
     if step.kind != "conv" or "group_out" in step.numbers:  # a group's panels are as its weights are packed
         return ""
-    n, made = step.numbers, step.writes()[0]
+    n, output = step.numbers, step.writes()[0]
     window = [n.get(k, 1) for k in ("kh", "kw", "sh", "sw", "dh", "dw")]
     stores = [v is not None for v in (step.out_byte, step.out_float, step.other)]
-    parts = [_cpu(), native.instruction_sets()[0], sizes, made.h, made.w, n["depth"], n["channels"]]
+    parts = [_cpu(), native.instruction_sets()[0], sizes, output.h, output.w, n["depth"], n["channels"]]
     parts += [*window, *map(int, stores), n.get("before", ""), n.get("after", "")]
     return " ".join(str(p) for p in parts)
 
@@ -84,8 +84,8 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return "unknown"
-    found = dict(part.split(":", 1) for part in (line.replace("\t", "") for line in lines) if ":" in part)
-    return ",".join(found.get(k, "").strip() for k in ("model name", "cpu family", "model", "cache size"))
+    fields = dict(part.split(":", 1) for part in (line.replace("\t", "") for line in lines) if ":" in part)
+    return ",".join(fields.get(k, "").strip() for k in ("model name", "cpu family", "model", "cache size"))
 
 
 def _file() -> Path:
@@ -93,18 +93,18 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, int]:
-    """What was measured before; without what is no choice that the kernels know, with a warning."""
+    """The stored choices, key -> panel; those that the kernels do not know are left out, with a warning."""
     file = _file()
     if not file.exists():
         return {}
     try:
         with reading(file, "a table of measurements"):
-            found = json.loads(file.read_text(encoding="utf-8"))
+            table = json.loads(file.read_text(encoding="utf-8"))
     except ArtifactError as error:
         warn_ignored(file, str(error.__cause__ or error))
         return {}
-    known = {k: v for k, v in found.items() if type(v) is int and v in (0, *_PANELS)} if isinstance(found, dict) else {}
-    if known != found:
+    known = {k: v for k, v in table.items() if type(v) is int and v in (0, *_PANELS)} if isinstance(table, dict) else {}
+    if known != table:
         warn_ignored(file, f"it holds other panels than {(0, *_PANELS)}")
     return known
 

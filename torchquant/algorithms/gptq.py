@@ -1,0 +1,115 @@
+"""GPTQ: round a layer's weights input by input, and let those not yet rounded make good for the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023, section 3; inputs of the largest second moment first ("act-order", in the authors' code), with
+scales and zero points chosen before, so that groups stay groups of neighbours ("static groups").
+
+    U = chol(A^-1), upper      A = E[x xT], damped
+    e_j = (w_j - Q(w_j)) / U_jj,   w_i -= e_j U_ji  for i > j
+
+With `compensate`, what is rounded is not W but the weight T that best gives the float layer's output from the inputs
+that the quantized prefix makes (see `gram`), as GPTAQ (Li et al., 2025) and Qronos (Zhang et al., 2025) correct it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torchquant.algorithms.layers.layerwise import Answer, Layerwise
+from torchquant.algorithms.layers.rounding import Problem, descend, refit, search_grid
+from torchquant.solving.contract import Clock
+
+__all__ = ["GPTQ", "propagate"]
+
+_BLOCK = 128  # inputs after which the error is carried on to all that follow
+_MOST_DAMP = 1e4  # times the mean diagonal
+
+
+class GPTQ(Layerwise):
+    """Codes by error propagation in each layer, in the order of the graph, for any Quantizer's integer grids.
+
+    Args:
+        act_order: round inputs of the largest second moment first.
+        search: choose each scale (and zero point, of an affine grid) by the layer's output error first; without,
+            they are the observer's.
+        sweeps: of coordinate descent on the codes afterwards, 0 for the paper's method. refits: how often scales and
+            codes are improved in turn then.
+        correct_bias, compensate, damp, sensitive: see `Layerwise`. The paper's method is `GPTQ(search=False, sweeps=0,
+            refits=0, correct_bias=False, compensate=False, damp=0.01)`.
+    """
+
+    def __init__(
+        self,
+        *,
+        act_order: bool = True,
+        search: bool = True,
+        sweeps: int = 8,
+        refits: int = 2,
+        correct_bias: bool = True,
+        compensate: bool = True,
+        damp: float | None = None,
+        sensitive: bool = False,
+    ) -> None:
+        super().__init__(correct_bias=correct_bias, compensate=compensate, damp=damp, sensitive=sensitive)
+        self.act_order, self.search, self.sweeps, self.refits = act_order, search, sweeps, refits
+
+    def choose(self, problem: Problem, clock: Clock) -> Answer:
+        """Codes, scale factors and zero points for one site."""
+        rows, zero_point = problem.by_rows(), None
+        factor = torch.ones(problem.count)
+        if self.search:
+            factor, zero_point = search_grid(rows, torch.linspace(1.2, 0.3, 37))
+        scaled = rows.scaled(factor, zero_point)
+        codes = min(propagate(scaled, self.act_order), scaled.nearest(), key=scaled.error)
+        if self.sweeps:
+            codes = descend(scaled, codes, self.sweeps)
+            factor, codes = refit(rows, factor, zero_point, codes, self.refits, self.sweeps)
+        if problem.outputs is not None:
+            codes = descend(problem.scaled(factor, zero_point), codes, max(1, self.sweeps))
+        return Answer(codes, factor, zero_point)
+
+
+def propagate(problem: Problem, act_order: bool = True) -> torch.Tensor:
+    """Codes (g, o, k): each input's error is carried on to the inputs that are not yet rounded."""
+    codes = torch.empty_like(problem.target)
+    for group, metric in enumerate(problem.metric):
+        diagonal = metric.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+        upper = _inverse_factor(metric[order][:, order])
+        target, scale, zero_point = (
+            t.expand(codes.shape)[group].T[order] for t in (problem.target, problem.scale, problem.zero_point)
+        )
+        codes[group, :, order] = _rounded(target, scale, zero_point, upper, problem).T
+    return codes
+
+
+def _rounded(
+    target: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, upper: torch.Tensor, problem: Problem
+) -> torch.Tensor:
+    """Codes (k, o) of a target (k, o), in the order of its rows."""
+    target, codes, count = target.clone(), torch.empty_like(target), len(target)
+    for start in range(0, count, _BLOCK):
+        end = min(start + _BLOCK, count)
+        errors = torch.empty(end - start, target.shape[1])
+        for j in range(start, end):
+            code = problem.clamp(torch.round(target[j] / scale[j]) + zero_point[j])
+            error = (target[j] - (code - zero_point[j]) * scale[j]) / upper[j, j]
+            target[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+            codes[j], errors[j - start] = code, error
+        target[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return codes
+
+
+def _inverse_factor(metric: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of a (k, k), damped more where it is not positive definite."""
+    wide = metric.double()
+    mean = wide.diagonal().mean().clamp(min=1e-12)
+    damp = 0.0
+    while damp < _MOST_DAMP:
+        lower, failed = torch.linalg.cholesky_ex(wide + damp * mean * torch.eye(len(wide), dtype=wide.dtype))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+        damp = max(1e-6, 10 * damp)
+    return torch.eye(len(wide))
