@@ -225,7 +225,7 @@ def _fitted(config: Config, format: str, shared_bytes: int) -> Config:
         return config
     while config.stages > 2 and tile_bytes(config, format) * config.stages > shared_bytes:
         config = replace(config, stages=config.stages - 1)
-    while tile_bytes(config, format) * config.stages > shared_bytes:
+    while config.m > 1 and tile_bytes(config, format) * config.stages > shared_bytes:
         config = replace(config, m=config.m // 2)
     return config
 
