@@ -197,6 +197,7 @@ EVERY = {
     "QDrop": lambda: [tq.QDrop(5, rounds=2)],
     "RangeSearch": lambda: [tq.RangeSearch()],
     "SeqMSE": lambda: [tq.SeqMSE()],
+    "GPTQ": lambda: [tq.GPTQ()],
     "SmoothQuant": lambda: [tq.SmoothQuant()],
     "SmoothQuant, then AdaRound": lambda: [tq.SmoothQuant(), AdaRound(20)],
 }
