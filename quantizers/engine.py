@@ -190,7 +190,8 @@ class CapabilityQuantizer(Quantizer):
         weight, kind = self.schemes[scheme].weight, ops.kind_of(node)
         if weight is None or weight.group_size is None or kind is None or kind.weight is None:
             return scheme, ""
-        shape = ops.shape_of(node.args[kind.weight])  # type: ignore[arg-type]
+        source = ops.argument(node, kind.weight)
+        shape = None if source is None else ops.shape_of(source)
         if shape is None or (kind.axis == 0 and shape[1] % weight.group_size == 0):
             return scheme, ""
         alike = {

@@ -252,7 +252,7 @@ def test_the_error_is_at_most_that_of_rounding_to_nearest(name, algorithm):
     target, metric, _ = algorithm._aim(task, site, layout, layout.matrix(weight))
     of = Problem.of(weight, layout, grid, target, metric)
     answer = algorithm.choose(of, Clock())
-    assert of.scaled(answer.factor).error(answer.codes) <= of.error(of.nearest())
+    assert of.scaled(answer.factor, answer.zero_point).error(answer.codes) <= of.error(of.nearest())
     assert answer.codes.min() >= grid.quant_min
     assert answer.codes.max() <= grid.quant_max
     walk.close()

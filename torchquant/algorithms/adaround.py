@@ -18,8 +18,8 @@ import math
 
 import torch
 
-from torchquant.algorithms.layers.layerwise import Answer, Layerwise
-from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, refit, search_grid
+from torchquant.algorithms.layers.layerwise import RowRounding
+from torchquant.algorithms.layers.rounding import Problem, enumerate_rounding
 from torchquant.solving.contract import Clock
 
 __all__ = ["AdaRound", "relax"]
@@ -28,7 +28,7 @@ _LOW, _HIGH = -0.1, 1.1  # gamma and zeta of the rectified sigmoid
 _CHUNK = 1 << 18  # weights whose gradient is computed at a time
 
 
-class AdaRound(Layerwise):
+class AdaRound(RowRounding):
     """Learned rounding of each layer's weight, in the order of the graph, for any Quantizer's grids.
 
     Args:
@@ -56,30 +56,24 @@ class AdaRound(Layerwise):
         damp: float | None = None,
         sensitive: bool = False,
     ) -> None:
-        super().__init__(correct_bias=correct_bias, compensate=compensate, damp=damp, sensitive=sensitive)
+        super().__init__(
+            search=search,
+            sweeps=sweeps,
+            refits=refits,
+            correct_bias=correct_bias,
+            compensate=compensate,
+            damp=damp,
+            sensitive=sensitive,
+        )
         self.iterations, self.lr, self.lam, self.beta, self.warm_up = iterations, lr, lam, beta, warm_up
-        self.search, self.sweeps, self.refits = search, sweeps, refits
 
-    def choose(self, problem: Problem, clock: Clock) -> Answer:
-        """Codes and scale factors for one site."""
-        factor, zero_point, codes = self._by_rows(problem.by_rows(), clock)
-        if problem.outputs is not None:
-            codes = descend(problem.scaled(factor, zero_point), codes, self.sweeps)
-        return Answer(codes, factor, zero_point)
-
-    def _by_rows(self, problem: Problem, clock: Clock) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Scale factors, zero points and codes, each row for itself."""
-        factor, zero_point = torch.ones(problem.count), None
-        if self.search:
-            factor, zero_point = search_grid(problem, torch.linspace(1.2, 0.3, 37))
-        scaled = problem.scaled(factor, zero_point)
-        codes = enumerate_rounding(scaled)
-        if codes is None:
-            codes = relax(scaled, self.iterations, self.lr, self.lam, self.beta, self.warm_up, clock)
-            codes = min(codes, scaled.nearest(), key=scaled.error)
-        codes = descend(scaled, codes, self.sweeps)
-        factor, codes = refit(problem, factor, zero_point, codes, self.refits, self.sweeps)
-        return factor, zero_point, codes
+    def round_rows(self, problem: Problem, clock: Clock) -> torch.Tensor:
+        """The best of all roundings of short rows; of the others what the relaxation finds, or the nearest."""
+        codes = enumerate_rounding(problem)
+        if codes is not None:
+            return codes
+        codes = relax(problem, self.iterations, self.lr, self.lam, self.beta, self.warm_up, clock)
+        return min(codes, problem.nearest(), key=problem.error)
 
 
 def relax(

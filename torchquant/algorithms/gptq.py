@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from torchquant.algorithms.layers.layerwise import Answer, Layerwise
-from torchquant.algorithms.layers.rounding import Problem, descend, refit, search_grid
+from torchquant.algorithms.layers.layerwise import RowRounding
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.solving.contract import Clock
 
 __all__ = ["GPTQ", "propagate"]
@@ -25,7 +25,7 @@ _BLOCK = 128  # inputs after which the error is carried on to all that follow
 _MOST_DAMP = 1e4  # times the mean diagonal
 
 
-class GPTQ(Layerwise):
+class GPTQ(RowRounding):
     """Codes by error propagation in each layer, in the order of the graph, for any Quantizer's integer grids.
 
     Args:
@@ -50,23 +50,20 @@ class GPTQ(Layerwise):
         damp: float | None = None,
         sensitive: bool = False,
     ) -> None:
-        super().__init__(correct_bias=correct_bias, compensate=compensate, damp=damp, sensitive=sensitive)
-        self.act_order, self.search, self.sweeps, self.refits = act_order, search, sweeps, refits
+        super().__init__(
+            search=search,
+            sweeps=sweeps,
+            refits=refits,
+            correct_bias=correct_bias,
+            compensate=compensate,
+            damp=damp,
+            sensitive=sensitive,
+        )
+        self.act_order = act_order
 
-    def choose(self, problem: Problem, clock: Clock) -> Answer:
-        """Codes, scale factors and zero points for one site."""
-        rows, zero_point = problem.by_rows(), None
-        factor = torch.ones(problem.count)
-        if self.search:
-            factor, zero_point = search_grid(rows, torch.linspace(1.2, 0.3, 37))
-        scaled = rows.scaled(factor, zero_point)
-        codes = min(propagate(scaled, self.act_order), scaled.nearest(), key=scaled.error)
-        if self.sweeps:
-            codes = descend(scaled, codes, self.sweeps)
-            factor, codes = refit(rows, factor, zero_point, codes, self.refits, self.sweeps)
-        if problem.outputs is not None:
-            codes = descend(problem.scaled(factor, zero_point), codes, max(1, self.sweeps))
-        return Answer(codes, factor, zero_point)
+    def round_rows(self, problem: Problem, clock: Clock) -> torch.Tensor:
+        """Codes by error propagation, or the nearest where they are better."""
+        return min(propagate(problem, self.act_order), problem.nearest(), key=problem.error)
 
 
 def propagate(problem: Problem, act_order: bool = True) -> torch.Tensor:

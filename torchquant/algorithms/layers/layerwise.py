@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
 from torchquant.algorithms.layers.layout import Layout
-from torchquant.algorithms.layers.rounding import Problem
+from torchquant.algorithms.layers.rounding import Problem, descend, refit, search_grid
 from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
 from torchquant.errors import InputError
 from torchquant.fx import ops
@@ -20,10 +20,22 @@ from torchquant.fx.grids import Grid
 from torchquant.solving.contract import Clock
 from torchquant.solving.solved import Solution
 
-__all__ = ["DAMPS", "Answer", "Inside", "Layerwise", "by_groups", "float_bias", "float_weight", "moved_bias", "trial"]
+__all__ = [
+    "DAMPS",
+    "Answer",
+    "Inside",
+    "Layerwise",
+    "RowRounding",
+    "by_groups",
+    "float_bias",
+    "float_weight",
+    "moved_bias",
+    "trial",
+]
 
 DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _LEAST_DAMP, _METRIC_DAMP = 0.001, 0.01
+_FACTORS = torch.linspace(1.2, 0.3, 37)  # on the observer's scale
 _DRAWS = 2  # random projections of the network's output
 _FLOOR = 2.0**-16  # of the largest scale: a bias in units of the smallest must fit an int32
 
@@ -110,6 +122,38 @@ class Layerwise:
         damp = choose_damp(matrix, folds, DAMPS) if self.damp is None else self.damp
         del folds
         return compensated(matrix, whole, damp), damp_(whole.a, min(damp, _METRIC_DAMP)), means
+
+
+class RowRounding(Layerwise):
+    """A layer-by-layer algorithm whose codes come from rounding each row of a weight for itself.
+
+    Grids are searched first; the codes are improved by coordinate descent, then scales and codes in turn.
+
+    Args:
+        search: choose each scale (and zero point, of an affine grid) by the layer's output error first.
+        sweeps: of coordinate descent. refits: how often scales and codes are improved in turn.
+        options: of `Layerwise`.
+    """
+
+    def __init__(self, *, search: bool, sweeps: int, refits: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.search, self.sweeps, self.refits = search, sweeps, refits
+
+    def round_rows(self, problem: Problem, clock: Clock) -> torch.Tensor:
+        """Codes (g, o, k) on the problem's grid, which has no `outputs`."""
+        raise NotImplementedError
+
+    def choose(self, problem: Problem, clock: Clock) -> Answer:
+        """Codes, scale factors and zero points for one site."""
+        rows, factor, zero_point = problem.by_rows(), torch.ones(problem.count), None
+        if self.search:
+            factor, zero_point = search_grid(rows, _FACTORS)
+        scaled = rows.scaled(factor, zero_point)
+        codes = descend(scaled, self.round_rows(scaled, clock), self.sweeps)
+        factor, codes = refit(rows, factor, zero_point, codes, self.refits, self.sweeps)
+        if problem.outputs is not None:
+            codes = descend(problem.scaled(factor, zero_point), codes, self.sweeps)
+        return Answer(codes, factor, zero_point)
 
 
 class Inside:

@@ -23,6 +23,7 @@ from torchquant.fx.grids import Grid
 __all__ = ["Problem", "descend", "enumerate_rounding", "fit_scale", "refit", "search_grid", "search_scale"]
 
 Array = NDArray[np.float32]
+_SHARES = 13  # factors on each end of an affine grid's range that are tried with each other
 _EXHAUSTIVE = 9  # inputs of a group up to which every rounding is tried
 
 
@@ -113,19 +114,20 @@ class Problem:
 
 
 def search_grid(problem: Problem, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Factors (count,) on the scales of cells, and for affine grids zero points (count,), that round at least error."""
+    """Factors (count,) on the scales of cells, and for affine grids zero points (count,), that round at least error.
+
+    Of a symmetric grid the scale is tried times each of `factors`; of an affine one, each end of its range for itself
+    times some of them (13 at most, evenly chosen). The grid as it stands is among what is tried.
+    """
     if problem.symmetric:
         return search_scale(problem, factors), None
-    shares = torch.linspace(1.0, 0.4, 13).tolist()
-    steps, ones = problem.high - problem.low, torch.ones(problem.count)
+    shares = factors[torch.linspace(0, len(factors) - 1, min(len(factors), _SHARES)).round().long()].tolist()
     scale, zero_point = (_by_cell(problem, t) for t in (problem.scale, problem.zero_point))
     low, high = (problem.low - zero_point) * scale, (problem.high - zero_point) * scale
-    best = _Best(problem, ones, zero_point)
+    best = _Best(problem, torch.ones(problem.count), zero_point)
     for low_share, high_share in itertools.product(shares, shares):
-        trial_scale = ((high * high_share - low * low_share) / steps).clamp(min=1e-30)
-        trial_zero = (problem.low - torch.round(low * low_share / trial_scale)).clamp(problem.low, problem.high)
-        factor = trial_scale / scale
-        best.offer(problem.scaled(factor, trial_zero), factor, trial_zero)
+        step = ((high * high_share - low * low_share) / (problem.high - problem.low)).clamp(min=1e-30)
+        best.offer(step / scale, (problem.low - torch.round(low * low_share / step)).clamp(problem.low, problem.high))
     return best.factor, best.zero_point
 
 
@@ -137,25 +139,29 @@ def _by_cell(problem: Problem, values: torch.Tensor) -> torch.Tensor:
 
 
 class _Best:
-    """For each cell, the grid with the least error of rounding to nearest. The error of a cell is that of its own
-    weights, which is exact per channel and per tensor."""
+    """For each cell, the grid with the least error of rounding to nearest.
 
-    def __init__(self, trial: Problem, factor: torch.Tensor, zero_point: torch.Tensor) -> None:
-        self.factor, self.zero_point = factor, zero_point
-        self._errors = self._of(trial)
+    The error of a cell is that of its own weights, which is exact per channel and per tensor.
+    """
 
-    def _of(self, trial: Problem) -> torch.Tensor:
+    def __init__(self, problem: Problem, factor: torch.Tensor, zero_point: torch.Tensor | None) -> None:
+        self._problem, self.factor, self.zero_point = problem, factor, zero_point
+        self._errors = self._of(factor, zero_point)
+
+    def _of(self, factor: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+        trial = self._problem.scaled(factor, zero_point)
         off = trial.values(trial.nearest()) - trial.target
         errors = (trial.own_slope(off) * off).reshape(-1)
         return torch.zeros(trial.count).index_add_(0, trial.cells.reshape(-1), errors)
 
-    def offer(self, trial: Problem, factor: torch.Tensor, zero_point: torch.Tensor) -> None:
+    def offer(self, factor: torch.Tensor, zero_point: torch.Tensor | None = None) -> None:
         """Take what is better than the best so far, cell by cell."""
-        errors = self._of(trial)
+        errors = self._of(factor, zero_point)
         better = errors < self._errors
         self._errors = torch.where(better, errors, self._errors)
         self.factor = torch.where(better, factor, self.factor)
-        self.zero_point = torch.where(better, zero_point, self.zero_point)
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point = torch.where(better, zero_point, self.zero_point)
 
 
 def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
@@ -164,16 +170,9 @@ def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
     Returns (count,). The error of a cell counts products of its own weights only, which is exact per channel and
     per tensor.
     """
-    zero_point = torch.zeros(problem.count)
-    best = None
-    for value in factors.tolist():
-        factor = torch.full((problem.count,), value)
-        trial = problem.scaled(factor)
-        if best is None:
-            best = _Best(trial, factor, zero_point)
-        else:
-            best.offer(trial, factor, zero_point)
-    assert best is not None
+    best = _Best(problem, torch.ones(problem.count), None)
+    for factor in factors.tolist():
+        best.offer(torch.full((problem.count,), factor))
     return best.factor
 
 
