@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -37,18 +38,27 @@ def write(
 ) -> None:
     """Put the rows in `results/NAME.json`, in the place of those with the same `key` fields.
 
-    Rows measured with other versions, on another CPU, or with other values of `about` (such as a GPU's name) are
-    dropped: they must not stand beside these.
+    If that holds what another CPU measured, they go to a file of their own, `results/NAME.CPU.json`. Rows measured with
+    other versions, or with other values of `about` (such as a GPU's name), are dropped: they must not stand beside
+    these.
     """
     more = about or {}
-    old, about = read(name, folder), {**_about(), **more}
-    same_setup = all(old.get(field) == about[field] for field in ("versions", "cpu", *more))
+    about = {**_about(), **more}
+    if read(name, folder).get("cpu", about["cpu"]) != about["cpu"]:
+        name = f"{name}.{_slug(about['cpu'])}"
+    old = read(name, folder)
+    same_setup = all(old.get(field) == about[field] for field in ("versions", *more))
     merged = {_key(row, key): row for row in (old["rows"] if same_setup else [])}
     stamp = {"date": about["date"], "command": about["command"]}
     merged |= {_key(row, key): _plain({**row, **stamp}) for row in rows}
     content = {**about, "rows": list(merged.values())}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _slug(cpu: str) -> str:
+    """The name of a CPU as part of a file's name: `AMD EPYC, 2 cores` -> `amd-epyc-2-cores`."""
+    return re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
 
 
 def _about() -> dict[str, Any]:
