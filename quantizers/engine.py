@@ -28,7 +28,7 @@ from torchquant.fx.patterns import match
 from torchquant.fx.reading import is_observer
 from torchquant.fx.sites import CONSTANT, note
 from torchquant.fx.windows import window_of
-from torchquant.lowering.target import Target
+from torchquant.lowering.target import Target, brief
 from torchquant.observers.encoded import EncodedWeight
 from torchquant.observers.minmax import (
     ActivationMinMax,
@@ -100,7 +100,7 @@ class CapabilityQuantizer(Quantizer):
 
     def _known(self, scheme: str) -> str:
         if scheme not in self.schemes:
-            raise SchemeError(f"{self.target} runs no scheme {scheme!r}; choose from {', '.join(self.schemes)}")
+            raise SchemeError(f"{self.target} runs no scheme {scheme!r}; choose from {brief(self.schemes)}")
         return scheme
 
     # torchao's interface -------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class CapabilityQuantizer(Quantizer):
         if not row.schemes:
             return row.reason
         if scheme not in row.schemes:
-            return f"{self.target} runs {row.op} in {', '.join(row.schemes)}, not in {scheme}"
+            return f"{self.target} runs {row.op} in {brief(row.schemes)}, not in {scheme}"
         inputs = ops.data_inputs(node, kind)
         if row.role == "weighted" and any(n not in self._derived for n in inputs):
             return CONSTANT

@@ -3,39 +3,16 @@
 import torch
 from torch.fx import Node
 
-from torchquant.formats.integer import INT2, INT3, INT4, INT8, INT8_NARROW
 from torchquant.fx import ops
 from torchquant.fx.blocks import SOLVABLE
 from torchquant.lowering.target import Target
+from torchquant.lowering.weight_schemes import weight_schemes
 from torchquant.quantizers.engine import CapabilityQuantizer
-from torchquant.types import Capability, Format, Scheme, TensorSpec
+from torchquant.types import Capability
 
-__all__ = ["GROUP_SIZES", "TARGET", "WeightOnlyQuantizer"]
+__all__ = ["TARGET", "WeightOnlyQuantizer"]
 
-GROUP_SIZES = (256, 128, 64, 32, 16)
-_FORMATS = {8: INT8, 4: INT4, 3: INT3, 2: INT2}
-
-
-def _schemes() -> dict[str, Scheme]:
-    """`w4_g64`: affine, groups of 64 input features; `w4`: per output channel; `w4_symmetric_g64`: no zero points."""
-    schemes = {}
-    for bits, format in _FORMATS.items():
-        for symmetric in (False, True):
-            name = f"w{bits}_symmetric" if symmetric else f"w{bits}"
-            for group_size in (None, *GROUP_SIZES):
-                tensor = _weight(format, symmetric, group_size)
-                full = name if group_size is None else f"{name}_g{group_size}"
-                schemes[full] = Scheme(full, None, tensor)
-    return schemes
-
-
-def _weight(format: Format, symmetric: bool, group_size: int | None) -> TensorSpec:
-    if symmetric and format is INT8:
-        format = INT8_NARROW
-    return TensorSpec(format, symmetric, "channel" if group_size is None else "group", group_size=group_size)
-
-
-_SCHEMES = _schemes()
+_SCHEMES = weight_schemes()
 TARGET = Target(
     "weight_only",
     "",

@@ -1,6 +1,9 @@
-"""X86Quantizer: what Inductor runs in int8 on x86 CPUs."""
+"""X86Quantizer: what runs quantized on x86 CPUs."""
+
+from torch.fx import Node
 
 from torchquant.backends.inductor_x86.capabilities import TARGET
+from torchquant.fx import ops
 from torchquant.quantizers.engine import CapabilityQuantizer
 
 __all__ = ["X86Quantizer"]
@@ -9,9 +12,21 @@ __all__ = ["X86Quantizer"]
 class X86Quantizer(CapabilityQuantizer):
     """Annotates for `torchquant.backends.inductor_x86`.
 
-    Schemes: `static_int8` (the default) quantizes convolutions and linears with uint8 activations per
-    tensor and int8 weights per channel; `dynamic_int8` linears only, with the activations' scales
-    computed at run time.
+    Schemes: `static_int8` (the default) quantizes convolutions and linears with uint8 activations per tensor and int8
+    weights per channel; `dynamic_int8` linears only, with the activations' scales computed at run time.
+
+    `w{8,4,3,2}_g{256,128,64,32,16}`: linears and embeddings with weights of so many bits, a scale and a zero point for
+    each group of input features, or without `_g...` for each output; `w4_symmetric_g32` and the like have no zero
+    points. Activations stay floats; in `w4a8_g32` and the like those of linears have 8 bits and a scale for each row,
+    chosen at run time. A weight whose inputs are no whole groups gets the largest smaller group that fits, and the
+    report says so.
     """
 
     target = TARGET
+
+    def scheme_for(self, node: Node, scheme: str) -> tuple[str, str]:
+        """Smaller groups where the input is no whole groups; for lookups, which read no activations, weights alone."""
+        weights = scheme.replace("a8", "", 1)
+        if ops.op_name(node) == "embedding" and weights in self.schemes:
+            scheme = weights
+        return self.smaller_groups(node, scheme)

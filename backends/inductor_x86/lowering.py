@@ -29,12 +29,14 @@ from torchquant.errors import LoweringError
 from torchquant.files.owned import OwnFolder
 from torchquant.fx import ops, passes
 from torchquant.fx.flat import Flat, flat
+from torchquant.fx.reading import GraphReading
 from torchquant.fx.sites import marked
 from torchquant.lowering import dynamo, skeleton
 from torchquant.lowering.accounts import names
 from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
-from torchquant.ops.x86 import cpu, native, saturation, tuning
+from torchquant.ops.x86 import cpu, few_bits, native, saturation, tuning
+from torchquant.ops.x86.row_products import Packed, replace_row_products
 from torchquant.ops.x86.translation import Built, replace_regions
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
@@ -46,10 +48,13 @@ _KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
 _INTEGER = {
     ("conv1d", "conv2d"): re.compile(r"qconv|torchquant_conv"),
     ("linear",): re.compile(r"qlinear|torchquant_linear"),
+    ("embedding",): re.compile(r"torchquant_lookup"),
 }
+Part = Built | Packed  # of the graph, that our kernels compute
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
+_FEW_BITS_ERROR = 2.0**-14  # of a product whose activations have 16 bits, relative to the largest of a block
 _CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
@@ -105,30 +110,32 @@ class _X86Lowering(Lowering[X86Program]):
     def __init__(self, own_kernels: bool, tune: bool, compare_float: bool) -> None:
         self._own_kernels, self._tune, self._compare_float = own_kernels, tune, compare_float
         self._folder = OwnFolder("torchquant-x86-")
-        self._regions: list[Built] = []
+        self._parts: list[Part] = []
 
     def refuse(self, quantized: GraphModule) -> None:
         """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
-        _refuse_unrunnable(quantized, self.compute)
+        self._few_bits = _refuse_unrunnable(quantized, self.compute, self._own_kernels)
+        if self._few_bits:
+            self.op_error = _FEW_BITS_ERROR
 
     def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
         self._case, graph = cases[0], reference.graph
         raw_file = self._folder.path / "raw.pt2"
         stage("compiling")
-        raw, self._regions = _compile(graph, self._case, raw_file, self._own_kernels, self._tune)
-        kernels = _kernels(raw, self._regions)
+        raw, self._parts = _compile(graph, self._case, raw_file, self._own_kernels, self._tune)
+        kernels = _kernels(raw, self._parts)
         try:
             fused = _prove_integer(self.compute, kernels)
         except LoweringError:
-            if not self._regions or saturation.saturating(saturation.unsafe_products(graph)):
+            if self._few_bits or not self._parts or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
-            raw, self._regions = _compile(graph, self._case, raw_file, own_kernels=False)
-            kernels = _kernels(raw, self._regions)
+            raw, self._parts = _compile(graph, self._case, raw_file, own_kernels=False)
+            kernels = _kernels(raw, self._parts)
             fused = _prove_integer(self.compute, kernels)
         self._package = self._folder.path / "model.pt2"
-        pack(raw, self._package, self._regions)
-        inside = {name for region in self._regions for name in region.sites}
+        pack(raw, self._package, with_kernels=bool(self._parts))
+        inside = {name for part in self._parts for name in part.sites}
         artefact = Artefact(self._runner(), kernels, fused, graph, inside=inside)
         return self._faster(reference, artefact) if self._compare_float else artefact
 
@@ -138,25 +145,25 @@ class _X86Lowering(Lowering[X86Program]):
         passes.make_float(floats, _sites_in(floats, {s.node for s in self.sites if s.status == "quantized"}))
         raw, _ = _compile(floats, self._case, self._folder.path / "raw.pt2", own_kernels=False)
         kernels, package = _kernels(raw, []), self._folder.path / "float.pt2"
-        pack(raw, package, [])
+        pack(raw, package, with_kernels=False)
         integer_ms, float_ms = race([self._package, package], self._case)
         if float_ms >= _FASTER * integer_ms:
             return artefact
         reason = f"float32 takes {float_ms:.3g} ms on this machine, int8 {integer_ms:.3g} ms"
         warnings.warn(f"{reason}: the float program is returned", stacklevel=4)
-        self._package, self._regions = package, []
+        self._package, self._parts = package, []
         left = {f"{len(self.compute)} annotated ops": reason}
         return Artefact(self._runner(), kernels, 0, floats, left, artefact.inside)
 
     def build_again(self, graph: GraphModule) -> Run:
-        raw, regions = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", bool(self._regions))
+        raw, parts = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", bool(self._parts))
         package = self._folder.path / "deep.pt2"
-        pack(raw, package, regions)
+        pack(raw, package, with_kernels=bool(parts))
         return OnCopies(run_package(package))
 
     def hold(self, hold: Hold, artefact: Artefact) -> Verdict:
         """With poisoned memory, so that no kernel that skips a write finds the right value there by chance."""
-        with native.poisoned() if self._regions else nullcontext():
+        with native.poisoned() if self._parts else nullcontext():
             return super().hold(hold, artefact)
 
     def _runner(self) -> OnCopies:
@@ -196,15 +203,22 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     return call, size_bytes
 
 
-def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
-    """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
-    nodes = {node.name: node for node in graph.graph.nodes}
+def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site], own_kernels: bool) -> int:
+    """Refuse weights that Inductor would fold back to float, and ops without a kernel, before minutes are spent.
+
+    Returns: how many of the ops have weights of few bits, which our kernels alone multiply.
+    """
+    nodes, reading, few = {node.name: node for node in graph.graph.nodes}, GraphReading(graph), 0
     for site in sites:
-        if problem := _problem(site) or _kernel_problem(graph, nodes[site.node]):
+        node = nodes[site.node]
+        product = few_bits.read(reading, node)
+        few += isinstance(product, few_bits.Product)
+        if problem := _problem(site, product, own_kernels) or _kernel_problem(graph, node):
             raise LoweringError(
                 f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Exclude it in the "
                 f"Quantizer, or pass allow_float=['node:{site.node}'] to run it in float."
             )
+    return few
 
 
 def _kernel_problem(graph: GraphModule, node: Node) -> str:
@@ -220,7 +234,11 @@ def _kernel_problem(graph: GraphModule, node: Node) -> str:
     return LONG_KERNEL if weight.shape[-1] != 1 else ""
 
 
-def _problem(site: Site) -> str:
+def _problem(site: Site, product: few_bits.Product | str | None, own_kernels: bool) -> str:
+    if isinstance(product, str):
+        return product
+    if product is not None:
+        return "" if own_kernels and native.supported() else "torchquant's own kernels alone multiply such weights"
     if why := TARGET.why_float(site.op):
         return why
     weight, activation = site.weight, site.activation
@@ -239,13 +257,15 @@ def _problem(site: Site) -> str:
 
 def _compile(
     quantized: GraphModule, batch: Any, package: Path, own_kernels: bool, tune: bool = False
-) -> tuple[Path, list[Built]]:
-    regions: list[Built] = []
+) -> tuple[Path, list[Part]]:
+    parts: list[Part] = []
     try:
         graph = passes.copy_graph(quantized)
         if own_kernels and native.supported():
             graph = export_again(graph, batch).module()
+            packed = replace_row_products(graph)
             regions = replace_regions(graph)
+            parts = [*packed, *regions]
             if regions and tune:
                 _tune(graph, batch, regions)
         unsafe = saturation.unsafe_products(graph)
@@ -270,7 +290,7 @@ def _compile(
         raise
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
-    return package, regions
+    return package, parts
 
 
 def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
@@ -279,9 +299,9 @@ def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
         tuning.tune(lambda: graph(*copies(batch)), regions, sizes)
 
 
-def _kernels(package: Path, regions: Sequence[Built]) -> dict[str, int]:
-    """Calls to matrix kernels in the package's generated C++, by name, and the int8 products inside our regions."""
-    kernels: Counter[str] = Counter(f"torchquant_{kind}" for region in regions for kind in region.products)
+def _kernels(package: Path, parts: Sequence[Part]) -> dict[str, int]:
+    """Calls to matrix kernels in the package's generated C++, by name, and the products that ours compute."""
+    kernels: Counter[str] = Counter(f"torchquant_{kind}" for part in parts for kind in part.products)
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".wrapper.cpp"):

@@ -18,7 +18,6 @@ from torchquant.backends.inductor_x86.program import run_package
 from torchquant.files import archive
 from torchquant.files.owned import OwnFolder
 from torchquant.ops.x86 import native
-from torchquant.ops.x86.translation import Built
 
 _ROUNDS = 15  # of calls to compare them by
 
@@ -27,11 +26,11 @@ def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [t.clone() for t in tensors]
 
 
-def pack(raw: Path, package: Path, regions: Sequence[Built]) -> None:
+def pack(raw: Path, package: Path, *, with_kernels: bool) -> None:
     """What Inductor wrote, as it is kept, with our kernels if it calls them."""
     repack(raw, package)
     raw.unlink()
-    if regions:
+    if with_kernels:
         _add_kernels(package)
 
 

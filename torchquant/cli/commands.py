@@ -29,7 +29,7 @@ from torchquant.calibration import batches as data
 from torchquant.cli import sources
 from torchquant.errors import InputError
 from torchquant.files import archive
-from torchquant.lowering.target import Target
+from torchquant.lowering.target import Target, brief
 from torchquant.measure.verify import compare
 from torchquant.reporting.terminal import program_text, proof_text
 from torchquant.reporting.terminal import report as make_report
@@ -128,7 +128,7 @@ def targets() -> None:
         of = target(name)
         table = Table("op", "schemes", "condition, or why it stays float", title=f"{name} ({of.suffix})", expand=False)
         for row in of.capabilities:
-            table.add_row(row.op, ", ".join(row.schemes) or "float", row.reason)
+            table.add_row(row.op, brief(row.schemes) or "float", row.reason)
         Console().print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,7 +13,7 @@ from torchquant.errors import SchemeError
 from torchquant.fx import ops
 from torchquant.types import Capability, Scheme
 
-__all__ = ["Target"]
+__all__ = ["Target", "brief"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,18 @@ def _check(target: str, row: Capability) -> None:
         raise SchemeError(f"target {target!r}: no kind of op is named {row.op!r}; torchquant.fx.ops.KINDS has them all")
     if row.role == "weighted" and kind is not None and kind.weight is None:
         raise SchemeError(f"target {target!r}: the role of {row.op!r} is 'weighted', and it has no weight")
+
+
+def brief(schemes: Iterable[str]) -> str:
+    """Names of schemes for people to read: those that differ in the size of their groups alone as one."""
+    sizes: dict[str, list[str]] = {}
+    for name in schemes:
+        start, group, size = name.rpartition("_g")
+        known = bool(group) and size.isdigit()
+        sizes.setdefault(start if known else name, []).append(size if known else "")
+    names = []
+    for start, of in sizes.items():
+        groups = [size for size in of if size]
+        ending = f"_g{{{','.join(groups)}}}" if len(groups) > 1 else f"_g{groups[0]}" if groups else ""
+        names.append(f"{start}[{ending}]" if ending and "" in of else f"{start}{ending}")
+    return ", ".join(names)

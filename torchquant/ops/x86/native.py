@@ -44,6 +44,7 @@ _SETS = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": ("-DTQ_PORTABLE",),
 }
+_KERNELS = ("kernels", "row_kernels")  # compiled for each set
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-ivopts")
 _COMPILER_BYTES = 10**9  # what one takes of memory
 _TORCH = Path(torch.__file__).parent
@@ -147,11 +148,12 @@ def _build(folder: Path) -> Path:
             f"-DTQ_ISA={name}",
             "-w",
             "-c",
-            str(_SOURCES / "kernels.cpp"),
+            str(_SOURCES / f"{source}.cpp"),
             "-o",
-            f"{folder / name}.o",
+            f"{folder / name}.{source}.o",
         ]
         for name, flags in _SETS.items()
+        for source in _KERNELS
     ]
     include = [f"-I{_TORCH / 'include'}"]
     runtime = [
@@ -166,7 +168,7 @@ def _build(folder: Path) -> Path:
     ]
     with ThreadPoolExecutor(_compilers_at_once()) as pool:
         list(pool.map(_run, [*commands, runtime]))
-    objects = [f"{folder / name}.o" for name in (*_SETS, "runtime")]
+    objects = [*(f"{folder / name}.{source}.o" for name in _SETS for source in _KERNELS), f"{folder / 'runtime'}.o"]
     library = folder / "kernels.so"
     _run(
         [
@@ -264,6 +266,8 @@ def _load_file(path: Path) -> None:
     _loaded.append(library)
     torch.library.register_fake("torchquant::x86_region", _shapes)
     torch.library.register_fake("torchquant::x86_attention", _attended)
+    torch.library.register_fake("torchquant::x86_linear", _multiplied)
+    torch.library.register_fake("torchquant::x86_lookup", _looked_up)
 
 
 def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
@@ -280,6 +284,16 @@ def _attended(query: torch.Tensor, *_: object) -> torch.Tensor:
     """`(b, rows, heads, width)` from a query `(b, heads, rows, width)`."""
     b, heads, rows, width = query.shape
     return query.new_empty([b, rows, heads, width])
+
+
+def _multiplied(packed: torch.Tensor, x: torch.Tensor, outputs: int, *_: object) -> torch.Tensor:
+    """`(..., outputs)` from rows `(..., inputs)`."""
+    return x.new_empty([*x.shape[:-1], outputs])
+
+
+def _looked_up(packed: torch.Tensor, indices: torch.Tensor, width: int) -> torch.Tensor:
+    """`(..., width)` from indices `(...)`."""
+    return packed.new_empty([*indices.shape, width], dtype=torch.float32)
 
 
 def instruction_sets() -> list[str]:

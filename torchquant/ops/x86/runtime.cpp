@@ -23,9 +23,10 @@
 
 #include "check.h"
 #include "plan.h"
+#include "rows.h"
 
 #define TQ_SETS(X) X(avx512_vnni) X(avx512) X(avx_vnni) X(avx2) X(portable)
-#define TQ_DECLARE(name) namespace name { extern const tq::Kernels kernels; }
+#define TQ_DECLARE(name) namespace name { extern const tq::Kernels kernels; extern const tq::RowKernels row_kernels; }
 TQ_SETS(TQ_DECLARE)
 
 namespace {
@@ -48,6 +49,16 @@ const tq::Kernels* const kAll[] = {
 #define TQ_ADDRESS(name) &name::kernels,
     TQ_SETS(TQ_ADDRESS)
 };
+
+const tq::RowKernels* row_kernels_of(const tq::Kernels* chosen) {
+  static const tq::RowKernels* const all[] = {
+#define TQ_ROW_ADDRESS(name) &name::row_kernels,
+      TQ_SETS(TQ_ROW_ADDRESS)
+  };
+  int i = 0;
+  while (kAll[i] != chosen) ++i;
+  return all[i];
+}
 
 const tq::Kernels* best() {
   for (const auto* k : kAll)
@@ -519,15 +530,113 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
   return out;
 }
 
+// ---- weights of few bits ------------------------------------------------------------------------------------------
+
+tq::Rows rows_of(const Tensor& packed) {
+  STD_TORCH_CHECK(packed.scalar_type() == torch::headeronly::ScalarType::Byte && packed.is_contiguous() &&
+                  packed.numel() >= int64_t(sizeof(tq::RowsHeader)), "torchquant: not a packed weight");
+  const auto* bytes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto& h = *reinterpret_cast<const tq::RowsHeader*>(bytes);
+  STD_TORCH_CHECK(h.magic == tq::kRowsMagic, "torchquant: not a packed weight");
+  STD_TORCH_CHECK(h.version == tq::kRowsVersion, "torchquant: the packed weight has version ", h.version,
+                  " and these kernels run version ", tq::kRowsVersion, ": lower the model again");
+  constexpr int32_t kMost = 1 << 28;
+  bool right = h.bits == 2 || h.bits == 3 || h.bits == 4 || h.bits == 8;
+  for (int32_t n : {h.outputs, h.inputs, h.block, h.stored_block, h.blocks, h.blocks_per_scale}) right = right && 0 < n && n <= kMost;
+  for (int32_t n : {h.scales, h.zeros, h.bias, h.size}) right = right && n >= 0;
+  for (int32_t n : {h.scale_is_half, h.zero_is_byte}) right = right && (n == 0 || n == 1);
+  right = right && h.stored_block >= h.block && h.stored_block % tq::step_inputs(h.bits) == 0 && h.stored_block <= 1 << 20 &&
+          int64_t(h.block) * (h.blocks - 1) < h.inputs && h.inputs <= int64_t(h.block) * h.blocks && packed.numel() == int64_t(h.size) * 64;
+  tq::Rows w{&h, bytes};
+  if (right) {
+    double panels = double(w.panels()), scales = panels * double(w.scale_blocks()), end = double(h.size) * 64;
+    right = 64 + panels * h.blocks * double(w.block_bytes()) <= double(h.scales) * 64 &&
+            double(h.scales) * 64 + scales * (h.scale_is_half ? 32 : 64) <= end &&
+            (!h.zero_is_byte || (h.zeros > 0 && double(h.zeros) * 64 + scales * 16 <= end)) &&
+            (!h.bias || double(h.bias) * 64 + panels * 64 <= end);
+  }
+  STD_TORCH_CHECK(right, "torchquant: the packed weight is damaged: it has ", packed.numel(), " bytes");
+  return w;
+}
+
+constexpr int64_t kWork = 1 << 17;  // products that are worth a thread
+
+// x (..., inputs) by a packed weight (outputs, inputs). `bits` of the activations: 16, or 8 with a scale for each row.
+Tensor linear(Tensor packed, Tensor x, int64_t outputs, int64_t bits, double least_scale) {
+  tq::Rows w = rows_of(packed);
+  STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float && x.dim() > 0 && x.size(x.dim() - 1) == w.h->inputs,
+                  "torchquant: the linear takes float32 rows of ", w.h->inputs, " values");
+  STD_TORCH_CHECK(outputs == w.h->outputs && (bits == 16 || bits == 8), "torchquant: the linear gives ", w.h->outputs, " values a row");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<int64_t> size(x.dim(), outputs);
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) size[d] = x.size(d);
+  Tensor out = torch::stable::new_empty(x, size);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  poison(to, size_t(out.numel()) * sizeof(float));
+  const int64_t rows = x.numel() / w.h->inputs;
+  if (rows == 0) return out;
+  settle(w.bytes, size_t(packed.numel()));
+  tq::Activations a;
+  a.rows = rows, a.bits = int(bits), a.least_scale = static_cast<float>(least_scale);
+  size_t codes = (size_t(rows) * w.stored_inputs() * 2 + 63) / 64 * 64, floats = size_t(rows) * w.h->blocks;
+  auto space = borrow(codes + 2 * floats * sizeof(float));
+  a.codes = reinterpret_cast<int8_t*>(space->memory);
+  a.scale = reinterpret_cast<float*>(space->memory + codes), a.sum = a.scale + floats;
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  const auto* k = row_kernels_of(kernels());
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (threads == 1 || rows * w.h->inputs < kWork) k->quantize(w, from, a, 0, rows);
+  else torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { k->quantize(w, from, a, begin, end); });
+  const int64_t panels = w.panels();
+  const int64_t parts = std::min({threads, (panels + 3) / 4, std::max<int64_t>(1, rows * w.h->inputs * outputs / kWork)});
+  if (parts == 1) {
+    k->multiply(w, a, to, 0, rows, 0, panels);
+  } else {
+    auto edge = [&](int64_t i) { return std::min(panels, (panels + 3) / 4 * i / parts * 4); };
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { k->multiply(w, a, to, 0, rows, edge(begin), edge(end)); });
+  }
+  give_back(std::move(space));
+  return out;
+}
+
+// The rows of a packed table at `indices` (...) as floats (..., width).
+Tensor lookup(Tensor packed, Tensor indices, int64_t width) {
+  tq::Rows w = rows_of(packed);
+  bool wide = indices.scalar_type() == torch::headeronly::ScalarType::Long;
+  STD_TORCH_CHECK(wide || indices.scalar_type() == torch::headeronly::ScalarType::Int, "torchquant: indices are int32 or int64");
+  STD_TORCH_CHECK(width == w.h->inputs, "torchquant: the table has rows of ", w.h->inputs, " values");
+  if (!indices.is_contiguous()) indices = torch::stable::contiguous(indices);
+  std::vector<int64_t> size(indices.dim() + 1, width);
+  for (int64_t d = 0; d < indices.dim(); ++d) size[d] = indices.size(d);
+  const int64_t n = indices.numel();
+  auto index = [&](int64_t i) {
+    return wide ? static_cast<const int64_t*>(indices.const_data_ptr())[i] : int64_t(static_cast<const int32_t*>(indices.const_data_ptr())[i]);
+  };
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(0 <= index(i) && index(i) < w.h->outputs, "torchquant: index ", index(i), " is out of range: the table has ", w.h->outputs, " rows");
+  Tensor out = torch::stable::new_empty(indices, size, torch::headeronly::ScalarType::Float);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  poison(to, size_t(out.numel()) * sizeof(float));
+  const auto* k = row_kernels_of(kernels());
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, (1 << 15) / width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) k->look_up(w, index(i), to + i * width);
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
+  m.def("x86_linear(Tensor packed, Tensor x, int outputs, int bits, float least_scale) -> Tensor");
+  m.def("x86_lookup(Tensor packed, Tensor indices, int width) -> Tensor");
   m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { 
   m.impl("x86_region", TORCH_BOX(&region));
   m.impl("x86_attention", TORCH_BOX(&attention));
+  m.impl("x86_linear", TORCH_BOX(&linear));
+  m.impl("x86_lookup", TORCH_BOX(&lookup));
 }
 
 #define TQ_EXPORT __attribute__((visibility("default")))
