@@ -521,11 +521,12 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(torchquant, m) {
+// TQ_NAMESPACE: of this build alone, see native.py.
+STABLE_TORCH_LIBRARY_FRAGMENT(TQ_NAMESPACE, m) {
   m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
   m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
   m.impl("x86_region", TORCH_BOX(&region));
   m.impl("x86_attention", TORCH_BOX(&attention));
 }
