@@ -13,7 +13,7 @@ from torchquant.ops.x86.matching import PRODUCTS
 from torchquant.ops.x86.translation import replace_regions
 
 Q = torch.ops.quantized_decomposed
-REGION = torch.ops.torchquant
+REGION = native.ops()
 SAFE = 1e-4  # of a step: how far from a tie a value inside a network is, so that float32 rounds it the same way
 
 

@@ -133,6 +133,17 @@ def test_a_store_within_its_budget_writes_nothing(temporary):
     assert not folders(temporary)
 
 
+def test_a_value_above_the_whole_budget_lies_on_disk(temporary):
+    store = Store(budget_bytes=100)
+    value = torch.randn(10, 10)
+    store.put("large", value)
+    assert store.spilled_bytes == 400
+    assert not store._kept
+    assert torch.equal(store.get("large"), value)
+    store.put("small", torch.zeros(10))
+    assert store.spilled_bytes == 400
+
+
 @pytest.mark.skipif(store_module._TRIM is None, reason="another C library than glibc")
 @pytest.mark.parametrize(("budget_bytes", "goes_back"), [(1 << 20, True), (1 << 30, False), (None, False)])
 def test_holes_go_back_to_the_system_where_the_process_has_grown_by_more_than_the_budget(budget_bytes, goes_back):

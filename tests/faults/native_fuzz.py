@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ops")]
-from exact import REGION, Grid, conv, depthwise, exported, linear, regions_in
+from exact import Grid, conv, depthwise, exported, linear, regions_in
 from nets import Call
 from test_x86_dynamic import GRIDS
 
@@ -78,7 +78,7 @@ class Regions(torch.fx.Interpreter):
         self.found = []
 
     def call_function(self, target, args, kwargs):
-        if target is REGION.x86_region.default:
+        if target is native.ops().x86_region.default:
             self.found.append(args)
         return super().call_function(target, args, kwargs)
 
@@ -132,6 +132,7 @@ def main():
     torch.set_num_threads(1)
     native._FLAGS += tuple(os.environ.get("TORCHQUANT_FUZZ_FLAGS", "").split())
     native.load()
+    ops = native.ops()
     regions = list(calls())
     counts = {
         "seed": seed,
@@ -140,11 +141,11 @@ def main():
         "regions": len(regions),
     }
     for plan, inputs, shapes in regions:
-        REGION.x86_region(plan, inputs, shapes)  # as it is
+        ops.x86_region(plan, inputs, shapes)  # as it is
     for _ in range(plans):
         plan, inputs, shapes = chance.choice(regions)
         bad = damaged(plan, chance)
-        tried(lambda b=bad, i=inputs, s=shapes: REGION.x86_region(b, i, s), counts["plans"])
+        tried(lambda b=bad, i=inputs, s=shapes: ops.x86_region(b, i, s), counts["plans"])
     for _ in range(arguments):
         if chance.random() < 0.5:
             plan, inputs, shapes = chance.choice(regions)
@@ -152,14 +153,14 @@ def main():
             shapes = [chance.choice((s, s, s, -s, s + 1, *VALUES[:9])) for s in shapes][
                 : chance.choice((1, 2, 99, 99, 99))
             ]
-            tried(lambda p=plan, i=inputs, s=shapes: REGION.x86_region(p, i, s), counts["arguments"])
+            tried(lambda p=plan, i=inputs, s=shapes: ops.x86_region(p, i, s), counts["arguments"])
             continue
         q = torch.randn(2, 4, 5, 8)
         mask = chance.choice((None, torch.randn(5, 5), torch.ones(2, 1, 5, 5, dtype=torch.bool), torch.randn(4, 1, 5)))
         parts = [odd(q, chance) for _ in range(3)]
         mask = mask if mask is None else odd(mask, chance)
         causal = chance.random() < 0.5
-        tried(lambda p=parts, m=mask, c=causal: REGION.x86_attention(*p, m, 0.3, c), counts["arguments"])
+        tried(lambda p=parts, m=mask, c=causal: ops.x86_attention(*p, m, 0.3, c), counts["arguments"])
     print(json.dumps(counts))
 
 

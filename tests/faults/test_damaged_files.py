@@ -297,8 +297,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 values = torch.zeros(100_000)
 store = Store(budget_bytes=10)
-store.put(0, values)
-for write in (lambda: write_whole(sys.argv[1], lambda part: torch.save(values, part)), lambda: store.put(1, values)):
+for write in (lambda: write_whole(sys.argv[1], lambda part: torch.save(values, part)), lambda: store.put(0, values)):
     try:
         write()
     except ArtifactError as error:
@@ -325,15 +324,14 @@ def test_a_folder_that_takes_no_file_is_an_error_of_ours(tmp_path, monkeypatch, 
     with pytest.raises(tq.ArtifactError, match=r"a\.bin"):
         write_whole(tmp_path / "a.bin", lambda part: part.write_bytes(b""))
     store = Store(budget_bytes=10)
-    store.put(0, torch.zeros(100))
     with pytest.raises(tq.ArtifactError, match="TMPDIR"):
-        store.put(1, torch.zeros(100))
+        store.put(0, torch.zeros(100))
 
 
 def test_what_was_spilled_and_is_gone_or_damaged_is_an_error_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = Store(budget_bytes=10)
-    for key in range(3):
+    for key in range(2):
         store.put(key, torch.zeros(100))
     first, second = sorted(store._spilled.values())
     first.write_bytes(b"rubbish")

@@ -510,7 +510,7 @@ def test_the_command_runs_an_x86_program_only_if_it_is_trusted(x86_pixels, tmp_p
     assert isinstance(refused.exception, tq.InputError)
     assert "--trust" in str(refused.exception)
     assert CliRunner().invoke(cli.app, [*arguments, "--trust"]).exit_code == 0
-    monkeypatch.setattr(native, "_load_file", lambda path: pytest.fail("it is loaded"))
+    monkeypatch.setattr(native, "_load_file", lambda *_: pytest.fail("it is loaded"))
     monkeypatch.setattr("torchquant.backends.inductor_x86.program.run_package", lambda path: pytest.fail("it is run"))
     report = CliRunner().invoke(cli.app, ["report", str(path)])
     assert report.exit_code == 0
@@ -526,28 +526,37 @@ def test_a_library_that_changed_is_not_mapped(x86_pixels, tmp_path, monkeypatch)
     path = crafted.write(tmp_path / "other.pt2", {**members, name: members[name] + b"\0"})
     with crafted.zipfile.ZipFile(path, "a") as out:
         out.writestr(f"model/extra/{archive.NAME}", json.dumps(sealed))
-    monkeypatch.setattr(native, "_load_file", lambda path: pytest.fail("it is loaded"))
+    monkeypatch.setattr(native, "_load_file", lambda *_: pytest.fail("it is loaded"))
     with pytest.raises(tq.ArtifactError, match="not as it was written"):
         inductor_x86.load(path)
 
 
 def test_a_library_that_came_with_a_program_stays_out_of_the_cache(tmp_path, monkeypatch):
-    loaded = []
+    loaded = {}
     monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "_loaded", [])
-    monkeypatch.setattr(native, "_load_file", loaded.append)
-    native.load_packaged(native.build_name(), b"not of our sources")
-    assert [p.read_bytes() for p in loaded] == [b"not of our sources"]
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_load_file", loaded.__setitem__)
+    name = native.build_name()
+    content = b"not of our sources, but of their name: " + native._namespace(name).encode()
+    native.load_packaged(name, content)
+    assert loaded[name].read_bytes() == content
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setattr(native, "_build", lambda folder: pytest.fail("it is built"))
-    built = tmp_path / "cache" / native.build_name()
+    built = tmp_path / "cache" / name
     built.write_bytes(b"of our sources")
     built.with_suffix(".sha256").write_text(hashlib.sha256(b"of our sources").hexdigest())
-    built.with_suffix(".sha256").write_text(hashlib.sha256(b"of our sources").hexdigest())
     assert native.library_file() == built
-    monkeypatch.setattr(native, "_load_file", lambda path: [loaded.append(path), native._loaded.append(path)])
-    native.load_packaged(native.build_name(), b"not of our sources")
-    assert loaded[1:] == [built]
+    monkeypatch.setattr(native, "_load_file", lambda name, path: native._loaded.update({name: path}))
+    native.load_packaged(name, content)
+    assert native._loaded == {name: built}
+
+
+def test_a_library_whose_ops_are_not_those_of_its_name_is_not_mapped(monkeypatch):
+    """Two such would register the same ops, at which torch ends the process."""
+    monkeypatch.setattr(native, "_load_file", lambda *_: pytest.fail("it is loaded"))
+    other = native.PREFIX + "0" * 16 + ".so"
+    with pytest.raises(tq.LoweringError, match="lower the model again"):
+        native.load_packaged(other, native.library_file().read_bytes())
 
 
 def test_the_command_lets_torch_unpickle_a_model_only_if_it_is_trusted(files, tmp_path, marker):

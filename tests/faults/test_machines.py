@@ -105,15 +105,15 @@ def test_a_user_without_a_home_gets_a_folder_of_the_process(monkeypatch, tmp_pat
 
 
 def test_a_folder_from_which_nothing_may_be_run_is_left(folder, monkeypatch):
-    monkeypatch.setattr(native, "_loaded", [])
+    monkeypatch.setattr(native, "_loaded", {})
     stand_in(monkeypatch, [])
     tried = []
 
-    def load_file(path):
+    def load_file(name, path):
         tried.append(path.parent)
         if path.parent == folder:
             raise tq.errors.LoweringError("failed to map segment from shared object")
-        native._loaded.append("library")
+        native._loaded[name] = "library"
 
     monkeypatch.setattr(native, "_load_file", load_file)
     assert native.load() == "library"

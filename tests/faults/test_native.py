@@ -93,7 +93,7 @@ def test_a_plan_with_a_field_out_of_range_is_refused(region, record, field, valu
 def test_attention_refuses_masks_and_dtypes_that_do_not_fit():
     native.load()
     q = torch.randn(2, 4, 5, 8)
-    attention = torch.ops.torchquant.x86_attention
+    attention = REGION.x86_attention
     for mask in (torch.zeros(5, 3), torch.zeros(2, 4, 1, 5, 5), torch.zeros(3, 1, 5, 5), torch.zeros(5, 5).int()):
         with pytest.raises(RuntimeError, match="torchquant: attention"):
             attention(q, q, q, mask, 1.0, False)

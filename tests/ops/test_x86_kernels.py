@@ -685,7 +685,7 @@ def attention_case(inputs, options):
 
 def check_attention(inputs, options):
     graph, expected = attention_case(inputs, options)
-    assert "torchquant.x86_attention.default" in targets(graph)
+    assert str(REGION.x86_attention.default) in targets(graph)
     for name in native.instruction_sets():
         with native.use(name):
             actual = graph(*inputs)
@@ -734,7 +734,7 @@ def test_other_attention_stays_with_torch(name):
     *shapes, options = BROADCAST[name]
     inputs = tuple(torch.randn(*s) for s in shapes)
     graph, expected = attention_case(inputs, options)
-    assert "torchquant.x86_attention.default" not in targets(graph)
+    assert str(REGION.x86_attention.default) not in targets(graph)
     torch.testing.assert_close(graph(*inputs).double(), expected, rtol=0, atol=1e-5)
 
 

@@ -63,15 +63,15 @@ def test_a_product_is_that_of_the_decoded_weight(instructions, bits, affine, n, 
     torch.manual_seed(0)
     grid, bias = grid_of(n, k, bits, group, affine, half=not affine), torch.randn(n) if affine else None
     packed, weight = rows.pack(grid, bias), weight_of(grid)
-    assert torch.equal(torch.ops.torchquant.x86_lookup(packed, torch.arange(n), k), weight)
+    assert torch.equal(native.ops().x86_lookup(packed, torch.arange(n), k), weight)
     for count in (1, 2, 5, 9):
         x = torch.randn(count, k)
         wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        assert decibels(torch.ops.torchquant.x86_linear(packed, x, n, 16, LEAST), wanted) > 75
+        assert decibels(native.ops().x86_linear(packed, x, n, 16, LEAST), wanted) > 75
         scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=LEAST)
         codes = (x * (1 / scale)).round().clamp(-127, 127) * scale
         wanted = F.linear(codes.double(), weight.double(), None if bias is None else bias.double())
-        assert decibels(torch.ops.torchquant.x86_linear(packed, x, n, 8, LEAST), wanted) > 110
+        assert decibels(native.ops().x86_linear(packed, x, n, 8, LEAST), wanted) > 110
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -82,7 +82,7 @@ def test_largest_codes_and_activations_do_not_overflow(instructions, bits):
     x = torch.ones(2, k)
     x[1] = -1
     for width in (16, 8):
-        got = torch.ops.torchquant.x86_linear(rows.pack(grid), x, n, width, LEAST)
+        got = native.ops().x86_linear(rows.pack(grid), x, n, width, LEAST)
         torch.testing.assert_close(got, F.linear(x, weight_of(grid)), rtol=1e-5, atol=0)
 
 
@@ -91,7 +91,7 @@ def test_rows_that_are_zero_or_not_finite(instructions, width):
     grid = grid_of(20, 64, 4, 32, True)
     x = torch.randn(4, 64)
     x[0], x[1, 5], x[2, 40] = 0, torch.nan, torch.inf
-    y = torch.ops.torchquant.x86_linear(rows.pack(grid), x, 20, width, LEAST)
+    y = native.ops().x86_linear(rows.pack(grid), x, 20, width, LEAST)
     assert torch.equal(y[0], torch.zeros(20))
     assert y[1].isnan().all()
     assert not y[2].isfinite().any()
@@ -103,7 +103,7 @@ def test_a_magnitude_far_from_one_keeps_its_digits(instructions):
     for size in (1e-30, 1e30):
         x = torch.randn(3, 64) * size
         wanted = F.linear(x.double(), weight_of(grid).double())
-        assert decibels(torch.ops.torchquant.x86_linear(rows.pack(grid), x, 20, 16, LEAST_SCALE), wanted) > 75
+        assert decibels(native.ops().x86_linear(rows.pack(grid), x, 20, 16, LEAST_SCALE), wanted) > 75
 
 
 def test_threads_and_strides_change_nothing():
@@ -112,9 +112,9 @@ def test_threads_and_strides_change_nothing():
     alone, threads = torch.get_num_threads(), 4
     try:
         torch.set_num_threads(1)
-        one = [torch.ops.torchquant.x86_linear(packed, x[:n], 1000, 16, LEAST) for n in (1, 37)]
+        one = [native.ops().x86_linear(packed, x[:n], 1000, 16, LEAST) for n in (1, 37)]
         torch.set_num_threads(threads)
-        many = [torch.ops.torchquant.x86_linear(packed, x[:n], 1000, 16, LEAST) for n in (1, 37)]
+        many = [native.ops().x86_linear(packed, x[:n], 1000, 16, LEAST) for n in (1, 37)]
     finally:
         torch.set_num_threads(alone)
     assert all(map(torch.equal, one, many))
@@ -148,15 +148,15 @@ def test_damaged_bytes_are_refused():
         )
         damaged[:64].view(torch.int32)[place] = value
         with contextlib.suppress(RuntimeError):  # what is not refused changed numbers alone
-            assert torch.ops.torchquant.x86_linear(damaged, x, 40, 16, LEAST).shape == (2, 40)
+            assert native.ops().x86_linear(damaged, x, 40, 16, LEAST).shape == (2, 40)
     for cut in (packed[:-64], packed[:32], packed[:0], packed.float()):
         with pytest.raises(RuntimeError, match="packed weight"):
-            torch.ops.torchquant.x86_linear(cut, x, 40, 16, LEAST)
+            native.ops().x86_linear(cut, x, 40, 16, LEAST)
 
 
 def test_operands_that_do_not_fit_are_refused():
     packed = rows.pack(grid_of(40, 64, 4, 32, True))
-    linear, look_up = torch.ops.torchquant.x86_linear, torch.ops.torchquant.x86_lookup
+    linear, look_up = native.ops().x86_linear, native.ops().x86_lookup
     for x in (torch.randn(2, 63), torch.randn(()), torch.randn(2, 64).double()):
         with pytest.raises(RuntimeError, match="rows of 64"):
             linear(packed, x, 40, 16, LEAST)

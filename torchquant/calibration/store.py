@@ -46,7 +46,7 @@ class Store:
         value = pytree.tree_map_only(torch.Tensor, _compact, value)
         self._kept[key] = value
         self._bytes += _bytes_of(value)
-        while self._bytes > self._budget and len(self._kept) > 1:
+        while self._bytes > self._budget and self._kept:
             self._spill(*self._kept.popitem(last=False))
 
     def __contains__(self, key: Any) -> bool:

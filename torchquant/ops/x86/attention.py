@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
-from torchquant.ops.x86 import matching
+from torchquant.ops.x86 import matching, native
 
 __all__ = ["replace_attention"]
 
@@ -27,7 +27,7 @@ def replace_attention(graph: GraphModule) -> int:
         args = (arguments["query"], arguments["key"], arguments["value"], arguments.get("attn_mask"))
         options = (float(int(width) ** -0.5 if scale is None else scale), bool(arguments.get("is_causal", False)))
         with graph.graph.inserting_before(node):
-            call = graph.graph.call_function(torch.ops.torchquant.x86_attention.default, (*args, *options))
+            call = graph.graph.call_function(native.ops().x86_attention.default, (*args, *options))
             turned = graph.graph.call_function(torch.ops.aten.transpose.int, (call, 1, 2))
         turned.meta = dict(node.meta)
         node.replace_all_uses_with(turned)

@@ -1,4 +1,8 @@
-"""The C++ kernels of `ops/x86`: built once, by the compiler that Inductor uses, and loaded as a torch library."""
+"""The C++ kernels of `ops/x86`: built once, by the compiler that Inductor uses, and loaded as a torch library.
+
+The ops of a build are in a namespace that carries the digest of its sources. So builds of other sources, which came
+with programs, are loaded beside our own, and each program calls the one that it was lowered for.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from torch._ops import _OpNamespace
 
 from torchquant.errors import LoweringError
 from torchquant.files.owned import OwnFolder
@@ -27,6 +32,7 @@ __all__ = [
     "library_file",
     "load",
     "load_packaged",
+    "ops",
     "poisoned",
     "profiled",
     "supported",
@@ -99,6 +105,17 @@ def build_name() -> str:
     return f"{PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
+def _namespace(name: str) -> str:
+    """Where torch finds the ops of a build."""
+    return Path(name).stem.replace("-", "_")
+
+
+def ops() -> _OpNamespace:
+    """The ops of the present sources, once `load` has been called: `ops().x86_region` and the others."""
+    namespace: _OpNamespace = getattr(torch.ops, _namespace(build_name()))
+    return namespace
+
+
 def library_file() -> Path:
     """The shared library, built now if no build of these sources is in the cache.
 
@@ -160,6 +177,7 @@ def _build(folder: Path) -> Path:
         compiler,
         *_FLAGS,
         _STABLE,
+        f"-DTQ_NAMESPACE={_namespace(build_name())}",
         *include,
         "-c",
         str(_SOURCES / "runtime.cpp"),
@@ -212,49 +230,49 @@ def _run(command: list[str]) -> None:
         raise LoweringError(f"torchquant's kernels do not compile with {command[0]}:\n{done.stderr[-3000:]}")
 
 
-_loaded: list[ctypes.CDLL] = []
+_loaded: dict[str, ctypes.CDLL] = {}  # by the name of the build
 
 
 def load() -> ctypes.CDLL:
-    """Build if needed and load: `torch.ops.torchquant.x86_region` exists from now on.
+    """Build if needed and load: what is in `ops()` exists from now on.
 
     Raises:
         LoweringError: as `library_file`, or the library cannot be loaded.
     """
-    if not _loaded:
+    name = build_name()
+    if name not in _loaded:
         library = library_file()
         try:
-            _load_file(library)
+            _load_file(name, library)
         except LoweringError:  # a folder from which nothing may be run
             if library.parent == own_folder():
                 raise
-            _load_file(_built(own_folder()))
-    return _loaded[0]
+            _load_file(name, _built(own_folder()))
+    return _loaded[name]
 
 
 def load_packaged(name: str, content: bytes) -> None:
-    """Load the library that came with a program, unless this process has one: our own sources' where it can be had.
+    """Load the library that came with a program, unless this process has that build, or the cache.
 
     What came with a program is never put into the cache, from which later programs take their library.
 
     Raises:
-        LoweringError: it cannot be loaded here.
+        LoweringError: it cannot be loaded here, or its ops are not those of its name.
     """
-    if _loaded:
+    if name in _loaded:
         return
-    if name != build_name() or _is_whole(cache_folder() / name):
-        try:
-            load()
-            return
-        except LoweringError:  # no compiler here: what came with the program serves
-            pass
+    if name == build_name() and _is_whole(cache_folder() / name):
+        load()
+        return
+    if _namespace(name).encode() not in content:  # loading ops that exist already would end the process
+        raise LoweringError(f"{name} holds no kernels of that name: lower the model again")
     path = own_folder() / f"packaged-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         write_whole(path, lambda part: part.write_bytes(content))
-    _load_file(path)
+    _load_file(name, path)
 
 
-def _load_file(path: Path) -> None:
+def _load_file(name: str, path: Path) -> None:
     try:
         torch.ops.load_library(path)
         library = ctypes.CDLL(str(path))
@@ -263,11 +281,10 @@ def _load_file(path: Path) -> None:
     library.torchquant_x86_sets.restype = ctypes.c_char_p
     library.torchquant_x86_profiled.restype = ctypes.c_int64
     library.torchquant_x86_profiled.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    _loaded.append(library)
-    torch.library.register_fake("torchquant::x86_region", _shapes)
-    torch.library.register_fake("torchquant::x86_attention", _attended)
-    torch.library.register_fake("torchquant::x86_linear", _multiplied)
-    torch.library.register_fake("torchquant::x86_lookup", _looked_up)
+    _loaded[name] = library
+    if name == build_name():  # what others' programs call was compiled already
+        for op, fake in _FAKES.items():
+            torch.library.register_fake(f"{_namespace(name)}::{op}", fake)
 
 
 def _shapes(plan: torch.Tensor, inputs: list[torch.Tensor], shapes: list[int]) -> list[torch.Tensor]:
@@ -294,6 +311,14 @@ def _multiplied(packed: torch.Tensor, x: torch.Tensor, outputs: int, *_: object)
 def _looked_up(packed: torch.Tensor, indices: torch.Tensor, width: int) -> torch.Tensor:
     """`(..., width)` from indices `(...)`."""
     return packed.new_empty([*indices.shape, width], dtype=torch.float32)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "x86_region": _shapes,
+    "x86_attention": _attended,
+    "x86_linear": _multiplied,
+    "x86_lookup": _looked_up,
+}
 
 
 def instruction_sets() -> list[str]:

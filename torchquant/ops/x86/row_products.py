@@ -30,7 +30,7 @@ class Packed:
 
 
 def replace_row_products(graph: GraphModule) -> list[Packed]:
-    """Put `torch.ops.torchquant.x86_linear` and `x86_lookup` in the place of what they compute; in place.
+    """Put `native.ops().x86_linear` and `x86_lookup` in the place of what they compute; in place.
 
     Linears that read the same rows become one product, and slices of it. A table that is looked up and multiplied by is
     stored once.
@@ -86,10 +86,10 @@ def _replace(graph: GraphModule, group: Sequence[Product], stored: _Stored, now:
         sizes = [len(product.grid.codes) for product in group]
         if not first.bits:
             width = first.grid.codes.shape[1]
-            parts = [call(torch.ops.torchquant.x86_lookup.default, (packed, values, width))]
+            parts = [call(native.ops().x86_lookup.default, (packed, values, width))]
         else:
             args = (packed, values, sum(sizes), first.bits, first.least_scale)
-            parts = [call(torch.ops.torchquant.x86_linear.default, args)]
+            parts = [call(native.ops().x86_linear.default, args)]
         if len(group) > 1:
             parts = _sliced(call, parts[0], sizes)
     for product, part in zip(group, parts, strict=True):

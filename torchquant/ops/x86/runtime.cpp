@@ -626,13 +626,14 @@ Tensor lookup(Tensor packed, Tensor indices, int64_t width) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(torchquant, m) {
+// TQ_NAMESPACE: of this build alone, see native.py.
+STABLE_TORCH_LIBRARY_FRAGMENT(TQ_NAMESPACE, m) {
   m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
   m.def("x86_linear(Tensor packed, Tensor x, int outputs, int bits, float least_scale) -> Tensor");
   m.def("x86_lookup(Tensor packed, Tensor indices, int width) -> Tensor");
   m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(torchquant, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
   m.impl("x86_region", TORCH_BOX(&region));
   m.impl("x86_attention", TORCH_BOX(&attention));
   m.impl("x86_linear", TORCH_BOX(&linear));

@@ -36,7 +36,7 @@ class Built:
 
 
 def replace_regions(graph: GraphModule) -> list[Built]:
-    """Put `torch.ops.torchquant.x86_region` in the place of what the kernels can run; in place.
+    """Put `native.ops().x86_region` in the place of what the kernels can run; in place.
 
     Args:
         graph: a converted graph whose nodes all know their values' shapes (`meta["val"]`), and whose ops write into
@@ -108,7 +108,7 @@ class _Translator(Region):
         return Built([ops.op_name(n) for n in self.nodes if ops.op_name(n) in matching.PRODUCTS], self.plan, memory)
 
     def _output_shapes(self) -> list[int] | None:
-        """As `torchquant::x86_region` takes them; None if a varying size is not one of the first input's."""
+        """As `x86_region` takes them; None if a varying size is not one of the first input's."""
         shapes: list[int] = []
         first = matching.shape_of(self.inputs[0]) if self.inputs else ()
         for node in self.outputs:
@@ -133,7 +133,7 @@ class _Translator(Region):
         with graph.inserting_after(anchor):
             holder = graph.get_attr(name)
         with graph.inserting_after(holder):
-            call = graph.call_function(torch.ops.torchquant.x86_region.default, (holder, list(self.inputs), shapes))
+            call = graph.call_function(native.ops().x86_region.default, (holder, list(self.inputs), shapes))
         holder.meta["val"] = memory
         place = call
         for index, node in enumerate(self.outputs):
