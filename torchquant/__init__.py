@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.language.export import export_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
@@ -76,6 +77,7 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
+    "language.export": ("export_causal_lm",),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
         "Report",
@@ -127,6 +129,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "export_causal_lm",
     "load",
     "optimize",
     "prepare",

@@ -1,0 +1,31 @@
+"""The optional libraries of language models, imported when they are first needed: the extra `torchquant[llm]`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torchquant.errors import MissingDependencyError
+
+__all__ = ["gguf", "transformers"]
+
+
+@cache
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"language models need {name}, which is not installed: pip install 'torchquant[llm]'"
+        ) from error
+
+
+def transformers() -> Any:
+    """The package `transformers`; raises MissingDependencyError."""
+    return _imported("transformers")
+
+
+def gguf() -> Any:
+    """The package `gguf`; raises MissingDependencyError."""
+    return _imported("gguf")
