@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.language.decoder import Decoder, generate
+    from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
@@ -77,6 +79,8 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
+    "language.decoder": ("Decoder", "generate"),
+    "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
@@ -107,6 +111,8 @@ __all__ = [
     "CalibrationError",
     "Comparison",
     "CrossLayerEqualization",
+    "Decoder",
+    "Evaluation",
     "ExportError",
     "InputError",
     "LoweringError",
@@ -128,8 +134,10 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "evaluate",
     "export",
     "export_causal_lm",
+    "generate",
     "load",
     "optimize",
     "prepare",
