@@ -172,16 +172,31 @@ def _register() -> None:
 
 
 def _mask(
-    *, q_offset: Tensor, kv_offset: Tensor, mask_function: Callable[..., Tensor], dtype: torch.dtype, **_: Any
+    *,
+    q_offset: Tensor,
+    kv_offset: Tensor,
+    mask_function: Callable[..., Tensor],
+    dtype: torch.dtype,
+    config: Any,
+    **_: Any,
 ) -> Tensor:
-    """Additive mask (1, 1, T, S): 0 where a query reads a key, minus infinity elsewhere.
+    """Additive mask (1, 1, T G, S): 0 where a query reads a key, minus infinity elsewhere; G = H / K, see `_attention`.
 
     `mask_function` is transformers' own, of this kind of layer, e.g. causal within a sliding window; it takes indices
     of batch, head, query and key. The offsets are the positions of `StaticRows`.
     """
     first = q_offset.new_zeros(())
     allowed = mask_function(first, first, q_offset[None, None, :, None], kv_offset[None, None, None, :])
-    return torch.where(allowed, 0.0, float("-inf")).to(dtype)
+    mask = torch.where(allowed, 0.0, float("-inf")).to(dtype)
+    shared = _shared_by(config)
+    rows = mask.unsqueeze(3).expand(-1, -1, -1, shared, -1)
+    return rows.reshape(1, 1, q_offset.shape[0] * shared, kv_offset.shape[0])
+
+
+def _shared_by(config: Any) -> int:
+    """G: how many heads share keys and values."""
+    heads: int = config.num_attention_heads
+    return heads // (getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _attention(
@@ -193,12 +208,20 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q Kᵀ scaling + mask) V as (B, T, H, D), of query (B, H, T, D), key and value (B, K, S, D)."""
+    """softmax(Q Kᵀ scaling + mask) V as (B, T, H, D), of query (B, H, T, D), key and value (B, K, S, D).
+
+    The G heads that share keys and values are further rows of one head, so that keys and values are read once and not
+    repeated. Queries are laid out (B, T G, K, D), in which torch's kernel returns them.
+    """
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise ExportError(f"{type(module).__name__} has attention with {name}, which has no static form here")
-    shared = query.shape[1] != key.shape[1]  # the heads share keys and values, which need no copies for that
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, scale=scaling, enable_gqa=shared
-    )
-    return out.transpose(1, 2), None
+    (batch, heads, new, size), kept = query.shape, key.shape[1]
+    shared = _shared_by(module.config)
+    if heads != kept * shared:
+        raise ExportError(f"{type(module).__name__} has other numbers of heads ({heads}, {kept}) than its config says")
+    packed = query.view(batch, kept, shared, new, size).permute(0, 3, 2, 1, 4).reshape(batch, new * shared, kept, size)
+    attend = nn.functional.scaled_dot_product_attention
+    out = attend(packed.transpose(1, 2), key, value, attention_mask, scale=scaling).transpose(1, 2)
+    parts = out.reshape(batch, new, shared, kept, value.shape[-1]).permute(0, 1, 3, 2, 4)
+    return parts.reshape(batch, new, heads, value.shape[-1]), None
