@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.language.checkpoints import Checkpoint, load_causal_lm
     from torchquant.language.decoder import Decoder, generate
     from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
@@ -79,6 +80,7 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
+    "language.checkpoints": ("Checkpoint", "load_causal_lm"),
     "language.decoder": ("Decoder", "generate"),
     "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
@@ -109,6 +111,7 @@ __all__ = [
     "BatchNormReestimation",
     "BiasCorrection",
     "CalibrationError",
+    "Checkpoint",
     "Comparison",
     "CrossLayerEqualization",
     "Decoder",
@@ -139,6 +142,7 @@ __all__ = [
     "export_causal_lm",
     "generate",
     "load",
+    "load_causal_lm",
     "optimize",
     "prepare",
     "quantize",

@@ -149,7 +149,7 @@ def _shapes_of(model: nn.Module) -> list[tuple[int, int, int]]:
 def _cache_of(buffers: KeyValueCache, positions: Tensor, attended: Tensor) -> Any:
     """The cache as transformers asks for it: the positions stand in for its offsets, which only our mask reads."""
 
-    class StaticRows(transformers().cache_utils.Cache):  # type: ignore[misc]
+    class StaticRows(transformers("cache_utils").Cache):  # type: ignore[misc]
         def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             return buffers.update(layer_idx, keys, values, positions, attended.shape[0])
 
@@ -162,7 +162,7 @@ def _cache_of(buffers: KeyValueCache, positions: Tensor, attended: Tensor) -> An
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Tensor]:
             return attended.shape[0], attended
 
-    layer = transformers().cache_utils.StaticLayer
+    layer = transformers("cache_utils").StaticLayer
     return StaticRows(layers=[layer(max_cache_len=1) for _ in range(buffers.layers)])
 
 

@@ -16,14 +16,15 @@ def _imported(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
+        library = name.partition(".")[0]
         raise MissingDependencyError(
-            f"language models need {name}, which is not installed: pip install 'torchquant[llm]'"
+            f"language models need {library}, which is not installed: pip install 'torchquant[llm]'"
         ) from error
 
 
-def transformers() -> Any:
-    """The package `transformers`; raises MissingDependencyError."""
-    return _imported("transformers")
+def transformers(part: str = "") -> Any:
+    """The package `transformers`, or the module `part` of it; raises MissingDependencyError."""
+    return _imported(f"transformers.{part}" if part else "transformers")
 
 
 def gguf() -> Any:
