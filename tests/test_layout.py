@@ -24,6 +24,7 @@ LAYERS = [
     ["ops", "reporting", "solving"],
     ["algorithms"],
     ["flow"],
+    ["language"],
     ["cli", "__init__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.language.checkpoints import Checkpoint, load_causal_lm
+    from torchquant.language.decoder import Decoder, generate
+    from torchquant.language.evaluation import Evaluation, evaluate
+    from torchquant.language.export import export_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
@@ -76,6 +80,10 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
+    "language.checkpoints": ("Checkpoint", "load_causal_lm"),
+    "language.decoder": ("Decoder", "generate"),
+    "language.evaluation": ("Evaluation", "evaluate"),
+    "language.export": ("export_causal_lm",),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
         "Report",
@@ -103,8 +111,11 @@ __all__ = [
     "BatchNormReestimation",
     "BiasCorrection",
     "CalibrationError",
+    "Checkpoint",
     "Comparison",
     "CrossLayerEqualization",
+    "Decoder",
+    "Evaluation",
     "ExportError",
     "InputError",
     "LoweringError",
@@ -126,8 +137,12 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "evaluate",
     "export",
+    "export_causal_lm",
+    "generate",
     "load",
+    "load_causal_lm",
     "optimize",
     "prepare",
     "quantize",

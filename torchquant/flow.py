@@ -100,8 +100,8 @@ def _hint(error: str, leaves: list[Any]) -> str:
     """What to do about some errors of torch.export that do not say it."""
     if "DynamicCache" in error or "past_key_values" in error:
         return (
-            "\nThe model returns a cache that grows, which torch.export cannot capture: call it with use_cache=False, "
-            "or export it with a static cache (transformers.integrations.executorch)."
+            "\nThe model returns a cache that grows, which torch.export cannot capture: export it with a static cache, "
+            "by torchquant.export_causal_lm(model, max_cache_len), or call it with use_cache=False."
         )
     if "positional argument" in error and len(leaves) > 1:
         return "\nIf a batch holds a label too, leave it out, e.g. [x for x, _ in loader]."

@@ -25,6 +25,7 @@ from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
 from torchquant.backends.inductor_x86.packages import OnCopies, copies, pack, race, repack
 from torchquant.backends.inductor_x86.passes import detach_activations, flatten_quantized_linears, rename_folded_weights
 from torchquant.backends.inductor_x86.program import X86Program, run_package
+from torchquant.backends.inductor_x86.states import InPlace, states_in_place, write_in_place
 from torchquant.errors import LoweringError
 from torchquant.files.owned import OwnFolder
 from torchquant.fx import ops, passes
@@ -111,6 +112,7 @@ class _X86Lowering(Lowering[X86Program]):
         self._own_kernels, self._tune, self._compare_float = own_kernels, tune, compare_float
         self._folder = OwnFolder("torchquant-x86-")
         self._parts: list[Part] = []
+        self._in_place: InPlace = ()
 
     def refuse(self, quantized: GraphModule) -> None:
         """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
@@ -119,10 +121,10 @@ class _X86Lowering(Lowering[X86Program]):
             self.op_error = _FEW_BITS_ERROR
 
     def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
-        self._case, graph = cases[0], reference.graph
+        self._case, graph, self._in_place = cases[0], reference.graph, states_in_place(reference)
         raw_file = self._folder.path / "raw.pt2"
         stage("compiling")
-        raw, self._parts = _compile(graph, self._case, raw_file, self._own_kernels, self._tune)
+        raw, self._parts = _compile(graph, self._case, raw_file, self._own_kernels, self._tune, self._in_place)
         kernels = _kernels(raw, self._parts)
         try:
             fused = _prove_integer(self.compute, kernels)
@@ -130,7 +132,7 @@ class _X86Lowering(Lowering[X86Program]):
             if self._few_bits or not self._parts or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
-            raw, self._parts = _compile(graph, self._case, raw_file, own_kernels=False)
+            raw, self._parts = _compile(graph, self._case, raw_file, own_kernels=False, in_place=self._in_place)
             kernels = _kernels(raw, self._parts)
             fused = _prove_integer(self.compute, kernels)
         self._package = self._folder.path / "model.pt2"
@@ -143,7 +145,8 @@ class _X86Lowering(Lowering[X86Program]):
         """The artefact, or the float one if that takes less time."""
         floats = passes.copy_graph(reference.graph)
         passes.make_float(floats, _sites_in(floats, {s.node for s in self.sites if s.status == "quantized"}))
-        raw, _ = _compile(floats, self._case, self._folder.path / "raw.pt2", own_kernels=False)
+        raw_file = self._folder.path / "raw.pt2"
+        raw, _ = _compile(floats, self._case, raw_file, own_kernels=False, in_place=self._in_place)
         kernels, package = _kernels(raw, []), self._folder.path / "float.pt2"
         pack(raw, package, with_kernels=False)
         integer_ms, float_ms = race([self._package, package], self._case)
@@ -167,11 +170,14 @@ class _X86Lowering(Lowering[X86Program]):
             return super().hold(hold, artefact)
 
     def _runner(self) -> OnCopies:
-        self._run = OnCopies(run_package(self._package))
+        self._run = OnCopies(run_package(self._package), self._in_place)
         return self._run
 
     def finish(self, about: Metadata) -> X86Program:
-        write_metadata(self._package, TARGET.name, replace(about, overwrites_inputs=self._run.overwrote))
+        first = len(about.signature.tensors)
+        names = tuple(list(about.states)[position - first] for position, _ in self._in_place)
+        about = replace(about, overwrites_inputs=self._run.overwrote, in_place=names)
+        write_metadata(self._package, TARGET.name, about)
         return X86Program(self._package, self._folder, about.signature)
 
 
@@ -256,7 +262,12 @@ def _problem(site: Site, product: few_bits.Product | str | None, own_kernels: bo
 
 
 def _compile(
-    quantized: GraphModule, batch: Any, package: Path, own_kernels: bool, tune: bool = False
+    quantized: GraphModule,
+    batch: Any,
+    package: Path,
+    own_kernels: bool,
+    tune: bool = False,
+    in_place: InPlace = (),
 ) -> tuple[Path, list[Part]]:
     parts: list[Part] = []
     try:
@@ -276,6 +287,7 @@ def _compile(
         passes.remove_dead_weights(graph)  # those that our plans hold
         rename_folded_weights(graph)
         passes.fill_expanded_numbers(graph)
+        write_in_place(graph, in_place)
         exported = export_again(graph, batch)
         with (
             torch.no_grad(),

@@ -15,6 +15,7 @@ import torch
 import torch._inductor
 
 from torchquant.backends.inductor_x86.program import run_package
+from torchquant.backends.inductor_x86.states import InPlace, returning_states
 from torchquant.files import archive
 from torchquant.files.owned import OwnFolder
 from torchquant.ops.x86 import native
@@ -49,18 +50,20 @@ def race(packages: Sequence[Path], batch: Any) -> list[float]:
 
 
 class OnCopies:
-    """Calls a package on copies of its inputs and notes whether it wrote into them.
+    """Calls a package on copies of its inputs and notes whether it wrote into them, but for the states that it may.
 
     Inductor lets `linear(x) + x` with a float result accumulate into x, even where x is the caller's.
     """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run, self.overwrote = run, False
+    def __init__(self, run: Callable[..., Any], in_place: InPlace = ()) -> None:
+        self._run, self.overwrote = returning_states(run, in_place), False
+        self._states = {position for position, _ in in_place}
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         copied = [t.contiguous().clone() for t in tensors]
         outputs = self._run(*copied)
-        self.overwrote |= any(not _same(a, b) for a, b in zip(tensors, copied, strict=True))
+        pairs = [p for i, p in enumerate(zip(tensors, copied, strict=True)) if i not in self._states]
+        self.overwrote |= any(not _same(a, b) for a, b in pairs)
         return outputs
 
 

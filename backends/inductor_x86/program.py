@@ -59,9 +59,9 @@ class X86Program(Program):
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
         forks.survive()
         tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
-        before = self._state.values.values()
+        before = [v if n in self._about.in_place else self._own(v) for n, v in self._state.values.items()]
         with torch.no_grad():
-            values = self._run(*map(self._own, (*tensors, *before)))
+            values = self._run(*map(self._own, tensors), *before)
             return self._finish(self._about, tensors, values)
 
     def _own(self, value: torch.Tensor) -> torch.Tensor:

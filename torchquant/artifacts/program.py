@@ -67,6 +67,7 @@ class Metadata:
         overwrites_inputs: the artefact writes into the tensors it is given, so a call must hand it copies.
         states: name -> initial value of what one call hands to the next: inputs and outputs behind the model's own.
         returns: positions among the input tensors whose new values are returned last, because the model writes them.
+        in_place: names of states that the artefact writes into the tensors it is given; the others are returned.
     """
 
     signature: Signature
@@ -75,6 +76,7 @@ class Metadata:
     overwrites_inputs: bool = False
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
+    in_place: tuple[str, ...] = ()
 
 
 class State(threading.local):
@@ -82,7 +84,7 @@ class State(threading.local):
 
     def __init__(self, initial: Mapping[str, torch.Tensor]) -> None:
         self.initial = initial
-        self.values = {name: value.clone() for name, value in initial.items()}
+        self.values = {name: _own(value) for name, value in initial.items()}
 
     def set(self, values: Mapping[str, torch.Tensor]) -> None:
         """Take other values; raises InputError unless they have the names, dtypes and shapes of the initial ones."""
@@ -90,7 +92,11 @@ class State(threading.local):
             raise InputError(f"the state of this program is {sorted(self.initial)}, each a tensor; got {values!r:.200}")
         for name, wanted in self.initial.items():
             InputSpec(name, str(wanted.dtype), tuple(wanted.shape)).check(values[name], "the state")
-        self.values = {name: values[name].detach().clone() for name in self.initial}
+        self.values = {name: _own(values[name]) for name in self.initial}
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 class Program(ABC):
@@ -125,15 +131,19 @@ class Program(ABC):
 
     def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], values: Sequence[Any]) -> Any:
         """The model's outputs, of all that the artefact returned for `tensors`; the rest goes where it belongs."""
-        states = len(about.states)
+        returned_states = [name for name in about.states if name not in about.in_place]
+        states = len(returned_states)
         count = len(values) - states - len(about.returns)
         outputs, after, returned = values[:count], values[count : count + states], values[count + states :]
         for position, value in zip(about.returns, returned, strict=True):
             tensors[position].copy_(value)
         if states:  # a caller may write into what it is given
-            memory = {t.untyped_storage().data_ptr() for t in (*outputs, *tensors) if isinstance(t, torch.Tensor)}
+            memory = _memory_of((*outputs, *tensors))
             kept = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in after]
-            self._state.values = dict(zip(about.states, kept, strict=True))
+            self._state.values = {**self._state.values, **dict(zip(returned_states, kept, strict=True))}
+        if about.in_place:  # the next call writes into these
+            memory = _memory_of([self._state.values[name] for name in about.in_place])
+            outputs = [t.clone() if _memory_of([t]) & memory else t for t in outputs]
         return about.signature.outputs(outputs)
 
     @property
@@ -153,6 +163,10 @@ class Program(ABC):
         self._state.set(self._state.initial)
 
 
+def _memory_of(values: Sequence[Any]) -> set[int]:
+    return {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
+
+
 def write_metadata(package: Path, target: str, about: Metadata) -> None:
     """Add what a program knows about itself to its archive, and a digest of all that is in it."""
     assert about.proof is not None
@@ -164,6 +178,7 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "overwrites_inputs": about.overwrites_inputs,
         "states": list(about.states),
         "returns": list(about.returns),
+        "in_place": list(about.in_place),
     }
     if about.states:
         with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
@@ -193,7 +208,10 @@ def metadata_from(path: str | os.PathLike[str], stored: Mapping[str, Any], membe
             bool(stored["overwrites_inputs"]),
             _states_in(path, members, stored["states"]),
             tuple(map(operator.index, stored["returns"])),
+            tuple(stored.get("in_place", ())),
         )
+        if not set(about.in_place) <= set(about.states):
+            raise ValueError(f"{about.in_place} are no states")
         if not all(0 <= i < len(about.signature.tensors) for i in about.returns):
             raise ValueError(f"{about.returns} are no inputs")
         return about

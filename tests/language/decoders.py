@@ -1,0 +1,63 @@
+"""Small decoders of several architectures with weights at random."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 101, "n_positions": 128}
+
+DECODERS = {
+    "llama": ("Llama", GROUPED),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen2_sliding": ("Qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 24}),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 6}),
+    "gemma3": (
+        "Gemma3",
+        {**SIZES, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 6, "layer_types": TYPES},
+    ),
+    "gpt2": ("GPT2", {**GPT2, "bos_token_id": 1, "eos_token_id": 2}),
+    "phi": ("Phi", {**SIZES, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", GROUPED),
+    "gpt_neox": ("GPTNeoX", SIZES),
+}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+_MODELS = {"GPT2": "GPT2LMHeadModel"}
+
+
+def decoder(name: str, **changes):
+    """A model of this name, in float32 and eval mode; its logits differ clearly from token to token."""
+    kind, sizes = DECODERS[name]
+    config = getattr(transformers, _CONFIGS.get(kind, f"{kind}Config"))(**{**sizes, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, _MODELS.get(kind, f"{kind}ForCausalLM"))(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def tokens_of(count: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 101, (batch_size, count), generator=torch.Generator().manual_seed(seed))
+
+
+def step(graph, tokens: torch.Tensor, start: int):
+    """Logits of tokens that stand at `start` and behind."""
+    end = start + tokens.shape[1]
+    with torch.no_grad():
+        return graph(tokens, torch.arange(start, end), torch.arange(end))

@@ -1,0 +1,1 @@
+"""Decoders: export with a static cache, generate, evaluate, and read checkpoints."""

@@ -1,0 +1,236 @@
+"""Causal language models from files: GGUF, and folders of safetensors as transformers writes them.
+
+What a file says is held against its size, and the model that it describes against its tensors, before anything big is
+allocated. Nothing is downloaded, and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+
+from torchquant.errors import ArtifactError, TorchquantWarning
+from torchquant.files.whole import reading
+from torchquant.language.gguf_header import Header, read_header, refuse_undecoded
+from torchquant.language.libraries import gguf, transformers
+
+__all__ = ["Checkpoint", "load_causal_lm"]
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_LARGEST_JSON = 64 << 20  # bytes
+_MOST_EXPERTS = 4096
+_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, which transformers does not read
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A language model and what its files say about it.
+
+    Args:
+        model: in eval mode, e.g. LlamaForCausalLM.
+        metadata: of a GGUF file its keys with single values; of a folder its config.
+        stored_as: type -> how many weights are stored in it, e.g. `{"Q4_1": 106168320}`.
+    """
+
+    model: Any
+    metadata: Mapping[str, Any]
+    stored_as: Mapping[str, int]
+    _source: tuple[str, dict[str, Any]] = field(repr=False, default=("", {}))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; raises ArtifactError if the files have none that it reads."""
+        folder, options = self._source
+        with reading(folder, "a checkpoint with a tokenizer", "take the tokenizer from the original model"):
+            return transformers().AutoTokenizer.from_pretrained(folder, **options, **_LOCAL)
+
+
+def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Read a causal language model with its tokenizer.
+
+    Args:
+        path: a `.gguf` file of an architecture that transformers reads (llama, qwen2, qwen3, gemma3, gpt2, phi3 ...),
+            or a folder with `config.json` and `.safetensors` files.
+        dtype: of the weights; quantized ones are decoded.
+
+    Raises:
+        ArtifactError: no such file; truncated, damaged or made to do harm; an architecture or a type that is not read;
+            weights that are missing, or that do not fit the architecture.
+        MissingDependencyError: transformers or gguf is not installed.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return _from_folder(place, dtype)
+    return _from_gguf(place, dtype)
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
+    header = read_header(path)
+    refuse_undecoded(path, header)
+    options = {"gguf_file": path.name}
+    with reading(path, "a GGUF file of a language model", "take another file"):
+        _check_described(header)
+        config = transformers().AutoConfig.from_pretrained(path.parent, **options, **_LOCAL)
+        elements = sum(prod(t.shape) for t in header.tensors if t.name != _FACTORS)
+        _check_size(config, elements, len(header.tensors))
+        model = _decoded(path, config, dtype)
+    used = sum(p.numel() for p in model.parameters())
+    if used != elements:
+        raise ArtifactError(f"{path} holds {elements:,} weights, and transformers makes a model with {used:,} of it")
+    _divide_frequencies(path, header, model)
+    stored = Counter[str]()
+    for tensor in header.tensors:
+        stored[tensor.type] += prod(tensor.shape)
+    return Checkpoint(model, header.metadata, dict(stored), (str(path.parent), options))
+
+
+def _check_described(header: Header) -> None:
+    """Raise ValueError where the keys do not describe the tensors."""
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("it does not say which architecture it is of")
+    blocks = {t.name.split(".")[1] for t in header.tensors if t.name.startswith("blk.")}
+    count = header.metadata.get(f"{architecture}.block_count")
+    if count != len(blocks):
+        raise ValueError(f"{count!r} blocks by its keys, and {len(blocks)} by its tensors")
+
+
+def _decoded(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The model with the weights of the file, decoded; raises ValueError if any is missing or has another shape."""
+    with transformers("initialization").no_init_weights():
+        model = transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    load = transformers("modeling_gguf_pytorch_utils").load_gguf_checkpoint
+    with _without_bars():
+        weights = load(str(path), return_tensors=True, model_to_load=model, torch_dtype=dtype)["tensors"]
+    model.tie_weights()
+    places = model.state_dict()
+    tied = {places[name].data_ptr() for name in weights if name in places}
+    missing = [n for n, p in model.named_parameters() if n not in weights and p.data_ptr() not in tied]
+    if missing:
+        raise ValueError(f"missing weights: {', '.join(missing[:4])}")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def _divide_frequencies(path: Path, header: Header, model: nn.Module) -> None:
+    """Divide the rotary frequencies by the factors in the file, as llama.cpp does."""
+    if all(t.name != _FACTORS for t in header.tensors):
+        return
+    library = gguf()
+    stored = next(t for t in library.GGUFReader(path).tensors if t.name == _FACTORS)
+    factors = torch.from_numpy(library.dequantize(stored.data, stored.tensor_type).copy())
+    frequencies = [b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+    if len(frequencies) != 1 or frequencies[0].shape != factors.shape:
+        raise ArtifactError(f"{path} has {_FACTORS} of {tuple(factors.shape)}, which fits no frequencies of its model")
+    frequencies[0].div_(factors)
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    described = _json(folder / "config.json")
+    if "quantization_config" in described:
+        method = described["quantization_config"]
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ArtifactError(f"{folder} is quantized by {name!r:.80}; take the checkpoint with float weights")
+    shapes, stored = _shapes_in(folder)
+    with reading(folder, "a checkpoint of a language model", "download it again"):
+        config = transformers().AutoConfig.from_pretrained(folder, **_LOCAL)
+        _check_size(config, sum(map(prod, shapes.values())), len(shapes))
+        model = _loaded(folder, dtype, {"use_safetensors": True})
+    return Checkpoint(model, described, stored, (str(folder), {}))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    with reading(file, "a .json file", "download it again"):
+        if (size := file.stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes")
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+
+
+def _shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Name -> shape of all tensors, and dtype -> number of weights, from the headers of the files alone."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        listed = _json(index).get("weight_map")
+        names = sorted(set(listed.values())) if isinstance(listed, dict) and listed else []
+        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise ArtifactError(f"{index} names no files beside it")
+    shapes: dict[str, tuple[int, ...]] = {}
+    stored = Counter[str]()
+    for name in names:
+        with reading(folder / name, "a .safetensors file", "download it again"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(folder / name)
+            with safetensors.safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no dict
+                    part = file.get_slice(key)
+                    shapes[key] = tuple(part.get_shape())
+                    stored[str(part.get_dtype())] += prod(shapes[key])
+    return shapes, dict(stored)
+
+
+# both ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_size(config: Any, elements: int, tensors: int) -> None:
+    """Raise ValueError if the model of a config is much larger than the weights that there are."""
+    text = config.get_text_config()
+    if not 0 < text.num_hidden_layers <= tensors:
+        raise ValueError(f"{text.num_hidden_layers} layers, of {tensors} tensors")
+    experts = [v for k, v in text.to_dict().items() if "expert" in k and isinstance(v, int)]
+    if any(count > _MOST_EXPERTS for count in experts):
+        raise ValueError(f"{max(experts)} experts")
+    with torch.device("meta"):
+        empty = transformers().AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = sum(p.numel() for p in empty.parameters())
+    if wanted > 2 * elements:  # a tied head may be counted twice
+        raise ValueError(f"a model of {wanted:,} weights, of which there are {elements:,}")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars inside the block."""
+    logging = transformers("utils.logging")
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+def _loaded(folder: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    load = transformers().AutoModelForCausalLM.from_pretrained
+    with _without_bars():
+        model, report = load(folder, dtype=dtype, output_loading_info=True, **options, **_LOCAL)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind]))[:4])}")
+    if report.get("unexpected_keys"):
+        names = sorted(report["unexpected_keys"])
+        text = f"{len(names)} tensors of {folder} belong to no part of {type(model).__name__}: {', '.join(names[:4])}"
+        warnings.warn(text, TorchquantWarning, stacklevel=5)
+    return model.eval()
