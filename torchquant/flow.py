@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 from torch.fx import GraphModule
@@ -136,7 +136,7 @@ def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
         ) from error
 
 
-def check_quantizer(quantizer: Any) -> None:
+def check_quantizer(quantizer: object) -> None:
     """Raise InputError unless it is a Quantizer."""
     if isinstance(quantizer, type) and issubclass(quantizer, Quantizer):
         raise InputError(f"{quantizer.__name__} is a class; make one of it: {quantizer.__name__}()")
@@ -204,6 +204,40 @@ def _warn_of_vanishing(prepared: GraphModule) -> None:
         )
 
 
+class QuantizerLike(Protocol):
+    """A torchao Quantizer, of which type checkers know nothing: what tells it from a list of them."""
+
+    def annotate(self, model: GraphModule) -> GraphModule: ...
+
+    def validate(self, model: GraphModule) -> None: ...
+
+
+@overload
+def quantize(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    *,
+    quantizer: QuantizerLike,
+    algorithms: Sequence[Algorithm] = ...,
+    dynamic_shapes: Any = None,
+    progress: bool = True,
+) -> GraphModule: ...
+
+
+@overload
+def quantize(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    *,
+    quantizer: Sequence[QuantizerLike],
+    algorithms: Sequence[Algorithm] = ...,
+    dynamic_shapes: Any = None,
+    progress: bool = True,
+) -> list[GraphModule]: ...
+
+
 def quantize(
     model: torch.nn.Module,
     example_inputs: Any,
@@ -213,7 +247,7 @@ def quantize(
     algorithms: Sequence[Algorithm] = (BiasCorrection(),),
     dynamic_shapes: Any = None,
     progress: bool = True,
-) -> Any:
+) -> GraphModule | list[GraphModule]:
     """Export, prepare, calibrate and convert in one call; several Quantizers share one pass over the data.
 
     Args:
@@ -237,7 +271,7 @@ def _quantize(
     algorithms: Sequence[Algorithm],
     dynamic_shapes: Any,
     progress: bool,
-) -> Any:
+) -> GraphModule | list[GraphModule]:
     several = isinstance(quantizer, Sequence) and not isinstance(quantizer, str)
     quantizers: list[Quantizer] = list(quantizer) if several else [quantizer]
     if not quantizers:
@@ -274,24 +308,18 @@ def optimize(
 ) -> Optimization:
     """Improve a calibrated prepared graph in place, before `convert_pt2e`; any Quantizer's.
 
-    Under `torchrun` each process gives its own batches (none, if there are fewer than processes); statistics, gradients
-    and errors are summed, and all processes end with the same graph or with an error.
-
-    Each answer of an algorithm is kept only if the output of its layer or block is no worse on the calibration
-    data, and each algorithm only if the output of the network is no worse; a warning says so.
+    Each answer of an algorithm is kept only if the output of its layer or block is no worse on the calibration data,
+    and each algorithm only if the output of the network is no worse; a warning says so. Under `torchrun` each process
+    gives its own batches (or none); what is measured is summed, and all end with the same graph or with an error.
 
     Args:
-        prepared: a calibrated graph.
-        batches: calibration data; kept in memory while this runs.
-        algorithms: run one after the other; those that rewrite the float graph come first, e.g.
-            `[SmoothQuant(), AdaRound()]`.
+        prepared, batches: a calibrated graph, and calibration data, which are kept in memory while this runs.
+        algorithms: run in this order; those that rewrite the float graph first: `[SmoothQuant(), AdaRound()]`.
         budget_s: seconds to spend; what is not solved by then stays as it was.
         memory_bytes: activations kept in memory between layers; the rest lies on disk while this runs.
-        checkpoint: folder in which each answer is kept, so that a run that was stopped goes on where it was: call
-            it again with the same arguments. Delete the folder afterwards.
-        seed: of everything drawn at random.
+        checkpoint: folder that keeps answers: the same call goes on where a run was stopped. Delete it afterwards.
+        seed: of everything drawn at random. progress: show a progress bar on stderr.
         exclude: patterns of modules and ops to leave as they are (see `fx/patterns.py`).
-        progress: show a progress bar on stderr.
 
     Raises:
         InputError: a batch does not fit, no algorithm, or one in the wrong place.
@@ -299,8 +327,8 @@ def optimize(
         SchemeError: an algorithm cannot honour how a weight is quantized.
         ArtifactError: the checkpoints are those of another run, or another process is at work on them.
         ParallelError: under torchrun another process failed, or they end with different graphs.
-        KeyboardInterrupt: what was solved until then is in the graph, which can be used as it is; or, with a checkpoint
-            folder, in that folder, and the graph is as it came. After any other error it is as it came.
+        KeyboardInterrupt: what was solved is in the graph, which can be used; with a checkpoint folder it is there, and
+            the graph is as it came, as after any other error.
     """
     with together("optimize"):
         _refuse_uncalibrated(prepared)

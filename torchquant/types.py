@@ -168,7 +168,7 @@ class QParams:
         dtype, quant_min, quant_max: the grid.
         axis: channel axis, or None for one scale for the tensor (or the token, or the group).
         dynamic: the scale is computed from the tensor at run time.
-        scale, zero_point: (channels,) or scalar tensors; None in a prepared graph and when dynamic.
+        scale, zero_point: (channels,), (out, groups) or scalar tensors; None in a prepared graph and when dynamic.
         group_size: how many neighbours on the input axis share a scale, or None.
         token: each row (token) has a scale of its own.
         format: name of a format that is no such grid; empty otherwise.

@@ -7,10 +7,11 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.quantization.quant_primitives import dequantize_affine, quantize_affine
 
 import torchquant as tq
 from torchquant.errors import SchemeError
-from torchquant.formats import encoded
+from torchquant.formats import encoded, groups
 from torchquant.formats import integer as formats
 from torchquant.lowering.target import Target
 from torchquant.quantizers.engine import CapabilityQuantizer
@@ -89,6 +90,30 @@ def test_a_channels_scale_is_shared_by_its_weights():
 def test_a_grid_that_its_dtype_cannot_hold_is_refused(arguments):
     with pytest.raises(SchemeError, match="format 'odd'"):
         Format("odd", *arguments)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 2, 1)])
+def test_groups_share_a_scale_and_equal_torchaos(shape):
+    x, scale, zero_point = torch.randn(shape), torch.rand(3, 2) + 0.01, torch.randint(-8, 8, (3, 2))
+    q = QParams(torch.int8, -8, 7, scale=scale, zero_point=zero_point, group_size=4)
+    arguments = ((1, 4, *shape[2:]), scale, zero_point, torch.int8)
+    codes = formats.encode(x, q)
+    assert torch.equal(codes, quantize_affine(x, *arguments, -8, 7))
+    assert torch.equal(formats.decode(codes, q), dequantize_affine(codes, *arguments, -8, 7))
+
+
+@pytest.mark.parametrize(("inputs", "message"), [(9, "no whole groups of 4"), (12, "do not fit")])
+def test_groups_that_do_not_fit_a_weight_are_refused(inputs, message):
+    q = QParams(torch.int8, -8, 7, scale=torch.ones(3, 2), zero_point=torch.zeros(3, 2), group_size=4)
+    with pytest.raises(SchemeError, match=message):
+        formats.encode(torch.ones(3, inputs), q)
+
+
+@pytest.mark.parametrize(("axis", "group_size"), [(None, None), (0, None), (1, None), (None, 4)])
+def test_cells_put_together_are_the_weight(axis, group_size):
+    weight = torch.randn(3, 8, 2, 5)
+    cells = groups.cells_of(weight, axis, group_size)
+    assert torch.equal(groups.weight_of(cells, weight.shape, axis, group_size), weight)
 
 
 def test_qparams_without_a_scale_encode_nothing():

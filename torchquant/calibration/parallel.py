@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ __all__ = [
     "total_all_",
     "world_size",
 ]
+
+_T = TypeVar("_T")
 
 _depth = 0  # of `together`
 
@@ -112,7 +114,7 @@ def everywhere(condition: bool) -> bool:
     return total(float(condition))[0] == world_size()
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: _T) -> list[_T]:
     """What each process has, in the order of their ranks; everything in it is on the CPU."""
     if not is_parallel():
         return [value]

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Store:
         self.spilled_bytes = 0
         self._freed = _Freed(self._budget)
 
-    def put(self, key: Any, value: Any) -> None:
+    def put(self, key: Hashable, value: Any) -> None:
         """Keep a value (tensors, or tuples and lists of them) under a key that is not in use."""
         self._freed.give_back()
         value = pytree.tree_map_only(torch.Tensor, _compact, value)
@@ -52,7 +53,7 @@ class Store:
     def __contains__(self, key: Any) -> bool:
         return key in self._kept or key in self._spilled
 
-    def get(self, key: Any) -> Any:
+    def get(self, key: Hashable) -> Any:
         """The value; one that was spilled is read from disk and stays there."""
         if key in self._kept:
             return self._kept[key]
@@ -61,7 +62,7 @@ class Store:
         with reading(path, "what was put there", "leave the folder of temporary files alone while this runs"):
             return torch.load(path, weights_only=True)
 
-    def drop(self, key: Any) -> None:
+    def drop(self, key: Hashable) -> None:
         """Forget the value, if there is one."""
         if key in self._kept:
             self._bytes -= _bytes_of(self._kept.pop(key))

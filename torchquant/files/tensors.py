@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,7 +31,7 @@ def digest_of(values: Mapping[str, torch.Tensor]) -> str:
     return digest(*parts)
 
 
-def dtype_of(text: Any) -> torch.dtype:
+def dtype_of(text: object) -> torch.dtype:
     """The dtype that `str` wrote; raises ValueError if it is none."""
     dtype = getattr(torch, str(text).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):

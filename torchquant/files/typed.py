@@ -28,7 +28,7 @@ def made(kind: type[_T], stored: Mapping[str, Any], unchecked: Collection[str] =
     return value
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Whether a value is of a type, as far as fields of frozen values go: containers, unions, literals, classes."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from torchquant.errors import SchemeError
+from torchquant.formats.groups import weight_of
 from torchquant.types import Format
 
-__all__ = ["EncodedFormat", "cells_of", "encoded", "format_named", "registered"]
+__all__ = ["EncodedFormat", "dequantize_encoded", "encoded", "format_named", "registered"]
 
 _REGISTERED: dict[str, EncodedFormat] = {}
 
@@ -73,22 +74,6 @@ def format_named(name: str) -> EncodedFormat:
     return _REGISTERED[name]
 
 
-def cells_of(weight: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
-    """A weight (out, in, ...) as float32 cells: one for all, one a channel of `axis`, or groups along the inputs.
-
-    Raises:
-        SchemeError: the inputs are no whole groups.
-    """
-    flat = weight.detach().float()
-    if group_size is None:
-        return flat.reshape(1, -1) if axis is None else flat.transpose(0, axis).flatten(1)
-    if flat.shape[1] % group_size:
-        raise SchemeError(
-            f"{flat.shape[1]} input features are no whole groups of {group_size}; take another group size"
-        )
-    return flat.movedim(1, -1).reshape(-1, group_size)
-
-
 def encoded(format: EncodedFormat, cells: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `format` stores of cells, decoded once to see that they come back.
 
@@ -131,17 +116,6 @@ def _decoded(format: EncodedFormat, *stored: torch.Tensor, width: int) -> torch.
     return values[:, :width]
 
 
-def _weight_of(cells: torch.Tensor, shape: Sequence[int], axis: int | None, group_size: int | None) -> torch.Tensor:
-    """The inverse of `cells_of` for a weight of `shape`."""
-    if group_size is not None:
-        return cells.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    if axis is None:
-        return cells.reshape(tuple(shape))
-    swapped = list(shape)
-    swapped[0], swapped[axis] = swapped[axis], swapped[0]
-    return cells.reshape(swapped).transpose(0, axis)
-
-
 def dequantize_encoded(
     codes: torch.Tensor,
     rest: list[torch.Tensor],
@@ -154,7 +128,7 @@ def dequantize_encoded(
     """The weight of `shape` that codes and what their cells have in common stand for, in `output_dtype`."""
     width = group_size or math.prod(shape) // (1 if axis is None else shape[axis])
     cells = _decoded(format_named(format), codes, *rest, width=width)
-    return _weight_of(cells, shape, axis, group_size).to(output_dtype).contiguous()
+    return weight_of(cells, shape, axis, group_size).to(output_dtype).contiguous()
 
 
 _LIBRARY = torch.library.Library("torchquant", "FRAGMENT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchquant.errors import InputError
+from torchquant.formats.groups import spread
 from torchquant.types import Format, QParams
 
 INT8 = Format("int8", torch.int8, -128, 127)
@@ -26,7 +27,7 @@ def broadcast(values: torch.Tensor, axis: int | None, ndim: int) -> torch.Tensor
 
 def encode(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """Round float `x` to the codes of `qparams` (which carries scale and, unless the codes are floats, zero point)."""
-    scale, zero_point = _scale_and_zero_point(qparams, x.ndim)
+    scale, zero_point = _scale_and_zero_point(qparams, x.shape)
     codes = x * (1.0 / scale)  # as the quantize ops do: a quotient may round to the other side
     codes = codes if qparams.dtype.is_floating_point else torch.round(codes) + zero_point
     return codes.clamp(qparams.quant_min, qparams.quant_max).to(qparams.dtype)
@@ -34,13 +35,18 @@ def encode(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
 
 def decode(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """The float32 values that `codes` stand for."""
-    scale, zero_point = _scale_and_zero_point(qparams, codes.ndim)
+    scale, zero_point = _scale_and_zero_point(qparams, codes.shape)
     return (codes.to(torch.float32) - zero_point) * scale
 
 
-def _scale_and_zero_point(qparams: QParams, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_zero_point(qparams: QParams, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def fitted(values: torch.Tensor) -> torch.Tensor:
+        if qparams.group_size:
+            return spread(values, shape, qparams.group_size)
+        return broadcast(values, qparams.axis, len(shape))
+
     if qparams.scale is not None and qparams.dtype.is_floating_point:
-        return broadcast(qparams.scale, qparams.axis, ndim), torch.zeros(())
+        return fitted(qparams.scale), torch.zeros(())
     if qparams.scale is None or qparams.zero_point is None:
         raise InputError("these qparams carry no scale: the tensor is dynamic or was not calibrated")
-    return broadcast(qparams.scale, qparams.axis, ndim), broadcast(qparams.zero_point, qparams.axis, ndim)
+    return fitted(qparams.scale), fitted(qparams.zero_point)

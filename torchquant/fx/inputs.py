@@ -56,7 +56,7 @@ class InputSpec:
     shape: tuple[int | None, ...]
     sizes: tuple[Size | None, ...] = ()
 
-    def check(self, value: Any, batch: str, symbols: dict[str, tuple[int, str]] | None = None) -> None:
+    def check(self, value: object, batch: str, symbols: dict[str, tuple[int, str]] | None = None) -> None:
         """Raise InputError unless `value` is such a tensor.
 
         Args:

@@ -34,7 +34,7 @@ __all__ = [
 # observers ------------------------------------------------------------------------------------------------------------
 
 
-def is_observer(module: Any) -> bool:
+def is_observer(module: object) -> bool:
     """Whether a module is an observer or a fake quantizer, whoever wrote it."""
     return isinstance(module, torch.nn.Module) and hasattr(module, "calculate_qparams")
 

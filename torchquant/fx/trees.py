@@ -14,7 +14,7 @@ class UnsafeContentError(ValueError):
     """Something in a file that torch would run, or that torch never writes."""
 
 
-def check_tree(text: Any) -> None:
+def check_tree(text: object) -> None:
     """Refuse a tree for which `pytree.treespec_loads` would import a module that the tree names.
 
     Raises:

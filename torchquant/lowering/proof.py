@@ -110,18 +110,8 @@ def hold_against(
     if min_sqnr_db is not None and (not isinstance(min_sqnr_db, (int, float)) or math.isnan(min_sqnr_db)):
         raise InputError(f"min_sqnr_db is a number of dB or None, not {min_sqnr_db!r}")
     comparison = _compared(reference, program, batches, target)
-    empty = [i for i, o in enumerate(comparison.outputs) if o.elements and not o.compared]
-    if not any(o.compared for o in comparison.outputs):
-        raise LoweringError(
-            f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
-            "can be proven; pass example_inputs on which it is not"
-        )
     weak = [i for i, o in enumerate(comparison.outputs) if not is_clear(o)]
-    if weak and (draws := [n.name for n in reference.graph.nodes if ops.draws_numbers(n)]):
-        raise LoweringError(
-            f"{target}: {', '.join(draws[:4])} of the model draws random numbers, so no two runs agree and nothing can "
-            "be proven; make them an input"
-        )
+    _refuse_unprovable(reference, comparison, weak, target)
     verdict = Verdict(comparison)
     if min_sqnr_db is not None:
         verdict = _strict(comparison, min_sqnr_db, target)
@@ -131,12 +121,27 @@ def hold_against(
         verdict = Verdict(comparison, reason="as close as the converted graph reproduces itself")
     if weak:
         verdict = Depth(reference, program, batches, op_error, target).verdict(comparison, weak, build)
+    empty = [i for i, o in enumerate(comparison.outputs) if o.elements and not o.compared]
     if empty:
         text = f"output {empty[0]} is NaN, infinite or empty on example_inputs"
         verdict = replace(verdict, outcome="undecided", reason=f"{text}; {verdict.reason}".rstrip("; "))
     if verdict.outcome == "undecided":
         warnings.warn(f"{target}: the artefact is not proven: {verdict.reason}", TorchquantWarning, stacklevel=3)
     return verdict
+
+
+def _refuse_unprovable(reference: GraphModule, comparison: Comparison, weak: Sequence[int], target: str) -> None:
+    """Raise LoweringError where no output can be compared, or the `weak` ones differ from run to run."""
+    if not any(o.compared for o in comparison.outputs):
+        raise LoweringError(
+            f"{target}: every output of the converted graph is NaN, infinite or empty on example_inputs, so nothing "
+            "can be proven; pass example_inputs on which it is not"
+        )
+    if weak and (draws := [n.name for n in reference.graph.nodes if ops.draws_numbers(n)]):
+        raise LoweringError(
+            f"{target}: {', '.join(draws[:4])} of the model draws random numbers, so no two runs agree and nothing can "
+            "be proven; make them an input"
+        )
 
 
 def _compared(reference: GraphModule, program: Run, batches: Sequence[Any], target: str) -> Comparison:

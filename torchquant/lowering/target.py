@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchquant.errors import SchemeError
 from torchquant.fx import ops
 from torchquant.types import Capability, Scheme
+
+if TYPE_CHECKING:  # to import it takes seconds
+    from torchao.quantization.pt2e.quantizer import Quantizer
 
 __all__ = ["Target", "brief"]
 
@@ -66,7 +70,7 @@ class Target:
             return f"{self.name} has no entry for {op}"
         return "" if row.schemes else row.reason
 
-    def backend(self) -> Any:
+    def backend(self) -> ModuleType:
         """The module with `lower` and `load`, imported when it is first asked for.
 
         Raises:
@@ -80,7 +84,7 @@ class Target:
             what = f"has no module {self.module!r}" if self.module else "is not lowered by torchquant"
             raise SchemeError(f"target {self.name!r} {what}, so it has no lower() and load()") from error
 
-    def quantizer_class(self) -> Any:
+    def quantizer_class(self) -> type[Quantizer]:
         """The class of the Quantizer that annotates for this target."""
         module, _, name = self.quantizer.partition(":")
         return getattr(import_module(module), name)

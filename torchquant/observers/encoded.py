@@ -10,7 +10,8 @@ from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from torchquant.errors import SchemeError
-from torchquant.formats.encoded import EncodedFormat, cells_of, dequantize_encoded, encoded
+from torchquant.formats.encoded import EncodedFormat, dequantize_encoded, encoded
+from torchquant.formats.groups import cells_of
 from torchquant.fx import ops, passes
 from torchquant.observers.minmax import check_finite
 

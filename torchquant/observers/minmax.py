@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.observer import (
 )
 
 from torchquant.errors import CalibrationError
+from torchquant.fx import passes
 
 __all__ = [
     "ActivationHistogram",
@@ -140,7 +141,7 @@ def _highest(floors: Iterable[Floor]) -> torch.Tensor | None:
     return highest
 
 
-def least_scale(observer: Any) -> float:
+def least_scale(observer: object) -> float:
     """The least scale that a per-tensor observer may choose: its `eps`, or what its target's integers need."""
     inner = getattr(observer, "activation_post_process", observer)
     eps = getattr(inner, "eps", None)
@@ -155,7 +156,7 @@ class Floored:
     eps: torch.Tensor
     floors: tuple[Floor, ...] = ()
 
-    def _calculate_qparams(self, min_val: torch.Tensor, max_val: torch.Tensor) -> Any:
+    def _calculate_qparams(self, min_val: torch.Tensor, max_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         floor, kept = _highest(self.floors), self.eps
         if floor is None:
             return super()._calculate_qparams(min_val, max_val)  # type: ignore[misc]
@@ -175,7 +176,7 @@ class Checked(Floored):
         check_finite(x, self.site)
         return super().forward(x)  # type: ignore[misc]
 
-    def calculate_qparams(self) -> Any:
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.require_data()
         return super().calculate_qparams()  # type: ignore[misc]
 
@@ -206,7 +207,7 @@ class PerChannelWeight(Checked, PerChannelMinMaxObserver):
 
     observes_weight = True
 
-    def calculate_qparams(self) -> Any:
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero_point = super().calculate_qparams()
         return torch.maximum(scale, scale.max() * 2**-16), zero_point
 
@@ -218,7 +219,7 @@ class MovingActivation(Floored, MovingAverageMinMaxObserver):
 class MovingWeight(Floored, MovingAveragePerChannelMinMaxObserver):
     """Per-channel range of a weight in training, no scale under 2**-16 of the largest, as `PerChannelWeight` has it."""
 
-    def calculate_qparams(self) -> Any:
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero_point = super().calculate_qparams()
         return torch.maximum(scale, scale.max() * 2**-16), zero_point
 
@@ -280,8 +281,7 @@ class PerTokenActivation(DynamicActivation):
         assert isinstance(source, Node)
         with model.graph.inserting_before(node):
             values = per_token(model, source, self.quant_min, self.quant_max, self.dtype)
-        node.replace_all_uses_with(values)
-        model.graph.erase_node(node)
+        passes.put_in_place(model, node, values)
 
 
 def per_token(model: GraphModule, x: Node, quant_min: int, quant_max: int, dtype: torch.dtype) -> Node:

@@ -20,7 +20,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 _OF_MODULES = frozenset(vars(torch.nn.Module()))  # hooks are numbered by how many there were before
 
 
-def description(value: Any, around: tuple[int, ...] = ()) -> str:
+def description(value: object, around: tuple[int, ...] = ()) -> str:
     """Settings of an algorithm or observer: values, tensors, containers, functions, and objects with attributes.
 
     Args:

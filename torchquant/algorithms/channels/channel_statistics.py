@@ -133,13 +133,13 @@ class ChannelSample:
         """Of all processes' batches: the items with the smallest keys of all."""
         parts = gathered((self.ranges, self._keys, self._half, self.kept))
         for which in (0, 1):
-            known = [ranges[which] for ranges, *_ in parts if ranges[which] is not None]
+            known = [extent for ranges, *_ in parts if (extent := ranges[which]) is not None]
             lows, highs = zip(*known, strict=True) if known else ((), ())
             self.ranges[which] = (torch.stack(lows).amin(0), torch.stack(highs).amax(0)) if known else None
-        drawn = [part for part in parts if part[3] is not None]
-        alike = [part for part in drawn if part[3].shape[1:] == drawn[0][3].shape[1:]]
+        drawn = [(keys, half, kept) for _, keys, half, kept in parts if kept is not None]
+        alike = [part for part in drawn if part[2].shape[1:] == drawn[0][2].shape[1:]]
         if alike:
-            self._keys, self._half, self.kept = (torch.cat([part[i] for part in alike]) for i in (1, 2, 3))
+            self._keys, self._half, self.kept = (torch.cat([part[i] for part in alike]) for i in range(3))
             chosen = self._keys.argsort()[: self.items]
             self._keys, self._half, self.kept = self._keys[chosen], self._half[chosen], self.kept[chosen]
 

@@ -63,7 +63,7 @@ class Builder:
         return x if list(x.meta["val"].shape) == shape else self.call(aten.reshape.default, x, shape)
 
 
-def is_static(*nodes: Any) -> bool:
+def is_static(*nodes: object) -> bool:
     """Whether all are nodes of float32 tensors with static shapes."""
     return all(
         isinstance(n, Node)
@@ -74,7 +74,7 @@ def is_static(*nodes: Any) -> bool:
     )
 
 
-def is_float32(node: Any) -> bool:
+def is_float32(node: object) -> bool:
     """Whether it is a node of a float32 tensor, of whatever shape."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32

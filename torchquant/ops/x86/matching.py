@@ -92,11 +92,11 @@ def is_float32(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
-def static(sizes: Sequence[Any]) -> bool:
+def static(sizes: Sequence[object]) -> bool:
     return all(isinstance(s, int) for s in sizes)
 
 
-def pair(value: Any, flat: bool = False) -> tuple[int, int] | None:
+def pair(value: object, flat: bool = False) -> tuple[int, int] | None:
     """A size for height and width; `flat`: of a one-dimensional op, along the width."""
     if isinstance(value, int):
         return (1, value) if flat else (value, value)
@@ -153,7 +153,7 @@ class Weight:
     scale: torch.Tensor  # float64, one a channel
 
 
-def weight_of(reading: GraphReading, node: Any) -> Weight | None:
+def weight_of(reading: GraphReading, node: object) -> Weight | None:
     """The codes and scales behind a dequantized constant: symmetric int8 on axis 0 or for the whole tensor."""
     if not isinstance(node, Node) or ops.qdq_name(node) not in ("dequantize_per_channel", "dequantize_per_tensor"):
         return None
@@ -169,7 +169,7 @@ def weight_of(reading: GraphReading, node: Any) -> Weight | None:
     return Weight(codes, scale.float().double().flatten().expand(len(codes)))
 
 
-def quantize_behind(node: Any) -> Node | None:
+def quantize_behind(node: object) -> Node | None:
     """The quantize op behind a dequantize op."""
     if not isinstance(node, Node) or not ops.is_dequantize(node):
         return None

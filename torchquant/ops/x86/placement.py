@@ -36,7 +36,7 @@ class Placement:
         """The grid of a quantize or dequantize op, counted as unsigned bytes, or None."""
         return matching.byte_grid(self.reading.op(node))
 
-    def weight(self, node: Any) -> matching.Weight | None:
+    def weight(self, node: object) -> matching.Weight | None:
         """The codes and scales behind what a product multiplies by, where the kernels take them."""
         return matching.weight_of(self.reading, node)
 
