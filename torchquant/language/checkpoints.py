@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import nn
 from torchquant.errors import ArtifactError, TorchquantWarning
 from torchquant.files.whole import reading
 from torchquant.language.gguf_header import Header, decoded, read_header, refuse_undecoded
-from torchquant.language.libraries import transformers
+from torchquant.language.libraries import gguf, transformers
 
 __all__ = ["Checkpoint", "load_causal_lm"]
 
@@ -119,7 +119,8 @@ def _weights(path: Path, header: Header, model: Any, dtype: torch.dtype) -> dict
     library = transformers("modeling_gguf_pytorch_utils")
     kind = library.TENSOR_PROCESSORS.get(header.metadata["general.architecture"], library.TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    names = library.get_gguf_hf_weights_map(model, processor)
+    with _one_name_map():
+        names = library.get_gguf_hf_weights_map(model, processor)
     weights: dict[str, torch.Tensor] = {}
     for tensor in header.tensors:
         values = decoded(path, header, tensor)
@@ -128,6 +129,18 @@ def _weights(path: Path, header: Header, model: Any, dtype: torch.dtype) -> dict
         if result.name in names:
             weights[names[result.name]] = torch.from_numpy(result.weights.copy()).to(dtype)
     return weights
+
+
+@contextmanager
+def _one_name_map() -> Iterator[None]:
+    """Let gguf make its map of tensor names once in the block: transformers asks for it once for each module."""
+    library = gguf()
+    make = library.get_tensor_name_map
+    library.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        library.get_tensor_name_map = make
 
 
 def _decoded(path: Path, header: Header, config: Any, dtype: torch.dtype) -> Any:
