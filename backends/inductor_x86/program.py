@@ -52,14 +52,14 @@ class X86Program(Program):
         exactness.check_package(package)
         _load_kernels(package)
         self.inputs, self.sites, self.proof = self._about.signature.tensors, self._about.sites, self._about.proof
-        self._state = State(self._about.states)
+        self._state, self._in_place = State(self._about.states), frozenset(self._about.in_place)
         self._run = run_package(package)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
         forks.survive()
         tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
-        before = [v if n in self._about.in_place else self._own(v) for n, v in self._state.values.items()]
+        before = [v if n in self._in_place else self._own(v) for n, v in self._state.values.items()]
         with torch.no_grad():
             values = self._run(*map(self._own, tensors), *before)
             return self._finish(self._about, tensors, values)

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import torchquant as tq
+from torchquant.language.cached import KeyValueCache
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
@@ -61,3 +64,28 @@ def step(graph, tokens: torch.Tensor, start: int):
     end = start + tokens.shape[1]
     with torch.no_grad():
         return graph(tokens, torch.arange(start, end), torch.arange(end))
+
+
+class Own(torch.nn.Module):
+    """One layer of attention over a cache of its own, with the inputs that a decoder takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+        self.project = torch.nn.Linear(16, 48)
+        self.cache = KeyValueCache([(2, 8, 8)], max_cache_len=12, batch_size=1, dtype=torch.float32)
+
+    def forward(self, tokens, positions, attended):
+        x = self.embed(tokens)
+        query, key, value = self.project(x).view(1, -1, 6, 8).transpose(1, 2).split(2, dim=1)
+        key, value = self.cache.update(0, key, value, positions, attended.shape[0])
+        mask = attended <= positions[:, None]
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        return self.head(x + mixed.transpose(1, 2).reshape(x.shape))
+
+    @classmethod
+    def exported(cls):
+        torch.manual_seed(0)
+        new, read = torch.export.Dim("new", min=1, max=12), torch.export.Dim("read", min=1, max=12)
+        example = (torch.zeros(1, 3, dtype=torch.int64), torch.arange(3), torch.arange(5))
+        return tq.export(cls().eval(), example, dynamic_shapes=({1: new}, {0: new}, {0: read}))

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from decoders import decoder, tokens_of
+from decoders import Own, decoder, tokens_of
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.fx.states import states_of
-from torchquant.language.cached import KeyValueCache
 from torchquant.quantizers import X86Quantizer
 
 
@@ -202,29 +201,8 @@ def test_a_state_that_was_read_can_be_put_back(program):
     assert torch.equal(decoding.append([9]), wanted)
 
 
-class Own(torch.nn.Module):
-    """One layer of attention over a cache of its own, with the inputs that a decoder takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
-        self.project = torch.nn.Linear(16, 48)
-        self.cache = KeyValueCache([(2, 8, 8)], max_cache_len=12, batch_size=1, dtype=torch.float32)
-
-    def forward(self, tokens, positions, attended):
-        x = self.embed(tokens)
-        query, key, value = self.project(x).view(1, -1, 6, 8).transpose(1, 2).split(2, dim=1)
-        key, value = self.cache.update(0, key, value, positions, attended.shape[0])
-        mask = attended <= positions[:, None]
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-        return self.head(x + mixed.transpose(1, 2).reshape(x.shape))
-
-
 def test_a_module_of_ones_own_is_a_decoder_if_it_takes_the_same_inputs():
-    torch.manual_seed(0)
-    new, read = torch.export.Dim("new", min=1, max=12), torch.export.Dim("read", min=1, max=12)
-    example = (torch.zeros(1, 3, dtype=torch.int64), torch.arange(3), torch.arange(5))
-    exported = tq.export(Own().eval(), example, dynamic_shapes=({1: new}, {0: new}, {0: read}))
+    exported = Own.exported()
     decoding = tq.Decoder(exported)
     assert (decoding.max_cache_len, decoding.vocab_size) == (12, 50)
     tokens = decoding.generate([4, 9, 2], 10)

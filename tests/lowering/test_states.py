@@ -248,3 +248,41 @@ def test_a_saved_graph_keeps_its_state_and_runs_outside_no_grad(tmp_path):
     tq.save(quantized, tmp_path / "graph.pt2")
     loaded = tq.load(tmp_path / "graph.pt2")
     assert torch.equal(quantized(batches[1]), loaded(batches[1]))
+
+
+class Rows(nn.Module):
+    """Writes rows of one buffer and replaces another one; gives the first as it is then, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.register_buffer("rows", torch.zeros(4, 8))
+        self.register_buffer("last", torch.zeros(1, 8))
+
+    def forward(self, x, place):
+        before = self.rows.sum(0, keepdim=True) + self.last
+        self.rows.index_copy_(0, place, self.project(x))
+        self.last.copy_(x)
+        return self.project(before + x), self.rows
+
+
+def test_rows_that_are_written_in_place_are_neither_read_early_nor_seen_in_earlier_outputs():
+    torch.manual_seed(0)
+    inputs = [(torch.randn(1, 8), torch.tensor([i])) for i in (0, 2, 2, 3)]
+    options = {"quantizer": X86Quantizer(), "algorithms": (), "progress": False}
+    quantized = tq.quantize(Rows().eval(), inputs[0], [tq.Steps(inputs)], **options)
+    program = inductor_x86.lower(quantized, inputs[0], progress=False)
+    assert program._about.in_place == ("rows",)
+    rows = program._state.values["rows"]
+    kept = []
+    for x, place in inputs:
+        wanted, got = quantized(x, place), program(x, place)
+        assert tq.sqnr_db(wanted[0], got[0]) > 60
+        kept.append((wanted[1].detach().clone(), got[1]))
+    assert program._state.values["rows"] is rows
+    for wanted, got in kept:
+        assert torch.allclose(wanted, got, atol=1e-5)
+    program.state = {"rows": torch.ones(8, 4).t(), "last": torch.zeros(1, 8)}  # not contiguous
+    quantized.rows.fill_(1.0)
+    quantized.last.zero_()
+    assert tq.sqnr_db(quantized(*inputs[0])[0], program(*inputs[0])[0]) > 60

@@ -131,7 +131,8 @@ class Program(ABC):
 
     def _finish(self, about: Metadata, tensors: Sequence[torch.Tensor], values: Sequence[Any]) -> Any:
         """The model's outputs, of all that the artefact returned for `tensors`; the rest goes where it belongs."""
-        returned_states = [name for name in about.states if name not in about.in_place]
+        in_place = set(about.in_place)
+        returned_states = [name for name in about.states if name not in in_place]
         states = len(returned_states)
         count = len(values) - states - len(about.returns)
         outputs, after, returned = values[:count], values[count : count + states], values[count + states :]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 
 from torchquant.errors import ArtifactError, TorchquantWarning
 from torchquant.files.whole import reading
-from torchquant.language.gguf_header import Header, read_header, refuse_undecoded
+from torchquant.language.gguf_header import Header, decoded, read_header, refuse_undecoded
 from torchquant.language.libraries import gguf, transformers
 
 __all__ = ["Checkpoint", "load_causal_lm"]
@@ -89,7 +89,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
         config = transformers().AutoConfig.from_pretrained(path.parent, **options, **_LOCAL)
         elements = sum(prod(t.shape) for t in header.tensors if t.name != _FACTORS)
         _check_size(config, elements, len(header.tensors))
-        model = _decoded(path, config, dtype)
+        model = _decoded(path, header, config, dtype)
     used = sum(p.numel() for p in model.parameters())
     if used != elements:
         raise ArtifactError(f"{path} holds {elements:,} weights, and transformers makes a model with {used:,} of it")
@@ -111,13 +111,43 @@ def _check_described(header: Header) -> None:
         raise ValueError(f"{count!r} blocks by its keys, and {len(blocks)} by its tensors")
 
 
-def _decoded(path: Path, config: Any, dtype: torch.dtype) -> Any:
+def _weights(path: Path, header: Header, model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights by their names in the model, in the order of rows and with the offsets that transformers wants.
+
+    As `load_gguf_checkpoint` of transformers, which reads the whole file, texts included, each time.
+    """
+    library = transformers("modeling_gguf_pytorch_utils")
+    kind = library.TENSOR_PROCESSORS.get(header.metadata["general.architecture"], library.TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    with _one_name_map():
+        names = library.get_gguf_hf_weights_map(model, processor)
+    weights: dict[str, torch.Tensor] = {}
+    for tensor in header.tensors:
+        values = decoded(path, header, tensor)
+        shared = {"tensor_key_mapping": names, "parsed_parameters": {"tensors": weights}}
+        result = processor.process(weights=values, name=tensor.name, **shared)
+        if result.name in names:
+            weights[names[result.name]] = torch.from_numpy(result.weights.copy()).to(dtype)
+    return weights
+
+
+@contextmanager
+def _one_name_map() -> Iterator[None]:
+    """Let gguf make its map of tensor names once in the block: transformers asks for it once for each module."""
+    library = gguf()
+    make = library.get_tensor_name_map
+    library.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        library.get_tensor_name_map = make
+
+
+def _decoded(path: Path, header: Header, config: Any, dtype: torch.dtype) -> Any:
     """The model with the weights of the file, decoded; raises ValueError if any is missing or has another shape."""
     with transformers("initialization").no_init_weights():
         model = transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    load = transformers("modeling_gguf_pytorch_utils").load_gguf_checkpoint
-    with _without_bars():
-        weights = load(str(path), return_tensors=True, model_to_load=model, torch_dtype=dtype)["tensors"]
+    weights = _weights(path, header, model, dtype)
     model.tie_weights()
     places = model.state_dict()
     tied = {places[name].data_ptr() for name in weights if name in places}
@@ -132,9 +162,8 @@ def _divide_frequencies(path: Path, header: Header, model: nn.Module) -> None:
     """Divide the rotary frequencies by the factors in the file, as llama.cpp does."""
     if all(t.name != _FACTORS for t in header.tensors):
         return
-    library = gguf()
-    stored = next(t for t in library.GGUFReader(path).tensors if t.name == _FACTORS)
-    factors = torch.from_numpy(library.dequantize(stored.data, stored.tensor_type).copy())
+    stored = next(t for t in header.tensors if t.name == _FACTORS)
+    factors = torch.from_numpy(decoded(path, header, stored).copy())
     frequencies = [b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
     if len(frequencies) != 1 or frequencies[0].shape != factors.shape:
         raise ArtifactError(f"{path} has {_FACTORS} of {tuple(factors.shape)}, which fits no frequencies of its model")

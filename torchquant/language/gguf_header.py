@@ -14,11 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from torchquant.errors import ArtifactError
 from torchquant.files.whole import reading
 from torchquant.language.libraries import gguf
 
-__all__ = ["Header", "TensorInfo", "read_header", "refuse_undecoded"]
+__all__ = ["Header", "TensorInfo", "decoded", "read_header", "refuse_undecoded"]
 
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type -> struct
@@ -49,12 +51,14 @@ class Header:
         metadata: key -> number, bool or text.
         lengths: key -> how many values, where it has an array.
         tensors: in the order of the file.
+        start: where the data of the tensors begin, in bytes.
     """
 
     version: int
     metadata: Mapping[str, Any]
     lengths: Mapping[str, int]
     tensors: tuple[TensorInfo, ...]
+    start: int
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -92,9 +96,9 @@ class _Reader:
         is_power = type(alignment) is int and 0 < alignment <= _LARGEST_ALIGNMENT and alignment & (alignment - 1) == 0
         _require(is_power, f"an alignment of {alignment!r}")
         tensors = tuple(self._tensor() for _ in range(tensor_count))
-        end = size - self._left
-        _check_places(tensors, size - (end + alignment - 1) // alignment * alignment, alignment)
-        return Header(version, metadata, lengths, tensors)
+        start = (size - self._left + alignment - 1) // alignment * alignment
+        _check_places(tensors, size - start, alignment)
+        return Header(version, metadata, lengths, tensors, start)
 
     def _metadata(self, count: int) -> tuple[dict[str, Any], dict[str, int]]:
         metadata: dict[str, Any] = {}
@@ -178,6 +182,18 @@ def _check_places(tensors: tuple[TensorInfo, ...], room: int, alignment: int) ->
         _require(tensor.offset >= end, f"{tensor.name!r} over another tensor")
         end = tensor.offset + tensor.size_bytes
         _require(end <= room, f"{tensor.name!r} ends {end - room} bytes behind the file")
+
+
+def decoded(path: str | os.PathLike[str], header: Header, tensor: TensorInfo) -> np.ndarray[Any, Any]:
+    """The values of a tensor as float32 or, if it is stored so, float16, in its shape."""
+    library = gguf()
+    kind = library.GGMLQuantizationType[tensor.type]
+    stored = np.memmap(path, np.uint8, "r", header.start + tensor.offset, (tensor.size_bytes,))
+    if tensor.type in ("F32", "F16"):
+        return stored.view(np.float32 if tensor.type == "F32" else np.float16).reshape(tensor.shape)
+    rows = stored.reshape(*tensor.shape[:-1], -1)
+    values: np.ndarray[Any, Any] = library.dequantize(rows, kind)
+    return values.reshape(tensor.shape)
 
 
 def refuse_undecoded(path: str | os.PathLike[str], header: Header) -> None:
