@@ -12,7 +12,7 @@ import torch
 
 from torchquant.errors import SchemeError
 
-__all__ = ["cells_of", "spread", "weight_of"]
+__all__ = ["cells_of", "spread", "storable", "weight_of"]
 
 
 def cells_of(weight: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
@@ -37,6 +37,17 @@ def weight_of(cells: torch.Tensor, shape: Sequence[int], axis: int | None, group
     swapped = list(shape)
     swapped[0], swapped[axis] = swapped[axis], swapped[0]
     return cells.reshape(swapped).transpose(0, axis)
+
+
+def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 scales of groups as numbers of 16 bits, so that a kernel may hold them so.
+
+    Of a weight in float32 they become numbers of float16, above zero, where none is too large; of another one of its
+    own dtype.
+    """
+    if dtype == torch.float32:
+        dtype = torch.float16 if bool((scale <= torch.finfo(torch.float16).max).all()) else dtype
+    return scale.to(dtype).float().clamp(min=2.0**-24)
 
 
 def spread(values: torch.Tensor, shape: Sequence[int], group_size: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.observer import (
 )
 
 from torchquant.errors import CalibrationError
+from torchquant.formats.groups import storable
 from torchquant.fx import passes
 
 __all__ = [
@@ -227,8 +228,7 @@ class MovingWeight(Floored, MovingAveragePerChannelMinMaxObserver):
 class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
     """A range for each `group_size` neighbours along the input axis (the second) of a weight.
 
-    Scales are numbers of the weight's own dtype, so that a kernel may hold them so. (torchao's would be at least the
-    dtype's eps, which for bfloat16 is larger than most scales.)
+    Scales are `storable`. (torchao's would be at least the dtype's eps, which for bfloat16 is larger than most.)
     """
 
     observes_weight = True
@@ -253,7 +253,7 @@ class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
         low, high = self.min_val.clamp(max=0), self.max_val.clamp(min=0)
         steps = self.quant_max - self.quant_min
         extent = 2 * torch.maximum(-low, high) if self.mapping_type is MappingType.SYMMETRIC else high - low
-        scale = (extent / steps).clamp(min=self.eps).to(self.original_dtype).float()
+        scale = storable((extent / steps).clamp(min=self.eps), self.original_dtype)
         if self.mapping_type is MappingType.SYMMETRIC:
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         zero_point = self.quant_min - torch.round(low / scale)

@@ -14,6 +14,7 @@ from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem, descend, refit, search_grid
 from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
 from torchquant.errors import InputError
+from torchquant.formats.groups import storable
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers, weight_grid, weight_of
 from torchquant.fx.grids import Grid
@@ -218,7 +219,8 @@ def float_weight(prepared: GraphModule, site: Node) -> torch.Tensor:
 def _floored(grid: Grid, answer: Answer) -> Grid:
     scale = grid.scale * answer.factor
     zero_point = None if answer.zero_point is None else answer.zero_point.to(grid.zero_point.dtype)
-    return grid.with_scale(torch.maximum(scale, scale.max() * _FLOOR), zero_point)
+    scale = torch.maximum(scale, scale.max() * _FLOOR)
+    return grid.with_scale(storable(scale, torch.float32) if grid.dialect == "block" else scale, zero_point)
 
 
 def moved_bias(

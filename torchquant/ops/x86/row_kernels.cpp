@@ -115,20 +115,26 @@ TQ_INLINE N nload_bytes(const uint8_t* p) { return from_bytes(p); }
 
 // The codes of field `p` (four inputs) of a step, for the outputs of one register; of 8 fields where codes have 3 bits.
 template <int bits, int p>
-TQ_INLINE R codes_of(const uint8_t* step, int part) {
-  constexpr int kBytes = 4 * kOutputs;
-  if (bits == 8) return load_register(step + kBytes * part);
-  if (bits == 4) return field(load_register(step + kBytes * part), mask_of(15), 4 * p);
-  if (bits == 2) return field(load_register(step + kBytes * part), mask_of(3), 2 * p);
-  R two = field(load_register(step + 64 * (p / 4) + kBytes * part), mask_of(3), 2 * (p % 4));
-  return with_third(two, field(load_register(step + 128 + kBytes * part), mask_of(1), p));
+TQ_INLINE R codes_of(const uint8_t* step, int64_t stride) {
+  if (bits == 8) return load_register(step);
+  if (bits == 4) return field(load_register(step), mask_of(15), 4 * p);
+  if (bits == 2) return field(load_register(step), mask_of(3), 2 * p);
+  R two = field(load_register(step + stride * (p / 4)), mask_of(3), 2 * (p % 4));
+  return with_third(two, field(load_register(step + stride * 2), mask_of(1), p));
 }
+
+#if defined(__AVX2__)
+constexpr int64_t kAhead = 1024;  // bytes: beyond that, prefetching by the CPU itself sets in
+TQ_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0); }
+#else
+TQ_INLINE void prefetch(const uint8_t*) {}
+#endif
 
 struct Cell {
   const Rows& w;
   const Activations& a;
   float* out;
-  int64_t row, panel, part, registers;  // of which register of which panel it begins at
+  int64_t row, panel, part;  // the first row, panel, and register of that panel
 };
 
 // `rows` rows by `regs` registers of outputs.
@@ -136,17 +142,17 @@ template <int bits, int planes, int rows, int regs>
 TQ_INLINE void cell(const Cell& c) {
   constexpr int kFields = bits == 8 ? 1 : bits == 4 ? 2 : bits == 3 ? 8 : 4;
   const tq::RowsHeader& h = *c.w.h;
-  const int64_t stored = c.w.stored_inputs(), steps = h.stored_block / (4 * kFields), step = bits == 3 ? 192 : 64;
-  const int64_t half = h.scale_is_half ? 2 : 4;
+  const int64_t stored = c.w.stored_inputs(), steps = h.stored_block / (4 * kFields), half = h.scale_is_half ? 2 : 4;
+  // of the registers, which are neighbours; panels of several groups have the same stride where there is more than one
   const uint8_t *codes[regs], *scales[regs], *zeros[regs];
-  int part[regs];
+  const int64_t stride = c.w.codes(c.panel).stride, scale_stride = c.w.scales(c.panel).stride, zero_stride = c.w.zeros(c.panel).stride;
   TQ_EACH_OF(regs, r)
-    int64_t panel = c.panel + (c.part + r) / kPerVector;
-    part[r] = int((c.part + r) % kPerVector);
-    codes[r] = c.w.codes(panel);
-    scales[r] = c.w.scales(panel) + part[r] * kOutputs * half;
-    zeros[r] = h.zero_is_byte ? c.w.zeros(panel) + part[r] * kOutputs : nullptr;
+    int64_t panel = c.panel + (c.part + r) / kPerVector, part = (c.part + r) % kPerVector * kOutputs;
+    codes[r] = c.w.codes(panel).first + part * 4;
+    scales[r] = c.w.scales(panel).first + part * half;
+    zeros[r] = c.w.zeros(panel).first + part;
   });
+  const N zero_of_all = nset(float(h.zero));
   const uint8_t *x[rows], *low[rows];
   TQ_EACH_OF(rows, i)
     x[i] = reinterpret_cast<const uint8_t*>(c.a.codes) + (c.row + i) * stored * (kBytes ? 1 : 2);
@@ -160,7 +166,7 @@ TQ_INLINE void cell(const Cell& c) {
     for (int64_t t = 0; t < steps; ++t, at += 4 * kFields) {
       TQ_EACH_OF(kFields, p)
         R w[regs];
-        TQ_EACH_OF(regs, r) w[r] = codes_of<bits, p>(codes[r], part[r]); });
+        TQ_EACH_OF(regs, r) w[r] = codes_of<bits, p>(codes[r], stride); });
         if constexpr (kBytes) {
           TQ_EACH_OF(rows, i)
             TQ_EACH_OF(planes, q)
@@ -179,11 +185,15 @@ TQ_INLINE void cell(const Cell& c) {
           });
         }
       });
-      TQ_EACH_OF(regs, r) codes[r] += step; });
+      TQ_EACH_OF(regs, r)
+        if constexpr (rows == 1) prefetch(codes[r]);
+        codes[r] += stride * (bits == 3 ? 3 : 1);
+      });
     }
     TQ_EACH_OF(regs, r)
-      N scale = h.scale_is_half ? nload_half(scales[r] + s * 32) : nload(reinterpret_cast<const float*>(scales[r] + s * 64));
-      N zero = zeros[r] ? nload_bytes(zeros[r] + s * 16) : nset(float(h.zero));
+      const uint8_t* at_scale = scales[r] + s * scale_stride;
+      N scale = h.scale_is_half ? nload_half(at_scale) : nload(reinterpret_cast<const float*>(at_scale));
+      N zero = h.zero_is_byte ? nload_bytes(zeros[r] + s * zero_stride) : zero_of_all;
       TQ_EACH_OF(rows, i)
         const int64_t place = (c.row + i) * h.blocks + b;
         N sum = number(sums[0][i][r]);
@@ -220,25 +230,21 @@ constexpr int kAlone = 4, kRows = 4, kTogether = 2;
 constexpr int kAlone = 1, kRows = 1, kTogether = 1;
 #endif
 
+// Panels from `first` to `last`, of which the cells must not leave the four that lie together.
 template <int bits, int planes, int rows, int regs>
 void panels(const Rows& w, const Activations& a, float* out, int64_t row, int64_t first, int64_t last) {
-  Cell c{w, a, out, row, first, 0, 0};
-  int64_t at = first * kPerVector, end = last * kPerVector;
-  for (; at + regs <= end; at += regs) {
-    c.panel = at / kPerVector, c.part = at % kPerVector;
-    cell<bits, planes, rows, regs>(c);
-  }
-  for (; at < end; ++at) {
-    c.panel = at / kPerVector, c.part = at % kPerVector;
-    cell<bits, planes, rows, 1>(c);
+  for (int64_t begin = first; begin < last; begin += Rows::kTogether) {
+    int64_t at = begin * kPerVector, end = std::min(begin + Rows::kTogether, last) * kPerVector;
+    for (; at + regs <= end; at += regs) cell<bits, planes, rows, regs>({w, a, out, row, at / kPerVector, at % kPerVector});
+    for (; at < end; ++at) cell<bits, planes, rows, 1>({w, a, out, row, at / kPerVector, at % kPerVector});
   }
 }
 
 template <int bits, int planes>
 void multiply_as(const Rows& w, const Activations& a, float* out, int64_t begin, int64_t end, int64_t first, int64_t last) {
   if (end - begin == 1) return panels<bits, planes, 1, kAlone>(w, a, out, begin, first, last);
-  for (int64_t panel = first; panel < last; panel += 4) {  // whose codes stay in the cache for all rows
-    int64_t until = std::min(panel + 4, last), row = begin;
+  for (int64_t panel = first; panel < last; panel += Rows::kTogether) {  // whose codes stay in the cache for all rows
+    int64_t until = std::min(panel + Rows::kTogether, last), row = begin;
     for (; row + kRows <= end; row += kRows) panels<bits, planes, kRows, kTogether>(w, a, out, row, panel, until);
     for (; row < end; ++row) panels<bits, planes, 1, kAlone>(w, a, out, row, panel, until);
   }
@@ -331,29 +337,28 @@ void quantize(const Rows& w, const float* x, Activations& a, int64_t begin, int6
 // ---- lookups -------------------------------------------------------------------------------------------------------
 
 // A single code: of output `lane` of a panel, of input `k` of a block.
-TQ_INLINE int code_at(int32_t bits, const uint8_t* block, int64_t k, int64_t lane) {
+TQ_INLINE int code_at(int32_t bits, const uint8_t* block, int64_t stride, int64_t k, int64_t lane) {
   const int64_t inputs = tq::step_inputs(bits), field = k % inputs / 4, byte = lane * 4 + k % 4;
-  const uint8_t* step = block + k / inputs * tq::step_bytes(bits);
+  const uint8_t* step = block + k / inputs * tq::step_lines(bits) * stride;
   if (bits == 8) return step[byte];
   if (bits == 4) return step[byte] >> 4 * field & 15;
   if (bits == 2) return step[byte] >> 2 * field & 3;
-  return (step[64 * (field / 4) + byte] >> 2 * (field % 4) & 3) | (step[128 + byte] >> field & 1) << 2;
+  return (step[stride * (field / 4) + byte] >> 2 * (field % 4) & 3) | (step[2 * stride + byte] >> field & 1) << 2;
 }
 
 void look_up(const Rows& w, int64_t row, float* out) {
   const tq::RowsHeader& h = *w.h;
   const int64_t panel = row / 16, lane = row % 16;
+  const tq::Lines codes = w.codes(panel), scales = w.scales(panel), zeros = w.zeros(panel);
   for (int64_t b = 0; b < h.blocks; ++b) {
     const int64_t s = b / h.blocks_per_scale, n = std::min<int64_t>(h.block, h.inputs - b * h.block);
-    float scales[kLanes];
-    for (int r = 0; r < kPerVector; ++r) {
-      const uint8_t* p = w.scales(panel);
-      nstore(scales + r * kOutputs, h.scale_is_half ? nload_half(p + s * 32 + r * kOutputs * 2)
-                                                    : nload(reinterpret_cast<const float*>(p + s * 64) + r * kOutputs));
-    }
-    const int zero = h.zero_is_byte ? w.zeros(panel)[s * 16 + lane] : h.zero;
-    const uint8_t* codes = w.codes(panel) + b * w.block_bytes();
-    for (int64_t k = 0; k < n; ++k) out[b * h.block + k] = float(code_at(h.bits, codes, k, lane) - zero) * scales[lane];
+    const uint8_t* at = scales.first + s * scales.stride;
+    float of[kLanes];
+    for (int i = 0; i < kLanes; i += kOutputs)
+      nstore(of + i, h.scale_is_half ? nload_half(at + i * 2) : nload(reinterpret_cast<const float*>(at) + i));
+    const int zero = h.zero_is_byte ? zeros.first[s * zeros.stride + lane] : h.zero;
+    const uint8_t* block = codes.first + b * w.block_lines() * codes.stride;
+    for (int64_t k = 0; k < n; ++k) out[b * h.block + k] = float(code_at(h.bits, block, codes.stride, k, lane) - zero) * of[lane];
   }
 }
 

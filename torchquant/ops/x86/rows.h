@@ -2,8 +2,11 @@
 // by `torchquant/ops/x86/rows.py` and read in place.
 //
 // Sixteen neighbouring outputs make a panel. Its inputs are cut into blocks with one scale each, and a block into steps of
-// 64 bytes (3 bits: 128 for the lower two of 32 inputs, then 64 for the upper one): lane o holds the codes of output o in four bytes,
-// byte j of the field p those of input 4 p + j. Codes are unsigned: w = scale * (code - zero).
+// 64 bytes (3 bits: 128 for the lower two of 32 inputs, then 64 for the upper one): lane o holds the codes of output o in
+// four bytes, byte j of the field p those of input 4 p + j. Codes are unsigned: w = scale * (code - zero).
+//
+// Four panels (the last ones: as many as are left) lie together: 64 bytes of the first, 64 of the second and so on, so that
+// they are read as one stream; likewise their scales and their zeros.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +14,7 @@
 namespace tq {
 
 constexpr int32_t kRowsMagic = 0x51545238;
-constexpr int32_t kRowsVersion = 1;
+constexpr int32_t kRowsVersion = 2;
 
 struct RowsHeader {
   int32_t magic, version, bits;
@@ -27,20 +30,29 @@ struct RowsHeader {
 static_assert(sizeof(RowsHeader) == 64, "as in rows.py");
 
 inline int64_t step_inputs(int32_t bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 3 ? 32 : 16; }
-inline int64_t step_bytes(int32_t bits) { return bits == 3 ? 192 : 64; }
+inline int64_t step_lines(int32_t bits) { return bits == 3 ? 3 : 1; }
+
+// Where a panel's lines (of codes, scales or zeros) are: the first, and how far it is to the next.
+struct Lines {
+  const uint8_t* first;
+  int64_t stride;
+};
 
 struct Rows {
   const RowsHeader* h;
   const uint8_t* bytes;
+  static constexpr int64_t kTogether = 4;  // panels
   int64_t panels() const { return (int64_t(h->outputs) + 15) / 16; }
   int64_t scale_blocks() const { return (int64_t(h->blocks) + h->blocks_per_scale - 1) / h->blocks_per_scale; }
-  int64_t block_bytes() const { return h->stored_block / step_inputs(h->bits) * step_bytes(h->bits); }
+  int64_t block_lines() const { return h->stored_block / step_inputs(h->bits) * step_lines(h->bits); }
   int64_t stored_inputs() const { return int64_t(h->blocks) * h->stored_block; }
-  const uint8_t* codes(int64_t panel) const { return bytes + 64 + panel * h->blocks * block_bytes(); }
-  const uint8_t* scales(int64_t panel) const {
-    return bytes + int64_t(h->scales) * 64 + panel * scale_blocks() * (h->scale_is_half ? 32 : 64);
+  Lines lines(int64_t unit, int64_t size, int64_t count, int64_t panel) const {
+    int64_t begin = panel / kTogether * kTogether, width = panels() - begin < kTogether ? panels() - begin : kTogether;
+    return {bytes + unit * 64 + (begin * count + panel - begin) * size, width * size};
   }
-  const uint8_t* zeros(int64_t panel) const { return h->zero_is_byte ? bytes + int64_t(h->zeros) * 64 + panel * scale_blocks() * 16 : nullptr; }
+  Lines codes(int64_t panel) const { return lines(1, 64, h->blocks * block_lines(), panel); }
+  Lines scales(int64_t panel) const { return lines(h->scales, h->scale_is_half ? 32 : 64, scale_blocks(), panel); }
+  Lines zeros(int64_t panel) const { return lines(h->zeros, 16, scale_blocks(), panel); }
   const float* bias() const { return h->bias ? reinterpret_cast<const float*>(bytes + int64_t(h->bias) * 64) : nullptr; }
 };
 

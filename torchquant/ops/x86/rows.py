@@ -10,9 +10,10 @@ from torchquant.ops.x86.packing import rounded
 
 __all__ = ["Grid", "pack", "unpack"]
 
-_MAGIC, _VERSION = 0x51545238, 1
+_MAGIC, _VERSION = 0x51545238, 2
 _UNIT = 64
 _LANES = 16  # outputs of a panel
+_TOGETHER = 4  # panels
 _MOST = 256  # inputs of a block: a product of 8 by 16 bits for each stays within 32
 _STEP = {2: 16, 3: 32, 4: 8, 8: 4}  # inputs of a step
 _HEADER = 16
@@ -77,8 +78,8 @@ def pack(grid: Grid, bias: torch.Tensor | None = None) -> torch.Tensor:
     zero = _panels(grid.zero_point.to(torch.int16) - grid.low, lanes)
     first = int(grid.zero_point[0, 0]) - grid.low
     zero_is_byte = bool((grid.zero_point - grid.low != first).any())
-    parts = [_steps(codes, grid.bits), _bytes(half if is_half else scale)]
-    parts.append(_bytes(zero.to(torch.uint8)) if zero_is_byte else torch.empty(0, dtype=torch.uint8))
+    parts = [_together(_lines(codes, grid.bits)), _bytes(_together(half if is_half else scale))]
+    parts.append(_together(zero.to(torch.uint8)) if zero_is_byte else torch.empty(0, dtype=torch.uint8))
     bias = None if bias is None else torch.nn.functional.pad(bias.detach().float(), (0, lanes - n))
     parts.append(torch.empty(0, dtype=torch.uint8) if bias is None else _bytes(bias))
     parts = [torch.nn.functional.pad(p, (0, rounded(p.numel(), _UNIT) - p.numel())) for p in parts]
@@ -107,7 +108,8 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 
     def of_panels(at: int, dtype: torch.dtype) -> torch.Tensor:
         part = packed[at * _UNIT : at * _UNIT + lanes * scale_blocks * dtype.itemsize].view(dtype)
-        return part.view(-1, scale_blocks, _LANES).transpose(1, 2).reshape(lanes, scale_blocks)[:n].float()
+        apart = _apart(part, lanes // _LANES, scale_blocks)
+        return apart.transpose(1, 2).reshape(lanes, scale_blocks)[:n].float()
 
     scale = of_panels(scales, dtype).repeat_interleave(by_scale, 1)[:, :count, None]
     points = of_panels(zeros, torch.uint8).repeat_interleave(by_scale, 1)[:, :count, None] if zero_is_byte else zero
@@ -122,18 +124,33 @@ def _panels(values: torch.Tensor, lanes: int) -> torch.Tensor:
     return padded.view(-1, _LANES, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def _steps(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes `(outputs, blocks, room)` as bytes in steps of 64 bytes, of 3 bits in steps of 192."""
+def _together(lines: torch.Tensor) -> torch.Tensor:
+    """`(panels, count, size)` as they lie: of each four panels the first lines, the second lines and so on."""
+    whole = len(lines) // _TOGETHER * _TOGETHER
+    four = lines[:whole].reshape(-1, _TOGETHER, *lines.shape[1:]).transpose(1, 2).reshape(-1)
+    return torch.cat([four, lines[whole:].transpose(0, 1).reshape(-1)])
+
+
+def _apart(stored: torch.Tensor, panels: int, count: int) -> torch.Tensor:
+    """The inverse of `_together`."""
+    size, whole = stored.numel() // (panels * count), panels // _TOGETHER * _TOGETHER
+    cut = whole * count * size
+    four = stored[:cut].view(-1, count, _TOGETHER, size).transpose(1, 2).reshape(whole, count, size)
+    return torch.cat([four, stored[cut:].view(count, panels - whole, size).transpose(0, 1)])
+
+
+def _lines(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes `(outputs, blocks, room)` as lines `(panels, count, 64)`."""
     lanes, blocks, room = codes.shape
-    step = _STEP[bits]
-    fields = codes.view(lanes // _LANES, _LANES, blocks * room // step, step // 4, 4)
+    step, panels = _STEP[bits], lanes // _LANES
+    fields = codes.view(panels, _LANES, blocks * room // step, step // 4, 4)
     fields = fields.permute(0, 2, 3, 1, 4).reshape(-1, step // 4, _UNIT)  # by panel and step: field, then lane and byte
-    if bits == 8:
-        return fields.reshape(-1)
-    if bits != 3:
-        return _merged(fields, bits).reshape(-1)
-    lower = _merged((fields & 3).view(-1, 2, 4, _UNIT), 2)
-    return torch.cat([lower.flatten(1), _merged(fields >> 2, 1)], 1).reshape(-1)
+    if bits == 3:
+        lower = _merged((fields & 3).view(-1, 2, 4, _UNIT), 2)
+        fields = torch.cat([lower, _merged(fields >> 2, 1)[:, None]], 1)
+    elif bits < 8:
+        fields = _merged(fields, bits)
+    return fields.reshape(panels, -1, _UNIT)
 
 
 def _merged(fields: torch.Tensor, bits: int) -> torch.Tensor:
@@ -145,15 +162,16 @@ def _merged(fields: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _codes(stored: torch.Tensor, bits: int, lanes: int, blocks: int, room: int) -> torch.Tensor:
-    """What `_steps` was given."""
-    step = _STEP[bits]
-    count = lanes // _LANES * blocks * room // step
+    """The codes that `_lines` was given, of lines that lie together."""
+    step, panels = _STEP[bits], lanes // _LANES
+    count = blocks * room // step * (3 if bits == 3 else 1)
+    lines = _apart(stored[: panels * count * _UNIT], panels, count).reshape(-1, _UNIT)
     if bits == 3:
-        stored = stored[: count * 192].view(count, 3, _UNIT)
-        fields = _fields(stored[:, :2], 2, 4).flatten(1, 2) | _fields(stored[:, 2:], 1, 8).flatten(1, 2) << 2
+        three = lines.view(-1, 3, _UNIT)
+        fields = _fields(three[:, :2], 2, 4).flatten(1, 2) | _fields(three[:, 2:], 1, 8).flatten(1, 2) << 2
     else:
-        fields = _fields(stored[: count * _UNIT].view(count, 1, _UNIT), bits, step // 4).flatten(1, 2)
-    ordered = fields.view(lanes // _LANES, -1, step // 4, _LANES, 4).permute(0, 3, 1, 2, 4)
+        fields = _fields(lines[:, None], bits, step // 4).flatten(1, 2)
+    ordered = fields.view(panels, -1, step // 4, _LANES, 4).permute(0, 3, 1, 2, 4)
     return ordered.reshape(lanes, blocks, room)
 
 

@@ -550,7 +550,7 @@ tq::Rows rows_of(const Tensor& packed) {
   tq::Rows w{&h, bytes};
   if (right) {
     double panels = double(w.panels()), scales = panels * double(w.scale_blocks()), end = double(h.size) * 64;
-    right = 64 + panels * h.blocks * double(w.block_bytes()) <= double(h.scales) * 64 &&
+    right = 64 + panels * h.blocks * double(w.block_lines()) * 64 <= double(h.scales) * 64 &&
             double(h.scales) * 64 + scales * (h.scale_is_half ? 32 : 64) <= end &&
             (!h.zero_is_byte || (h.zeros > 0 && double(h.zeros) * 64 + scales * 16 <= end)) &&
             (!h.bias || double(h.bias) * 64 + panels * 64 <= end);
