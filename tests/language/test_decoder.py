@@ -7,7 +7,7 @@ from decoders import Own, decoder, tokens_of
 import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.fx.states import states_of
-from torchquant.quantizers import X86Quantizer
+from torchquant.quantizers import WeightOnlyQuantizer, X86Quantizer
 
 
 def by_transformers(model, tokens, count, **options):
@@ -208,3 +208,18 @@ def test_a_module_of_ones_own_is_a_decoder_if_it_takes_the_same_inputs():
     tokens = decoding.generate([4, 9, 2], 10)
     decoding.reset()
     assert torch.equal(decoding.append(tokens[:, :-1])[0].argmax(-1)[2:], tokens[0, 3:])
+
+
+def test_solvers_work_on_decoders_and_leave_nothing_in_the_cache(llama, tmp_path):
+    exported = tq.export_causal_lm(llama, 16)
+    prompt = (tokens_of(6), torch.arange(6), torch.arange(6))
+    following = (tokens_of(1), torch.arange(6, 7), torch.arange(7))
+    prepared = tq.prepare(exported, WeightOnlyQuantizer())
+    tq.calibrate(prepared, [tq.Steps([prompt, following]), prompt], progress=False)
+    tq.optimize(prepared, [prompt] * 3, [tq.GPTQ()], progress=False)
+    quantized = tq.convert(prepared)
+    assert all(not v.any() for v in states_of(quantized).values())
+    assert tq.evaluate(quantized, tokens_of(16), window=16, reference=exported).kl_divergence < 1.0
+    tq.save(quantized, tmp_path / "graph.pt2", prompt)
+    loaded = tq.load(tmp_path / "graph.pt2")
+    assert torch.equal(tq.generate(loaded, tokens_of(5), 8), tq.generate(quantized, tokens_of(5), 8))

@@ -34,16 +34,22 @@ class KeyValueCache(nn.Module):
     Args:
         shapes: for each layer (K, size of a key, size of a value).
         max_cache_len, batch_size: L and B.
+        dtype, device: of keys and values.
     """
 
     def __init__(
-        self, shapes: list[tuple[int, int, int]], max_cache_len: int, batch_size: int, dtype: torch.dtype
+        self,
+        shapes: list[tuple[int, int, int]],
+        max_cache_len: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.layers = len(shapes)
         for i, (heads, key_size, value_size) in enumerate(shapes):
             for kind, size in (("keys", key_size), ("values", value_size)):
-                empty = torch.zeros(batch_size, heads, max_cache_len + 1, size, dtype=dtype)
+                empty = torch.zeros(batch_size, heads, max_cache_len + 1, size, dtype=dtype, device=device)
                 self.register_buffer(f"{kind}_{i}", empty, persistent=False)
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -72,8 +78,9 @@ class CachedDecoder(nn.Module):
     def __init__(self, model: nn.Module, max_cache_len: int, batch_size: int, logits: str) -> None:
         super().__init__()
         self.model, self.keep = model, 1 if logits == "last" else 0
-        self.max_cache_len, self.dtype = max_cache_len, next(model.parameters()).dtype
-        self.cache = KeyValueCache(_shapes_of(model), max_cache_len, batch_size, self.dtype)
+        self.max_cache_len, weight = max_cache_len, next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.cache = KeyValueCache(_shapes_of(model), max_cache_len, batch_size, self.dtype, self.device)
 
     def forward(self, tokens: Tensor, positions: Tensor, attended: Tensor) -> Tensor:
         """Logits (B, T, vocabulary), or (B, 1, vocabulary).
@@ -108,7 +115,7 @@ class CachedDecoder(nn.Module):
             for config, _ in before:
                 config._attn_implementation = _NAME
             for module, rotary in tables:
-                module.rotary_emb = RotaryTable(rotary, self.max_cache_len, self.dtype)
+                module.rotary_emb = RotaryTable(rotary, self.max_cache_len, self.dtype, self.device)
             yield
         finally:
             for config, implementation in before:
@@ -132,7 +139,8 @@ def _shapes_of(model: nn.Module) -> list[tuple[int, int, int]]:
 
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), cache=Watching(config=model.config), use_cache=True)
+            tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+            model(input_ids=tokens, cache=Watching(config=model.config), use_cache=True)
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} does not run on one token with a cache: {type(error).__name__}: {str(error)[:500]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Decoder:
         tokens, _, attended = specs
         self.batch_size, self.max_new_tokens = int(tokens.shape[0] or 1), _largest(tokens, 1)
         self.max_cache_len = _largest(attended, 0)
-        self._call, self._reset = _of_program(program) if isinstance(program, Program) else _of_graph(program)
+        self._call, self._reset, self._device = _of(program)
         self._reset()
         self.length = 0
         self.vocab_size = self._step(torch.zeros(self.batch_size, 1, dtype=torch.int64)).shape[-1]
@@ -182,7 +182,8 @@ class Decoder:
     def _step(self, tokens: Tensor) -> Tensor:
         end = self.length + tokens.shape[1]
         with torch.no_grad():
-            logits = self._call(tokens, torch.arange(self.length, end), torch.arange(end))
+            positions, attended = (torch.arange(start, end, device=self._device) for start in (self.length, 0))
+            logits = self._call(tokens.to(self._device), positions, attended).cpu()
         self.length = end
         return logits
 
@@ -221,19 +222,19 @@ def _largest(spec: InputSpec, axis: int) -> int:
     return fixed if fixed is not None else int(size.maximum)  # type: ignore[union-attr, arg-type]
 
 
-_Calls = tuple[Callable[..., Tensor], Callable[[], None]]  # run a step; go back to the first state
-
-
-def _of_program(program: Program) -> _Calls:
-    return program, program.reset
-
-
-def _of_graph(model: GraphModule) -> _Calls:
-    graph = copy_graph(model)
+def _of(program: Program | GraphModule) -> tuple[Callable[..., Tensor], Callable[[], None], torch.device]:
+    """What runs a step, what goes back to the first state, and where the state lies."""
+    if isinstance(program, Program):
+        return program, program.reset, _device_of(program.state)
+    graph = copy_graph(program)
     for node, _ in list(observers(graph)):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.graph.erase_node(node)
     graph.recompile()
     own_states(graph)
     initial = {name: value.clone() for name, value in states_of(graph).items()}
-    return graph, lambda: set_states(graph, initial)
+    return graph, lambda: set_states(graph, initial), _device_of(initial)
+
+
+def _device_of(states: Mapping[str, Tensor]) -> torch.device:
+    return next((value.device for value in states.values()), torch.device("cpu"))

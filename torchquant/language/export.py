@@ -61,7 +61,9 @@ def export_causal_lm(
 
 def _exported(decoder: CachedDecoder, max_cache_len: int, batch_size: int, longest: int) -> GraphModule:
     new, read = min(3, longest), min(5, max_cache_len)
-    example = (torch.zeros(batch_size, new, dtype=torch.int64), torch.arange(new), torch.arange(read))
+    device = decoder.device
+    tokens_like = torch.zeros(batch_size, new, dtype=torch.int64, device=device)
+    example = (tokens_like, torch.arange(new, device=device), torch.arange(read, device=device))
     tokens = torch.export.Dim("tokens", min=1, max=longest) if longest > 1 else None
     attended = torch.export.Dim("attended", min=1, max=max_cache_len)
     varying = {} if tokens is None else {0: tokens}

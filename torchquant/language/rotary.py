@@ -23,10 +23,11 @@ class RotaryTable(nn.Module):
             they change.
     """
 
-    def __init__(self, rotary: nn.Module, max_cache_len: int, dtype: torch.dtype) -> None:
+    def __init__(self, rotary: nn.Module, max_cache_len: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         _refuse_by_length(rotary, max_cache_len)
-        positions, like = torch.arange(max_cache_len).unsqueeze(0), torch.zeros(1, dtype=dtype)
+        positions = torch.arange(max_cache_len, device=device).unsqueeze(0)
+        like = torch.zeros(1, dtype=dtype, device=device)
         kinds = getattr(rotary, "layer_types", None)  # with frequencies of their own, or one for all layers
         with torch.no_grad():
             for kind in kinds if isinstance(getattr(rotary, "rope_type", None), dict) and kinds else [None]:
