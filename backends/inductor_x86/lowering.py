@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from torchquant.lowering.accounts import names
 from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
 from torchquant.ops.x86 import cpu, few_bits, native, saturation, tuning
-from torchquant.ops.x86.row_products import Packed, replace_row_products
+from torchquant.ops.x86.row_products import Packed, replace_float_lookups, replace_row_products
 from torchquant.ops.x86.translation import Built, replace_regions
 from torchquant.surroundings import unchanged
 from torchquant.types import Site
@@ -111,7 +111,6 @@ class _X86Lowering(Lowering[X86Program]):
     def __init__(self, own_kernels: bool, tune: bool, compare_float: bool) -> None:
         self._own_kernels, self._tune, self._compare_float = own_kernels, tune, compare_float
         self._folder = OwnFolder("torchquant-x86-")
-        self._parts: list[Part] = []
         self._in_place: InPlace = ()
 
     def refuse(self, quantized: GraphModule) -> None:
@@ -124,20 +123,21 @@ class _X86Lowering(Lowering[X86Program]):
         self._case, graph, self._in_place = cases[0], reference.graph, states_in_place(reference)
         raw_file = self._folder.path / "raw.pt2"
         stage("compiling")
-        raw, self._parts = _compile(graph, self._case, raw_file, self._own_kernels, self._tune, self._in_place)
-        kernels = _kernels(raw, self._parts)
+        built = _compile(graph, self._case, raw_file, self._own_kernels, self._tune, self._in_place)
+        kernels = _kernels(built)
         try:
             fused = _prove_integer(self.compute, kernels)
         except LoweringError:
-            if self._few_bits or not self._parts or saturation.saturating(saturation.unsafe_products(graph)):
+            if self._few_bits or not built.parts or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
-            raw, self._parts = _compile(graph, self._case, raw_file, own_kernels=False, in_place=self._in_place)
-            kernels = _kernels(raw, self._parts)
+            built = _compile(graph, self._case, raw_file, own_kernels=False, in_place=self._in_place)
+            kernels = _kernels(built)
             fused = _prove_integer(self.compute, kernels)
         self._package = self._folder.path / "model.pt2"
-        pack(raw, self._package, with_kernels=bool(self._parts))
-        inside = {name for part in self._parts for name in part.sites}
+        pack(built.raw, self._package, with_kernels=built.calls_ours)
+        self._calls_ours = built.calls_ours
+        inside = {name for part in built.parts for name in part.sites}
         artefact = Artefact(self._runner(), kernels, fused, graph, inside=inside)
         return self._faster(reference, artefact) if self._compare_float else artefact
 
@@ -146,27 +146,27 @@ class _X86Lowering(Lowering[X86Program]):
         floats = passes.copy_graph(reference.graph)
         passes.make_float(floats, _sites_in(floats, {s.node for s in self.sites if s.status == "quantized"}))
         raw_file = self._folder.path / "raw.pt2"
-        raw, _ = _compile(floats, self._case, raw_file, own_kernels=False, in_place=self._in_place)
-        kernels, package = _kernels(raw, []), self._folder.path / "float.pt2"
-        pack(raw, package, with_kernels=False)
+        built = _compile(floats, self._case, raw_file, own_kernels=False, in_place=self._in_place)
+        kernels, package = _kernels(built), self._folder.path / "float.pt2"
+        pack(built.raw, package, with_kernels=built.calls_ours)
         integer_ms, float_ms = race([self._package, package], self._case)
         if float_ms >= _FASTER * integer_ms:
             return artefact
         reason = f"float32 takes {float_ms:.3g} ms on this machine, int8 {integer_ms:.3g} ms"
         warnings.warn(f"{reason}: the float program is returned", stacklevel=4)
-        self._package, self._parts = package, []
+        self._package, self._calls_ours = package, built.calls_ours
         left = {f"{len(self.compute)} annotated ops": reason}
         return Artefact(self._runner(), kernels, 0, floats, left, artefact.inside)
 
     def build_again(self, graph: GraphModule) -> Run:
-        raw, parts = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", bool(self._parts))
+        built = _compile(graph, self._case, self._folder.path / "deep.raw.pt2", self._calls_ours)
         package = self._folder.path / "deep.pt2"
-        pack(raw, package, with_kernels=bool(parts))
+        pack(built.raw, package, with_kernels=built.calls_ours)
         return OnCopies(run_package(package))
 
     def hold(self, hold: Hold, artefact: Artefact) -> Verdict:
         """With poisoned memory, so that no kernel that skips a write finds the right value there by chance."""
-        with native.poisoned() if self._parts else nullcontext():
+        with native.poisoned() if self._calls_ours else nullcontext():
             return super().hold(hold, artefact)
 
     def _runner(self) -> OnCopies:
@@ -196,9 +196,9 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     pure = flat(exported)
     cases = cases_of(pure, example_inputs)
     with OwnFolder("torchquant-x86-") as folder:
-        raw, _ = _compile(pure.graph, cases[0], folder / "raw.pt2", own_kernels=False)
+        built = _compile(pure.graph, cases[0], folder / "raw.pt2", own_kernels=False)
         package = folder / "model.pt2"
-        repack(raw, package)
+        repack(built.raw, package)
         run = run_package(package)
         size_bytes = package.stat().st_size
 
@@ -261,6 +261,15 @@ def _problem(site: Site, product: few_bits.Product | str | None, own_kernels: bo
     return ""
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """What Inductor wrote: the file, what our kernels compute in it, and whether it calls them at all."""
+
+    raw: Path
+    parts: list[Part]
+    calls_ours: bool
+
+
 def _compile(
     quantized: GraphModule,
     batch: Any,
@@ -268,7 +277,7 @@ def _compile(
     own_kernels: bool,
     tune: bool = False,
     in_place: InPlace = (),
-) -> tuple[Path, list[Part]]:
+) -> _Compiled:
     parts: list[Part] = []
     try:
         graph = passes.copy_graph(quantized)
@@ -276,6 +285,7 @@ def _compile(
             graph = export_again(graph, batch).module()
             packed = replace_row_products(graph)
             regions = replace_regions(graph)
+            replace_float_lookups(graph)
             parts = [*packed, *regions]
             if regions and tune:
                 _tune(graph, batch, regions)
@@ -302,7 +312,7 @@ def _compile(
         raise
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
-    return package, parts
+    return _Compiled(package, parts, native.calls_ours(graph))
 
 
 def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
@@ -311,10 +321,10 @@ def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:
         tuning.tune(lambda: graph(*copies(batch)), regions, sizes)
 
 
-def _kernels(package: Path, parts: Sequence[Part]) -> dict[str, int]:
+def _kernels(built: _Compiled) -> dict[str, int]:
     """Calls to matrix kernels in the package's generated C++, by name, and the products that ours compute."""
-    kernels: Counter[str] = Counter(f"torchquant_{kind}" for part in parts for kind in part.products)
-    with zipfile.ZipFile(package) as archive:
+    kernels: Counter[str] = Counter(f"torchquant_{kind}" for part in built.parts for kind in part.products)
+    with zipfile.ZipFile(built.raw) as archive:
         for name in archive.namelist():
             if name.endswith(".wrapper.cpp"):
                 source = archive.read(name).decode("utf-8", "replace")

@@ -287,3 +287,21 @@ def test_schemes_are_listed_in_short():
     with pytest.raises(SchemeError, match=r"w4\[_g\{256,128,64,32,16\}\]") as caught:
         X86Quantizer("w5")
     assert len(str(caught.value)) < 800
+
+
+def test_an_index_out_of_range_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    """The table stays float: what Inductor generates for it would end the process."""
+
+    def model(m, tokens):
+        return m.head(m.table(tokens))
+
+    tokens = torch.randint(0, 100, (1, 4))
+    module = Call(model, table=nn.Embedding(100, 16), head=nn.Linear(16, 16)).eval()
+    prepared = prepare_pt2e(torch.export.export(module, (tokens,)).module(), X86Quantizer("static_int8"))
+    prepared(tokens)
+    quantized = convert_pt2e(prepared)
+    program = inductor_x86.lower(quantized, (tokens,), progress=False)
+    for wrong in (tokens + 1000, tokens - 1000):
+        with pytest.raises(RuntimeError):
+            program(wrong)
+    assert decibels(program(tokens), quantized(tokens)) > 60

@@ -47,9 +47,15 @@ def _attends(node: Node, arguments: dict[str, Any]) -> bool:
         return False
     if shapes[1][:3] != shapes[2][:3] or shapes[0][0] != shapes[1][0]:
         return False
-    keys, heads = shapes[1][2], (shapes[0][1], shapes[1][1])
-    if not isinstance(keys, int) or keys > _MOST_KEYS or (heads[0] != heads[1] and not arguments.get("enable_gqa")):
+    heads = (shapes[0][1], shapes[1][1])
+    if _largest(arguments["key"], 2) > _MOST_KEYS or (heads[0] != heads[1] and not arguments.get("enable_gqa")):
         return False
     mask = arguments.get("attn_mask")
     value = mask.meta.get("val") if isinstance(mask, Node) else None
     return mask is None or (isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bool))
+
+
+def _largest(node: Node, axis: int) -> float:
+    """The largest size that an axis may have, as far as the graph says."""
+    size = node.meta["val"].shape[axis]
+    return size if isinstance(size, int) else float(size.node.shape_env.bound_sympy(size.node.expr).upper)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch._ops import _OpNamespace
+from torch.fx import GraphModule
 
 from torchquant.errors import LoweringError
 from torchquant.files.owned import OwnFolder
@@ -28,6 +29,7 @@ from torchquant.files.whole import write_whole
 
 __all__ = [
     "PREFIX",
+    "calls_ours",
     "instruction_sets",
     "library_file",
     "load",
@@ -114,6 +116,11 @@ def ops() -> _OpNamespace:
     """The ops of the present sources, once `load` has been called: `ops().x86_region` and the others."""
     namespace: _OpNamespace = getattr(torch.ops, _namespace(build_name()))
     return namespace
+
+
+def calls_ours(graph: GraphModule) -> bool:
+    """Whether a graph calls one of `ops()`."""
+    return any(getattr(node.target, "namespace", "") == _namespace(build_name()) for node in graph.graph.nodes)
 
 
 def library_file() -> Path:
@@ -313,11 +320,17 @@ def _looked_up(packed: torch.Tensor, indices: torch.Tensor, width: int) -> torch
     return packed.new_empty([*indices.shape, width], dtype=torch.float32)
 
 
+def _looked_up_floats(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`(..., width)` from indices `(...)`."""
+    return table.new_empty([*indices.shape, table.shape[1]])
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "x86_region": _shapes,
     "x86_attention": _attended,
     "x86_linear": _multiplied,
     "x86_lookup": _looked_up,
+    "x86_float_lookup": _looked_up_floats,
 }
 
 

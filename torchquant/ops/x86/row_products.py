@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 from torchquant.fx import passes
 from torchquant.fx.reading import GraphReading
 from torchquant.fx.sites import marked
-from torchquant.ops.x86 import few_bits, native, rows
+from torchquant.ops.x86 import few_bits, matching, native, rows
 from torchquant.ops.x86.few_bits import Product
 
-__all__ = ["Packed", "replace_row_products"]
+__all__ = ["Packed", "replace_float_lookups", "replace_row_products"]
 
 aten = torch.ops.aten
 
@@ -48,6 +48,20 @@ def replace_row_products(graph: GraphModule) -> list[Packed]:
     graph.recompile()
     passes.remove_dead_weights(graph)
     return [Packed(products)]
+
+
+def replace_float_lookups(graph: GraphModule) -> int:
+    """Lookups in float32 tables as an op of ours, which raises where an index is out of range; returns how many.
+
+    What Inductor generates for them ends the process.
+    """
+    found = [n for n in graph.graph.nodes if n.target is aten.embedding.default and matching.is_float32(n)]
+    if found:
+        native.load()
+    for node in found:
+        node.target, node.args, node.kwargs = native.ops().x86_float_lookup.default, node.args[:2], {}
+    graph.recompile()
+    return len(found)
 
 
 class _Stored:

@@ -599,29 +599,51 @@ Tensor linear(Tensor packed, Tensor x, int64_t outputs, int64_t bits, double lea
   return out;
 }
 
+// Indices of a table of `rows` rows, each of which is one.
+struct Indices {
+  Tensor values;
+  bool wide;
+  int64_t n;
+  Indices(Tensor indices, int64_t rows) : values(std::move(indices)) {
+    wide = values.scalar_type() == torch::headeronly::ScalarType::Long;
+    STD_TORCH_CHECK(wide || values.scalar_type() == torch::headeronly::ScalarType::Int, "torchquant: indices are int32 or int64");
+    if (!values.is_contiguous()) values = torch::stable::contiguous(values);
+    n = values.numel();
+    for (int64_t i = 0; i < n; ++i)
+      STD_TORCH_CHECK(0 <= (*this)[i] && (*this)[i] < rows, "torchquant: index ", (*this)[i], " is out of range: the table has ", rows, " rows");
+  }
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(values.const_data_ptr())[i] : int64_t(static_cast<const int32_t*>(values.const_data_ptr())[i]);
+  }
+  // Calls f(i) for all places, and returns what is to be filled: (..., width) float32.
+  template <class Fill> Tensor rows(int64_t width, Fill&& fill) const {
+    std::vector<int64_t> size(values.dim() + 1, width);
+    for (int64_t d = 0; d < values.dim(); ++d) size[d] = values.size(d);
+    Tensor out = torch::stable::new_empty(values, size, torch::headeronly::ScalarType::Float);
+    auto* to = static_cast<float*>(out.mutable_data_ptr());
+    poison(to, size_t(out.numel()) * sizeof(float));
+    torch::stable::parallel_for(0, n, (1 << 15) / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) fill((*this)[i], to + i * width);
+    });
+    return out;
+  }
+};
+
 // The rows of a packed table at `indices` (...) as floats (..., width).
 Tensor lookup(Tensor packed, Tensor indices, int64_t width) {
   tq::Rows w = rows_of(packed);
-  bool wide = indices.scalar_type() == torch::headeronly::ScalarType::Long;
-  STD_TORCH_CHECK(wide || indices.scalar_type() == torch::headeronly::ScalarType::Int, "torchquant: indices are int32 or int64");
   STD_TORCH_CHECK(width == w.h->inputs, "torchquant: the table has rows of ", w.h->inputs, " values");
-  if (!indices.is_contiguous()) indices = torch::stable::contiguous(indices);
-  std::vector<int64_t> size(indices.dim() + 1, width);
-  for (int64_t d = 0; d < indices.dim(); ++d) size[d] = indices.size(d);
-  const int64_t n = indices.numel();
-  auto index = [&](int64_t i) {
-    return wide ? static_cast<const int64_t*>(indices.const_data_ptr())[i] : int64_t(static_cast<const int32_t*>(indices.const_data_ptr())[i]);
-  };
-  for (int64_t i = 0; i < n; ++i)
-    STD_TORCH_CHECK(0 <= index(i) && index(i) < w.h->outputs, "torchquant: index ", index(i), " is out of range: the table has ", w.h->outputs, " rows");
-  Tensor out = torch::stable::new_empty(indices, size, torch::headeronly::ScalarType::Float);
-  auto* to = static_cast<float*>(out.mutable_data_ptr());
-  poison(to, size_t(out.numel()) * sizeof(float));
   const auto* k = row_kernels_of(kernels());
-  torch::stable::parallel_for(0, n, std::max<int64_t>(1, (1 << 15) / width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) k->look_up(w, index(i), to + i * width);
-  });
-  return out;
+  return Indices(indices, w.h->outputs).rows(width, [&](int64_t row, float* to) { k->look_up(w, row, to); });
+}
+
+// Likewise of a table of floats. What Inductor generates ends the process where an index is out of range.
+Tensor float_lookup(Tensor table, Tensor indices) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: the table is no matrix of float32");
+  if (!table.is_contiguous()) table = torch::stable::contiguous(table);
+  const auto* from = static_cast<const float*>(table.const_data_ptr());
+  const int64_t width = table.size(1);
+  return Indices(indices, table.size(0)).rows(width, [&](int64_t row, float* to) { std::memcpy(to, from + row * width, size_t(width) * sizeof(float)); });
 }
 
 }  // namespace
@@ -631,6 +653,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TQ_NAMESPACE, m) {
   m.def("x86_region(Tensor plan, Tensor[] inputs, int[] shapes) -> Tensor[]");
   m.def("x86_linear(Tensor packed, Tensor x, int outputs, int bits, float least_scale) -> Tensor");
   m.def("x86_lookup(Tensor packed, Tensor indices, int width) -> Tensor");
+  m.def("x86_float_lookup(Tensor table, Tensor indices) -> Tensor");
   m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
@@ -638,6 +661,7 @@ STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
   m.impl("x86_attention", TORCH_BOX(&attention));
   m.impl("x86_linear", TORCH_BOX(&linear));
   m.impl("x86_lookup", TORCH_BOX(&lookup));
+  m.impl("x86_float_lookup", TORCH_BOX(&float_lookup));
 }
 
 #define TQ_EXPORT __attribute__((visibility("default")))
