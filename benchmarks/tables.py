@@ -16,6 +16,7 @@ import records
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.files.whole import write_whole
+from torchquant.lowering.target import brief
 from torchquant.types import Capability
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +110,7 @@ def _cell(op: str, row: Capability | None) -> str:
         return "moves values, whatever their type" if moves else "float: the compiler's own kernel"
     if not row.schemes:
         return f"float: {row.reason}"
-    return ", ".join(row.schemes) + (f" ({row.reason})" if row.reason else "")
+    return brief(row.schemes) + (f" ({row.reason})" if row.reason else "")
 
 
 # accuracy -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -99,16 +101,22 @@ def _check(target: str, row: Capability) -> None:
         raise SchemeError(f"target {target!r}: the role of {row.op!r} is 'weighted', and it has no weight")
 
 
+_FEW_BITS = re.compile(r"w(\d)(a8|)(_symmetric|)(?:_g(\d+))?")  # see `weight_schemes`
+
+
 def brief(schemes: Iterable[str]) -> str:
-    """Names of schemes for people to read: those that differ in the size of their groups alone as one."""
-    sizes: dict[str, list[str]] = {}
-    for name in schemes:
-        start, group, size = name.rpartition("_g")
-        known = bool(group) and size.isdigit()
-        sizes.setdefault(start if known else name, []).append(size if known else "")
-    names = []
-    for start, of in sizes.items():
-        groups = [size for size in of if size]
-        ending = f"_g{{{','.join(groups)}}}" if len(groups) > 1 else f"_g{groups[0]}" if groups else ""
-        names.append(f"{start}[{ending}]" if ending and "" in of else f"{start}{ending}")
-    return ", ".join(names)
+    """Names of schemes for people to read: weights of few bits in all combinations of their parts as one."""
+    names = list(schemes)
+    parts = [match.groups(default="") for name in names if (match := _FEW_BITS.fullmatch(name))]
+    kinds = [list(dict.fromkeys(values)) for values in zip(*parts, strict=True)]
+    if len(parts) < 2 or len(parts) != math.prod(map(len, kinds)):
+        return ", ".join(names)
+    bits, activations, symmetric, groups = ([kind for kind in of if kind] for of in kinds)
+    optional = [
+        f"[{part[0]}]" if "" in of else part[0]
+        for of, part in zip(kinds[1:3], (activations, symmetric), strict=True)
+        if part
+    ]
+    endings = f"_g{{{','.join(groups)}}}" if groups else ""
+    family = f"w{{{','.join(bits)}}}{''.join(optional)}{f'[{endings}]' if '' in kinds[3] and groups else endings}"
+    return ", ".join([*(name for name in names if not _FEW_BITS.fullmatch(name)), family])
