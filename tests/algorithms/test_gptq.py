@@ -165,7 +165,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_an_unknown_scheme_is_refused_with_those_there_are():
-    with pytest.raises(tq.SchemeError, match=r"w5_g64.*w4_g64"):
+    with pytest.raises(tq.SchemeError, match=r"w5_g64.*w\{8,4,3,2\}"):
         WeightOnlyQuantizer("w5_g64")
 
 

@@ -404,6 +404,7 @@ class SevenBits(X86Quantizer):
     schemes = {  # noqa: RUF012
         name: Scheme(name, replace(scheme.activation, format=UINT7), scheme.weight)
         for name, scheme in inductor_x86.SCHEMES.items()
+        if name.endswith("_int8")
     }
 
 

@@ -25,7 +25,7 @@ CHANGES = [  # file of the other version, pattern of text there, and what stands
     # one set of instructions, not optimized, is quick to build
     ("runtime.cpp", r"(?<=TQ_SETS\(X\) ).*", "X(portable)"),
     ("native.py", r"_SETS\.items\(\)", '{"portable": _SETS["portable"]}.items()'),
-    ("native.py", r'\(\*_SETS, "runtime"\)', '("portable", "runtime")'),
+    ("native.py", r"for name in _SETS for", 'for name in ("portable",) for'),
     ("native.py", '"-O3"', '"-O0"'),
 ]
 LOWER = "from test_x86_side_by_side import lowered; lowered({folder!r})"
