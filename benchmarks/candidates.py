@@ -106,6 +106,7 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "ranges": lambda: [tq.RangeSearch()],
     "seq_mse": lambda: [tq.SeqMSE()],
     "gptq": lambda: [tq.GPTQ()],
+    "hqq": lambda: [tq.HQQ()],
     "gptq_paper": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01)],
     "adaround": lambda: [tq.AdaRound()],
     "adaround_paper": lambda: [tq.AdaRound(search=False, refits=0, sweeps=0, correct_bias=False, compensate=False)],

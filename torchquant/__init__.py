@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torchquant.algorithms.brecq import BRECQ
     from torchquant.algorithms.equalization import CrossLayerEqualization
     from torchquant.algorithms.gptq import GPTQ
+    from torchquant.algorithms.hqq import HQQ
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
@@ -53,6 +54,7 @@ _HOMES = {
     "algorithms.brecq": ("BRECQ",),
     "algorithms.equalization": ("CrossLayerEqualization",),
     "algorithms.gptq": ("GPTQ",),
+    "algorithms.hqq": ("HQQ",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
@@ -105,6 +107,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BRECQ",
     "GPTQ",
+    "HQQ",
     "AdaQuant",
     "AdaRound",
     "ArtifactError",

@@ -198,6 +198,7 @@ EVERY = {
     "RangeSearch": lambda: [tq.RangeSearch()],
     "SeqMSE": lambda: [tq.SeqMSE()],
     "GPTQ": lambda: [tq.GPTQ()],
+    "HQQ": lambda: [tq.HQQ()],
     "SmoothQuant": lambda: [tq.SmoothQuant()],
     "SmoothQuant, then AdaRound": lambda: [tq.SmoothQuant(), AdaRound(20)],
 }

@@ -18,6 +18,8 @@ from torchquant.algorithms.batch_norm import BatchNormReestimation
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.equalization import CrossLayerEqualization
+from torchquant.algorithms.gptq import GPTQ
+from torchquant.algorithms.hqq import HQQ
 from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
@@ -42,6 +44,8 @@ ALGORITHMS: dict[str, type] = {
     "bias-correction": BiasCorrection,
     "brecq": BRECQ,
     "equalization": CrossLayerEqualization,
+    "gptq": GPTQ,
+    "hqq": HQQ,
     "qdrop": QDrop,
     "range-search": RangeSearch,
     "seq-mse": SeqMSE,
