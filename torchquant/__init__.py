@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchquant.algorithms.adaquant import AdaQuant
     from torchquant.algorithms.adaround import AdaRound
+    from torchquant.algorithms.awq import AWQ
     from torchquant.algorithms.batch_norm import BatchNormReestimation
     from torchquant.algorithms.bias_correction import BiasCorrection
     from torchquant.algorithms.brecq import BRECQ
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
     "algorithms.adaround": ("AdaRound",),
+    "algorithms.awq": ("AWQ",),
     "algorithms.batch_norm": ("BatchNormReestimation",),
     "algorithms.bias_correction": ("BiasCorrection",),
     "algorithms.brecq": ("BRECQ",),
@@ -105,6 +107,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AWQ",
     "BRECQ",
     "GPTQ",
     "HQQ",

@@ -197,6 +197,7 @@ EVERY = {
     "QDrop": lambda: [tq.QDrop(5, rounds=2)],
     "RangeSearch": lambda: [tq.RangeSearch()],
     "SeqMSE": lambda: [tq.SeqMSE()],
+    "AWQ": lambda: [tq.AWQ()],
     "GPTQ": lambda: [tq.GPTQ()],
     "HQQ": lambda: [tq.HQQ()],
     "SmoothQuant": lambda: [tq.SmoothQuant()],

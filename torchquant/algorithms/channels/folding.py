@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops, passes
+from torchquant.fx.consumers import Group
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.producers import Producer, affine_positions, shape_behind
 from torchquant.fx.reading import observer_of
@@ -23,6 +24,7 @@ from torchquant.observers.minmax import reset
 
 __all__ = [
     "constant_at",
+    "fold",
     "fold_input",
     "fold_output",
     "input_magnitudes",
@@ -63,6 +65,33 @@ def constant_at(model: GraphModule, node: Node, position: int | None) -> torch.T
     if source is not None and observer_of(model, source) is not None:
         source = ops.argument(source, 0)
     return ops.constant_value(model, source) if source is not None else None
+
+
+def fold(model: GraphModule, group: Group, s: torch.Tensor, z: torch.Tensor | None = None, *, name: str) -> None:
+    """Let all readers of a tensor take (y - z) / s: made by its producer, or by ops in front of the readers.
+
+    Args:
+        model: a prepared graph. group: the tensor and its readers.
+        s, z: (channels,). name: of the algorithm, for the reports of the ops.
+    """
+    if isinstance(group.producer, Producer):
+        fold_output(model, group.producer, s, z)
+    else:
+        layers, users = {r.layer for r in group.readers}, []
+        for observer in dict.fromkeys(r.observer for r in group.readers):
+            mine = [u for u in observer.users if u in layers]
+            users += mine if observer is group.tensor else [_alone(model, observer, mine)]
+        order = {n: i for i, n in enumerate(model.graph.nodes)}
+        users.sort(key=order.__getitem__)
+        insert_ops(model, group.tensor, users, group.axis, s, z, f"{name}: {group.producer}")
+    for reader in group.readers:
+        fold_input(model, reader.layer, s, z)
+
+
+def _alone(model: GraphModule, observer: Node, users: list[Node]) -> Node:
+    """The observer of these users alone: itself, or a copy where others share it."""
+    alone = _callers(model, observer) == 1 and len(users) == len(observer.users)
+    return observer if alone else own_observer(model, observer, users)
 
 
 def fold_input(model: GraphModule, layer: Node, s: torch.Tensor, z: torch.Tensor | None = None) -> None:
