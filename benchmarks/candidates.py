@@ -110,6 +110,7 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "awq": lambda: [tq.AWQ(), tq.SeqMSE()],
     "awq_explicit": lambda: [tq.AWQ(explicit=True), tq.SeqMSE()],
     "awq_explicit+gptq": lambda: [tq.AWQ(explicit=True), tq.GPTQ()],
+    "llm_int8": lambda: [tq.LLMInt8()],
     "gptq+bias": lambda: [tq.GPTQ(), tq.BiasCorrection()],
     "gptq_paper": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01)],
     "adaround": lambda: [tq.AdaRound()],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchquant.algorithms.equalization import CrossLayerEqualization
     from torchquant.algorithms.gptq import GPTQ
     from torchquant.algorithms.hqq import HQQ
+    from torchquant.algorithms.llm_int8 import LLMInt8
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
@@ -57,6 +58,7 @@ _HOMES = {
     "algorithms.equalization": ("CrossLayerEqualization",),
     "algorithms.gptq": ("GPTQ",),
     "algorithms.hqq": ("HQQ",),
+    "algorithms.llm_int8": ("LLMInt8",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
@@ -124,6 +126,7 @@ __all__ = [
     "Evaluation",
     "ExportError",
     "InputError",
+    "LLMInt8",
     "LoweringError",
     "MissingDependencyError",
     "Optimization",

@@ -200,6 +200,7 @@ EVERY = {
     "AWQ": lambda: [tq.AWQ()],
     "GPTQ": lambda: [tq.GPTQ()],
     "HQQ": lambda: [tq.HQQ()],
+    "LLMInt8": lambda: [tq.LLMInt8()],
     "SmoothQuant": lambda: [tq.SmoothQuant()],
     "SmoothQuant, then AdaRound": lambda: [tq.SmoothQuant(), AdaRound(20)],
 }

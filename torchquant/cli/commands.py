@@ -21,6 +21,7 @@ from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.equalization import CrossLayerEqualization
 from torchquant.algorithms.gptq import GPTQ
 from torchquant.algorithms.hqq import HQQ
+from torchquant.algorithms.llm_int8 import LLMInt8
 from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
@@ -48,6 +49,7 @@ ALGORITHMS: dict[str, type] = {
     "equalization": CrossLayerEqualization,
     "gptq": GPTQ,
     "hqq": HQQ,
+    "llm-int8": LLMInt8,
     "qdrop": QDrop,
     "range-search": RangeSearch,
     "seq-mse": SeqMSE,

@@ -23,12 +23,14 @@ from torchquant.fx.sites import note
 from torchquant.observers.minmax import reset
 
 __all__ = [
+    "alone",
     "constant_at",
     "fold",
     "fold_input",
     "fold_output",
     "input_magnitudes",
     "insert_ops",
+    "new_constant",
     "own_observer",
     "rounded",
     "scale_inputs",
@@ -80,7 +82,7 @@ def fold(model: GraphModule, group: Group, s: torch.Tensor, z: torch.Tensor | No
         layers, users = {r.layer for r in group.readers}, []
         for observer in dict.fromkeys(r.observer for r in group.readers):
             mine = [u for u in observer.users if u in layers]
-            users += mine if observer is group.tensor else [_alone(model, observer, mine)]
+            users += mine if observer is group.tensor else [alone(model, observer, mine)]
         order = {n: i for i, n in enumerate(model.graph.nodes)}
         users.sort(key=order.__getitem__)
         insert_ops(model, group.tensor, users, group.axis, s, z, f"{name}: {group.producer}")
@@ -88,10 +90,10 @@ def fold(model: GraphModule, group: Group, s: torch.Tensor, z: torch.Tensor | No
         fold_input(model, reader.layer, s, z)
 
 
-def _alone(model: GraphModule, observer: Node, users: list[Node]) -> Node:
+def alone(model: GraphModule, observer: Node, users: list[Node]) -> Node:
     """The observer of these users alone: itself, or a copy where others share it."""
-    alone = _callers(model, observer) == 1 and len(users) == len(observer.users)
-    return observer if alone else own_observer(model, observer, users)
+    is_alone = _callers(model, observer) == 1 and len(users) == len(observer.users)
+    return observer if is_alone else own_observer(model, observer, users)
 
 
 def fold_input(model: GraphModule, layer: Node, s: torch.Tensor, z: torch.Tensor | None = None) -> None:
@@ -148,7 +150,7 @@ def insert_ops(
     steps = [(aten.sub.Tensor, z, "offset")] if z is not None and bool(z.any()) else []
     for target, constant, name in [*steps, (aten.mul.Tensor, 1 / s, "factor")]:
         assert constant is not None
-        attribute = _new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
+        attribute = new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
         with model.graph.inserting_before(first):
             step = model.graph.call_function(target, (value, attribute))
         source = _unobserved(model, tensor)
@@ -197,10 +199,10 @@ def _set_constant(model: GraphModule, node: Node, position: int, value: torch.Te
     if source is not None and observer_of(model, source) is not None:
         alone = len(source.users) == 1 and _callers(model, source) == 1
         observer = source if alone else own_observer(model, source, [node])
-        observer.update_arg(0, _new_constant(model, observer, f"{node.name}_{kind}", value))
+        observer.update_arg(0, new_constant(model, observer, f"{node.name}_{kind}", value))
         return
     args = [*node.args, *[None] * (position + 1 - len(node.args))]
-    args[position] = _new_constant(model, node, f"{node.name}_{kind}", value)
+    args[position] = new_constant(model, node, f"{node.name}_{kind}", value)
     node.args = tuple(args)
 
 
@@ -208,7 +210,8 @@ def _callers(model: GraphModule, observer: Node) -> int:
     return sum(n.op == "call_module" and n.target == observer.target for n in model.graph.nodes)
 
 
-def _new_constant(model: GraphModule, before: Node, name: str, value: torch.Tensor) -> Node:
+def new_constant(model: GraphModule, before: Node, name: str, value: torch.Tensor) -> Node:
+    """A parameter of about this name, and the node that reads it, in front of `before`."""
     name = passes.fresh_name(model, name)
     model.register_parameter(name, torch.nn.Parameter(value.detach().contiguous(), requires_grad=False))
     with model.graph.inserting_before(before):
