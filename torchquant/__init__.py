@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchquant.algorithms.adaquant import AdaQuant
     from torchquant.algorithms.adaround import AdaRound
+    from torchquant.algorithms.awq import AWQ
     from torchquant.algorithms.batch_norm import BatchNormReestimation
     from torchquant.algorithms.bias_correction import BiasCorrection
     from torchquant.algorithms.brecq import BRECQ
     from torchquant.algorithms.equalization import CrossLayerEqualization
     from torchquant.algorithms.gptq import GPTQ
+    from torchquant.algorithms.hqq import HQQ
+    from torchquant.algorithms.llm_int8 import LLMInt8
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
@@ -48,11 +51,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
     "algorithms.adaround": ("AdaRound",),
+    "algorithms.awq": ("AWQ",),
     "algorithms.batch_norm": ("BatchNormReestimation",),
     "algorithms.bias_correction": ("BiasCorrection",),
     "algorithms.brecq": ("BRECQ",),
     "algorithms.equalization": ("CrossLayerEqualization",),
     "algorithms.gptq": ("GPTQ",),
+    "algorithms.hqq": ("HQQ",),
+    "algorithms.llm_int8": ("LLMInt8",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
@@ -103,8 +109,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AWQ",
     "BRECQ",
     "GPTQ",
+    "HQQ",
     "AdaQuant",
     "AdaRound",
     "ArtifactError",
@@ -118,6 +126,7 @@ __all__ = [
     "Evaluation",
     "ExportError",
     "InputError",
+    "LLMInt8",
     "LoweringError",
     "MissingDependencyError",
     "Optimization",

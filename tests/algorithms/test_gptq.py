@@ -44,24 +44,49 @@ def plainly(of):
 
 def test_the_codes_are_those_of_the_recursion_with_the_inverse():
     of = problem()
-    assert (propagate(of, act_order=False) == plainly(of)).float().mean() > 0.99
+    assert (propagate(of, act_order=False)[0] == plainly(of)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("inputs", [64, 129, 300])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_error_is_well_below_that_of_rounding_to_nearest(inputs, act_order):
     of = problem(inputs=inputs, width=inputs)
-    assert of.error(propagate(of, act_order)) < 0.6 * of.error(of.nearest())
+    assert of.error(propagate(of, act_order)[0]) < 0.6 * of.error(of.nearest())
 
 
 def test_dead_inputs_and_singular_moments_still_give_codes():
     of = problem()
     of.metric[:, 3] = of.metric[:, :, 3] = 0
     of.metric[:, 5] = of.metric[:, :, 5] = of.metric[:, 4]
-    codes = propagate(of)
+    codes, raised = propagate(of)
+    assert 0 < raised < 1
     assert bool(codes.isfinite().all())
     assert of.low <= codes.min()
     assert codes.max() <= of.high
+
+
+def test_where_no_damping_helps_the_weights_are_rounded_to_nearest():
+    of = problem()
+    of.metric.fill_(torch.nan)
+    codes, raised = propagate(of)
+    assert raised == torch.inf
+    assert torch.equal(codes, of.nearest())
+
+
+def test_a_damping_that_had_to_be_raised_is_in_the_notes_also_of_a_resumed_run(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 8)).eval(), (torch.randn(3, 64),)  # 3 samples of 64 inputs
+
+    def notes(damp):
+        prepared = tq.prepare(tq.export(net, x), WeightOnlyQuantizer("w3_g32"))
+        tq.calibrate(prepared, [x], progress=False)
+        algorithm = GPTQ(**{**PAPER, "damp": damp})
+        return tq.optimize(prepared, [x], [algorithm], checkpoint=tmp_path / str(damp), progress=False).notes
+
+    assert notes(0.01) == []
+    (note,) = notes(1e-12)
+    assert note.startswith("GPTQ: linear: the second moments of its inputs are not positive definite: 1e-06 of")
+    assert notes(1e-12) == [note]
 
 
 @pytest.mark.parametrize("width", [16, 64])

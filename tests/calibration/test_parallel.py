@@ -197,7 +197,10 @@ EVERY = {
     "QDrop": lambda: [tq.QDrop(5, rounds=2)],
     "RangeSearch": lambda: [tq.RangeSearch()],
     "SeqMSE": lambda: [tq.SeqMSE()],
+    "AWQ": lambda: [tq.AWQ()],
     "GPTQ": lambda: [tq.GPTQ()],
+    "HQQ": lambda: [tq.HQQ()],
+    "LLMInt8": lambda: [tq.LLMInt8()],
     "SmoothQuant": lambda: [tq.SmoothQuant()],
     "SmoothQuant, then AdaRound": lambda: [tq.SmoothQuant(), AdaRound(20)],
 }

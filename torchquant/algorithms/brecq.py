@@ -96,7 +96,9 @@ class BRECQ:
         def improved() -> Solution:
             return improve_codes(objective, first, clock, rounds=self.rounds, drop=self.drop, biases=self.learn_biases)
 
-        return self._learn(objective, clock.part(task, improved), clock)
+        answer = self._learn(objective, clock.part(task, improved), clock)
+        answer.notes = first.notes
+        return answer
 
     def _learn(self, objective: Objective, first: Solution, clock: Clock) -> Solution:
         """Steps and biases, if that makes the error smaller."""
@@ -123,4 +125,5 @@ def _layer_by_layer(start: Layerwise, task: Task, clock: Clock) -> Solution:
         answer = clock.part(inside, partial(start.solve, inside, clock))
         solution.weights |= answer.weights
         solution.biases |= answer.biases
+        solution.notes += answer.notes
     return solution

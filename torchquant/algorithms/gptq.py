@@ -13,11 +13,15 @@ that the quantized prefix makes (see `gram`), as GPTAQ (Li et al., 2025) and Qro
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from torchquant.algorithms.layers.layerwise import RowRounding
+from torchquant.algorithms.layers.layerwise import Inside, RowRounding
 from torchquant.algorithms.layers.rounding import Problem
+from torchquant.calibration.stream import Task
 from torchquant.solving.contract import Clock
+from torchquant.solving.solved import Solution
 
 __all__ = ["GPTQ", "propagate"]
 
@@ -59,25 +63,46 @@ class GPTQ(RowRounding):
             damp=damp,
             sensitive=sensitive,
         )
-        self.act_order = act_order
+        self.act_order, self._raised = act_order, 0.0
+
+    def solve(self, task: Task | Inside, clock: Clock) -> Solution:
+        """The answer for a span of one site, which says where the moments had to be damped more than was asked for."""
+        self._raised = 0.0
+        solution = super().solve(task, clock)
+        if self._raised:
+            solution.notes.append(f"{task.span.sites[0].name}: {_reason(self._raised)}")
+        return solution
 
     def round_rows(self, problem: Problem, clock: Clock) -> torch.Tensor:
         """Codes by error propagation, or the nearest where they are better."""
-        return min(propagate(problem, self.act_order), problem.nearest(), key=problem.error)
+        codes, self._raised = propagate(problem, self.act_order)
+        return min(codes, problem.nearest(), key=problem.error)
 
 
-def propagate(problem: Problem, act_order: bool = True) -> torch.Tensor:
-    """Codes (g, o, k): each input's error is carried on to the inputs that are not yet rounded."""
-    codes = torch.empty_like(problem.target)
+def _reason(raised: float) -> str:
+    what = "the second moments of its inputs are not positive definite"
+    if math.isinf(raised):
+        return f"{what} under any damping: the errors of its weights are not propagated"
+    return f"{what}: {raised:.0e} of their mean diagonal was added to the damping (damp); more calibration data help"
+
+
+def propagate(problem: Problem, act_order: bool = True) -> tuple[torch.Tensor, float]:
+    """Codes (g, o, k): each input's error is carried on to the inputs that are not yet rounded.
+
+    Returns the codes and the largest share of the mean diagonal that had to be added to the diagonal of a metric to
+    make it positive definite: 0 where they all are, infinite where nothing helped, and no error is carried on.
+    """
+    codes, raised = torch.empty_like(problem.target), 0.0
     for group, metric in enumerate(problem.metric):
         diagonal = metric.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-        upper = _inverse_factor(metric[order][:, order])
+        upper, damp = _inverse_factor(metric[order][:, order])
+        raised = max(raised, damp)
         target, scale, zero_point = (
             t.expand(codes.shape)[group].T[order] for t in (problem.target, problem.scale, problem.zero_point)
         )
         codes[group, :, order] = _rounded(target, scale, zero_point, upper, problem).T
-    return codes
+    return codes, raised
 
 
 def _rounded(
@@ -97,8 +122,8 @@ def _rounded(
     return codes
 
 
-def _inverse_factor(metric: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of a (k, k), damped more where it is not positive definite."""
+def _inverse_factor(metric: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The upper Cholesky factor of the inverse of a (k, k), and what had to be added; see `propagate`."""
     wide = metric.double()
     mean = wide.diagonal().mean().clamp(min=1e-12)
     damp = 0.0
@@ -107,6 +132,6 @@ def _inverse_factor(metric: torch.Tensor) -> torch.Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper.float()
+                return upper.float(), damp
         damp = max(1e-6, 10 * damp)
-    return torch.eye(len(wide))
+    return torch.eye(len(wide)), math.inf

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.observer import MinMaxObserver
 
 from torchquant.algorithms.channels import folding
@@ -33,7 +33,7 @@ from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.consumers import Group, Reader, groups_of
 from torchquant.fx.grids import fake_quantizer
-from torchquant.fx.producers import Producer, is_padded, shape_behind
+from torchquant.fx.producers import is_padded, shape_behind
 from torchquant.fx.reading import observer_of
 from torchquant.fx.ties import quantizes_output
 
@@ -162,7 +162,7 @@ class SmoothQuant:
         if rule is None:
             self.notes.append(f"{group.tensor.name}: left as it is: no factor lowers the error of what reads it")
             return 0
-        _apply(prepared, group, *rule(*whole, search.w_max))
+        folding.fold(prepared, group, *rule(*whole, search.w_max), name="SmoothQuant")
         return len(group.readers)
 
     def _choose(self, group: Group, search: _Search) -> Rule | None:
@@ -261,26 +261,3 @@ def _elements(group: Group) -> tuple[int, int]:
     shape = [s if isinstance(s, int) else 1 for s in shape_behind(group.tensor)]
     channels = shape[group.axis]
     return channels, max(1, math.prod(shape[1:]) // channels)
-
-
-def _apply(prepared: GraphModule, group: Group, s: torch.Tensor, z: torch.Tensor) -> None:
-    if isinstance(group.producer, Producer):
-        folding.fold_output(prepared, group.producer, s, z)
-    else:
-        order = {n: i for i, n in enumerate(prepared.graph.nodes)}
-        observers = sorted({r.observer for r in group.readers}, key=order.__getitem__)
-        layers = {r.layer for r in group.readers}
-        own = [_alone(prepared, o, [u for u in o.users if u in layers]) for o in observers]
-        folding.insert_ops(prepared, group.tensor, own, group.axis, s, z, f"SmoothQuant: {group.producer}")
-    for reader in group.readers:
-        folding.fold_input(prepared, reader.layer, s, z)
-
-
-def _alone(prepared: GraphModule, observer: Node, users: list[Node]) -> Node:
-    """The observer of these users alone: itself, or a copy where others share it."""
-    calls = sum(n.op == "call_module" and n.target == observer.target for n in prepared.graph.nodes)
-    return (
-        observer
-        if calls == 1 and len(users) == len(observer.users)
-        else folding.own_observer(prepared, observer, users)
-    )

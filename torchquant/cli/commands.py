@@ -14,10 +14,14 @@ from torch.utils import _pytree as pytree
 from torchquant import flow
 from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.awq import AWQ
 from torchquant.algorithms.batch_norm import BatchNormReestimation
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.equalization import CrossLayerEqualization
+from torchquant.algorithms.gptq import GPTQ
+from torchquant.algorithms.hqq import HQQ
+from torchquant.algorithms.llm_int8 import LLMInt8
 from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
@@ -38,10 +42,14 @@ _console = Console(stderr=True)
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
+    "awq": AWQ,
     "batch-norm": BatchNormReestimation,
     "bias-correction": BiasCorrection,
     "brecq": BRECQ,
     "equalization": CrossLayerEqualization,
+    "gptq": GPTQ,
+    "hqq": HQQ,
+    "llm-int8": LLMInt8,
     "qdrop": QDrop,
     "range-search": RangeSearch,
     "seq-mse": SeqMSE,

@@ -28,7 +28,12 @@ __all__ = ["Group", "Reader", "groups_of"]
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that reads the tensor through an observer."""
+    """A layer that reads the tensor.
+
+    Args:
+        layer: a linear or convolution.
+        observer: through which it reads; the tensor itself where there is none.
+    """
 
     layer: Node
     observer: Node
@@ -36,7 +41,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Group:
-    """A tensor, the layers that read it through an observer, and what makes its channels.
+    """A tensor, the layers that read it, and what makes its channels.
 
     Args:
         tensor, axis: the tensor and its channel axis.
@@ -57,13 +62,22 @@ class Group:
         return all(_is_matrix(r.layer) for r in self.readers)
 
 
-def groups_of(prepared: GraphModule) -> list[Group]:
-    """The tensors that layers read through an observer with one scale for all channels, in graph order."""
+def groups_of(prepared: GraphModule, *, unobserved: bool = False) -> list[Group]:
+    """The tensors that layers read through an observer with one scale for all channels, in graph order.
+
+    Args:
+        prepared: the graph.
+        unobserved: those too that layers read as they are.
+    """
     tensors: dict[Node, list[Reader]] = {}
     for node in prepared.graph.nodes:
-        if ops.op_name(node) in LAYERS and _is_smoothable(prepared, node):
-            observer = node.args[0]
-            tensors.setdefault(observer.args[0], []).append(Reader(node, observer))
+        if ops.op_name(node) not in LAYERS:
+            continue
+        source = node.args[0]
+        if _is_smoothable(prepared, node):
+            tensors.setdefault(source.args[0], []).append(Reader(node, source))
+        elif unobserved and observer_of(prepared, source) is None and has_constants(prepared, node):
+            tensors.setdefault(source, []).append(Reader(node, source))
     return [_group(prepared, tensor, tensor_readers) for tensor, tensor_readers in tensors.items()]
 
 
@@ -85,8 +99,8 @@ def _group(prepared: GraphModule, tensor: Node, tensor_readers: list[Reader]) ->
     reason = "its readers take their channels from different axes" if len(axes) > 1 else ""
     axis = axes.pop()
     observers, layers = {r.observer for r in tensor_readers}, {r.layer for r in tensor_readers}
-    others = [n for n in readers(tensor) if n not in observers]
-    others += [u for o in observers for u in readers(o) if u not in layers]
+    read = dict.fromkeys((tensor, *(r.observer for r in tensor_readers)))
+    others = [u for source in read for u in readers(source) if u not in observers | layers]
     producer = producer_of(prepared, tensor, axis)
     if isinstance(producer, Producer):
         calls = {n for n in prepared.graph.nodes if n.op == "call_module" and n not in {*observers, *producer.path}}

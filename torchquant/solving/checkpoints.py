@@ -33,7 +33,7 @@ from torchquant.solving.solved import Solution
 __all__ = ["Checkpoints", "Parts", "read", "write"]
 
 _MARK = "run.txt"
-_HEAD = "torchquant checkpoint 2"
+_HEAD = "torchquant checkpoint 3"
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def write(path: Path, solution: Solution) -> None:
         },
         "biases": solution.biases,
         "activations": solution.activations,
+        "notes": solution.notes,
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -181,6 +182,7 @@ def read(path: Path, task: Any) -> Solution:
             {name: _weight(task, nodes[name], *parts) for name, parts in content["weights"].items()},
             {name: _bias(nodes[name].name, bias) for name, bias in content["biases"].items()},
             {name: _range(task, name, *parts) for name, parts in content["activations"].items()},
+            [str(note) for note in content["notes"]],
         )
 
 

@@ -93,7 +93,10 @@ class Judging(Protocol):
 
 @runtime_checkable
 class Noting(Protocol):
-    """An algorithm that says what it left alone and why; `notes` are those of its last run."""
+    """A transform that says what it left alone and why; a solver says so in its solutions.
+
+    `notes` are those of the last run.
+    """
 
     notes: list[str]
 

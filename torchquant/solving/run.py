@@ -300,6 +300,7 @@ def _solve_span(
     stored = read(path, task) if path is not None and everywhere(path.exists()) else None
     parts = clock.parts = None if path is None else Parts(path)
     solution = algorithm.solve(task, clock) if stored is None else stored
+    result.notes += [f"{name}: {note}" for note in solution.notes]
     if not solution:
         return lambda: None
     error = algorithm.error if isinstance(algorithm, Judging) else Task.error

@@ -139,11 +139,13 @@ class Solution:
         weights: site's node name -> codes (in the weight's shape) and grid.
         biases: site's node name -> bias (out,) float32.
         activations: observer's target -> scale and zero point.
+        notes: what the user should know of how it was found.
     """
 
     weights: dict[str, tuple[torch.Tensor, Grid]] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, tuple[float, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.weights or self.biases or self.activations)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchquant.calibration.parallel import gathered, rank
+from torchquant.calibration.parallel import gathered, rank, total_
 
-__all__ = ["ChannelMoments", "ChannelSample", "Fold", "Smallest"]
+__all__ = ["ChannelMoments", "ChannelProducts", "ChannelSample", "Fold", "Smallest"]
 
 
 @dataclass
@@ -68,6 +68,41 @@ class ChannelMoments:
     def square(self) -> torch.Tensor:
         """Mean square of each channel, float32."""
         return torch.as_tensor(self.squares / max(1, self.count)).float()
+
+
+class ChannelProducts:
+    """Mean magnitude of each channel (channels,) of a tensor, and mean products of them (channels, channels)."""
+
+    def __init__(self, axis: int, channels: int) -> None:
+        self.axis, self._products = axis, torch.zeros(channels, channels, dtype=torch.float64)
+        self._magnitudes, self._count = torch.zeros(channels, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+    def update(self, value: torch.Tensor) -> None:
+        """Add one batch."""
+        rows = value.detach().movedim(self.axis, -1).reshape(-1, value.shape[self.axis]).float()
+        self._products += rows.T @ rows
+        self._magnitudes += rows.abs().sum(0, dtype=torch.float64)
+        self._count += len(rows)
+
+    def share(self) -> None:
+        """Of all processes' batches."""
+        for tensor in (self._products, self._magnitudes, self._count):
+            total_(tensor)
+
+    @property
+    def count(self) -> int:
+        """Positions seen."""
+        return int(self._count)
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """E|x| of each channel (channels,), float32."""
+        return (self._magnitudes / self._count.clamp(min=1)).float()
+
+    @property
+    def products(self) -> torch.Tensor:
+        """E[x xT] (channels, channels), float32."""
+        return (self._products / self._count.clamp(min=1)).float()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops, passes
+from torchquant.fx.consumers import Group
 from torchquant.fx.grids import fake_quantizer
 from torchquant.fx.producers import Producer, affine_positions, shape_behind
 from torchquant.fx.reading import observer_of
@@ -22,11 +23,14 @@ from torchquant.fx.sites import note
 from torchquant.observers.minmax import reset
 
 __all__ = [
+    "alone",
     "constant_at",
+    "fold",
     "fold_input",
     "fold_output",
     "input_magnitudes",
     "insert_ops",
+    "new_constant",
     "own_observer",
     "rounded",
     "scale_inputs",
@@ -63,6 +67,33 @@ def constant_at(model: GraphModule, node: Node, position: int | None) -> torch.T
     if source is not None and observer_of(model, source) is not None:
         source = ops.argument(source, 0)
     return ops.constant_value(model, source) if source is not None else None
+
+
+def fold(model: GraphModule, group: Group, s: torch.Tensor, z: torch.Tensor | None = None, *, name: str) -> None:
+    """Let all readers of a tensor take (y - z) / s: made by its producer, or by ops in front of the readers.
+
+    Args:
+        model: a prepared graph. group: the tensor and its readers.
+        s, z: (channels,). name: of the algorithm, for the reports of the ops.
+    """
+    if isinstance(group.producer, Producer):
+        fold_output(model, group.producer, s, z)
+    else:
+        layers, users = {r.layer for r in group.readers}, []
+        for observer in dict.fromkeys(r.observer for r in group.readers):
+            mine = [u for u in observer.users if u in layers]
+            users += mine if observer is group.tensor else [alone(model, observer, mine)]
+        order = {n: i for i, n in enumerate(model.graph.nodes)}
+        users.sort(key=order.__getitem__)
+        insert_ops(model, group.tensor, users, group.axis, s, z, f"{name}: {group.producer}")
+    for reader in group.readers:
+        fold_input(model, reader.layer, s, z)
+
+
+def alone(model: GraphModule, observer: Node, users: list[Node]) -> Node:
+    """The observer of these users alone: itself, or a copy where others share it."""
+    is_alone = _callers(model, observer) == 1 and len(users) == len(observer.users)
+    return observer if is_alone else own_observer(model, observer, users)
 
 
 def fold_input(model: GraphModule, layer: Node, s: torch.Tensor, z: torch.Tensor | None = None) -> None:
@@ -119,7 +150,7 @@ def insert_ops(
     steps = [(aten.sub.Tensor, z, "offset")] if z is not None and bool(z.any()) else []
     for target, constant, name in [*steps, (aten.mul.Tensor, 1 / s, "factor")]:
         assert constant is not None
-        attribute = _new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
+        attribute = new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
         with model.graph.inserting_before(first):
             step = model.graph.call_function(target, (value, attribute))
         source = _unobserved(model, tensor)
@@ -168,10 +199,10 @@ def _set_constant(model: GraphModule, node: Node, position: int, value: torch.Te
     if source is not None and observer_of(model, source) is not None:
         alone = len(source.users) == 1 and _callers(model, source) == 1
         observer = source if alone else own_observer(model, source, [node])
-        observer.update_arg(0, _new_constant(model, observer, f"{node.name}_{kind}", value))
+        observer.update_arg(0, new_constant(model, observer, f"{node.name}_{kind}", value))
         return
     args = [*node.args, *[None] * (position + 1 - len(node.args))]
-    args[position] = _new_constant(model, node, f"{node.name}_{kind}", value)
+    args[position] = new_constant(model, node, f"{node.name}_{kind}", value)
     node.args = tuple(args)
 
 
@@ -179,7 +210,8 @@ def _callers(model: GraphModule, observer: Node) -> int:
     return sum(n.op == "call_module" and n.target == observer.target for n in model.graph.nodes)
 
 
-def _new_constant(model: GraphModule, before: Node, name: str, value: torch.Tensor) -> Node:
+def new_constant(model: GraphModule, before: Node, name: str, value: torch.Tensor) -> Node:
+    """A parameter of about this name, and the node that reads it, in front of `before`."""
     name = passes.fresh_name(model, name)
     model.register_parameter(name, torch.nn.Parameter(value.detach().contiguous(), requires_grad=False))
     with model.graph.inserting_before(before):

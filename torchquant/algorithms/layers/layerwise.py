@@ -30,6 +30,7 @@ __all__ = [
     "by_groups",
     "float_bias",
     "float_weight",
+    "floored",
     "moved_bias",
     "trial",
 ]
@@ -100,7 +101,7 @@ class Layerwise:
         if outputs is not None:
             problem = replace(problem, outputs=by_groups(outputs, layout))
         answer = self.choose(problem, clock)
-        chosen = _floored(grid, answer)
+        chosen = floored(grid, answer)
         solution = Solution(weights={site.name: (layout.tensor(answer.codes), chosen)})
         if self.correct_bias:
             decoded = layout.matrix(chosen.decode(solution.weights[site.name][0]))
@@ -216,7 +217,8 @@ def float_weight(prepared: GraphModule, site: Node) -> torch.Tensor:
     return ops.constant_value(prepared, weight[0].args[0])  # type: ignore[arg-type]
 
 
-def _floored(grid: Grid, answer: Answer) -> Grid:
+def floored(grid: Grid, answer: Answer) -> Grid:
+    """The grid of an answer, its scales as they are stored, none of them too small beside the largest."""
     scale = grid.scale * answer.factor
     zero_point = None if answer.zero_point is None else answer.zero_point.to(grid.zero_point.dtype)
     scale = torch.maximum(scale, scale.max() * _FLOOR)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.fx.grids import Grid
 
-__all__ = ["Problem", "descend", "enumerate_rounding", "fit_scale", "refit", "search_grid", "search_scale"]
+__all__ = ["Problem", "by_cell", "descend", "enumerate_rounding", "fit_scale", "refit", "search_grid", "search_scale"]
 
 Array = NDArray[np.float32]
 _SHARES = 13  # factors on each end of an affine grid's range that are tried with each other
@@ -122,7 +122,7 @@ def search_grid(problem: Problem, factors: torch.Tensor) -> tuple[torch.Tensor, 
     if problem.symmetric:
         return search_scale(problem, factors), None
     shares = factors[torch.linspace(0, len(factors) - 1, min(len(factors), _SHARES)).round().long()].tolist()
-    scale, zero_point = (_by_cell(problem, t) for t in (problem.scale, problem.zero_point))
+    scale, zero_point = (by_cell(problem, t) for t in (problem.scale, problem.zero_point))
     low, high = (problem.low - zero_point) * scale, (problem.high - zero_point) * scale
     best = _Best(problem, torch.ones(problem.count), zero_point)
     for low_share, high_share in itertools.product(shares, shares):
@@ -131,7 +131,7 @@ def search_grid(problem: Problem, factors: torch.Tensor) -> tuple[torch.Tensor, 
     return best.factor, best.zero_point
 
 
-def _by_cell(problem: Problem, values: torch.Tensor) -> torch.Tensor:
+def by_cell(problem: Problem, values: torch.Tensor) -> torch.Tensor:
     """(count,) of what all weights (g, o, k) of a cell have in common."""
     common = torch.zeros(problem.count)
     common[problem.cells.reshape(-1)] = values.expand(problem.cells.shape).reshape(-1)
