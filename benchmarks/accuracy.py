@@ -8,17 +8,16 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import records
 import torch
 from candidates import ALGORITHMS, QUANTIZERS, Candidate, lower, quantize
 from networks import NETWORKS, TRAINED, Batch, Network, load_network
+from peak import forget_peak, peak_bytes
 
 import torchquant as tq
 from torchquant.artifacts.program import Program
@@ -91,7 +90,7 @@ def _rows(
         "algorithm": algorithm,
         "artefact": "converted graph",
     }
-    _forget_peak()
+    forget_peak()
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
         steps = ALGORITHMS[algorithm]()
@@ -100,7 +99,7 @@ def _rows(
         yield {**about, "error": f"{type(error).__name__}: {str(error)[:300]}"}
         return
     about |= {"seconds": time.perf_counter() - start, "coverage": tq.report(converted).coverage}
-    about |= {"cpu_seconds": time.process_time() - cpu_start, "peak_bytes": _peak_bytes()}
+    about |= {"cpu_seconds": time.process_time() - cpu_start, "peak_bytes": peak_bytes()}
     if result is not None:
         about["not_kept"] = [name for name, _, kept in result.steps if not kept]
     yield {**about, **_measure(network, reference, converted)}
@@ -141,17 +140,6 @@ def _facts(program: Program) -> dict[str, Any]:
         "fused": f"{proof.fused}/{proof.annotated}",
         "sqnr_against_converted_db": proof.comparison.sqnr_db,
     }
-
-
-def _forget_peak() -> None:
-    """Start the process's peak of resident memory anew (Linux)."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _line(row: dict[str, Any]) -> str:

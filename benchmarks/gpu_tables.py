@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "ratios", "tables"]
+__all__ = ["Table", "machine_code", "ratios", "tables"]
 
 Row = dict[str, Any]
 
@@ -34,6 +34,27 @@ def tables(results: Row) -> list[Table]:
         rows = [[r["section"], r["case"], r["format"], r["runtime"], _rows(r), _why(r)] for r in gaps]
         section_tables.append(Table("Not measured", "", ("section", "case", "format", "runtime", "rows", "why"), rows))
     return section_tables
+
+
+def machine_code(results: Row) -> Table:
+    """What the GPU kernels compile to."""
+    head = ["format", "rows", "kernel", "tile (rows x outputs x inputs)", "registers", "spilled", "shared KB"]
+    head += ["instructions a weight", "tensor core"]
+    cells = [
+        [
+            f"`{r['format']}`",
+            str(r["rows"]),
+            f"`{r['kernel']}`",
+            r["tile"],
+            str(r["registers"]),
+            str(r["spilled_bytes"]),
+            f"{r['shared_bytes'] / 1024:.0f}",
+            f"{r['instructions_a_weight']:.2f}",
+            f"`{r['tensor_core']}`",
+        ]
+        for r in results["rows"]
+    ]
+    return Table("Machine code", "", head, cells)
 
 
 def _rows(row: Row) -> str:

@@ -17,6 +17,7 @@ import records
 import torch
 from candidates import ALGORITHMS, QUANTIZERS
 from networks import NETWORKS, load_network
+from peak import forget_peak, peak_bytes
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -46,7 +47,7 @@ def main() -> None:
     budget = options.budget_mib << 20
     give_back()  # what calibration freed is no part of what is there before
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     start = time.perf_counter()
     result = tq.optimize(prepared, network.calibration, steps, memory_bytes=budget, progress=False)
     row = {
@@ -57,7 +58,7 @@ def main() -> None:
         "model_bytes": model,
         "largest_span_bytes": largest,
         "bound_bytes": model + 2 * largest + budget,
-        "added_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "added_bytes": peak_bytes() - before,
         "spilled_bytes": result.spilled_bytes,
         "seconds": time.perf_counter() - start,
     }

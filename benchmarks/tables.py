@@ -1,4 +1,4 @@
-"""Write docs/results.md from the result files, and tables into README.md and docs/algorithms.md.
+"""Write docs/results.md from the result files, and tables into README.md and pages of docs/.
 
 python benchmarks/tables.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import language_tables
 import records
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
@@ -25,6 +26,7 @@ ALGORITHM_MARKERS = ("<!-- algorithms -->", "<!-- /algorithms -->")
 MEMORY_MARKERS = ("<!-- memory -->", "<!-- /memory -->")
 LAYER_MARKERS = ("<!-- gpu layers -->", "<!-- /gpu layers -->")
 CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
+PERPLEXITY_MARKERS = ("<!-- perplexity -->", "<!-- /perplexity -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
@@ -56,9 +58,11 @@ def main() -> None:
     _write(page, _between(text, MEMORY_MARKERS, memory(records.read("memory"))))
     page = ROOT / "docs" / "gpu.md"
     text = _between(page.read_text(encoding="utf-8"), SCHEME_MARKERS, gpu_schemes(records.read("accuracy")))
-    layers = gpu_tables.ratios(records.read("gpu"))
-    text = _between(text, LAYER_MARKERS, markdown(layers.head, layers.rows))
-    _write(page, _between(text, CODE_MARKERS, machine_code(records.read("gpu_code"))))
+    text = _between(text, LAYER_MARKERS, _table(gpu_tables.ratios(records.read("gpu"))))
+    _write(page, _between(text, CODE_MARKERS, _table(gpu_tables.machine_code(records.read("gpu_code")))))
+    page = ROOT / "docs" / "language.md"
+    table = language_tables.perplexities(records.read("language"))
+    _write(page, _between(page.read_text(encoding="utf-8"), PERPLEXITY_MARKERS, f"{_table(table)}\n\n{table.note}."))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
@@ -76,6 +80,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _table(table: gpu_tables.Table) -> str:
+    return markdown(table.head, table.rows)
 
 
 # capabilities -------------------------------------------------------------------------------------------------
@@ -225,27 +233,6 @@ def gpu_schemes(results: Row) -> str:
             f"{r['delta']:+.2f}",
         ]
         for r in rows
-    ]
-    return markdown(head, cells)
-
-
-def machine_code(results: Row) -> str:
-    """What the GPU kernels compile to."""
-    head = ["format", "rows", "kernel", "tile (rows x outputs x inputs)", "registers", "spilled", "shared KB"]
-    head += ["instructions a weight", "tensor core"]
-    cells = [
-        [
-            f"`{r['format']}`",
-            str(r["rows"]),
-            f"`{r['kernel']}`",
-            r["tile"],
-            str(r["registers"]),
-            str(r["spilled_bytes"]),
-            f"{r['shared_bytes'] / 1024:.0f}",
-            f"{r['instructions_a_weight']:.2f}",
-            f"`{r['tensor_core']}`",
-        ]
-        for r in results["rows"]
     ]
     return markdown(head, cells)
 

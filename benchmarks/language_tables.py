@@ -1,0 +1,49 @@
+"""What `tables.py` says of `results/language.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu_tables import Table
+
+__all__ = ["perplexities"]
+
+Row = dict[str, Any]
+_ORDER = ("float", "nearest", "gptq_paper", "gptq")
+
+
+def perplexities(results: Row) -> Table:
+    """Method by method, the widest scheme first; what was not measured has no row."""
+    rows = sorted(results["rows"], key=lambda r: (-_width(r["scheme"]), _ORDER.index(r["method"])))
+    head = (
+        "scheme",
+        "method",
+        "bits a weight",
+        "perplexity",
+        "KL",
+        "same top-1 %",
+        "seconds",
+        "peak GB",
+        "calibration",
+    )
+    about = f"{results['cpu']}; {results['date']}" if rows else ""
+    return Table("Perplexity", about, head, [_cells(row) for row in rows])
+
+
+def _width(scheme: str) -> int:
+    """Bits of a scheme's weights: `w4_g64` has 4, `float32` has 32."""
+    return int(scheme.removeprefix("float").removeprefix("w").split("_")[0].split("a")[0])
+
+
+def _cells(row: Row) -> list[str]:
+    undone = f" (not kept: {', '.join(row['not_kept'])})" if row.get("not_kept") else ""
+    cells = [f"`{row['scheme']}`", row["method"] + undone, f"{row['bits_per_weight']:.2f}", _perplexity(row)]
+    if row["kl_divergence"] is None:
+        return [*cells, "", "", "", "", ""]
+    compared = [f"{row['kl_divergence']:.4f}", f"{100 * row['top1_agreement']:.1f}"]
+    return [*cells, *compared, f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}", row["calibration"]]
+
+
+def _perplexity(row: Row) -> str:
+    value = row["perplexity"]
+    return value if isinstance(value, str) else format(value, ".2f" if value < 1000 else ".3g")
