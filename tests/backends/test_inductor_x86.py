@@ -214,31 +214,39 @@ def foreign(model, x, kinds, *specs):
 
 
 TRANSPOSED = Call(lambda m, x: m.inner(x).mean((2, 3)), inner=nn.ConvTranspose2d(3, 4, 2, stride=2))
-REFUSED = {
-    "affine weights": (nets.mlp(), {"linear"}, (U8, per_channel(torch.uint8, 0, 255, symmetric=False)), "weight"),
-    "affine int8 weights": (nets.mlp(), {"linear"}, (U8, per_channel(symmetric=False)), "zero points"),
-    "weight only": (nets.mlp(), {"linear"}, (None, per_channel()), "only its weight is quantized"),
-    "16-bit activations": (nets.mlp(), {"linear"}, (per_tensor(torch.int16, -32768, 32767), per_channel()), "8 bits"),
-    "transposed": (TRANSPOSED, {"conv_transpose2d"}, (U8, per_channel(axis=1)), "transposed"),
-    "scales on another axis": (nets.mlp(), {"linear"}, (U8, per_channel(axis=1)), "another axis"),
+FEW_BITS = {  # that Inductor would fold back to float or get wrong, and our kernels multiply
+    "affine weights": (U8, per_channel(torch.uint8, 0, 255, symmetric=False)),
+    "affine int8 weights": (U8, per_channel(symmetric=False)),
+    "weight only": (None, per_channel()),
+    "16-bit activations": (per_tensor(torch.int16, -32768, 32767), per_channel()),
+    "groups": (None, groupwise(8)),
+    "groups, 8-bit activations": (U8, groupwise(8)),
 }
+REFUSED = {
+    "transposed": (TRANSPOSED, {"conv_transpose2d"}, (U8, per_channel(axis=1)), "transposed"),
+    "scales on another axis": (nets.mlp(), {"linear"}, (U8, per_channel(axis=1)), "along axis 1"),
+    "convolution, weight only": (nn.Conv2d(3, 4, 3), {"conv2d"}, (None, per_channel()), "only its weight is quantized"),
+}
+
+
+@pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_what_inductor_would_fold_or_get_wrong_is_ours_or_refused(name):
+    x = torch.randn(4, 8)
+    quantized = foreign(nets.mlp(), x, {"linear"}, *FEW_BITS[name])
+    with pytest.raises(tq.LoweringError, match=r"linear \(.*own kernels alone.*allow_float=\['node:"):
+        inductor_x86.lower(quantized, x, own_kernels=False)
+    program = inductor_x86.lower(quantized, x)
+    assert program.proof.fused == program.proof.annotated > 0
+    assert tq.sqnr_db(quantized(x), program(x)) > 60
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_inductor_would_run_wrongly_or_in_float_is_refused_with_site_and_remedy(name):
     model, kinds, specs, words = REFUSED[name]
-    x = torch.randn(1, 3, 8, 8) if name == "transposed" else torch.randn(4, 8)
+    x = torch.randn(4, 8) if kinds == {"linear"} else torch.randn(1, 3, 8, 8)
     quantized = foreign(model, x, kinds, *specs)
-    with pytest.raises(tq.LoweringError, match=rf"(linear|conv_transpose2d) \(.*{words}.*allow_float=\['node:"):
-        inductor_x86.lower(quantized, x)
-
-
-@pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("activation", [None, U8])
-def test_groupwise_weights_are_refused(activation):
-    x = torch.randn(4, 64)
-    quantized = foreign(nn.Sequential(nn.Linear(64, 32)), x, {"linear"}, activation, groupwise())
-    with pytest.raises(tq.LoweringError, match=r"linear \(0\).*(by group|only its weight)"):
+    with pytest.raises(tq.LoweringError, match=rf"(linear|conv2d|conv_transpose2d) .*{words}.*allow_float=\['node:"):
         inductor_x86.lower(quantized, x)
 
 
@@ -248,7 +256,7 @@ def test_what_the_user_allows_runs_in_float_with_the_right_result():
     with pytest.raises(tq.PatternError, match="matches nothing"):
         inductor_x86.lower(quantized, x, allow_float=["op:conv3d"])
     with pytest.raises(tq.LoweringError, match="linear_1"):
-        inductor_x86.lower(quantized, x, allow_float=["node:linear"])
+        inductor_x86.lower(quantized, x, allow_float=["node:linear"], own_kernels=False)
     program = inductor_x86.lower(quantized, x, allow_float=["op:linear"])
     assert (program.proof.annotated, program.proof.fused) == (0, 0)
     assert program.proof.left_float["2 linear"] == "allowed by the user"
