@@ -1,4 +1,4 @@
-"""What `tables.py` says of `results/language.json`."""
+"""What `tables.py` says of `results/language.json` and `results/decoding.json`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from gpu_tables import Table
 
-__all__ = ["perplexities"]
+__all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
 _ORDER = ("float", "nearest", "gptq_paper", "gptq")
@@ -28,6 +28,24 @@ def perplexities(results: Row) -> Table:
     )
     about = f"{results['cpu']}; {results['date']}" if rows else ""
     return Table("Perplexity", about, head, [_cells(row) for row in rows])
+
+
+def decoding(results: Row) -> Table:
+    """Tokens a second of each runtime, medians and ranges."""
+    head = ("runtime", "scheme", "threads", "decode, tokens/s", "prompt of 128, tokens/s", "file, MB", "load before")
+    rows = [
+        [
+            row["runtime"],
+            f"`{row['scheme']}`",
+            str(row["threads"]),
+            f"{row['decode_tokens_s']:.1f} ({row['decode_range']})",
+            f"{row['prompt_tokens_s']:.0f} ({row['prompt_range']})",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['load_before']:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    return Table("Decoding", f"{results['cpu']}; {results['date']}" if rows else "", head, rows)
 
 
 def _width(scheme: str) -> int:

@@ -27,6 +27,7 @@ MEMORY_MARKERS = ("<!-- memory -->", "<!-- /memory -->")
 LAYER_MARKERS = ("<!-- gpu layers -->", "<!-- /gpu layers -->")
 CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 PERPLEXITY_MARKERS = ("<!-- perplexity -->", "<!-- /perplexity -->")
+DECODING_MARKERS = ("<!-- decoding -->", "<!-- /decoding -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
@@ -62,7 +63,9 @@ def main() -> None:
     _write(page, _between(text, CODE_MARKERS, _table(gpu_tables.machine_code(records.read("gpu_code")))))
     page = ROOT / "docs" / "language.md"
     table = language_tables.perplexities(records.read("language"))
-    _write(page, _between(page.read_text(encoding="utf-8"), PERPLEXITY_MARKERS, f"{_table(table)}\n\n{table.note}."))
+    text = _between(page.read_text(encoding="utf-8"), PERPLEXITY_MARKERS, f"{_table(table)}\n\n{table.note}.")
+    table = language_tables.decoding(records.read("decoding"))
+    _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
