@@ -18,7 +18,7 @@ from torchquant.fx import ops
 from torchquant.ops.x86 import native, rows
 from torchquant.ops.x86.few_bits import LEAST_SCALE
 from torchquant.ops.x86.row_products import replace_row_products
-from torchquant.quantizers import X86Quantizer
+from torchquant.quantizers import WeightOnlyQuantizer, X86Quantizer
 
 LEAST = 2.0**-100
 SHAPES = [(40, 64, 32), (16, 40, None), (7, 24, 8), (33, 130, None), (5, 3, None), (20, 60, 20), (48, 600, 300)]
@@ -281,6 +281,14 @@ def test_bags_and_convolutions_stay_float_with_a_reason():
     graph = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (image,)).module()
     text = str(tq.report(convert_pt2e(prepare_pt2e(graph, X86Quantizer("w4_g32")))))
     assert "static_int8, not in w4" in text
+
+
+def test_a_bag_that_another_quantizer_has_quantized_is_refused_by_name():
+    bag, tokens = nn.EmbeddingBag(20, 32, mode="sum").eval(), torch.randint(0, 20, (3, 4))
+    graph = torch.export.export(bag, (tokens,)).module()
+    quantized = convert_pt2e(prepare_pt2e(graph, WeightOnlyQuantizer("w4_g32")))
+    with pytest.raises(LoweringError, match="no kernel for bags"):
+        inductor_x86.lower(quantized, (tokens,), progress=False)
 
 
 def test_schemes_are_listed_in_short():

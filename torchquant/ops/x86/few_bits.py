@@ -80,6 +80,8 @@ def _lookup(reading: GraphReading, node: Node) -> Product | str | None:
     quantized = reading.tensor(table)
     if quantized is None or quantized.codes is None or indices is None:
         return None
+    if ops.overload_of(node) != "embedding.default":
+        return "there is no kernel for bags of lookups in a table of few bits"
     grid = _grid_of(reading, table, quantized)
     return grid if isinstance(grid, str) else Product(node, indices, grid, None, 0)
 
@@ -115,7 +117,7 @@ def _grid_of(reading: GraphReading, weight: Node | None, quantized: Quantized) -
     if bool((point < low).any()) or bool((point - low > 255).any()):
         return "its zero points lie outside the range of its codes"
     bits = next(b for b in (2, 3, 4, 8) if high - low < 2**b)
-    return Grid(codes.to(torch.int16), scale, point, bits, low)
+    return Grid(codes, scale, point, bits, low)
 
 
 def _least_scale(activations: Quantized, values: Node) -> float | None:
