@@ -6,7 +6,8 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.algorithms.gptq import GPTQ, propagate
-from torchquant.algorithms.layers.rounding import Problem, search_grid
+from torchquant.algorithms.layers.grid_search import search_grid
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.quantizers import WeightOnlyQuantizer
 
 PAPER = {"search": False, "sweeps": 0, "refits": 0, "correct_bias": False, "compensate": False, "damp": 0.01}

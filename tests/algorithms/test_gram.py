@@ -13,10 +13,12 @@ from torch import nn
 
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.layers import gram
+from torchquant.algorithms.layers.descent import descend
 from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
+from torchquant.algorithms.layers.grid_search import search_scale
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.layers.layout import Layout
-from torchquant.algorithms.layers.rounding import Problem, descend, enumerate_rounding, fit_scale, search_scale
+from torchquant.algorithms.layers.rounding import Problem, enumerate_rounding, fit_scale
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.calibration.stream import Stream
 from torchquant.errors import SchemeError

@@ -23,9 +23,10 @@ from collections.abc import Iterator
 import torch
 from torch.fx import GraphModule
 
+from torchquant.algorithms.layers.grid_search import by_cell
 from torchquant.algorithms.layers.layerwise import Answer, Inside, float_weight, floored
 from torchquant.algorithms.layers.layout import Layout
-from torchquant.algorithms.layers.rounding import Problem, by_cell
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.calibration.stream import Task
 from torchquant.errors import InputError
 from torchquant.fx.blocks import Span, layers, weight_grid

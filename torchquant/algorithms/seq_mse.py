@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from torchquant.algorithms.layers.grid_search import search_grid
 from torchquant.algorithms.layers.layerwise import Answer, Layerwise
-from torchquant.algorithms.layers.rounding import Problem, search_grid
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.solving.contract import Clock
 
 __all__ = ["SeqMSE"]

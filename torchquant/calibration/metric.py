@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,15 @@ def distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
             "one: its size depends on the data, and algorithms compare value by value. Quantize with `algorithms=()`."
         )
     parts = zip(*(t.reshape(-1).split(1 << 17) for t in (wanted, got)), strict=True)
-    return sum(float((y.double() - x).masked_fill_(~x.isfinite(), 0.0).square_().sum()) for x, y in parts)
+    return sum(_squares(x, y) for x, y in parts)
+
+
+def _squares(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    if wanted.dtype == got.dtype == torch.float32:
+        plain = float((got - wanted).square_().sum(dtype=torch.float64))
+        if math.isfinite(plain):
+            return plain
+    return float((got.double() - wanted).masked_fill_(~wanted.isfinite(), 0.0).square_().sum())
 
 
 def random_gradients(

@@ -171,6 +171,16 @@ class Task:
         """
         return self._stream.output_metrics.get(site)
 
+    def shared(self, node: Node, compute: Callable[[], Any]) -> Any:
+        """Tensors that depend on the values of a node alone: computed for the first of the spans that read it.
+
+        They are kept, beside the values, until the walk frees those of the node; nobody may change them.
+        """
+        key = ("shared", node, 0)
+        if key not in self._stream.store:
+            self._stream.store.put(key, compute())
+        return self._stream.store.get(key)
+
     def error(self, evaluator: Evaluator | None = None) -> float:
         """Squared error of the results, summed over all batches: as the graph stands now, or with a trial."""
         evaluator = evaluator or self.evaluator()
@@ -321,6 +331,7 @@ class Stream:
         self._alive += self._results(start, end)
         for node in [n for n in self._alive if self._last[n] < end]:
             self._alive.remove(node)
+            self.store.drop(("shared", node, 0))
             for batch in range(self.count):
                 self.store.drop(("float", node, batch))
                 self.store.drop(("quantized", node, batch))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.algorithms.layers.descent import descend, refit
 from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated, damp_, moments
+from torchquant.algorithms.layers.grid_search import search_grid
 from torchquant.algorithms.layers.layout import Layout
-from torchquant.algorithms.layers.rounding import Problem, descend, refit, search_grid
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
 from torchquant.errors import InputError
 from torchquant.formats.groups import storable
@@ -112,7 +114,7 @@ class Layerwise:
         self, task: Task | Inside, site: Node, layout: Layout, matrix: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Target (g, o, k), metric (g, k, k), and the mean input of the float function and of the prefix (g, k)."""
-        folds = moments(task, site, layout)
+        folds = _folds(task, site, layout)
         whole = Moments.joined(folds)
         means = whole.mean, whole.mean_q
         task.give_back()
@@ -124,6 +126,17 @@ class Layerwise:
         damp = choose_damp(matrix, folds, DAMPS) if self.damp is None else self.damp
         del folds
         return compensated(matrix, whole, damp), damp_(whole.a, min(damp, _METRIC_DAMP)), means
+
+
+def _folds(task: Task | Inside, site: Node, layout: Layout) -> Sequence[Moments]:
+    """Moments of the halves of the data, which linears that read the same values (queries, keys, values) share."""
+    source = site.args[0]
+    assert isinstance(source, Node)
+    readers = [u for u in source.users if ops.op_name(u) == "linear" and weight_of(task.prepared, u) is not None]
+    if isinstance(task, Inside) or len(readers) < 2 or site not in readers:
+        return moments(task, site, layout)
+    kept = task.shared(source, lambda: [fold.tensors() for fold in moments(task, site, layout)])
+    return [Moments.of(*(t.clone() for t in tensors)) for tensors in kept]
 
 
 class RowRounding(Layerwise):

@@ -10,20 +10,15 @@ tr(G (V - T) A (V - T)T) is to be small.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.fx.grids import Grid
 
-__all__ = ["Problem", "by_cell", "descend", "enumerate_rounding", "fit_scale", "refit", "search_grid", "search_scale"]
+__all__ = ["Problem", "enumerate_rounding", "fit_scale"]
 
-Array = NDArray[np.float32]
-_SHARES = 13  # factors on each end of an affine grid's range that are tried with each other
 _EXHAUSTIVE = 9  # inputs of a group up to which every rounding is tried
 
 
@@ -95,7 +90,7 @@ class Problem:
 
     def own_slope(self, off: torch.Tensor) -> torch.Tensor:
         """`slope` (g, o, k) as far as it comes from weights of the same cell; `outputs` are left out."""
-        width = self._cell_width()
+        width = self.cell_width()
         if width is None:
             same = self.cells[:, :1, :, None] == self.cells[:, :1, None, :]
             return off @ (self.metric * same[:, 0])
@@ -105,75 +100,12 @@ class Problem:
         parts = off.reshape(groups, rows, inputs // width, width).transpose(1, 2)
         return (parts @ blocks).transpose(1, 2).reshape(off.shape)
 
-    def _cell_width(self) -> int | None:
+    def cell_width(self) -> int | None:
         """How many neighbours in a row are one cell, if all cells of the first row are as wide; else None."""
         row = self.cells[0, 0]
         _, widths = torch.unique_consecutive(row, return_counts=True)
         width = int(widths[0])
         return width if bool((widths == width).all()) and len(widths) == len(row.unique()) else None
-
-
-def search_grid(problem: Problem, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Factors (count,) on the scales of cells, and for affine grids zero points (count,), that round at least error.
-
-    Of a symmetric grid the scale is tried times each of `factors`; of an affine one, each end of its range for itself
-    times some of them (13 at most, evenly chosen). The grid as it stands is among what is tried.
-    """
-    if problem.symmetric:
-        return search_scale(problem, factors), None
-    shares = factors[torch.linspace(0, len(factors) - 1, min(len(factors), _SHARES)).round().long()].tolist()
-    scale, zero_point = (by_cell(problem, t) for t in (problem.scale, problem.zero_point))
-    low, high = (problem.low - zero_point) * scale, (problem.high - zero_point) * scale
-    best = _Best(problem, torch.ones(problem.count), zero_point)
-    for low_share, high_share in itertools.product(shares, shares):
-        step = ((high * high_share - low * low_share) / (problem.high - problem.low)).clamp(min=1e-30)
-        best.offer(step / scale, (problem.low - torch.round(low * low_share / step)).clamp(problem.low, problem.high))
-    return best.factor, best.zero_point
-
-
-def by_cell(problem: Problem, values: torch.Tensor) -> torch.Tensor:
-    """(count,) of what all weights (g, o, k) of a cell have in common."""
-    common = torch.zeros(problem.count)
-    common[problem.cells.reshape(-1)] = values.expand(problem.cells.shape).reshape(-1)
-    return common
-
-
-class _Best:
-    """For each cell, the grid with the least error of rounding to nearest.
-
-    The error of a cell is that of its own weights, which is exact per channel and per tensor.
-    """
-
-    def __init__(self, problem: Problem, factor: torch.Tensor, zero_point: torch.Tensor | None) -> None:
-        self._problem, self.factor, self.zero_point = problem, factor, zero_point
-        self._errors = self._of(factor, zero_point)
-
-    def _of(self, factor: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-        trial = self._problem.scaled(factor, zero_point)
-        off = trial.values(trial.nearest()) - trial.target
-        errors = (trial.own_slope(off) * off).reshape(-1)
-        return torch.zeros(trial.count).index_add_(0, trial.cells.reshape(-1), errors)
-
-    def offer(self, factor: torch.Tensor, zero_point: torch.Tensor | None = None) -> None:
-        """Take what is better than the best so far, cell by cell."""
-        errors = self._of(factor, zero_point)
-        better = errors < self._errors
-        self._errors = torch.where(better, errors, self._errors)
-        self.factor = torch.where(better, factor, self.factor)
-        if zero_point is not None and self.zero_point is not None:
-            self.zero_point = torch.where(better, zero_point, self.zero_point)
-
-
-def search_scale(problem: Problem, factors: torch.Tensor) -> torch.Tensor:
-    """For each cell, the factor (of `factors`) on its scale with the least error of rounding to nearest.
-
-    Returns (count,). The error of a cell counts products of its own weights only, which is exact per channel and
-    per tensor.
-    """
-    best = _Best(problem, torch.ones(problem.count), None)
-    for factor in factors.tolist():
-        best.offer(torch.full((problem.count,), factor))
-    return best.factor
 
 
 def fit_scale(problem: Problem, codes: torch.Tensor) -> torch.Tensor:
@@ -190,114 +122,6 @@ def fit_scale(problem: Problem, codes: torch.Tensor) -> torch.Tensor:
     sums[1].index_add_(0, problem.cells.reshape(-1), own.reshape(-1))
     factor = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-30), torch.ones(problem.count))
     return factor.clamp(0.5, 2.0)
-
-
-def refit(
-    problem: Problem,
-    factor: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    codes: torch.Tensor,
-    refits: int,
-    sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Improve the scale factors (count,) and the codes (g, o, k) in turn, while that helps; `refits` times at most."""
-    scaled = problem.scaled(factor, zero_point)
-    for _ in range(refits):
-        refitted = factor * fit_scale(scaled, codes)
-        trial = problem.scaled(refitted, zero_point)
-        moved = descend(trial, codes, sweeps)
-        if trial.error(moved) >= scaled.error(codes):
-            break
-        factor, scaled, codes = refitted, trial, moved
-    return factor, codes
-
-
-def descend(
-    problem: Problem, codes: torch.Tensor, sweeps: int = 8, block: int = 64, *, slope: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cyclic coordinate descent from `codes`: each code in turn takes its best value, the others fixed.
-
-    The error never rises. A sweep costs as much as one product with the metric; with `outputs` also a few vector
-    operations for each code that moves.
-
-    Args:
-        problem: what to make small. codes: (g, o, k), where to start. sweeps: over all codes, at most.
-        block: columns after which the slope of the others is brought up to date.
-        slope: half the derivative at `codes`, (g, o, k), of an error whose curvature the problem's is; None: its own.
-    """
-    codes = codes.clone()
-    slope = problem.slope(problem.values(codes) - problem.target) if slope is None else slope.clone()
-    step = _rows_step if problem.outputs is None or codes.shape[1] == 1 else _coupled_step
-    for _ in range(sweeps):
-        before = codes.clone()
-        for start in range(0, codes.shape[-1], block):
-            part = slice(start, start + block)
-            moved = _descend_block(problem, codes, slope[..., part].clone(), part, step)
-            moved = moved @ problem.metric[:, part, :]
-            slope += moved if problem.outputs is None else problem.outputs @ moved
-        if torch.equal(before, codes):
-            break
-    return codes
-
-
-def _descend_block(
-    problem: Problem, codes: torch.Tensor, slope: torch.Tensor, part: slice, step: _Step
-) -> torch.Tensor:
-    """Let the codes of some columns move, and say by how much their values did."""
-    metric = problem.metric[:, part, part]
-    moved = torch.zeros_like(slope)
-    for j in range(slope.shape[-1]):
-        column = part.start + j
-        old, scale = codes[..., column], problem.scale[..., column]
-        new = step(problem, old, scale, slope[..., j], metric[:, j, j].clamp(min=1e-30)[:, None])
-        delta = (new - old) * scale
-        codes[..., column] = new
-        moved[..., j] = delta
-        if problem.outputs is not None:
-            delta = (problem.outputs @ delta[..., None])[..., 0]
-        slope += delta[..., None] * metric[:, None, j, :]
-    return moved
-
-
-_Step = Callable[[Problem, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _rows_step(
-    problem: Problem, old: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, curvature: torch.Tensor
-) -> torch.Tensor:
-    """The best codes (g, o) of a column whose rows are independent."""
-    if problem.outputs is not None:
-        curvature = curvature * problem.outputs[:, :, 0]
-    return problem.clamp(torch.round(old - slope / (curvature * scale)))
-
-
-def _coupled_step(
-    problem: Problem, old: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, curvature: torch.Tensor
-) -> torch.Tensor:
-    """Better codes (g, o) of a column whose rows are coupled: each in turn takes its best value."""
-    assert problem.outputs is not None
-    new, slope = old.clone(), slope.clone()
-    for group, factor in enumerate(curvature[:, 0].tolist()):
-        codes, steps, slopes, outputs = (t[group].numpy() for t in (new, scale, slope, problem.outputs))
-        _settle(codes, steps, slopes, outputs, factor, problem.low, problem.high)
-    return new
-
-
-def _settle(codes: Array, scale: Array, slope: Array, outputs: Array, factor: float, low: int, high: int) -> None:
-    """Let the codes (o,) of one column move, the largest gains first, until none helps; changes codes and slope."""
-    own = np.maximum(outputs.diagonal() * factor, 1e-30)
-    inverse = 1 / (own * scale)
-    for _ in range(len(codes)):
-        delta = (np.clip(np.rint(codes - slope * inverse), low, high) - codes) * scale
-        gain = -delta * (2 * slope + own * delta)
-        rows = np.flatnonzero(gain > 0)
-        if not len(rows):
-            return
-        for row in rows[np.argsort(-gain[rows])].tolist():
-            best = min(max(round(float(codes[row] - slope[row] * inverse[row])), low), high)
-            if best != codes[row]:
-                slope += outputs[row] * ((best - codes[row]) * scale[row] * factor)
-                codes[row] = best
 
 
 def enumerate_rounding(problem: Problem) -> torch.Tensor | None:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from torchquant.algorithms.layers.descent import descend
 from torchquant.algorithms.layers.gram import Moments, damp_, moments
 from torchquant.algorithms.layers.layerwise import Inside, by_groups, trial
 from torchquant.algorithms.layers.layout import Layout
-from torchquant.algorithms.layers.rounding import Problem, descend
+from torchquant.algorithms.layers.rounding import Problem
 from torchquant.algorithms.spans.objective import Objective, dropped, passing
 from torchquant.calibration.parallel import total, total_, total_all_
 from torchquant.calibration.stream import Env
