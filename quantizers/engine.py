@@ -124,7 +124,9 @@ class CapabilityQuantizer(Quantizer):
         for node in [n for n, scheme in wanted.items() if scheme is None and ops.is_higher_order(n)]:
             note(node, "excluded", "excluded by the user")
         for node in [n for n in model.graph.nodes if ops.is_op(n) and (n in data or _is_compute(n))]:
-            if not is_annotated(node):
+            if passes.is_rotation(model, node):
+                note(node, "excluded", "a Hadamard rotation, whose entries are signs")
+            elif not is_annotated(node):
                 self._annotate(node, wanted, data)
         self._warn_of_dtype(model)
         return model

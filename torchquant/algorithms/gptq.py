@@ -38,8 +38,9 @@ class GPTQ(RowRounding):
             they are the observer's.
         sweeps: of coordinate descent on the codes afterwards, 0 for the paper's method. refits: how often scales and
             codes are improved in turn then.
-        correct_bias, compensate, damp, sensitive: see `Layerwise`. The paper's method is `GPTQ(search=False, sweeps=0,
-            refits=0, correct_bias=False, compensate=False, damp=0.01)`.
+        correct_bias, compensate, damp, sensitive: see `Layerwise`; without a bias none is added, as decoders and their
+            checkpoints have none. The paper's method is `GPTQ(search=False, sweeps=0, refits=0, correct_bias=False,
+            compensate=False, damp=0.01)`.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class GPTQ(RowRounding):
         search: bool = True,
         sweeps: int = 8,
         refits: int = 2,
-        correct_bias: bool = True,
+        correct_bias: bool | None = None,
         compensate: bool = True,
         damp: float | None = None,
         sensitive: bool = False,

@@ -19,6 +19,7 @@ from torchquant.fx import ops
 from torchquant.fx.reading import is_observer, observers
 
 aten = torch.ops.aten
+_LARGEST_ROTATION = 1024
 
 
 def inline_regions(model: GraphModule) -> bool:
@@ -89,7 +90,8 @@ def _refresh(node: Node) -> None:
 def constant_matmul_to_linear(model: GraphModule) -> int:
     """Rewrite `mm(x, W)`, `matmul(x, W)` and `addmm(b, x, W)` with a constant 2-D `W` as `linear(x, Wt, b)`.
 
-    So one pattern covers projections that were not written as nn.Linear (GPT-2's Conv1D). Returns how many.
+    So one pattern covers projections that were not written as nn.Linear (GPT-2's Conv1D). Hadamard rotations, which
+    nobody wants rounded, stay products. Returns how many.
     """
     rewritten = 0
     for node in list(model.graph.nodes):
@@ -97,6 +99,8 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
         if parts is None:
             continue
         x, weight, bias = parts
+        if is_rotation(model, node):
+            continue
         value = ops.constant_value(model, weight)
         name = fresh_name(
             model, f"{str(weight.target).replace('.', '_') if weight.op == 'get_attr' else weight.name}_t"
@@ -120,6 +124,23 @@ def constant_matmul_to_linear(model: GraphModule) -> int:
         model.graph.eliminate_dead_code()
         model.recompile()
     return rewritten
+
+
+def is_rotation(model: GraphModule, node: Node) -> bool:
+    """Whether a node is a product with a constant Hadamard matrix."""
+    parts = _projection(node)
+    return parts is not None and parts[2] is None and _is_hadamard(ops.constant_value(model, parts[1]))
+
+
+def _is_hadamard(value: torch.Tensor) -> bool:
+    """Whether a matrix is orthogonal but for a factor, and all its entries are zero or of one magnitude."""
+    if value.ndim != 2 or value.shape[0] != value.shape[1] or not 2 <= len(value) <= _LARGEST_ROTATION:
+        return False
+    most, matrix = value.abs().max(), value.float()
+    if not bool(((value.abs() == most) | (value == 0)).all()) or int((value != 0).sum()) < 2 * len(value):
+        return False
+    product = matrix @ matrix.T
+    return bool(torch.allclose(product, torch.eye(len(value), device=value.device) * product[0, 0], atol=1e-5))
 
 
 def _projection(node: Node) -> tuple[Node, Node, Node | None] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from torchquant.errors import ExportError
 from torchquant.language.libraries import transformers
+from torchquant.language.quantized_cache import QuantizedKeyValueCache
 from torchquant.language.rotary import RotaryTable
 
 __all__ = ["CachedDecoder", "KeyValueCache"]
@@ -52,6 +54,12 @@ class KeyValueCache(nn.Module):
                 empty = torch.zeros(batch_size, heads, max_cache_len + 1, size, dtype=dtype, device=device)
                 self.register_buffer(f"{kind}_{i}", empty, persistent=False)
 
+    def rotated(self, x: Tensor) -> Tensor:
+        """As it is: these keys and values are not rotated."""
+        return x
+
+    restored = rotated
+
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Write the new rows (B, K, T, D) at `positions` (T,), and return the first `count` rows (B, K, S, D)."""
         rows = []
@@ -62,6 +70,9 @@ class KeyValueCache(nn.Module):
         return rows[0], rows[1]
 
 
+_Cache = KeyValueCache | QuantizedKeyValueCache
+
+
 class CachedDecoder(nn.Module):
     """A causal model of transformers as a function of tokens and positions.
 
@@ -70,17 +81,21 @@ class CachedDecoder(nn.Module):
         max_cache_len: positions that the cache holds.
         batch_size: sequences that are decoded together; all have the same length.
         logits: `all`: of each new token; `last`: of the last one only.
+        cache_bits: of keys and values, 8 or 4; None: they are in the dtype of the model.
 
     Raises:
         ExportError: attention that has no static form here (see `_shapes_of`).
     """
 
-    def __init__(self, model: nn.Module, max_cache_len: int, batch_size: int, logits: str) -> None:
+    def __init__(
+        self, model: nn.Module, max_cache_len: int, batch_size: int, logits: str, cache_bits: int | None = None
+    ) -> None:
         super().__init__()
         self.model, self.keep = model, 1 if logits == "last" else 0
         self.max_cache_len, weight = max_cache_len, next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self.cache = KeyValueCache(_shapes_of(model), max_cache_len, batch_size, self.dtype, self.device)
+        rows = _shapes_of(model), max_cache_len, batch_size, self.dtype, self.device
+        self.cache = KeyValueCache(*rows) if cache_bits is None else QuantizedKeyValueCache(*rows, cache_bits)
 
     def forward(self, tokens: Tensor, positions: Tensor, attended: Tensor) -> Tensor:
         """Logits (B, T, vocabulary), or (B, 1, vocabulary).
@@ -105,7 +120,7 @@ class CachedDecoder(nn.Module):
     @contextmanager
     def set_up(self) -> Iterator[None]:
         """Our attention and tables of rotary embeddings in the model, inside the block."""
-        _register()
+        _register(self.cache)
         modules: list[Any] = list(self.model.modules())
         configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
         before = [(config, config._attn_implementation) for config in configs]
@@ -154,7 +169,7 @@ def _shapes_of(model: nn.Module) -> list[tuple[int, int, int]]:
     return [shapes[i] for i in range(layers)]
 
 
-def _cache_of(buffers: KeyValueCache, positions: Tensor, attended: Tensor) -> Any:
+def _cache_of(buffers: _Cache, positions: Tensor, attended: Tensor) -> Any:
     """The cache as transformers asks for it: the positions stand in for its offsets, which only our mask reads."""
 
     class StaticRows(transformers("cache_utils").Cache):  # type: ignore[misc]
@@ -174,8 +189,8 @@ def _cache_of(buffers: KeyValueCache, positions: Tensor, attended: Tensor) -> An
     return StaticRows(layers=[layer(max_cache_len=1) for _ in range(buffers.layers)])
 
 
-def _register() -> None:
-    transformers().AttentionInterface.register(_NAME, _attention)
+def _register(cache: _Cache) -> None:
+    transformers().AttentionInterface.register(_NAME, partial(_attention, cache))
     transformers().AttentionMaskInterface.register(_NAME, _mask)
 
 
@@ -208,6 +223,7 @@ def _shared_by(config: Any) -> int:
 
 
 def _attention(
+    cache: _Cache,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -217,6 +233,8 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q Kᵀ scaling + mask) V as (B, T, H, D), of query (B, H, T, D), key and value (B, K, S, D).
+
+    Keys and values are rotated as the cache rotates them.
 
     The G heads that share keys and values are further rows of one head, so that keys and values are read once and not
     repeated. Queries are laid out (B, T G, K, D), in which torch's kernel returns them.
@@ -228,8 +246,9 @@ def _attention(
     shared = _shared_by(module.config)
     if heads != kept * shared:
         raise ExportError(f"{type(module).__name__} has other numbers of heads ({heads}, {kept}) than its config says")
-    packed = query.view(batch, kept, shared, new, size).permute(0, 3, 2, 1, 4).reshape(batch, new * shared, kept, size)
+    parted = cache.rotated(query).view(batch, kept, shared, new, size)
+    packed = parted.permute(0, 3, 2, 1, 4).reshape(batch, new * shared, kept, size)
     attend = nn.functional.scaled_dot_product_attention
     out = attend(packed.transpose(1, 2), key, value, attention_mask, scale=scaling).transpose(1, 2)
-    parts = out.reshape(batch, new, shared, kept, value.shape[-1]).permute(0, 1, 3, 2, 4)
+    parts = cache.restored(out).reshape(batch, new, shared, kept, value.shape[-1]).permute(0, 1, 3, 2, 4)
     return parts.reshape(batch, new, heads, value.shape[-1]), None

@@ -23,6 +23,7 @@ def export_causal_lm(
     batch_size: int = 1,
     max_new_tokens: int | None = None,
     logits: Literal["all", "last"] = "all",
+    cache_bits: Literal[8, 4] | None = None,
 ) -> GraphModule:
     """Export a causal model of transformers with a static cache of keys and values, as state of the graph.
 
@@ -38,6 +39,8 @@ def export_causal_lm(
         max_new_tokens: how many tokens a single call may take; longer prompts are taken in parts. None: max_cache_len.
         logits: `last` computes the logits of the last token only, which makes prompts faster and is all that
             generation needs; `all` is what evaluation needs.
+        cache_bits: store keys and values in 8 or 4 bits, with a scale for 32 features of a head and behind a Hadamard
+            rotation of the head; None: in the model's dtype.
 
     Raises:
         InputError: an argument is out of bounds; the model is none of transformers.
@@ -45,12 +48,12 @@ def export_causal_lm(
         MissingDependencyError: transformers is not installed.
     """
     longest = max_cache_len if max_new_tokens is None else max_new_tokens
-    _check(model, max_cache_len, batch_size, longest, logits)
+    _check(model, max_cache_len, batch_size, longest, logits, cache_bits)
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
             module.training = False
-        decoder = CachedDecoder(model, max_cache_len, batch_size, logits).eval()
+        decoder = CachedDecoder(model, max_cache_len, batch_size, logits, cache_bits).eval()
         with decoder.set_up():
             exported = _exported(decoder, max_cache_len, batch_size, longest)
     finally:
@@ -71,7 +74,7 @@ def _exported(decoder: CachedDecoder, max_cache_len: int, batch_size: int, longe
     return export(decoder, example, dynamic_shapes=shapes)
 
 
-def _check(model: Any, max_cache_len: int, batch_size: int, longest: int, logits: str) -> None:
+def _check(model: Any, max_cache_len: int, batch_size: int, longest: int, logits: str, cache_bits: int | None) -> None:
     library = transformers()
     if not isinstance(model, library.PreTrainedModel) or not model.can_generate():
         raise InputError(
@@ -85,6 +88,8 @@ def _check(model: Any, max_cache_len: int, batch_size: int, longest: int, logits
         raise InputError(f"max_new_tokens is an int from 1 to max_cache_len ({max_cache_len}), not {longest!r}")
     if logits not in ("all", "last"):
         raise InputError(f"logits is 'all' or 'last', not {logits!r}")
+    if cache_bits not in (None, 8, 4) or isinstance(cache_bits, bool):
+        raise InputError(f"cache_bits is 8, 4 or None, not {cache_bits!r}")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     is_rotary = any(hasattr(m, "rotary_emb") for m in model.modules())
     if not is_rotary and limit is not None and max_cache_len > limit:

@@ -57,7 +57,8 @@ class Layerwise:
     """An algorithm that chooses each site's codes from the second moments of its input.
 
     Args:
-        correct_bias: choose the bias too: the mean error of the output on the calibration data becomes zero.
+        correct_bias: choose the bias too: the mean error of the output on the calibration data becomes zero. None:
+            where the layer has a bias.
         compensate: aim at the output of the float network, given the inputs from the quantized prefix; if not, at
             the output of the float layer on its float inputs.
         damp: share of the mean diagonal of the moments added to their diagonal, which holds the answer near the float
@@ -68,7 +69,7 @@ class Layerwise:
     def __init__(
         self,
         *,
-        correct_bias: bool = True,
+        correct_bias: bool | None = True,
         compensate: bool = True,
         damp: float | None = None,
         sensitive: bool = False,
@@ -105,10 +106,13 @@ class Layerwise:
         answer = self.choose(problem, clock)
         chosen = floored(grid, answer)
         solution = Solution(weights={site.name: (layout.tensor(answer.codes), chosen)})
-        if self.correct_bias:
+        if self._corrects_bias(task, site):
             decoded = layout.matrix(chosen.decode(solution.weights[site.name][0]))
             solution.biases[site.name] = moved_bias(task.prepared, site, layout, decoded, *means)
         return solution
+
+    def _corrects_bias(self, task: Task | Inside, site: Node) -> bool:
+        return float_bias(task.prepared, site) is not None if self.correct_bias is None else self.correct_bias
 
     def _aim(
         self, task: Task | Inside, site: Node, layout: Layout, matrix: torch.Tensor
@@ -118,7 +122,7 @@ class Layerwise:
         whole = Moments.joined(folds)
         means = whole.mean, whole.mean_q
         task.give_back()
-        if self.correct_bias:
+        if self._corrects_bias(task, site):
             for part in (*folds, whole):
                 part.centre_()
         if not self.compensate:
