@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torchquant.language.decoder import Decoder, generate
     from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
+    from torchquant.language.harness import harness_model
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
@@ -90,6 +91,7 @@ _HOMES = {
     "language.decoder": ("Decoder", "generate"),
     "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
+    "language.harness": ("harness_model",),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
         "Report",
@@ -150,6 +152,7 @@ __all__ = [
     "export",
     "export_causal_lm",
     "generate",
+    "harness_model",
     "load",
     "load_causal_lm",
     "optimize",
