@@ -1,9 +1,11 @@
 """What few bits cost a language model: SmolLM2-135M-Instruct on WikiText-2, method by method and scheme by scheme.
 
-python benchmarks/language.py [--method nearest] [--method gptq] [--scheme w4_g64]
+python benchmarks/language.py [--method nearest] [--method gptq] [--scheme w4_g64] [--table w8]
 
 Judged on the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the
 same text, none of which is judged. The converted graph is measured, whose numbers the lowered program is held to.
+With `--table` the embeddings and the head, which others leave as they are, get a scheme of their own, and solvers
+leave them alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torchquant.ops.x86.row_products import replace_row_products
 from torchquant.quantizers import X86Quantizer
 from torchquant.solving.contract import Algorithm
 
-KEY = ("model", "method", "scheme", "calibration")
+KEY = ("model", "method", "scheme", "table", "calibration")
 WINDOW = 512
 METHODS: dict[str, Callable[[], list[Algorithm]]] = {
     "float": list,
@@ -37,7 +39,11 @@ METHODS: dict[str, Callable[[], list[Algorithm]]] = {
     "gptq_paper": lambda: [
         tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01),
     ],
+    "gptq_compensated": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, damp=0.1)],
     "gptq": lambda: [tq.GPTQ()],
+    "hqq": lambda: [tq.HQQ()],
+    "awq": lambda: [tq.AWQ()],
+    "awq_gptq": lambda: [tq.AWQ(), tq.GPTQ()],
 }
 SCHEMES = ("w8", "w4_g64", "w3_g64", "w2_g64")
 
@@ -56,7 +62,7 @@ def main() -> None:
     exported = tq.export_causal_lm(checkpoint.model, WINDOW)
     for method in options.method or ["float", "nearest"]:
         for scheme in ["float32"] if method == "float" else options.scheme or SCHEMES:
-            row = _row(checkpoint.model, exported, method, scheme, judged, seen)
+            row = _row(checkpoint.model, exported, method, (scheme, options.table), judged, seen)
             records.write("language", [row], KEY)
             print(_line(row), flush=True)
             gc.collect()  # graphs are cycles, and the next one needs the memory
@@ -66,8 +72,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; float and nearest if left out")
     parser.add_argument("--scheme", action="append", help="of X86Quantizer; repeatable; four of them if left out")
-    parser.add_argument("--windows", type=int, default=4, help="judged, from the text's beginning")
-    parser.add_argument("--calibration", type=int, default=8, help="windows for solvers, from the text's end")
+    parser.add_argument("--table", help="scheme of the embeddings and of the head; that of all weights if left out")
+    parser.add_argument("--windows", type=int, default=6, help="judged, from the text's beginning")
+    parser.add_argument("--calibration", type=int, default=32, help="windows for solvers, from the text's end")
     return parser.parse_args()
 
 
@@ -89,7 +96,7 @@ def _row(
     model: torch.nn.Module,
     exported: GraphModule,
     method: str,
-    scheme: str,
+    schemes: tuple[str, str | None],
     judged: torch.Tensor,
     seen: Sequence[torch.Tensor],
 ) -> dict[str, Any]:
@@ -97,7 +104,8 @@ def _row(
     row: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "method": method,
-        "scheme": scheme,
+        "scheme": schemes[0],
+        "table": schemes[1] or schemes[0],
         "calibration": f"{len(seen)} windows of the text's end" if METHODS[method]() else "none",
         "weights": weights,
     }
@@ -106,7 +114,7 @@ def _row(
         return row | {"bits_per_weight": 32.0, **_judged(measured)}
     forget_peak()
     start, cpu_start = time.perf_counter(), time.process_time()
-    converted, not_kept = _quantized(exported, method, scheme, seen)
+    converted, not_kept = _quantized(exported, method, schemes, seen)
     row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     row |= {"peak_bytes": peak_bytes(), "not_kept": not_kept, "coverage": tq.report(converted).coverage}
     row |= {"packed_bytes": (size := _packed_bytes(converted)), "bits_per_weight": 8 * size / weights}
@@ -114,16 +122,19 @@ def _row(
 
 
 def _quantized(
-    exported: GraphModule, method: str, scheme: str, seen: Sequence[torch.Tensor]
+    exported: GraphModule, method: str, schemes: tuple[str, str | None], seen: Sequence[torch.Tensor]
 ) -> tuple[GraphModule, list[str]]:
     """The converted graph, and which steps the solver's guard undid."""
-    prepared, algorithms = tq.prepare(exported, X86Quantizer(scheme)), METHODS[method]()
+    scheme, table = schemes
+    apart = [] if table is None else ["op:embedding", "model.lm_head"]
+    prepared = tq.prepare(exported, X86Quantizer(scheme, overrides=dict.fromkeys(apart, table)))
+    algorithms = METHODS[method]()
     if not algorithms:
         return tq.convert(prepared), []
     places = torch.arange(WINDOW)
     batches = [(window.unsqueeze(0), places, places) for window in seen]
     tq.calibrate(prepared, batches, progress=False)
-    result = tq.optimize(prepared, batches, algorithms, progress=False)
+    result = tq.optimize(prepared, batches, algorithms, exclude=apart, progress=False)
     return tq.convert(prepared), [name for name, _, kept in result.steps if not kept]
 
 

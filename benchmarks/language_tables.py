@@ -9,25 +9,28 @@ from gpu_tables import Table
 __all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
-_ORDER = ("float", "nearest", "gptq_paper", "gptq")
+_ORDER = ("float", "nearest", "hqq", "awq", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq")
 
 
 def perplexities(results: Row) -> Table:
     """Method by method, the widest scheme first; what was not measured has no row."""
-    rows = sorted(results["rows"], key=lambda r: (-_width(r["scheme"]), _ORDER.index(r["method"])))
+    rows = sorted(results["rows"], key=lambda r: (-_width(r["scheme"]), -_width(r["table"]), _ORDER.index(r["method"])))
+    exact = next((r["perplexity"] for r in rows if r["method"] == "float"), None)
     head = (
         "scheme",
+        "table and head",
         "method",
         "bits a weight",
         "perplexity",
+        "of float's",
         "KL",
         "same top-1 %",
-        "seconds",
+        "CPU seconds",
         "peak GB",
         "calibration",
     )
     about = f"{results['cpu']}; {results['date']}" if rows else ""
-    return Table("Perplexity", about, head, [_cells(row) for row in rows])
+    return Table("Perplexity", about, head, [_cells(row, exact) for row in rows])
 
 
 def decoding(results: Row) -> Table:
@@ -53,13 +56,18 @@ def _width(scheme: str) -> int:
     return int(scheme.removeprefix("float").removeprefix("w").split("_")[0].split("a")[0])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, exact: Any) -> list[str]:
     undone = f" (not kept: {', '.join(row['not_kept'])})" if row.get("not_kept") else ""
-    cells = [f"`{row['scheme']}`", row["method"] + undone, f"{row['bits_per_weight']:.2f}", _perplexity(row)]
+    cells = [f"`{row['scheme']}`", f"`{row['table']}`", row["method"] + undone, f"{row['bits_per_weight']:.2f}"]
+    cells += [_perplexity(row), _share(row["perplexity"], exact)]
     if row["kl_divergence"] is None:
         return [*cells, "", "", "", "", ""]
     compared = [f"{row['kl_divergence']:.4f}", f"{100 * row['top1_agreement']:.1f}"]
-    return [*cells, *compared, f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}", row["calibration"]]
+    return [*cells, *compared, f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}", row["calibration"]]
+
+
+def _share(value: Any, exact: Any) -> str:
+    return f"{value / exact:.3g}" if isinstance(value, float) and isinstance(exact, float) else ""
 
 
 def _perplexity(row: Row) -> str:
