@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torchquant.language.decoder import Decoder, generate
     from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
+    from torchquant.language.saving import SavedCheckpoint, save_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
@@ -90,6 +91,7 @@ _HOMES = {
     "language.decoder": ("Decoder", "generate"),
     "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
+    "language.saving": ("SavedCheckpoint", "save_causal_lm"),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
         "Report",
@@ -137,6 +139,7 @@ __all__ = [
     "QDrop",
     "RangeSearch",
     "Report",
+    "SavedCheckpoint",
     "SchemeError",
     "SeqMSE",
     "SmoothQuant",
@@ -157,6 +160,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_causal_lm",
     "sqnr_db",
 ]
 

@@ -6,7 +6,6 @@ allocated. Nothing is downloaded, and no code of a checkpoint is run.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -25,12 +24,12 @@ from torch import nn
 from torchquant.errors import ArtifactError, TorchquantWarning
 from torchquant.files.whole import reading
 from torchquant.language.gguf_header import Header, decoded, read_header, refuse_undecoded
+from torchquant.language.json_files import json_in
 from torchquant.language.libraries import gguf, transformers
 
 __all__ = ["Checkpoint", "load_causal_lm"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-_LARGEST_JSON = 64 << 20  # bytes
 _MOST_EXPERTS = 4096
 _FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, which transformers does not read
 
@@ -49,6 +48,12 @@ class Checkpoint:
     metadata: Mapping[str, Any]
     stored_as: Mapping[str, int]
     _source: tuple[str, dict[str, Any]] = field(repr=False, default=("", {}))
+
+    @property
+    def source(self) -> Path | None:
+        """The GGUF file or the folder that it was read from; None for one that was made otherwise."""
+        folder, options = self._source
+        return Path(folder) / options.get("gguf_file", "") if folder else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -174,7 +179,7 @@ def _divide_frequencies(path: Path, header: Header, model: nn.Module) -> None:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
-    described = _json(folder / "config.json")
+    described = json_in(folder / "config.json")
     if "quantization_config" in described:
         method = described["quantization_config"]
         name = method.get("quant_method") if isinstance(method, dict) else method
@@ -187,22 +192,12 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(model, described, stored, (str(folder), {}))
 
 
-def _json(file: Path) -> dict[str, Any]:
-    with reading(file, "a .json file", "download it again"):
-        if (size := file.stat().st_size) > _LARGEST_JSON:
-            raise ValueError(f"{size:,} bytes")
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-        return content
-
-
 def _shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """Name -> shape of all tensors, and dtype -> number of weights, from the headers of the files alone."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        listed = _json(index).get("weight_map")
+        listed = json_in(index).get("weight_map")
         names = sorted(set(listed.values())) if isinstance(listed, dict) and listed else []
         if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise ArtifactError(f"{index} names no files beside it")
