@@ -59,6 +59,11 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1.0 / x)
 
 
+def _chosen(better: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Of each pair the first where `better`, else the second."""
+    return [torch.where(better, *pair) for pair in pairs]
+
+
 # a scale and a minimum for each block: x = d s q - e m ---------------------------------------------------------------
 
 
@@ -92,7 +97,7 @@ def _search_affine(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
         b = b.clamp(max=0)
         error = sum_xx + a * (a * sum_qq + 2 * b * sum_q - 2 * sum_xq) + b * (n * b - 2 * sum_x)
         better = error < best
-        best, scale, low = (torch.where(better, *pair) for pair in ((error, best), (a, scale), (b, low)))
+        best, scale, low = _chosen(better, (error, best), (a, scale), (b, low))
     return scale, low
 
 
@@ -110,7 +115,7 @@ def _integers_affine(
             q1 = ((x + offset) * _inverse(step)).round_().clamp_(0, most)
             error = (q1 * step - offset - x).square_().sum(-1)
             better = error < best
-            best, s, m = (torch.where(better, *pair) for pair in ((error, best), (s1, s), (m1, m)))
+            best, s, m = _chosen(better, (error, best), (s1, s), (m1, m))
             q = torch.where(better[..., None], q1, q)
     return s, m, q
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from torchquant.files.whole import reading
 from torchquant.language import gguf_layout as layouts
 from torchquant.language.checkpoints import Checkpoint
@@ -51,15 +53,18 @@ def tensors_of(model: Any, weights: Mapping[str, Weight], type: str | None) -> d
 
 
 def _stored(layout: Layout, config: Any, name: str, weight: Weight, type: str | None) -> Stored:
-    values = weight.matrix()
-    rows = layouts.rows_of(layout, config, name, len(values))
+    rows = layouts.rows_of(layout, config, name, weight.shape()[-1 if weight.is_turned else 0])
     order = slice(None) if rows is None else rows
+
+    def values() -> Tensor:
+        return weight.matrix()[order]
+
     if not weight.is_quantized:
-        return stored_float(values[order] + (layout.norm_offset if name.endswith("norm.weight") else 0.0))
+        return stored_float(values() + (layout.norm_offset if name.endswith("norm.weight") else 0.0))
     if weight.grid is None:
-        return stored_values(values[order].float(), type or _WITHOUT_GRID)
+        return stored_values(values().float(), type or _WITHOUT_GRID)
     parts = {key: getattr(weight.grid, key)[order] for key in ("codes", "scale", "zero_point")}
-    return stored_grid(replace(weight.grid, **parts), values[order].float(), type)
+    return stored_grid(replace(weight.grid, **parts), lambda: values().float(), type)
 
 
 def write(path: Path, checkpoint: Checkpoint, tensors: Mapping[str, Stored], tokenizer: Mapping[str, Any]) -> None:

@@ -51,17 +51,17 @@ def check_type(name: str | None) -> None:
         raise SchemeError(f"{name!r} is no type that is written; there are {', '.join(TYPES)}, or None for what fits")
 
 
-def stored_grid(grid: Grid, values: Tensor, type: str | None) -> Stored:
+def stored_grid(grid: Grid, values: Callable[[], Tensor], type: str | None) -> Stored:
     """A quantized matrix in `type`, or if that is None in the smallest type that holds its codes.
 
     Args:
-        values: what it stands for, float32 (outputs, inputs).
+        values: gives what it stands for, float32 (outputs, inputs).
     """
     for name in _HOLDING if type is None else (type,):
         held = _HOLDING[name](grid) if name in _HOLDING else None
         if held is not None:
             return held
-    return stored_values(values, type or _ENCODED[grid.bits])
+    return stored_values(values(), type or _ENCODED[grid.bits])
 
 
 def stored_values(values: Tensor, type: str) -> Stored:

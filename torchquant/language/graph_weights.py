@@ -59,6 +59,13 @@ class Weight:
         values = ops.constant_value(self.graph, self.node)
         return values.t() if self.is_turned and not self.is_parameter else values
 
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter, without decoding it."""
+        if self.grid is None:
+            return tuple(self.values().shape)
+        shape = tuple(self.grid.codes.shape)
+        return shape[::-1] if self.is_turned else shape
+
     def equals(self, other: Weight) -> bool:
         """Whether both are the same codes, scales and zero points, or the same floats."""
         if self.grid is None or other.grid is None:
@@ -139,7 +146,7 @@ class _Reader:
             self._put(name, Weight(self._graph, node, is_turned=module in self._turned))
 
     def _put(self, name: str, weight: Weight) -> None:
-        shape = tuple(weight.values().shape)
+        shape = weight.shape()
         if name not in self.shapes:
             raise InputError(f"the graph has a {name}, for which the model of the checkpoint has no place")
         if shape != self.shapes[name]:
