@@ -7,14 +7,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from torch.fx import GraphModule
 
 from torchquant.errors import InputError, SchemeError, TorchquantWarning
-from torchquant.files.whole import write_whole
-from torchquant.language import gguf_file, gguf_types
+from torchquant.files.whole import write_folder, write_whole
+from torchquant.language import gguf_file, gguf_types, packed_folder
 from torchquant.language.checkpoints import Checkpoint
 from torchquant.language.gguf_tokenizer import keys_of_tokenizer
 from torchquant.language.graph_weights import Weight, float_activations, refuse_other_function, weights_of
@@ -118,4 +119,27 @@ def _as_gguf(
     return SavedCheckpoint(place, place.stat().st_size, dict(counts), again, rounded)
 
 
-_WRITERS: dict[str, Callable[..., SavedCheckpoint]] = {"gguf": _as_gguf}
+def _as_folder(
+    name: str,
+    checkpoint: Checkpoint,
+    weights: dict[str, Weight],
+    path: Path,
+    type: str | None,
+    pre_tokenizer: str | None,
+) -> SavedCheckpoint:
+    if type is not None or pre_tokenizer is not None:
+        raise SchemeError(f"type and pre_tokenizer belong to GGUF; {name} has neither")
+    folder = packed_folder.folder_of(name, checkpoint, weights)
+    place = write_folder(path, lambda part: packed_folder.write(part, checkpoint, folder))
+    counts = Counter({f"{name} {folder.bits} bits": sum(folder.packed.values())})
+    for full in weights:
+        if full.removesuffix(".weight") not in folder.packed:
+            counts[str(folder.tensors[full].dtype).removeprefix("torch.")] += folder.tensors[full].numel()
+    size = sum(file.stat().st_size for file in place.iterdir())
+    return SavedCheckpoint(place, size, dict(counts), {}, folder.rounded)
+
+
+_WRITERS: dict[str, Callable[..., SavedCheckpoint]] = {
+    "gguf": _as_gguf,
+    **{name: partial(_as_folder, name) for name in packed_folder.FORMATS},
+}
