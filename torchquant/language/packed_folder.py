@@ -49,14 +49,14 @@ class _Format:
 
     Args:
         bits: of the fields that it knows.
-        layout: its name in `LAYOUTS`, by the zero points of all weights.
+        layouts: names in `LAYOUTS`, without zero points and with them.
         config: `quantization_config`, and other files by name.
         half: scales are float16.
         whole: outputs are multiples of this.
     """
 
     bits: tuple[int, ...]
-    layout: Callable[[Mapping[str, Codes]], str]
+    layouts: tuple[str, str]
     config: Callable[[_Scheme, str], dict[str, Any]]
     half: bool
     whole: Callable[[int], int]
@@ -82,6 +82,7 @@ def folder_of(name: str, checkpoint: Checkpoint, weights: Mapping[str, Weight]) 
     Raises:
         SchemeError: nothing is left to pack, or it fits no field of the format.
     """
+    _refuse_other_frequencies(checkpoint.model)
     format = FORMATS[name]
     grids = {m: w.grid for n, w in weights.items() if w.grid is not None and (m := _linear(checkpoint.model, n, w))}
     if not grids:
@@ -89,7 +90,7 @@ def folder_of(name: str, checkpoint: Checkpoint, weights: Mapping[str, Weight]) 
     scheme = _scheme_of(name, grids, checkpoint.model)
     codes = {module: _codes(name, module, grid, scheme) for module, grid in grids.items()}
     rounded = tuple(m for m, c in codes.items() if format.half and not _is_half(m, c.scale))
-    layout = format.layout(codes)
+    layout = format.layouts[0 if scheme.is_symmetric else 1]
     tensors: dict[str, Tensor] = {}
     for full, weight in weights.items():
         module = full.removesuffix(".weight")
@@ -111,6 +112,15 @@ def _linear(model: Any, name: str, weight: Weight) -> str:
         raise SchemeError(f"{module} is a Conv1D, which this format has no place for; take format='gguf'")
     is_linear = isinstance(model.get_submodule(module), torch.nn.Linear)
     return module if is_linear and model.get_submodule(module) is not model.get_output_embeddings() else ""
+
+
+def _refuse_other_frequencies(model: Any) -> None:
+    """Raise SchemeError for rotary frequencies that the config does not give, such as those of a GGUF's factors."""
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb") and hasattr(module, "inv_freq"):
+            plain = type(module)(config=model.config).inv_freq
+            if not torch.allclose(plain.cpu(), module.inv_freq.detach().cpu(), rtol=1e-4):
+                raise SchemeError(f"{name} has frequencies that config.json cannot say; take format='gguf'")
 
 
 def _scheme_of(name: str, grids: Mapping[str, Grid], model: Any) -> _Scheme:
@@ -212,15 +222,11 @@ def _awq(scheme: _Scheme, layout: str) -> dict[str, Any]:
     }
 
 
-def _gptq_version(codes: Mapping[str, Codes]) -> str:
-    """The first version, which all runtimes read, unless a zero point is 0, which it cannot hold."""
-    return "gptq" if all(bool((c.zero_point > 0).all()) for c in codes.values()) else "gptq_v2"
-
-
+# the first version of GPTQ, which all runtimes read, holds no zero points of 0, and GPTQModel refuses any in it
 FORMATS: dict[str, _Format] = {
-    "compressed-tensors": _Format((4, 8), lambda codes: "pack-quantized", _compressed, False, lambda bits: 1),
-    "gptq": _Format((2, 3, 4, 8), _gptq_version, _gptq, True, lambda bits: 32 if bits == 3 else 32 // bits),
-    "awq": _Format((4,), lambda codes: "gemm", _awq, True, lambda bits: _OUTPUTS),
+    "compressed-tensors": _Format((4, 8), ("pack-quantized", "pack-quantized"), _compressed, False, lambda bits: 1),
+    "gptq": _Format((2, 3, 4, 8), ("gptq", "gptq_v2"), _gptq, True, lambda bits: 32 if bits == 3 else 32 // bits),
+    "awq": _Format((4,), ("gemm", "gemm"), _awq, True, lambda bits: _OUTPUTS),
 }
 
 
