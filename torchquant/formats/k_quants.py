@@ -91,9 +91,10 @@ def _search_affine(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     for start in torch.linspace(most - 1.0, most + 1.0, _STARTS).tolist():
         q = (shifted * (start * _inverse(width))[..., None]).round_().clamp_(0, most)
         sum_q, sum_qq, sum_xq = q.sum(-1), q.square().sum(-1), (q * x).sum(-1)
-        inverse = _inverse(n * sum_qq - sum_q.square())
+        spread = n * sum_qq - sum_q.square()  # 0 where all codes are the same
+        inverse = _inverse(spread)
         a, b = (n * sum_xq - sum_x * sum_q) * inverse, (sum_qq * sum_x - sum_q * sum_xq) * inverse
-        a = torch.where(b > 0, sum_xq * _inverse(sum_qq), a)
+        a = torch.where((b > 0) | (spread == 0), sum_xq * _inverse(sum_qq), a)
         b = b.clamp(max=0)
         error = sum_xx + a * (a * sum_qq + 2 * b * sum_q - 2 * sum_xq) + b * (n * b - 2 * sum_x)
         better = error < best
