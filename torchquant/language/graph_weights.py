@@ -23,6 +23,7 @@ __all__ = ["Weight", "float_activations", "refuse_other_function", "weights_of"]
 
 _PREFIX = "model."  # the exported wrapper's name for the model
 _TOKENS = 8  # on which the graph is held against the model
+_PLACES = {"layer_norm": {"weight": 2, "bias": 3}}  # where an op reads what, if two may have one shape
 _FLOOR_DB = {torch.float32: 60.0, torch.bfloat16: 20.0, torch.float16: 30.0}  # both sum in their own order
 
 
@@ -85,6 +86,7 @@ def weights_of(quantized: GraphModule, model: nn.Module) -> dict[str, Weight]:
     reader = _Reader(quantized, model)
     for node in quantized.graph.nodes:
         reader.read(node)
+    reader.read_moved()
     missing = [name for name in reader.shapes if name not in reader.weights]
     if missing:
         raise InputError(
@@ -133,6 +135,18 @@ class _Reader:
         if bias is not None and ops.is_constant(bias):
             self._put(f"{module}.bias", Weight(self._graph, bias))
 
+    def read_moved(self) -> None:
+        """Take what algorithms put in the place of parameters: the one constant of its shape that its module reads."""
+        for name, shape in self.shapes.items():
+            module, _, leaf = name.rpartition(".")
+            if name in self.weights:
+                continue
+            nodes = [n for n in self._graph.graph.nodes if ops.module_path(n) == _PREFIX + module]
+            read = {n for node in nodes for n in _constants_of(node, leaf)}
+            fitting = [n for n in read if tuple(ops.constant_value(self._graph, n).shape) == shape]
+            if len(fitting) == 1:
+                self._put(name, Weight(self._graph, fitting[0]))
+
     def _weight(self, module: str, node: Node | None) -> None:
         quantized, name = self._reading.tensor(node), f"{module}.weight"
         if node is None or not ops.is_constant(node):
@@ -155,6 +169,13 @@ class _Reader:
                 "checkpoint that the graph was exported from"
             )
         self.weights[name] = weight
+
+
+def _constants_of(node: Node, leaf: str) -> list[Node]:
+    """The tensors behind an op's inputs that may be the parameter of this name."""
+    place = _PLACES.get(ops.op_name(node), {}).get(leaf)
+    inputs = node.all_input_nodes if place is None else [ops.argument(node, place)]
+    return [n for n in inputs if n is not None and n.op == "get_attr" and ops.is_constant(n)]
 
 
 def float_activations(quantized: GraphModule) -> tuple[GraphModule, int]:
