@@ -1,5 +1,6 @@
 """Folders with a small decoder and a small byte-level tokenizer."""
 
+import torch
 from decoders import decoder, transformers
 
 TEXT = "the then, 12 them"
@@ -21,7 +22,11 @@ def byte_tokenizer(pre_tokenizer=None, size=300):
 
 
 def byte_folder(folder, name="llama", pre_tokenizer=None, **changes):
-    """A checkpoint of a decoder of this name, as transformers writes it."""
-    decoder(name, **{"vocab_size": 300, **changes}).save_pretrained(folder)
-    byte_tokenizer(pre_tokenizer).save_pretrained(folder)
+    """A checkpoint of a decoder of this name, as transformers writes it, that says no parts of characters."""
+    model, tokenizer = decoder(name, **{"vocab_size": 300, **changes}), byte_tokenizer(pre_tokenizer)
+    parts = [index for text, index in tokenizer.get_vocab().items() if not text.isascii()]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[parts] = 0.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

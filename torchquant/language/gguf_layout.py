@@ -183,10 +183,11 @@ def rope_factors(layout: Layout, model: Any) -> Tensor | None:
     rotary = [m for name, m in model.named_modules() if name.endswith("rotary_emb") and hasattr(m, "inv_freq")]
     if not rotary:
         return None
-    frequencies, size = rotary[0].inv_freq.detach().double().cpu(), _head_dim(model.config)
+    frequencies, size = rotary[0].inv_freq.detach().cpu(), _head_dim(model.config)
     plain = 1.0 / float(_rope(model.config)["rope_theta"]) ** (torch.arange(0, size, 2).double() / size)
-    factors = (plain / frequencies).float() if plain.shape == frequencies.shape else None
-    is_plain = factors is not None and torch.allclose(factors, torch.ones(()), atol=1e-5)
+    factors = (plain / frequencies.double()).float() if plain.shape == frequencies.shape else None
+    # of a model that was cast as a whole they are rounded
+    is_plain = factors is not None and torch.allclose(plain.to(frequencies.dtype), frequencies, rtol=1e-5)
     if (not is_plain and (factors is None or not layout.is_interleaved)) or rotary[0].attention_scaling != 1.0:
         raise SchemeError(f"a GGUF of {layout.architecture} cannot hold this model's scaled rotary embeddings")
     return None if is_plain else factors

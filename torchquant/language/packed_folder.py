@@ -118,8 +118,9 @@ def _refuse_other_frequencies(model: Any) -> None:
     """Raise SchemeError for rotary frequencies that the config does not give, such as those of a GGUF's factors."""
     for name, module in model.named_modules():
         if name.endswith("rotary_emb") and hasattr(module, "inv_freq"):
-            plain = type(module)(config=model.config).inv_freq
-            if not torch.allclose(plain.cpu(), module.inv_freq.detach().cpu(), rtol=1e-4):
+            frequencies = module.inv_freq.detach().cpu()  # in the dtype of a model that was cast as a whole
+            plain = type(module)(config=model.config).inv_freq.cpu().to(frequencies.dtype)
+            if not torch.allclose(plain, frequencies, rtol=1e-4):
                 raise SchemeError(f"{name} has frequencies that config.json cannot say; take format='gguf'")
 
 
