@@ -284,7 +284,7 @@ def test_the_graph_and_the_model_are_as_they_were(tmp_path):
 
 
 def continued(path, prompt, count, top):
-    """What llama.cpp goes on with, greedily: for each token {id: log probability} of the `top` most likely, best first."""
+    """What llama.cpp goes on with: for each token {id: log probability} of the `top` most likely, best first."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), 256, 1
@@ -294,10 +294,8 @@ def continued(path, prompt, count, top):
     server.handle_completions({"prompt": prompt, **options}, answers.append)
     answer = answers[-1]
     answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
-    return [
-        {kind["id"]: kind["logprob"] for kind in part["top_logprobs"]}
-        for part in answer["choices"][0]["logprobs"]["content"]
-    ]
+    parts = answer["choices"][0]["logprobs"]["content"]
+    return [{kind["id"]: kind["logprob"] for kind in part["top_logprobs"]} for part in parts]
 
 
 @pytest.mark.slow
