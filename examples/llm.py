@@ -105,7 +105,9 @@ def _quantize(exported: GraphModule, options: argparse.Namespace, seen: Sequence
         places = torch.arange(options.cache)
         batches = [(window.unsqueeze(0), places, places) for window in seen]
         tq.calibrate(prepared, batches)
-        tq.optimize(prepared, batches, [tq.GPTQ()])
+        tq.optimize(
+            prepared, batches, [tq.GPTQ(correct_bias=options.save is None)]
+        )  # others have no place for new biases
     return tq.convert(prepared)
 
 

@@ -24,6 +24,11 @@ __all__ = ["Weight", "float_activations", "refuse_other_function", "weights_of"]
 _PREFIX = "model."  # the exported wrapper's name for the model
 _TOKENS = 8  # on which the graph is held against the model
 _PLACES = {"layer_norm": {"weight": 2, "bias": 3}}  # where an op reads what, if two may have one shape
+_NO_PLACE = "the graph has a {}, for which the model of the checkpoint has no place"
+_BIAS = (
+    ": an algorithm added it, or the graph comes from another model. Quantize with algorithms=() instead of the "
+    "default BiasCorrection, and give solvers correct_bias=False"
+)
 _FLOOR_DB = {torch.float32: 60.0, torch.bfloat16: 20.0, torch.float16: 30.0}  # both sum in their own order
 
 
@@ -162,7 +167,7 @@ class _Reader:
     def _put(self, name: str, weight: Weight) -> None:
         shape = weight.shape()
         if name not in self.shapes:
-            raise InputError(f"the graph has a {name}, for which the model of the checkpoint has no place")
+            raise InputError(_NO_PLACE.format(name) + (_BIAS if name.endswith(".bias") else ""))
         if shape != self.shapes[name]:
             raise InputError(
                 f"{name} is {shape} in the graph and {self.shapes[name]} in the model of the checkpoint; take the "
