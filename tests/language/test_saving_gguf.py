@@ -230,14 +230,16 @@ def test_biases_that_an_algorithm_added_are_refused_with_what_to_do(tmp_path):
         tq.save_causal_lm(graph, checkpoint, tmp_path / "m.gguf")
 
 
-def test_biases_of_the_model_go_along_as_they_were_corrected(tmp_path):
-    checkpoint, _ = quantized("qwen2", "w4_symmetric_g32")
-    prepared = tq.prepare(tq.export_causal_lm(checkpoint.model, 16), X86Quantizer("w2_symmetric_g32"))
-    graph, bias = tq.convert(prepared), "model.layers.0.self_attn.q_proj.bias"
-    graph.get_parameter(f"model.{bias}").data.add_(1.0)
-    saved = tq.save_causal_lm(graph, checkpoint, tmp_path / "m.gguf")
-    assert_read_back((checkpoint, graph), saved.path)
-    graph.get_parameter(f"model.{bias}").data.sub_(1.0)
+def test_biases_of_the_model_go_along_as_the_graph_has_them(tmp_path):
+    checkpoint, graph = quantized("qwen2", "w4_symmetric_g32")
+    changed = copy_graph(graph)
+    projection = changed.get_submodule("model.model.layers.0.self_attn.q_proj")
+    projection.bias = torch.nn.Parameter(projection.bias + 1.0)
+    saved = tq.save_causal_lm(changed, checkpoint, tmp_path / "m.gguf")
+    assert_read_back((checkpoint, changed), saved.path)
+    bias = tq.load_causal_lm(saved.path).model.get_parameter("model.layers.0.self_attn.q_proj.bias")
+    assert torch.equal(bias, projection.bias)
+    assert not torch.equal(bias, checkpoint.model.get_parameter("model.layers.0.self_attn.q_proj.bias"))
 
 
 def test_ops_that_no_weight_could_take_are_noticed(tmp_path):
