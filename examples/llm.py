@@ -69,9 +69,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("model.pt2"))
-    parser.add_argument(
-        "--save", metavar="FORMAT:PATH", help="also as gguf, compressed-tensors, gptq or awq, for others"
-    )
+    parser.add_argument("--save", metavar="FORMAT:PATH", help="for others: gguf, compressed-tensors, gptq or awq")
     options = parser.parse_args(arguments)
     if options.save is not None and not all(options.save.partition(":")):
         parser.error("--save takes FORMAT:PATH, for example gguf:model.gguf")
@@ -105,9 +103,8 @@ def _quantize(exported: GraphModule, options: argparse.Namespace, seen: Sequence
         places = torch.arange(options.cache)
         batches = [(window.unsqueeze(0), places, places) for window in seen]
         tq.calibrate(prepared, batches)
-        tq.optimize(
-            prepared, batches, [tq.GPTQ(correct_bias=options.save is None)]
-        )  # others have no place for new biases
+        may_add_biases = options.save is None  # for which checkpoints have no place
+        tq.optimize(prepared, batches, [tq.GPTQ(correct_bias=may_add_biases)])
     return tq.convert(prepared)
 
 
