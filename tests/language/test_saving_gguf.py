@@ -1,6 +1,7 @@
 """GGUF files of converted decoders hold the codes of the graph, and are read back as the same model."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,13 @@ from byte_tokenizer import TEXT, byte_folder
 from decoders import SIZES, decoder, quantized, tokens_of, values_in
 
 import torchquant as tq
+from torchquant.formats.encoded import EncodedFormat
 from torchquant.fx.passes import copy_graph
 from torchquant.language.gguf_header import read_header
+from torchquant.lowering.target import Target
 from torchquant.quantizers import WeightOnlyQuantizer, X86Quantizer
+from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.types import Capability, Scheme, TensorSpec
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint has no tokenizer.json")
@@ -112,6 +117,33 @@ def test_groups_that_no_type_holds_are_encoded_again_and_named(tmp_path):
     assert set(saved.stored_as) == {"Q5_0", "F32"}  # groups of 16; 64 and 96 columns are no super-blocks
     assert len(saved.encoded_again) == 23
     assert saved.encoded_again["blk.0.attn_q.weight"] > 20
+
+
+@dataclass(frozen=True)
+class Signs(EncodedFormat):
+    """A sign for each weight and a magnitude for 32."""
+
+    def encode(self, cells):
+        return (cells >= 0).to(torch.uint8), cells.abs().mean(1, keepdim=True)
+
+    def decode(self, *stored):
+        return (stored[0].float() * 2 - 1) * stored[1]
+
+
+def test_a_format_of_its_own_is_encoded_again(tmp_path):
+    spec = TensorSpec(Signs("signs", torch.uint8, 0, 1), symmetric=True, granularity="group", group_size=32)
+    schemes = {"signs": Scheme("signs", None, spec)}
+
+    class Quantizer(CapabilityQuantizer):
+        target = Target("signs", "", "", "", schemes, (Capability("linear", ("signs",), "weighted"),))
+
+    checkpoint, _ = quantized("llama", "w4_symmetric_g32")
+    graph = tq.convert(tq.prepare(tq.export_causal_lm(checkpoint.model, 16), Quantizer("signs")))
+    saved = tq.save_causal_lm(graph, checkpoint, tmp_path / "m.gguf")
+    assert set(saved.stored_as) == {"Q8_0", "F32"}  # where Q6_K does not fit
+    assert min(saved.encoded_again.values()) > 45
+    with pytest.raises(tq.SchemeError, match="none with integer weights"):
+        tq.save_causal_lm(graph, checkpoint, tmp_path / "out", "gptq")
 
 
 def test_columns_that_are_no_blocks_stay_floats(tmp_path):

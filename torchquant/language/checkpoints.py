@@ -187,10 +187,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
 
 
 def _packing_of(folder: Path, quantization: Any) -> Packing:
-    with reading(folder / "config.json", "a description of quantized weights", "download it again"):
+    name = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    with reading(folder / "config.json", f"a description of weights packed by {name!r:.80}", "download it again"):
         packing = packing_of(quantization)
     if packing is None:
-        name = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ArtifactError(
             f"{folder} is quantized by {name!r:.80} in a way that is not read; compressed-tensors' pack-quantized, "
             "GPTQ and AWQ (gemm) are. Take the checkpoint with float weights"
