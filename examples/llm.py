@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{_scheme(options)}, {options.method}: {tq.report(quantized).summary()}")
     if judged is not None:
         _judge(exported, quantized, judged, options.cache)
+    if options.save is not None:
+        _save(quantized, checkpoint, options.save)
     example = torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), torch.arange(8)
     start = time.perf_counter()
     program = inductor_x86.lower(quantized, example)
@@ -67,7 +69,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("model.pt2"))
+    parser.add_argument("--save", metavar="FORMAT:PATH", help="for others: gguf, compressed-tensors, gptq or awq")
     options = parser.parse_args(arguments)
+    if options.save is not None and not all(options.save.partition(":")):
+        parser.error("--save takes FORMAT:PATH, for example gguf:model.gguf")
     if options.method == "gptq" and options.text is None:
         parser.error("gptq rounds by what the layers see: give it a --text")
     return options
@@ -98,7 +103,8 @@ def _quantize(exported: GraphModule, options: argparse.Namespace, seen: Sequence
         places = torch.arange(options.cache)
         batches = [(window.unsqueeze(0), places, places) for window in seen]
         tq.calibrate(prepared, batches)
-        tq.optimize(prepared, batches, [tq.GPTQ()])
+        may_add_biases = options.save is None  # for which checkpoints have no place
+        tq.optimize(prepared, batches, [tq.GPTQ(correct_bias=may_add_biases)])
     return tq.convert(prepared)
 
 
@@ -111,6 +117,14 @@ def _judge(exported: GraphModule, quantized: GraphModule, judged: Tensor, window
         f"{few.tokens} tokens: perplexity {plain.perplexity:.2f} in float, {few.perplexity:.2f} quantized; KL "
         f"{few.kl_divergence:.4f}, same most likely token {100 * few.top1_agreement:.1f} %"
     )
+
+
+def _save(quantized: GraphModule, checkpoint: tq.Checkpoint, place: str) -> None:
+    format, _, path = place.partition(":")
+    saved = tq.save_causal_lm(quantized, checkpoint, path, format)  # type: ignore[arg-type]
+    stored = ", ".join(f"{count:,} {kind}" for kind, count in saved.stored_as.items())
+    again = f"; encoded again: {len(saved.encoded_again)}" if saved.encoded_again else ""
+    print(f"{saved.path}: {saved.size_bytes:,} bytes; weights {stored}{again}")
 
 
 def _describe(program: Program) -> None:

@@ -120,7 +120,8 @@ def test_a_checkpoint_becomes_a_program_of_few_bits_that_is_judged_saved_and_wri
     out = tmp_path / "model.pt2"
     sizes = ["--group", "32", "--cache", "32", "--calibration", "4", "--new-tokens", "5"]
     text = ["--text", str(small_llama / "text.txt"), "--method", "gptq", "--prompt", "w5 w7"]
-    llm([str(small_llama), *sizes, *text, "--out", str(out)])
+    llm([str(small_llama), *sizes, *text, "--out", str(out), "--save", f"gptq:{tmp_path / 'packed'}"])
+    assert tq.load_causal_lm(tmp_path / "packed").stored_as["gptq_v2"] > 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("w4_g32, gptq: compute ops quantized: 9/10") for line in lines), lines
     assert any("124 tokens: perplexity" in line for line in lines)

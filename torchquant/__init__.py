@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
     from torchquant.language.harness import harness_model
+    from torchquant.language.saving import SavedCheckpoint, save_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
@@ -92,6 +93,7 @@ _HOMES = {
     "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
     "language.harness": ("harness_model",),
+    "language.saving": ("SavedCheckpoint", "save_causal_lm"),
     "artifacts.program": ("Program",),
     "reporting.terminal": (
         "Report",
@@ -139,6 +141,7 @@ __all__ = [
     "QDrop",
     "RangeSearch",
     "Report",
+    "SavedCheckpoint",
     "SchemeError",
     "SeqMSE",
     "SmoothQuant",
@@ -160,6 +163,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_causal_lm",
     "sqnr_db",
 ]
 

@@ -1,5 +1,7 @@
 """Small decoders of several architectures with weights at random."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -53,6 +55,23 @@ def decoder(name: str, **changes):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model
+
+
+@cache
+def quantized(name: str, scheme: str, **changes):
+    """(checkpoint, converted graph) of a decoder, to be read only."""
+    from torchquant.quantizers import X86Quantizer
+
+    model = decoder(name, **changes)
+    graph = tq.convert(tq.prepare(tq.export_causal_lm(model, 16), X86Quantizer(scheme)))
+    return tq.Checkpoint(model, {}, {}), graph
+
+
+def values_in(graph, model):
+    """Name -> values of each parameter as the graph computes with it."""
+    from torchquant.language.graph_weights import weights_of
+
+    return {name: weight.values() for name, weight in weights_of(graph, model).items()}
 
 
 def tokens_of(count: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:

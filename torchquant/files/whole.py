@@ -15,7 +15,7 @@ from pathlib import Path
 from torchquant.errors import ArtifactError, TorchquantError, TorchquantWarning
 from torchquant.files.owned import OwnFolder
 
-__all__ = ["digest", "reading", "warn_ignored", "write_whole"]
+__all__ = ["digest", "reading", "warn_ignored", "write_folder", "write_whole"]
 
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,20}")  # by which torch tells what it is to write
 
@@ -93,14 +93,41 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     """
     target = Path(path)
     _refuse_odd_place(target)
+    with _own_folder(target) as folder:
+        part = folder / f"part{target.suffix if _SUFFIX.fullmatch(target.suffix) else ''}"
+        write(part)
+        os.replace(part, target)
+    return target
+
+
+def write_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a new folder beside `path`, then move it into place.
+
+    Raises:
+        ArtifactError: as `write_whole`, or there is a file in the place, or a folder with something in it, which might
+            be anybody's.
+    """
+    target = Path(path)
+    if not target.is_dir():
+        _refuse_odd_place(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ArtifactError(f"cannot write {target}: there is something in the place already. Choose another name.")
+    with _own_folder(target) as folder:
+        part = folder / "part"
+        part.mkdir()
+        write(part)
+        os.replace(part, target)
+    return target
+
+
+@contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    """A folder beside a target for what is not ready yet; failures to write become errors that name the target."""
     try:
         with OwnFolder(f".{target.name}.", target.parent) as folder:
-            part = folder / f"part{target.suffix if _SUFFIX.fullmatch(target.suffix) else ''}"
-            write(part)
-            os.replace(part, target)
+            yield folder
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}. Choose another folder.") from error
     except RuntimeError as error:  # what torch raises where a disk is full
         text = str(error).split("\n")[0][:300]
         raise ArtifactError(f"cannot write {target}: {text}. If the disk is full, choose another folder.") from error
-    return target

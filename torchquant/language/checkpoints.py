@@ -6,7 +6,6 @@ allocated. Nothing is downloaded, and no code of a checkpoint is run.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -25,13 +24,14 @@ from torch import nn
 from torchquant.errors import ArtifactError, TorchquantWarning
 from torchquant.files.whole import reading
 from torchquant.language.gguf_header import Header, decoded, read_header, refuse_undecoded
+from torchquant.language.json_files import json_in
 from torchquant.language.libraries import gguf, transformers
+from torchquant.language.models import check_size, filled, without_values
+from torchquant.language.packed_reading import Packing, packed_model, packing_of
 
 __all__ = ["Checkpoint", "load_causal_lm"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-_LARGEST_JSON = 64 << 20  # bytes
-_MOST_EXPERTS = 4096
 _FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, which transformers does not read
 
 
@@ -50,6 +50,12 @@ class Checkpoint:
     stored_as: Mapping[str, int]
     _source: tuple[str, dict[str, Any]] = field(repr=False, default=("", {}))
 
+    @property
+    def source(self) -> Path | None:
+        """The GGUF file or the folder that it was read from; None for one that was made otherwise."""
+        folder, options = self._source
+        return Path(folder) / options.get("gguf_file", "") if folder else None
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers; raises ArtifactError if the files have none that it reads."""
@@ -63,7 +69,8 @@ def load_causal_lm(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
 
     Args:
         path: a `.gguf` file of an architecture that transformers reads (llama, qwen2, qwen3, gemma3, gpt2, phi3 ...),
-            or a folder with `config.json` and `.safetensors` files.
+            or a folder with `config.json` and `.safetensors` files, whose linears may be packed by compressed-tensors
+            (`pack-quantized`), GPTQ or AWQ.
         dtype: of the weights; quantized ones are decoded.
 
     Raises:
@@ -88,7 +95,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
         _check_described(header)
         config = transformers().AutoConfig.from_pretrained(path.parent, **options, **_LOCAL)
         elements = sum(prod(t.shape) for t in header.tensors if t.name != _FACTORS)
-        _check_size(config, elements, len(header.tensors))
+        check_size(config, elements, len(header.tensors))
         model = _decoded(path, header, config, dtype)
     used = sum(p.numel() for p in model.parameters())
     if used != elements:
@@ -145,17 +152,8 @@ def _one_name_map() -> Iterator[None]:
 
 def _decoded(path: Path, header: Header, config: Any, dtype: torch.dtype) -> Any:
     """The model with the weights of the file, decoded; raises ValueError if any is missing or has another shape."""
-    with transformers("initialization").no_init_weights():
-        model = transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    weights = _weights(path, header, model, dtype)
-    model.tie_weights()
-    places = model.state_dict()
-    tied = {places[name].data_ptr() for name in weights if name in places}
-    missing = [n for n, p in model.named_parameters() if n not in weights and p.data_ptr() not in tied]
-    if missing:
-        raise ValueError(f"missing weights: {', '.join(missing[:4])}")
-    model.load_state_dict(weights, strict=False)
-    return model.eval()
+    model = without_values(config, dtype)
+    return filled(model, _weights(path, header, model, dtype))
 
 
 def _divide_frequencies(path: Path, header: Header, model: nn.Module) -> None:
@@ -174,41 +172,49 @@ def _divide_frequencies(path: Path, header: Header, model: nn.Module) -> None:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
-    described = _json(folder / "config.json")
-    if "quantization_config" in described:
-        method = described["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise ArtifactError(f"{folder} is quantized by {name!r:.80}; take the checkpoint with float weights")
+    described = json_in(folder / "config.json")
+    quantization = described.get("quantization_config")
+    packing = _packing_of(folder, quantization) if "quantization_config" in described else None
     shapes, stored = _shapes_in(folder)
     with reading(folder, "a checkpoint of a language model", "download it again"):
         config = transformers().AutoConfig.from_pretrained(folder, **_LOCAL)
-        _check_size(config, sum(map(prod, shapes.values())), len(shapes))
-        model = _loaded(folder, dtype, {"use_safetensors": True})
+        if packing is None:
+            check_size(config, sum(map(prod, shapes.values())), len(shapes))
+            model = _loaded(folder, dtype, {"use_safetensors": True})
+        else:
+            model, stored = packed_model(folder, _files_in(folder), config, packing, dtype)
     return Checkpoint(model, described, stored, (str(folder), {}))
 
 
-def _json(file: Path) -> dict[str, Any]:
-    with reading(file, "a .json file", "download it again"):
-        if (size := file.stat().st_size) > _LARGEST_JSON:
-            raise ValueError(f"{size:,} bytes")
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-        return content
+def _packing_of(folder: Path, quantization: Any) -> Packing:
+    name = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    with reading(folder / "config.json", f"a description of weights packed by {name!r:.80}", "download it again"):
+        packing = packing_of(quantization)
+    if packing is None:
+        raise ArtifactError(
+            f"{folder} is quantized by {name!r:.80} in a way that is not read; compressed-tensors' pack-quantized, "
+            "GPTQ and AWQ (gemm) are. Take the checkpoint with float weights"
+        )
+    return packing
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Names of the files with weights; raises ArtifactError for an index that names others than files beside it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    listed = json_in(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise ArtifactError(f"{index} names no files beside it")
+    return sorted(set(names))
 
 
 def _shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """Name -> shape of all tensors, and dtype -> number of weights, from the headers of the files alone."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        listed = _json(index).get("weight_map")
-        names = sorted(set(listed.values())) if isinstance(listed, dict) and listed else []
-        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
-            raise ArtifactError(f"{index} names no files beside it")
     shapes: dict[str, tuple[int, ...]] = {}
     stored = Counter[str]()
-    for name in names:
+    for name in _files_in(folder):
         with reading(folder / name, "a .safetensors file", "download it again"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(folder / name)
@@ -218,24 +224,6 @@ def _shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]
                     shapes[key] = tuple(part.get_shape())
                     stored[str(part.get_dtype())] += prod(shapes[key])
     return shapes, dict(stored)
-
-
-# both ----------------------------------------------------------------------------------------------------------------
-
-
-def _check_size(config: Any, elements: int, tensors: int) -> None:
-    """Raise ValueError if the model of a config is much larger than the weights that there are."""
-    text = config.get_text_config()
-    if not 0 < text.num_hidden_layers <= tensors:
-        raise ValueError(f"{text.num_hidden_layers} layers, of {tensors} tensors")
-    experts = [v for k, v in text.to_dict().items() if "expert" in k and isinstance(v, int)]
-    if any(count > _MOST_EXPERTS for count in experts):
-        raise ValueError(f"{max(experts)} experts")
-    with torch.device("meta"):
-        empty = transformers().AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    wanted = sum(p.numel() for p in empty.parameters())
-    if wanted > 2 * elements:  # a tied head may be counted twice
-        raise ValueError(f"a model of {wanted:,} weights, of which there are {elements:,}")
 
 
 @contextmanager

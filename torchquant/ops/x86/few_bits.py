@@ -13,7 +13,7 @@ from torchquant.ops.x86 import matching
 from torchquant.ops.x86.rows import Grid
 from torchquant.types import DTYPE_RANGE
 
-__all__ = ["LEAST_SCALE", "Product", "read"]
+__all__ = ["LEAST_SCALE", "Product", "grid_of", "read"]
 
 LEAST_SCALE = 2.0**-126  # of activations in 16 bits, where a block is all zeros
 
@@ -62,7 +62,7 @@ def read(reading: GraphReading, node: Node) -> Product | str | None:
     activations = reading.op(values)
     if activations is not None and matching.byte_grid(activations) and matching.weight_of(reading, weight) is not None:
         return None
-    grid = _grid_of(reading, weight, quantized)
+    grid = grid_of(reading, weight, quantized)
     if isinstance(grid, str):
         return grid
     bias = ops.argument(node, 2)
@@ -82,11 +82,12 @@ def _lookup(reading: GraphReading, node: Node) -> Product | str | None:
         return None
     if ops.overload_of(node) != "embedding.default":
         return "there is no kernel for bags of lookups in a table of few bits"
-    grid = _grid_of(reading, table, quantized)
+    grid = grid_of(reading, table, quantized)
     return grid if isinstance(grid, str) else Product(node, indices, grid, None, 0)
 
 
-def _grid_of(reading: GraphReading, weight: Node | None, quantized: Quantized) -> Grid | str:
+def grid_of(reading: GraphReading, weight: Node | None, quantized: Quantized) -> Grid | str:
+    """The codes behind a weight `(outputs, inputs)`, and what they stand for; why there is no grid of the kernels."""
     assert quantized.codes is not None
     qparams = quantized.qparams
     if quantized.node is not weight or not ops.is_constant(weight):
