@@ -109,7 +109,7 @@ class _XnnpackLowering(Lowering[XnnpackProgram]):
         allowed = set(self.allowed)
         refuse_unknown_sizes(quantized)
         refuse_missing_kernels(quantized)
-        refuse_unrunnable(self.compute)
+        refuse_unrunnable(quantized, self.compute)
         refuse_unshared(quantized, allowed)
         refuse_narrow(quantized, allowed)
         refuse_overflow(quantized, self.compute)
@@ -237,6 +237,7 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
         own_storage(graph)
+        passes.remove_dead_weights(graph)  # a program keeps what its graph does not read
         exported = export_again(graph, batch)
         with _sizes_as_exported():
             return executorch.lower(exported, partitioner=[executorch.partitioner()])
