@@ -15,7 +15,6 @@ from torchquant.backends.executorch_xnnpack.capabilities import (
     LEAST_GROUP,
     REQUANTIZATION_LIMIT,
     TARGET,
-    inputs_of,
 )
 from torchquant.backends.executorch_xnnpack.tables import table_problem
 from torchquant.errors import LoweringError
@@ -42,11 +41,21 @@ def refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
     nodes, reading = {n.name: n for n in graph.graph.nodes}, GraphReading(graph)
     for site in sites:
         node = nodes[site.node]
-        if problem := _problem(site, inputs_of(node)) or _choice_problem(reading, node):
+        if problem := _problem(site, _inputs(graph, reading, node)) or _choice_problem(reading, node):
             raise LoweringError(
                 f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Change the Quantizer's "
                 f"spec, exclude the op, or pass allow_float=['node:{site.node}']."
             )
+
+
+def _inputs(graph: GraphModule, reading: GraphReading, node: Node) -> int:
+    """How many input features a weight of codes has, or a table columns; 0 if that is unknown."""
+    kind = ops.kind_of(node)
+    read = None if kind is None or kind.weight is None else reading.tensor(ops.argument(node, kind.weight))
+    if read is None or read.codes is None or not ops.is_constant(read.codes):
+        return 0
+    codes = ops.constant_value(graph, read.codes)
+    return int(codes.shape[1]) if codes.ndim == 2 else 0
 
 
 def _problem(site: Site, inputs: int) -> str:
@@ -110,7 +119,10 @@ def _few_bits_problem(site: Site, inputs: int) -> str:
 def _activation_problem(site: Site) -> str:
     activation, weight = site.activation, site.weight
     if activation is None:
-        return "only its weight is quantized, and XNNPACK runs no weight-only int8"
+        return (
+            "only its weight is quantized, and XNNPACK runs no weight-only linears or convolutions; quantize its input "
+            f"at run time too (dynamic_int8, {FEW_BITS[-1]})"
+        )
     if activation.dynamic:
         if weight is not None and weight.axis is None and weight.scale is not None and weight.scale.numel() == 1:
             return "its weight is per tensor, and XNNPACK's dynamic linear takes per-channel weights"
