@@ -32,6 +32,7 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_unrunnable,
     refuse_unshared,
 )
+from torchquant.backends.executorch_xnnpack.partitioning import decomposed_once, partitioner_class
 from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, own_storage, prepare
 from torchquant.backends.executorch_xnnpack.portable import RULES, other_branches, rewrite_branches
 from torchquant.backends.executorch_xnnpack.program import (
@@ -41,6 +42,7 @@ from torchquant.backends.executorch_xnnpack.program import (
     executorch_modules,
     with_metadata,
 )
+from torchquant.backends.executorch_xnnpack.quick import quick_passes
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed
 from torchquant.errors import TorchquantError
 from torchquant.fx import passes
@@ -202,7 +204,7 @@ def _built(executorch: SimpleNamespace, graph: GraphModule, tensors: Sequence[to
 
 def _buffer(edge: Any) -> bytes:
     try:
-        with _sizes_as_exported():
+        with _sizes_as_exported(), quick_passes():
             return bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise ExecutorchError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
@@ -238,9 +240,10 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         passes.unshare_weights(graph)
         own_storage(graph)
         passes.remove_dead_weights(graph)  # a program keeps what its graph does not read
-        exported = export_again(graph, batch)
-        with _sizes_as_exported():
-            return executorch.lower(exported, partitioner=[executorch.partitioner()])
+        partitioner = partitioner_class()()
+        exported = decomposed_once(export_again(graph, batch), partitioner)
+        with _sizes_as_exported(), quick_passes():
+            return executorch.lower(exported, partitioner=[partitioner])
     except TorchquantError:
         raise
     except Exception as error:
