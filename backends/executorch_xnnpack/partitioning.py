@@ -1,4 +1,4 @@
-"""ExecuTorch's partitioner and decompositions in one trace of the graph, where that comes to the same; else in three."""
+"""ExecuTorch's partitioner and decompositions in one trace of the graph where that comes to the same, else in more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def partitioner_class() -> Any:
     """A subclass of ExecuTorch's partitioner, which is imported here."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    class OncePartitioner(XnnpackPartitioner):  # type: ignore[misc]
+    class OncePartitioner(XnnpackPartitioner):
         """Names the ops to keep without a condition, where all of them meet it: then ExecuTorch has not to try."""
 
         def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], Callable[[Node], bool] | None]:
@@ -59,9 +59,9 @@ def decomposed_once(exported: torch.export.ExportedProgram, partitioner: Any) ->
             is_done = wanted is not None and wanted.keys() == table.keys()
             return done[0] if is_done else again(wanted, *args, **options)
 
-        done[0].run_decompositions = second  # type: ignore[method-assign]
+        done[0].run_decompositions = second
         return done[0]
 
     run = exported.run_decompositions
-    exported.run_decompositions = first  # type: ignore[method-assign]
+    exported.run_decompositions = first
     return exported

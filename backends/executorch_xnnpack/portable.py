@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torchquant.backends.executorch_xnnpack.recurrent import gru, gru_cell, lstm_cell, rnn_cell
 from torchquant.backends.executorch_xnnpack.tables import looked_up, lookup
 from torchquant.backends.executorch_xnnpack.values import is_float32, reshaped, value_of, varying
+from torchquant.backends.executorch_xnnpack.varying_sizes import attention, last_axis_parts
 from torchquant.fx import ops, passes
 from torchquant.fx.rewrites.builder import Builder, Rule, used_parts
 from torchquant.fx.rewrites.decompose import rewrite
@@ -376,4 +377,6 @@ RULES: dict[Any, Rule] = {
     aten.bucketize.Tensor: sorted_place,
     aten.unsqueeze.default: last_axis,
     aten.stack.default: stack_last,
+    aten.cat.default: last_axis_parts,
+    aten.scaled_dot_product_attention.default: attention,
 }

@@ -18,8 +18,10 @@ from torch.fx import GraphModule, Node
 
 __all__ = ["quick_passes"]
 
-_CALLBACKS = ("call_operator", "call_getitem", "call_sym", "call_cond", "call_map", "call_scan", "call_delegate")
-_CALLBACKS += ("call_function", "call_submodule", "placeholder", "output", "get_attr", "on_attr", "inputs", "_fx")
+_CALLBACKS = (  # what a pass overrides that changes ops while it runs
+    *("call_operator", "call_getitem", "call_sym", "call_cond", "call_map", "call_scan", "call_delegate"),
+    *("call_function", "call_submodule", "placeholder", "output", "get_attr", "on_attr", "inputs", "_fx"),
+)
 
 
 @contextmanager
@@ -59,7 +61,8 @@ class _Ways:
 
     def __init__(self, pass_base: Any) -> None:
         base, self._export_pass, self._proxy = pass_base._ExportPassBase, pass_base.ExportPass, pass_base.ProxyValue
-        self._result, self._plain = pass_base.PassResult, {}
+        self._result = pass_base.PassResult
+        self._plain: dict[type, bool] = {}
         self._current: dict[int, Node] = {}
         self._computed: weakref.WeakKeyDictionary[Node, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self._finished: weakref.WeakKeyDictionary[GraphModule, list[Any]] = weakref.WeakKeyDictionary()
