@@ -309,7 +309,8 @@ class CapabilityQuantizer(Quantizer):
         if is_float:
             return ScaledActivation
         if tensor.granularity == "group":
-            return GroupWeight.with_args(group_size=tensor.group_size, symmetric=tensor.symmetric)
+            options = {"symmetric": tensor.symmetric, "stored_as": tensor.scale_dtype}
+            return GroupWeight.with_args(group_size=tensor.group_size, **options)
         if self.is_qat:
             return _fake_quantizer(per_channel, axis)
         return PerChannelWeight if per_channel else self.observer

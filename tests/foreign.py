@@ -71,18 +71,18 @@ def dynamic():
     return per_tensor(observer=PlaceholderObserver, is_dynamic=True)
 
 
-def groupwise(group_size=32):
+def groupwise(group_size=32, low=-8, high=7, mapping=MappingType.SYMMETRIC):
     observer = AffineQuantizedMinMaxObserver.with_args(
-        mapping_type=MappingType.SYMMETRIC,
+        mapping_type=mapping,
         target_dtype=torch.int8,
         granularity=PerGroup(group_size),
-        quant_min=-8,
-        quant_max=7,
+        quant_min=low,
+        quant_max=high,
         eps=1e-6,
         scale_dtype=torch.float32,
         zero_point_dtype=torch.int32,
     )
-    return QuantizationSpec(torch.int8, observer, -8, 7)
+    return QuantizationSpec(torch.int8, observer, low, high)
 
 
 # every kind of spec ---------------------------------------------------------------------------------------------------

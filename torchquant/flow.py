@@ -33,6 +33,7 @@ from torchquant.fx.rewrites.decompose import expand_batch_norms
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import hidden_states, own_states
+from torchquant.fx.subclasses import split_parts
 from torchquant.observers.minmax import least_scale
 from torchquant.solving.contract import Algorithm
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES, Optimization, run
@@ -79,6 +80,7 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
         for module, training in modes.items():
             module.training = training
     assert isinstance(exported, GraphModule)
+    split_parts(exported)
     passes.inline_regions(exported)
     _refuse_hidden_states(exported)
     functionalize(exported)

@@ -80,7 +80,8 @@ class Format:
 class TensorSpec:
     """How one tensor is quantized: its grid, its granularity, and when its scale is chosen.
 
-    `group_size`: how many neighbours along the input axis share a scale, with granularity "group".
+    `group_size`: how many neighbours along the input axis share a scale, with granularity "group"; `scale_dtype`: what
+    the target stores their scales in, None if it has a choice.
     """
 
     format: Format
@@ -88,6 +89,7 @@ class TensorSpec:
     granularity: Granularity = "tensor"
     dynamic: bool = False
     group_size: int | None = None
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if (self.granularity == "group") != (self.group_size is not None):

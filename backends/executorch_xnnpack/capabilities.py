@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from torchquant.formats.integer import INT8, INT8_NARROW
 from torchquant.fx import ops
 from torchquant.lowering.target import Target
+from torchquant.lowering.weight_schemes import weight_schemes
 from torchquant.types import Capability, Scheme, TensorSpec
 
-__all__ = ["CAPABILITIES", "REQUANTIZATION_LIMIT", "SCHEMES", "TARGET", "is_spatial_pad"]
+__all__ = [
+    "CAPABILITIES",
+    "FEW_BITS",
+    "FOUR_BITS",
+    "LEAST_GROUP",
+    "LOOKUPS",
+    "REQUANTIZATION_LIMIT",
+    "SCHEMES",
+    "TARGET",
+    "inputs_of",
+    "is_spatial_pad",
+]
 
 REQUANTIZATION_LIMIT = 2.0**8  # of input scale x weight scale / output scale, exclusive
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
+_BYTES_BY_TOKEN = TensorSpec(INT8, symmetric=False, granularity="token", dynamic=True)
+FOUR_BITS = (-8, 7)  # the one range of codes that XNNPACK packs as 4 bits
+LEAST_GROUP = 32  # XNNPACK's groups of 4-bit weights are multiples of this
+_few_bits = partial(weight_schemes, group_sizes=(256, 128, 64, LEAST_GROUP), scale_dtype=torch.bfloat16)
+_LINEARS = _few_bits((4,), activations=(_BYTES_BY_TOKEN,), symmetric=(True,))  # scales are stored in bfloat16
+_TABLES = _few_bits((8, 4))
+FEW_BITS, LOOKUPS = tuple(_LINEARS), tuple(_TABLES)  # names: of linears with 4-bit weights, and of tables
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(INT8, symmetric=False), _WEIGHT),
-    "dynamic_int8": Scheme(
-        "dynamic_int8", TensorSpec(INT8, symmetric=False, granularity="token", dynamic=True), _WEIGHT
-    ),
+    "dynamic_int8": Scheme("dynamic_int8", _BYTES_BY_TOKEN, _WEIGHT),
+    **_LINEARS,
+    **_TABLES,
 }
 
-_EMBEDDING = "embedding tables stay float: the delegate has no embedding, and the portable kernel would run outside it"
 _FUNCTION = "the delegate computes this function in float"
 _GROWS = "XNNPACK's int8 mean goes wrong in a call that is larger than one before, so it is float where sizes vary"
 _ALONE = "XNNPACK has no such op, so a portable kernel computes it in float, outside the delegate"
@@ -33,7 +53,6 @@ _FLOAT = {
         ("matmul", "addmm", "einsum", "attention"), "the delegate multiplies two activations in float"
     ),
     "bilinear": "XNNPACK has no bilinear form of two activations",
-    "embedding": _EMBEDDING,
     "recurrent": "XNNPACK has no recurrent layers",
     "div": "the delegate divides in float",
     "avg_pool": "the delegate averages windows in float; only a mean over the whole image has an int8 kernel",
@@ -159,6 +178,20 @@ def _argument(node: Node, name: str, default: Any) -> Any:
     return ops.arguments(node).get(name, default)
 
 
+def inputs_of(node: Node) -> int:
+    """How many input features the weight of a linear has, or a table columns; 0 if that is unknown."""
+    kind = ops.kind_of(node)
+    weight = None if kind is None or kind.weight is None else ops.argument(node, kind.weight)
+    shape = () if weight is None else ops.shape_of(weight) or ()
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
+
+
+def _looked_up(node: Node, scheme: str) -> str | None:
+    if "embedding_bag" in ops.overload_of(node):
+        return "ExecuTorch has no kernel for bags of lookups in a table of few bits"
+    return None
+
+
 _STATIC, _BOTH = ("static_int8",), ("static_int8", "dynamic_int8")
 _CLAMPS = ("relu", "hardtanh")
 _BETWEEN = "between int8 ops"
@@ -167,7 +200,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("conv2d", _BOTH, "weighted", _CLAMPS, True, _weighted, "dynamic: not depthwise or grouped"),
     Capability("conv_transpose1d", _STATIC, "weighted", _CLAMPS, True, _weighted, "not grouped"),
     Capability("conv_transpose2d", _BOTH, "weighted", _CLAMPS, True, _weighted, "not grouped"),
-    Capability("linear", _BOTH, "weighted", _CLAMPS, True),
+    Capability("linear", (*_BOTH, *FEW_BITS), "weighted", _CLAMPS, True),
+    Capability("embedding", LOOKUPS, "weighted", (), False, _looked_up, "lookups, not bags; by a portable kernel"),
     Capability("add", _STATIC, "activations", ("relu",), True, _two_tensors, "between int8 ops; alpha = 1"),
     Capability("sub", _STATIC, "activations", (), True, _two_tensors, "between int8 ops; alpha = 1"),
     Capability("mul", _STATIC, "activations", (), True, _two_tensors, _BETWEEN),

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.passes import finished
+from torchquant.fx.reading import GraphReading
 from torchquant.observers.minmax import per_token
 
 __all__ = ["duplicate_dynamic_chains", "per_token_linears"]
@@ -15,26 +16,29 @@ aten = torch.ops.aten
 
 
 def per_token_linears(model: GraphModule) -> int:
-    """Quantize the input of dynamic linears per token where the graph says per tensor; returns how many."""
-    dynamic = [
-        n
-        for n in model.graph.nodes
-        if n.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
-        and ops.has_own_scale(n)
-        and n.users
-        and all(u.target is aten.linear.default for u in n.users)
-    ]
-    for node in dynamic:
-        quantize = node.args[0]
-        assert isinstance(quantize, Node)
-        low, high, dtype = node.args[3:6]
+    """Quantize the input of dynamic linears per token, in one dialect, whatever the graph says; returns how many."""
+    reading = GraphReading(model)
+    done = 0
+    for node in [n for n in model.graph.nodes if _is_chain_of_linears(n)]:
+        quantized = reading.op(node)
+        if quantized is None or quantized.source is None or quantized.choice is None or quantized.choice.symmetric:
+            continue
+        qparams = quantized.qparams
+        low, high = int(qparams.quant_min), int(qparams.quant_max)
         with model.graph.inserting_before(node):
-            values = per_token(model, quantize.args[0], low, high, dtype)  # type: ignore[arg-type]
+            values = per_token(model, quantized.source, low, high, qparams.dtype)
+        values.meta = {**node.meta, **values.meta}
         node.replace_all_uses_with(values)
-    if dynamic:
-        model.graph.eliminate_dead_code()
-        model.recompile()
-    return len(dynamic)
+        done += 1
+    return finished(model, done)
+
+
+_OTHERS = ("dequantize_per_tensor", "dequantize_affine")  # dialects of chains that the delegate computes by token
+
+
+def _is_chain_of_linears(node: Node) -> bool:
+    is_other = ops.qdq_name(node) in _OTHERS and ops.has_own_scale(node)
+    return is_other and bool(node.users) and all(user.target is aten.linear.default for user in node.users)
 
 
 def duplicate_dynamic_chains(model: GraphModule) -> int:

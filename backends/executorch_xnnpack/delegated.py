@@ -18,7 +18,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from torchquant.backends.executorch_xnnpack.capabilities import TARGET
+from torchquant.backends.executorch_xnnpack.capabilities import FOUR_BITS, TARGET
+from torchquant.backends.executorch_xnnpack.tables import TABLE_KERNELS
 from torchquant.errors import LoweringError, TorchquantWarning
 from torchquant.files.owned import OwnFolder
 from torchquant.fx.sites import marked
@@ -28,6 +29,7 @@ from torchquant.types import Site
 __all__ = ["Delegated", "read_delegates"]
 
 _MOVES = ("XNNConvert", "XNNStaticTranspose", "XNNStaticReshape")
+_FOUR_BITS = {"qcint4", "qbint4"}
 _PLACES = ("input_id", "input1_id", "input2_id", "input3_id", "input4_id", "input5_id", "filter_id")
 
 
@@ -37,12 +39,15 @@ class Delegated:
 
     Args:
         calls: delegate calls. integer, inexact: sites whose ops all read int8, and those with an op that reads float.
+        four_bits: sites of the former whose weight is stored in 4 bits. tables: lookups in codes, outside the delegate.
         outside: edge op -> how many run in portable kernels.
     """
 
     calls: int = 0
     integer: set[str] = field(default_factory=set)
     inexact: set[str] = field(default_factory=set)
+    four_bits: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     outside: Counter[str] = field(default_factory=Counter)
 
     def check(self, wanted: Sequence[Site]) -> None:
@@ -57,6 +62,12 @@ class Delegated:
                 + (f"; outside it are {left}" if left else "")
                 + (". A static op has to be given an int8 output, too (an output_qspec)" if static else "")
                 + ". Exclude what is not delegated, or pass allow_float."
+            )
+        wide = [s for s in wanted if _is_four_bits(s) and s.node not in self.four_bits]
+        if wide:
+            raise LoweringError(
+                f"{len(wide)} of the ops with 4-bit weights have them in more bits in the program: {names(wide)}. "
+                "Report this, or exclude them."
             )
 
     def warn_of_float(self, wanted: Sequence[Site]) -> list[Site]:
@@ -73,10 +84,12 @@ class Delegated:
 
     def kernels(self, wanted: Sequence[Site]) -> dict[str, int]:
         """Delegate calls, int8 ops inside them by kind, ops outside them."""
-        inside = Counter(s.op for s in wanted if s.node in self.integer)
+        inside = Counter(
+            f"int{4 if _is_four_bits(s) else 8} {s.op}" for s in wanted if s.node in self.integer - self.tables
+        )
         return {
             "delegate calls": self.calls,
-            **{f"delegated int8 {op}": n for op, n in inside.items()},
+            **{f"delegated {op}": n for op, n in inside.items()},
             **{f"portable {name}": n for name, n in self.outside.items() if name not in ("getitem", "alloc")},
         }
 
@@ -88,45 +101,51 @@ def read_delegates(edge: Any) -> Delegated:
     delegated.calls = delegated.outside.pop("executorch_call_delegate", 0)
     for lowered in graph.children():
         if hasattr(lowered, "original_module"):
-            for site, integer in _sites_of(lowered):
-                (delegated.integer if integer else delegated.inexact).add(site)
+            for site, types in _sites_of(lowered):
+                (delegated.inexact if "fp32" in types else delegated.integer).add(site)
+                if types & _FOUR_BITS:
+                    delegated.four_bits.add(site)
     for node in graph.graph.nodes:
         if node.op == "call_function" and _edge_name(node) not in ("executorch_call_delegate", "getitem"):
-            delegated.inexact.add(marked(node))
+            (delegated.tables if _edge_name(node) in TABLE_KERNELS else delegated.inexact).add(marked(node))
+    delegated.integer |= delegated.tables
     delegated.integer -= delegated.inexact
     return delegated
 
 
-def _sites_of(lowered: Any) -> Iterator[tuple[str, bool]]:
-    """The sites of one delegate, each with whether its op reads int8; a fused one is what it is fused into."""
+def _is_four_bits(site: Site) -> bool:
+    weight = site.weight
+    return site.op == "linear" and weight is not None and (weight.quant_min, weight.quant_max) == FOUR_BITS
+
+
+def _sites_of(lowered: Any) -> Iterator[tuple[str, set[str]]]:
+    """The sites of one delegate, each with the types of what its op reads; a fused one is what it is fused into."""
     nodes = [n for n in lowered.original_module.graph_module.graph.nodes if n.op == "call_function"]
-    integer = _integer_handles(_graph_of(lowered.processed_bytes))
-    verdicts: dict[Node, bool] = {}
+    read = _types_read(_graph_of(lowered.processed_bytes))
+    types: dict[Node, set[str]] = {}
     for node in nodes:
         site = marked(node)
         if not site or "quantize" in _edge_name(node) or "qparams" in _edge_name(node):
             continue
         handle, source = node.meta.get("debug_handle"), node.all_input_nodes[0] if node.all_input_nodes else None
-        verdict = integer.get(handle)
-        if verdict is None and source is not None and source in verdicts:
-            verdict = verdicts[source]  # fused into the op that it reads
-        if verdict is not None:
-            verdicts[node] = verdict
-            yield site, verdict
+        fused = None if source is None else types.get(source)
+        own = read.get(handle, fused)
+        if own is not None:
+            types[node] = own
+            yield site, own
 
 
-def _integer_handles(graph: Mapping[str, Any]) -> dict[int, bool]:
-    """Debug handle -> whether every XNNPACK op of it reads quantized tensors."""
+def _types_read(graph: Mapping[str, Any]) -> dict[int, set[str]]:
+    """Debug handle -> the types of all tensors that XNNPACK ops of it read."""
     types = [_datatype(value["xvalue_union"]) for value in graph["xvalues"]]
-    verdicts: dict[int, bool] = {}
-    moves: dict[int, bool] = {}
+    verdicts: dict[int, set[str]] = {}
+    moves: dict[int, set[str]] = {}
     for node in graph["xnodes"]:
         operands = [v for k, v in node["xnode_union"].items() if k in _PLACES and v < len(types)]
-        integer = all(types[i] != "fp32" for i in operands)
         kind = node["xnode_union_type"]
         if kind != "XNNConvert":
             into = moves if kind in _MOVES else verdicts
-            into[node["debug_handle"]] = into.get(node["debug_handle"], True) and integer
+            into.setdefault(node["debug_handle"], set()).update(types[i] for i in operands)
     return {**moves, **verdicts}
 
 

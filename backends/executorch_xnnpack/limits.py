@@ -9,7 +9,14 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from torchquant.backends.executorch_xnnpack.capabilities import REQUANTIZATION_LIMIT, TARGET
+from torchquant.backends.executorch_xnnpack.capabilities import (
+    FEW_BITS,
+    FOUR_BITS,
+    LEAST_GROUP,
+    REQUANTIZATION_LIMIT,
+    TARGET,
+)
+from torchquant.backends.executorch_xnnpack.tables import table_problem
 from torchquant.errors import LoweringError
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading
@@ -29,18 +36,46 @@ __all__ = [
 _INT32 = 2.0**31 - 1
 
 
-def refuse_unrunnable(sites: Sequence[Site]) -> None:
+def refuse_unrunnable(graph: GraphModule, sites: Sequence[Site]) -> None:
     """Raise LoweringError for a weighted op whose spec the delegate drops in silence, or fails on when loaded."""
+    nodes, reading = {n.name: n for n in graph.graph.nodes}, GraphReading(graph)
     for site in sites:
-        if problem := _problem(site):
+        node = nodes[site.node]
+        if problem := _problem(site, _inputs(graph, reading, node)) or _choice_problem(reading, node):
             raise LoweringError(
                 f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Change the Quantizer's "
                 f"spec, exclude the op, or pass allow_float=['node:{site.node}']."
             )
 
 
-def _problem(site: Site) -> str:
-    return TARGET.why_float(site.op) or _weight_problem(site) or _activation_problem(site)
+def _inputs(graph: GraphModule, reading: GraphReading, node: Node) -> int:
+    """How many input features a weight of codes has, or a table columns; 0 if that is unknown."""
+    kind = ops.kind_of(node)
+    read = None if kind is None or kind.weight is None else reading.tensor(ops.argument(node, kind.weight))
+    if read is None or read.codes is None or not ops.is_constant(read.codes):
+        return 0
+    codes = ops.constant_value(graph, read.codes)
+    return int(codes.shape[1]) if codes.ndim == 2 else 0
+
+
+def _problem(site: Site, inputs: int) -> str:
+    if site.op == "embedding":
+        return table_problem(site, inputs)
+    if why := TARGET.why_float(site.op):
+        return why
+    return _weight_problem(site) or _activation_problem(site) or _few_bits_problem(site, inputs)
+
+
+def _choice_problem(reading: GraphReading, node: Node) -> str:
+    """What of scales that are chosen at run time XNNPACK has no kernel for."""
+    kind = ops.kind_of(node)
+    inputs = [] if kind is None else [reading.tensor(n) for n in ops.data_inputs(node, kind)]
+    if any(read is not None and read.choice is not None and read.choice.symmetric for read in inputs):
+        return (
+            "its activation is quantized at run time without a zero point, and XNNPACK chooses scales with one; take "
+            "XnnpackQuantizer, or asymmetric activations"
+        )
+    return ""
 
 
 def _weight_problem(site: Site) -> str:
@@ -52,16 +87,42 @@ def _weight_problem(site: Site) -> str:
     if weight.axis is not None and weight.scale is not None and weight.scale.dtype != torch.float32:
         return f"its scales are {weight.scale.dtype} (torch's default dtype at prepare), and XNNPACK takes float32"
     if weight.zero_point is not None and bool(weight.zero_point.any()):
-        return "its weight has zero points, which XNNPACK drops without a word"
-    if site.op != "linear" and (weight.quant_min, weight.quant_max) == (-8, 7):
+        return f"its weight has zero points, which XNNPACK drops without a word{_symmetric(site)}"
+    if site.op != "linear" and (weight.quant_min, weight.quant_max) == FOUR_BITS:
         return "its weight has the range -8..7, which XNNPACK packs as 4 bits for linear only"
+    return ""
+
+
+def _symmetric(site: Site) -> str:
+    """What to take instead of an affine weight of few bits."""
+    return f"; take symmetric ones ({FEW_BITS[-1]})" if site.weight is not None and site.weight.group_size else ""
+
+
+def _few_bits_problem(site: Site, inputs: int) -> str:
+    """What of a weight in groups, or in 4 bits, has no kernel or a wrong one."""
+    weight, activation, otherwise = site.weight, site.activation, f"take {FEW_BITS[-1]}, or one scale for each output"
+    assert weight is not None
+    limits = (weight.quant_min, weight.quant_max)
+    if limits == FOUR_BITS and inputs % 2:
+        return f"its {inputs} inputs are odd in number, and XNNPACK goes wrong with 4-bit weights then; give it 8 bits"
+    if not weight.group_size:
+        return ""
+    if activation is not None and not activation.dynamic:
+        return f"its activation has a fixed scale, and XNNPACK takes groups with dynamic ones only; {otherwise}"
+    if limits != FOUR_BITS:
+        return f"its groups have codes {limits[0]}..{limits[1]}, and XNNPACK takes -8..7 only; {otherwise}"
+    if weight.group_size % LEAST_GROUP:
+        return f"its groups are of {weight.group_size}, and XNNPACK takes multiples of {LEAST_GROUP}; {otherwise}"
     return ""
 
 
 def _activation_problem(site: Site) -> str:
     activation, weight = site.activation, site.weight
     if activation is None:
-        return "only its weight is quantized, and XNNPACK runs no weight-only int8"
+        return (
+            "only its weight is quantized, and XNNPACK runs no weight-only linears or convolutions; quantize its input "
+            f"at run time too (dynamic_int8, {FEW_BITS[-1]})"
+        )
     if activation.dynamic:
         if weight is not None and weight.axis is None and weight.scale is not None and weight.scale.numel() == 1:
             return "its weight is per tensor, and XNNPACK's dynamic linear takes per-channel weights"
@@ -141,11 +202,13 @@ def refuse_unshared(graph: GraphModule, allowed: set[str]) -> None:
 
 def refuse_narrow(graph: GraphModule, allowed: set[str]) -> None:
     """Raise LoweringError for a static activation on another grid than int8 -128..127, which the delegate ignores."""
+    reading = GraphReading(graph)
     for node in graph.graph.nodes:
-        if not ops.is_quantize(node) or ops.is_constant(node) or isinstance(node.args[1], Node):
+        if not ops.is_quantize(node) or ops.is_constant(node) or ops.has_own_scale(node):
             continue
-        arguments = ops.arguments(node)
-        grid = (arguments.get("dtype"), arguments.get("quant_min"), arguments.get("quant_max"))
+        quantized = reading.op(node)
+        assert quantized is not None
+        grid = (quantized.qparams.dtype, quantized.qparams.quant_min, quantized.qparams.quant_max)
         around = {str(node.args[0]), *(str(user) for dequantize in node.users for user in dequantize.users)}
         if grid != (torch.int8, -128, 127) and not around & allowed:
             raise LoweringError(
@@ -215,7 +278,7 @@ def _layers(graph: GraphModule, names: set[str]) -> Iterator[_Layer]:
     reading = GraphReading(graph)
     for node in graph.graph.nodes:
         kind = ops.kind_of(node)
-        if node.name not in names or kind is None or kind.weight is None:
+        if node.name not in names or kind is None or kind.weight is None or not kind.data:
             continue
         weight_node = ops.argument(node, kind.weight)
         activation, weight = (reading.tensor(n) for n in (ops.argument(node, 0), weight_node))

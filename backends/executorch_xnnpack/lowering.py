@@ -32,6 +32,7 @@ from torchquant.backends.executorch_xnnpack.limits import (
     refuse_unrunnable,
     refuse_unshared,
 )
+from torchquant.backends.executorch_xnnpack.partitioning import decomposed_once, partitioner_class
 from torchquant.backends.executorch_xnnpack.patterns import drop_batch_counters, own_storage, prepare
 from torchquant.backends.executorch_xnnpack.portable import RULES, other_branches, rewrite_branches
 from torchquant.backends.executorch_xnnpack.program import (
@@ -41,6 +42,7 @@ from torchquant.backends.executorch_xnnpack.program import (
     executorch_modules,
     with_metadata,
 )
+from torchquant.backends.executorch_xnnpack.quick import quick_passes
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed
 from torchquant.errors import TorchquantError
 from torchquant.fx import passes
@@ -109,7 +111,7 @@ class _XnnpackLowering(Lowering[XnnpackProgram]):
         allowed = set(self.allowed)
         refuse_unknown_sizes(quantized)
         refuse_missing_kernels(quantized)
-        refuse_unrunnable(self.compute)
+        refuse_unrunnable(quantized, self.compute)
         refuse_unshared(quantized, allowed)
         refuse_narrow(quantized, allowed)
         refuse_overflow(quantized, self.compute)
@@ -202,7 +204,7 @@ def _built(executorch: SimpleNamespace, graph: GraphModule, tensors: Sequence[to
 
 def _buffer(edge: Any) -> bytes:
     try:
-        with _sizes_as_exported():
+        with _sizes_as_exported(), quick_passes():
             return bytes(edge.to_executorch().buffer)
     except Exception as error:
         raise ExecutorchError(f"ExecuTorch cannot build the program: {str(error)[:2000]}") from error
@@ -237,9 +239,11 @@ def _delegate(executorch: SimpleNamespace, quantized: GraphModule, batch: Any) -
         duplicate_dynamic_chains(graph)
         passes.unshare_weights(graph)
         own_storage(graph)
-        exported = export_again(graph, batch)
-        with _sizes_as_exported():
-            return executorch.lower(exported, partitioner=[executorch.partitioner()])
+        passes.remove_dead_weights(graph)  # a program keeps what its graph does not read
+        partitioner = partitioner_class()()
+        exported = decomposed_once(export_again(graph, batch), partitioner)
+        with _sizes_as_exported(), quick_passes():
+            return executorch.lower(exported, partitioner=[partitioner])
     except TorchquantError:
         raise
     except Exception as error:

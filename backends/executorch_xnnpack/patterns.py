@@ -167,9 +167,19 @@ def _infer_sizes(graph: GraphModule) -> None:
     for node in [n for n in graph.graph.nodes if n.target in _RESHAPES]:
         shape, x = ops.shape_of(node) or (), node.args[0]
         unknown = [s for s in shape if not isinstance(s, int)]
-        if len(unknown) == 1 and x.meta["val"].is_contiguous():
+        if len(unknown) == 1:
+            if not x.meta["val"].is_contiguous():
+                x = _contiguous(graph, node, x)
             node.target = aten.view.default
             node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
+
+
+def _contiguous(graph: GraphModule, node: Node, x: Node) -> Node:
+    """A copy of `x` in front of a node, in the order in which the delegate has it anyway."""
+    with graph.graph.inserting_before(node):
+        copied = graph.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    copied.meta = {**x.meta, "val": x.meta["val"].contiguous()}
+    return copied
 
 
 _COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default)

@@ -11,7 +11,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.executorch_xnnpack.recurrent import gru, gru_cell, lstm_cell, rnn_cell
+from torchquant.backends.executorch_xnnpack.tables import looked_up, lookup
 from torchquant.backends.executorch_xnnpack.values import is_float32, reshaped, value_of, varying
+from torchquant.backends.executorch_xnnpack.varying_sizes import attention, last_axis_parts
 from torchquant.fx import ops, passes
 from torchquant.fx.rewrites.builder import Builder, Rule, used_parts
 from torchquant.fx.rewrites.decompose import rewrite
@@ -147,7 +149,7 @@ def embedding_bag(b: Builder, node: Node) -> tuple[Node, ...] | None:
     padding = arguments.get("padding_idx")
     if used_parts(node) != {0} or size is None or (padding is not None and padding >= 0) or not is_float32(table, 2):
         return None
-    rows = b.call(aten.embedding.default, table, indices)
+    rows = looked_up(b, table, indices) or b.call(aten.embedding.default, table, indices)
     if (weights := arguments.get("per_sample_weights")) is not None:
         rows = b.call(aten.mul.Tensor, rows, b.call(aten.reshape.default, weights, [-1, 1]))
     bags = b.call(aten.reshape.default, rows, [-1, size, table.meta["val"].shape[1]])
@@ -361,6 +363,7 @@ RULES: dict[Any, Rule] = {
     aten.adaptive_max_pool2d.default: adaptive_pool,
     aten.adaptive_max_pool3d.default: adaptive_pool,
     aten.pad.default: circular_pad,
+    aten.embedding.default: lookup,
     aten.embedding_bag.default: embedding_bag,
     aten.embedding_bag.padding_idx: embedding_bag,
     aten.gru.input: gru,
@@ -374,4 +377,6 @@ RULES: dict[Any, Rule] = {
     aten.bucketize.Tensor: sorted_place,
     aten.unsqueeze.default: last_axis,
     aten.stack.default: stack_last,
+    aten.cat.default: last_axis_parts,
+    aten.scaled_dot_product_attention.default: attention,
 }

@@ -11,6 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,8 @@ def executorch_modules() -> SimpleNamespace:
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
             from executorch.runtime import Runtime, Verification
+
+            import_module("executorch.kernels.quantized")  # kernels of lookups in tables of few bits
     except ImportError as error:
         raise MissingDependencyError(
             f"ExecuTorch is not installed ({error}): pip install 'torchquant[executorch]'"

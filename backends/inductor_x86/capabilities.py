@@ -14,10 +14,11 @@ __all__ = ["CAPABILITIES", "LONG_KERNEL", "SCHEMES", "TARGET"]
 
 
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
+_BYTES_BY_ROW = TensorSpec(INT8_NARROW, symmetric=True, granularity="token", dynamic=True)
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
     "dynamic_int8": Scheme("dynamic_int8", TensorSpec(UINT8, symmetric=False, dynamic=True), _WEIGHT),
-    **weight_schemes(activations=True),
+    **weight_schemes(activations=(None, _BYTES_BY_ROW)),
 }
 _FEW_BITS = tuple(name for name in SCHEMES if name.startswith("w"))
 

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase
 
 from torchquant.errors import SchemeError
+from torchquant.formats.groups import storable
 from torchquant.types import DTYPE_RANGE
 
 __all__ = ["Grid", "fake_quantizer", "grid_of", "per_tensor"]
@@ -32,6 +33,7 @@ class Grid:
         dialect: which dequantize op convert emits: per tensor, per channel, or per block.
         axis: the channel axis of the `channel` dialect.
         symmetric: the zero point is the same whatever the range.
+        stored_as: dtype of which all scales are numbers, because the target stores them in it; None: any.
     """
 
     dtype: torch.dtype
@@ -43,6 +45,7 @@ class Grid:
     dialect: Dialect
     axis: int | None = None
     symmetric: bool = True
+    stored_as: torch.dtype | None = None
 
     def cells(self, shape: torch.Size) -> torch.Tensor:
         """Which cell each element of a tensor of `shape` belongs to: int64, broadcastable to `shape`."""
@@ -76,7 +79,8 @@ class Grid:
         return self.decode(self.encode(x.float())).to(x.dtype)
 
     def with_scale(self, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> Grid:
-        """The same grid with another scale (cells,)."""
+        """The same grid with another scale (cells,), as it is stored."""
+        scale = scale if self.stored_as is None else storable(scale, self.stored_as)
         return replace(self, scale=scale, zero_point=self.zero_point if zero_point is None else zero_point)
 
 
@@ -132,6 +136,7 @@ def _affine_grid(observer: Any) -> Grid | None:
         _vector(torch.zeros_like(scale) if zero_point is None else zero_point).int(),
         "block",
         symmetric=observer.mapping_type.name != "ASYMMETRIC",
+        stored_as=getattr(observer, "stored_as", None),
     )
 
 

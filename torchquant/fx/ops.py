@@ -228,12 +228,17 @@ def is_dequantize(node: Node) -> bool:
 
 def has_own_scale(node: Node) -> bool:
     """Whether the node quantizes or dequantizes by a scale that is found at run time."""
-    scale = node.args[1] if qdq_name(node) and len(node.args) > 1 else None
+    scale = arguments(node).get("scale", arguments(node).get("scales")) if qdq_name(node) else None
     return isinstance(scale, Node) and scale.target is operator.getitem
 
 
 def is_quantize(node: Node) -> bool:
     return qdq_name(node).startswith("quantize")
+
+
+def is_part(node: Node) -> bool:
+    """Whether a node reads one of the tensors that a tensor subclass is made of (see `torchquant.fx.subclasses`)."""
+    return node.op == "call_function" and str(node.target) == "export.access_subclass_inner_tensor.default"
 
 
 def argument(node: Node, position: int) -> Node | None:

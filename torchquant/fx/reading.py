@@ -249,6 +249,8 @@ def _constant(model: GraphModule, value: Any) -> torch.Tensor | None:
     if isinstance(value, Node) and value.op == "get_attr":
         tensor: Any = operator.attrgetter(str(value.target))(model)
         return tensor.detach() if isinstance(tensor, torch.Tensor) else None
+    if isinstance(value, Node) and ops.is_part(value) and ops.is_constant(value):
+        return ops.constant_value(model, value)
     return None
 
 

@@ -17,6 +17,7 @@ from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
+from torchquant.fx.subclasses import has_parts, split_parts
 from torchquant.lowering.accounts import accountable_sites, left_float
 from torchquant.lowering.judging import Run
 from torchquant.lowering.proof import Verdict, cases_of, hold_against
@@ -151,6 +152,9 @@ def lower(
     """
     name = steps.target.name
     steps.require(quantized)
+    if isinstance(quantized, GraphModule) and has_parts(quantized):
+        quantized = passes.copy_graph(quantized)
+        split_parts(quantized)
     steps.sites, allowed = accountable_sites(quantized, allow_float, steps.target.capabilities)
     steps.allowed = frozenset(allowed)
     steps.wanted = tuple(s for s in steps.sites if s.status == "quantized" and s.node not in allowed)

@@ -110,7 +110,8 @@ def brief(schemes: Iterable[str]) -> str:
     parts = [match.groups(default="") for name in names if (match := _FEW_BITS.fullmatch(name))]
     kinds = [list(dict.fromkeys(values)) for values in zip(*parts, strict=True)]
     if len(parts) < 2 or len(parts) != math.prod(map(len, kinds)):
-        return ", ".join(names)
+        families = [[name for name in names if ("a8" in name) == is_a8] for is_a8 in (False, True)]
+        return ", ".join(map(brief, families) if all(families) and parts else names)
     bits, activations, symmetric, groups = ([kind for kind in of if kind] for of in kinds)
     optional = [
         f"[{part[0]}]" if "" in of else part[0]
@@ -118,5 +119,6 @@ def brief(schemes: Iterable[str]) -> str:
         if part
     ]
     endings = f"_g{{{','.join(groups)}}}" if groups else ""
-    family = f"w{{{','.join(bits)}}}{''.join(optional)}{f'[{endings}]' if '' in kinds[3] and groups else endings}"
+    width = f"{{{','.join(bits)}}}" if len(bits) > 1 else bits[0]
+    family = f"w{width}{''.join(optional)}{f'[{endings}]' if '' in kinds[3] and groups else endings}"
     return ", ".join([*(name for name in names if not _FEW_BITS.fullmatch(name)), family])

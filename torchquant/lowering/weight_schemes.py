@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+
+import torch
 
 from torchquant.formats.integer import INT2, INT3, INT4, INT8, INT8_NARROW
 from torchquant.types import Format, Scheme, TensorSpec
@@ -11,29 +14,36 @@ __all__ = ["GROUP_SIZES", "weight_schemes"]
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 _FORMATS = {8: INT8, 4: INT4, 3: INT3, 2: INT2}
-_BYTES_BY_ROW = TensorSpec(INT8_NARROW, symmetric=True, granularity="token", dynamic=True)
 
 
 def weight_schemes(
-    bits: Sequence[int] = (8, 4, 3, 2), group_sizes: Sequence[int] = GROUP_SIZES, *, activations: bool = False
+    bits: Sequence[int] = (8, 4, 3, 2),
+    group_sizes: Sequence[int] = GROUP_SIZES,
+    *,
+    activations: Sequence[TensorSpec | None] = (None,),
+    symmetric: Sequence[bool] = (False, True),
+    scale_dtype: torch.dtype | None = None,
 ) -> dict[str, Scheme]:
     """`w4_g64`: affine, groups of 64 input features; `w4`: per output channel; `w4_symmetric_g64`: no zero points.
 
     Args:
-        activations: also `w4a8_g64` and the like, whose activations have 8 bits, chosen at run time for each row.
+        activations: a spec instead of None makes `w4a8_g64` and the like, whose activations have 8 bits.
+        symmetric: without zero points, with, or both.
+        scale_dtype: what the target stores the scales of groups in; None: it has a choice.
     """
     schemes = {}
-    for ending, spec in (("", None), ("a8", _BYTES_BY_ROW)) if activations else (("", None),):
-        for width in bits:
-            for symmetric in (False, True):
-                name = f"w{width}{ending}_symmetric" if symmetric else f"w{width}{ending}"
-                for group_size in (None, *group_sizes):
-                    full = name if group_size is None else f"{name}_g{group_size}"
-                    schemes[full] = Scheme(full, spec, _weight(_FORMATS[width], symmetric, group_size))
+    for activation, width, is_symmetric in itertools.product(activations, bits, symmetric):
+        name = f"w{width}{'' if activation is None else 'a8'}{'_symmetric' if is_symmetric else ''}"
+        for group_size in (None, *group_sizes):
+            full = name if group_size is None else f"{name}_g{group_size}"
+            weight = _weight(_FORMATS[width], is_symmetric, group_size, scale_dtype)
+            schemes[full] = Scheme(full, activation, weight)
     return schemes
 
 
-def _weight(format: Format, symmetric: bool, group_size: int | None) -> TensorSpec:
+def _weight(format: Format, symmetric: bool, group_size: int | None, scale_dtype: torch.dtype | None) -> TensorSpec:
     if symmetric and format is INT8:
         format = INT8_NARROW
-    return TensorSpec(format, symmetric, "channel" if group_size is None else "group", group_size=group_size)
+    if group_size is None:
+        return TensorSpec(format, symmetric, "channel")
+    return TensorSpec(format, symmetric, "group", group_size=group_size, scale_dtype=scale_dtype)

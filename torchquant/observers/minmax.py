@@ -228,16 +228,20 @@ class MovingWeight(Floored, MovingAveragePerChannelMinMaxObserver):
 class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
     """A range for each `group_size` neighbours along the input axis (the second) of a weight.
 
-    Scales are `storable`. (torchao's would be at least the dtype's eps, which for bfloat16 is larger than most.)
+    Scales are `storable`: numbers of `stored_as`, or if that is None of a dtype that fits the weight's. (torchao's
+    would be at least the dtype's eps, which for bfloat16 is larger than most.)
     """
 
     observes_weight = True
 
-    def __init__(self, *, group_size: int, symmetric: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *, group_size: int, symmetric: bool, stored_as: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
         super().__init__(
             mapping, kwargs["dtype"], PerGroup(group_size), kwargs["quant_min"], kwargs["quant_max"], eps=2.0**-24
         )
+        self.stored_as = stored_as
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_finite(x, self.site)
@@ -253,7 +257,7 @@ class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
         low, high = self.min_val.clamp(max=0), self.max_val.clamp(min=0)
         steps = self.quant_max - self.quant_min
         extent = 2 * torch.maximum(-low, high) if self.mapping_type is MappingType.SYMMETRIC else high - low
-        scale = storable((extent / steps).clamp(min=self.eps), self.original_dtype)
+        scale = storable((extent / steps).clamp(min=self.eps), self.stored_as or self.original_dtype)
         if self.mapping_type is MappingType.SYMMETRIC:
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         zero_point = self.quant_min - torch.round(low / scale)

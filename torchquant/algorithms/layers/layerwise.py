@@ -239,7 +239,8 @@ def floored(grid: Grid, answer: Answer) -> Grid:
     scale = grid.scale * answer.factor
     zero_point = None if answer.zero_point is None else answer.zero_point.to(grid.zero_point.dtype)
     scale = torch.maximum(scale, scale.max() * _FLOOR)
-    return grid.with_scale(storable(scale, torch.float32) if grid.dialect == "block" else scale, zero_point)
+    is_free = grid.dialect == "block" and grid.stored_as is None
+    return grid.with_scale(storable(scale, torch.float32) if is_free else scale, zero_point)
 
 
 def moved_bias(

@@ -78,7 +78,7 @@ def _by_channel(b: Builder, y: Node, weight: Any, bias: Any) -> Node:
 def rms_norm(b: Builder, node: Node) -> Node | None:
     """RMSNorm over the last axis: x * rsqrt(mean(x^2) + eps) * weight."""
     x, shape, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])[:4]
-    if not is_static(x) or len(shape) != 1:  # type: ignore[arg-type]
+    if not is_float32(x) or len(shape) != 1 or not isinstance(x.meta["val"].shape[-1], int):  # type: ignore
         return None
     assert isinstance(x, Node)
     square = b.mean_last(b.call(aten.mul.Tensor, x, x))
@@ -127,7 +127,10 @@ def _additive(b: Builder, mask: Node) -> Node:
 def mean(b: Builder, node: Node) -> Node | None:
     """A mean over the last axis, as in RMSNorm."""
     x, dims = node.args[0], node.args[1]
-    if not is_static(x) or node.kwargs.get("dtype") or x.meta["val"].ndim > 3 or not is_last(dims, x):  # type: ignore
+    if not is_float32(x) or node.kwargs.get("dtype") or not is_last(dims, x):  # type: ignore[arg-type]
+        return None
+    shape, keeps = x.meta["val"].shape, len(node.args) > 2 and bool(node.args[2])  # type: ignore[union-attr]
+    if (len(shape) > 3 or not keeps or not isinstance(shape[-1], int)) and not (is_static(x) and len(shape) <= 3):
         return None
     return b.shaped(b.mean_last(x), node)  # type: ignore[arg-type]
 
