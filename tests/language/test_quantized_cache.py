@@ -7,6 +7,7 @@ from decoders import decoder, tokens_of
 import torchquant as tq
 from torchquant.backends import inductor_x86
 from torchquant.errors import ExportError, InputError
+from torchquant.language.checkpoints import Checkpoint
 from torchquant.language.quantized_cache import _decoded, _encoded, hadamard
 from torchquant.quantizers import X86Quantizer
 
@@ -67,6 +68,14 @@ def test_a_program_for_x86_stores_bytes_and_does_what_its_graph_does(bits):
         assert sqnr(graph.append(part), lowered.append(part)) > (30 if bits == 8 else 15)  # a code may be the next one
     report = str(tq.report(converted))
     assert "rotation" in report
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_checkpoint_is_written_of_a_graph_whose_cache_is_quantized(bits, tmp_path):
+    model = decoder("llama")
+    exported = tq.export_causal_lm(model, 32, cache_bits=bits)
+    converted = tq.convert(tq.prepare(exported, X86Quantizer("w4_symmetric_g32")))
+    tq.save_causal_lm(converted, Checkpoint(model, {}, {}), tmp_path / "folder", "compressed-tensors")
 
 
 def test_what_cannot_be_is_refused_by_name():

@@ -14,6 +14,8 @@ from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import GraphReading, is_converted, is_prepared
+from torchquant.fx.states import states_of
+from torchquant.language.cached import CachedDecoder
 from torchquant.language.decoder import Decoder, is_decoder
 from torchquant.measure.verify import sqnr_db
 from torchquant.ops.x86.few_bits import grid_of
@@ -212,9 +214,7 @@ def refuse_other_function(quantized: GraphModule, model: Any, weights: Mapping[s
     values = {name: weight.values() for name, weight in weights.items()}
     with torch.no_grad():
         expected = decoder.append(tokens)
-        inputs = {"input_ids": tokens.to(model.device), "use_cache": False}
-        outputs: Any = torch.func.functional_call(model, values, (), inputs, tie_weights=False)
-    logits = outputs.logits[:, -expected.shape[1] :]
+        logits = _logits(model, values, tokens.to(model.device), _cache_bits(quantized))[:, -expected.shape[1] :]
     quality = sqnr_db(expected.float(), logits.float())
     if not quality >= _FLOOR_DB.get(model.dtype, min(_FLOOR_DB.values())):
         raise InputError(
@@ -222,3 +222,24 @@ def refuse_other_function(quantized: GraphModule, model: Any, weights: Mapping[s
             f"{quality:.0f} dB): an algorithm put ops into the graph that no weight could take, or it comes from "
             "another model; leave out what scales activations (SmoothQuant, AWQ), or take the graph's own checkpoint"
         )
+
+
+def _cache_bits(quantized: GraphModule) -> int | None:
+    """Bits of the keys and values in the graph's cache, or None if they are floats."""
+    dtypes = {value.dtype for value in states_of(quantized).values()}
+    return 8 if torch.int8 in dtypes else 4 if torch.uint8 in dtypes else None
+
+
+def _logits(model: Any, weights: dict[str, Tensor], tokens: Tensor, cache_bits: int | None) -> Tensor:
+    """Of the model with these weights, over a cache like the graph's if that rounds what it keeps."""
+    call: Any = torch.func.functional_call
+    if cache_bits is None:
+        inputs = {"input_ids": tokens, "use_cache": False}
+        logits: Tensor = call(model, weights, (), inputs, tie_weights=False).logits
+        return logits
+    decoder = CachedDecoder(model, tokens.shape[1], tokens.shape[0], "all", cache_bits).eval()
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    with decoder.set_up():
+        inside = {f"model.{name}": value for name, value in weights.items()}
+        logits = call(decoder, inside, (tokens, places, places), tie_weights=False)
+    return logits

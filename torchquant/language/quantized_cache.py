@@ -110,6 +110,10 @@ def _encoded(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _decoded(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The numbers (..., D) that codes and scales stand for."""
-    levels = codes if bits == 8 else torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8
-    groups = levels.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))
+    if bits == 8:
+        levels = codes.to(torch.float32)
+    else:  # without a shift, which ExecuTorch lacks
+        low, high = (torch.bitwise_and(codes, mask).to(torch.float32) for mask in (15, 240))
+        levels = torch.cat([low, high / 16], -1) - 8
+    groups = levels.unflatten(-1, (scale.shape[-1], -1))
     return (groups * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
