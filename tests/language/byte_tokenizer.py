@@ -1,7 +1,7 @@
 """Folders with a small decoder and a small byte-level tokenizer."""
 
 import torch
-from decoders import decoder, transformers
+from decoders import small, transformers
 
 TEXT = "the then, 12 them"
 
@@ -23,7 +23,7 @@ def byte_tokenizer(pre_tokenizer=None, size=300):
 
 def byte_folder(folder, name="llama", pre_tokenizer=None, **changes):
     """A checkpoint of a decoder of this name, as transformers writes it, that says no parts of characters."""
-    model, tokenizer = decoder(name, **{"vocab_size": 300, **changes}), byte_tokenizer(pre_tokenizer)
+    model, tokenizer = small(name, **{"vocab_size": 300, **changes}), byte_tokenizer(pre_tokenizer)
     parts = [index for text, index in tokenizer.get_vocab().items() if not text.isascii()]
     with torch.no_grad():
         model.get_output_embeddings().weight[parts] = 0.0

@@ -57,12 +57,20 @@ def decoder(name: str, **changes):
     return model
 
 
+_ONE_LAYER = {"gpt2": {"n_layer": 1}, "gemma3": {"num_hidden_layers": 1, "layer_types": None}}
+
+
+def small(name: str, **changes):
+    """A decoder of one layer."""
+    return decoder(name, **{**_ONE_LAYER.get(name, {"num_hidden_layers": 1}), **changes})
+
+
 @cache
 def quantized(name: str, scheme: str, **changes):
-    """(checkpoint, converted graph) of a decoder, to be read only."""
+    """(checkpoint, converted graph) of a decoder of one layer, to be read only."""
     from torchquant.quantizers import X86Quantizer
 
-    model = decoder(name, **changes)
+    model = small(name, **changes)
     graph = tq.convert(tq.prepare(tq.export_causal_lm(model, 16), X86Quantizer(scheme)))
     return tq.Checkpoint(model, {}, {}), graph
 

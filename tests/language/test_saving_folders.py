@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
 import safetensors.torch
 import torch
 from byte_tokenizer import TEXT, byte_folder
-from decoders import decoder, quantized, tokens_of, transformers, values_in
+from decoders import quantized, small, tokens_of, transformers, values_in
 
 import torchquant as tq
 from torchquant.language.packed import LAYOUTS, Codes, pack_bits, unpack_bits
@@ -142,13 +143,25 @@ def test_groups_that_differ_become_the_largest_common_ones(tmp_path):
         assert torch.equal(parameter, values[name])
 
 
+@cache
+def excluded():
+    checkpoint, _ = quantized("llama", "w4_g32")
+    quantizer = WeightOnlyQuantizer("w4_g32", exclude=["*layers.0.mlp.up_proj"])
+    return checkpoint, tq.convert(tq.prepare(tq.export_causal_lm(checkpoint.model, 16), quantizer))
+
+
+@cache
+def in_bfloat16():
+    model = small("llama").to(torch.bfloat16)
+    graph = tq.convert(tq.prepare(tq.export_causal_lm(model, 16), WeightOnlyQuantizer("w4_symmetric_g32")))
+    return tq.Checkpoint(model, {}, {}), graph
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_layers_that_are_excluded_stay_float_and_are_named(tmp_path, format):
-    checkpoint, _ = quantized("llama", "w4_g32")
-    quantizer = WeightOnlyQuantizer("w4_g32", exclude=["*layers.1.mlp.up_proj"])
-    graph = tq.convert(tq.prepare(tq.export_causal_lm(checkpoint.model, 16), quantizer))
+    checkpoint, graph = excluded()
     saved = tq.save_causal_lm(graph, checkpoint, tmp_path / "out", format)
-    assert "layers.1.mlp.up_proj" in json.dumps(quantization_of(saved.path)).replace("[.]", ".")
+    assert "layers.0.mlp.up_proj" in json.dumps(quantization_of(saved.path)).replace("[.]", ".")
     values = values_in(graph, checkpoint.model)
     for name, parameter in tq.load_causal_lm(saved.path).model.named_parameters():
         assert torch.equal(parameter, values[name])
@@ -156,10 +169,9 @@ def test_layers_that_are_excluded_stay_float_and_are_named(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_models_in_bfloat16_come_back(tmp_path, format):
-    model = decoder("llama").to(torch.bfloat16)
-    graph = tq.convert(tq.prepare(tq.export_causal_lm(model, 16), WeightOnlyQuantizer("w4_symmetric_g32")))
-    saved = tq.save_causal_lm(graph, tq.Checkpoint(model, {}, {}), tmp_path / "out", format)
-    back, values = tq.load_causal_lm(saved.path, dtype=torch.bfloat16), values_in(graph, model)
+    checkpoint, graph = in_bfloat16()
+    saved = tq.save_causal_lm(graph, checkpoint, tmp_path / "out", format)
+    back, values = tq.load_causal_lm(saved.path, dtype=torch.bfloat16), values_in(graph, checkpoint.model)
     assert all(torch.equal(p, values[name]) for name, p in back.model.named_parameters())
 
 
