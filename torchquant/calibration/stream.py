@@ -251,8 +251,7 @@ class Stream:
                 self._run(first, end, "quantized")
                 self._free(first, end)
                 start = end
-            self._advance(start, len(self._order))
-            self._compare_outputs()
+            self._finish(start)
         finally:
             self.close()
 
@@ -315,17 +314,23 @@ class Stream:
     def _run(self, start: int, end: int, flow: Flow) -> None:
         nodes, reads, results = self._order[start:end], self._reads(start, end), self._results(start, end)
         evaluator = self.evaluator(flow)
+        for batch in range(self.count):
+            env = self._values(nodes, reads, evaluator, flow, batch)
+            for node in results:
+                self.store.put((flow, node, batch), env.pop(node))
+
+    def _values(
+        self, nodes: Sequence[Node], reads: Sequence[Node], evaluator: Evaluator, flow: Flow, batch: int
+    ) -> Env:
+        """What the nodes make of one batch, as far as others behind them read it."""
+        env = {n: self.value(flow, n, batch) for n in reads}
         with torch.no_grad():
-            for batch in range(self.count):
-                env = {n: self.value(flow, n, batch) for n in reads}
-                for node in nodes:
-                    evaluator.run([node], env)
-                    for read in node.all_input_nodes:
-                        if self._last.get(read) == self._place[node]:
-                            env.pop(read, None)
-                for node in results:
-                    self.store.put((flow, node, batch), env.pop(node))
-                env.clear()
+            for node in nodes:
+                evaluator.run([node], env)
+                for read in node.all_input_nodes:
+                    if self._last.get(read) == self._place[node]:
+                        env.pop(read, None)
+        return env
 
     def _free(self, start: int, end: int) -> None:
         self._alive += self._results(start, end)
@@ -345,17 +350,21 @@ class Stream:
     def _results(self, start: int, end: int) -> list[Node]:
         return [n for n in self._order[start:end] if self._last[n] >= end]
 
-    def _compare_outputs(self) -> None:
+    def _finish(self, start: int) -> None:
+        """Run the rest of the order batch by batch in both flows, and compare the outputs, which are not kept."""
         signal = noise = 0.0
+        flows: tuple[Flow, ...] = ("float", "quantized")
+        evaluators = {flow: self.evaluator(flow) for flow in flows}
         for batch in range(self.count):
-            wanted, got = (self._outputs(flow, batch) for flow in ("float", "quantized"))
+            wanted, got = (self._outputs(start, evaluators[flow], flow, batch) for flow in flows)
             for a, b in zip(wanted, got, strict=True):
                 signal += distance(a, torch.zeros_like(a))
                 noise += distance(a, b)
         self.signal, self.noise = total(signal, noise)
 
-    def _outputs(self, flow: Flow, batch: int) -> list[torch.Tensor]:
-        values = [self.value(flow, n, batch) for n in self._measured]
+    def _outputs(self, start: int, evaluator: Evaluator, flow: Flow, batch: int) -> list[torch.Tensor]:
+        env = self._values(self._order[start:], self._reads(start, len(self._order)), evaluator, flow, batch)
+        values = [env[n] if n in env else self.value(flow, n, batch) for n in self._measured]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
