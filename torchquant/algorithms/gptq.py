@@ -38,9 +38,9 @@ class GPTQ(RowRounding):
             they are the observer's.
         sweeps: of coordinate descent on the codes afterwards, 0 for the paper's method. refits: how often scales and
             codes are improved in turn then.
-        correct_bias, compensate, damp, sensitive: see `Layerwise`; without a bias none is added, as decoders and their
-            checkpoints have none. The paper's method is `GPTQ(search=False, sweeps=0, refits=0, correct_bias=False,
-            compensate=False, damp=0.01)`.
+        correct_bias, compensate, damp, sensitive, weigh_places: see `Layerwise`; without a bias none is added, as
+            decoders and their checkpoints have none. The paper's method is `GPTQ(search=False, sweeps=0, refits=0,
+            correct_bias=False, compensate=False, damp=0.01)`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class GPTQ(RowRounding):
         compensate: bool = True,
         damp: float | None = None,
         sensitive: bool = False,
+        weigh_places: bool = False,
     ) -> None:
         super().__init__(
             search=search,
@@ -63,6 +64,7 @@ class GPTQ(RowRounding):
             compensate=compensate,
             damp=damp,
             sensitive=sensitive,
+            weigh_places=weigh_places,
         )
         self.act_order, self._raised = act_order, 0.0
 

@@ -164,6 +164,15 @@ class Task:
         keys = [("sensitivity", node, batch) for node in self.results]
         return [self._stream.store.get(k) if k in self._stream.store else None for k in keys]
 
+    def place_weights(self, site: Node, batch: int) -> torch.Tensor | None:
+        """How much the network's output feels an error of a linear at each place, (samples, ...); mean 1.
+
+        None where it was not measured, see `Stream.sensitivities`.
+        """
+        mean = self._stream.place_means.get(site, 0.0)
+        key = ("places", site, batch)
+        return self._stream.store.get(key) / mean if mean > 0 and key in self._stream.store else None
+
     def output_metric(self, site: Node) -> torch.Tensor | None:
         """(out, out): how the network's output feels errors in the outputs of a site together; mean diagonal 1.
 
@@ -225,6 +234,7 @@ class Stream:
         self._alive: list[Node] = []
         self._known: Known = {}
         self.output_metrics: dict[Node, torch.Tensor] = {}
+        self.place_means: dict[Node, float] = {}  # of what is stored for `Task.place_weights`
         self.signal = self.noise = 0.0  # energies of the float output and of its error, after a walk
 
     def value(self, flow: Flow, node: Node, batch: int) -> Any:
@@ -261,9 +271,18 @@ class Stream:
         self._alive.clear()
 
     def sensitivities(
-        self, spans: Sequence[Span], seed: int, draws: int = 1, *, elements: bool = True, metrics: bool = True
+        self,
+        spans: Sequence[Span],
+        seed: int,
+        draws: int = 1,
+        *,
+        elements: bool = True,
+        metrics: bool = True,
+        places: bool = False,
     ) -> None:
         """Measure with `metrics` for `Task.output_metric`, over all processes; with `elements` for `Task.sensitivity`.
+
+        With `places` for `Task.place_weights`.
 
         One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
         """
@@ -272,20 +291,33 @@ class Stream:
         borders = {span.nodes[-1]: span_results for span, span_results in zip(spans, results, strict=elements)}
         sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
         output_metrics = {site: OutputMetric(site) for site in sites}
+        linears = {s: None for span in spans if places for s in span.sites if ops.op_name(s) == "linear"}
         for batch in range(self.count):
-            measured, leaves = self._float_with_gradients(batch, borders, sites)
+            measured, leaves = self._float_with_gradients(batch, borders, sites | linears)
             squares: dict[Node, torch.Tensor] = {}
+            felt: dict[Node, torch.Tensor] = {}
             for _ in range(draws):
                 for node, gradient in random_gradients(leaves, measured, generator):
                     if node in output_metrics:
                         output_metrics[node].add(gradient)
                     if any(node in span_results for span_results in results):
                         squares[node] = squares.get(node, 0) + gradient.square() / draws
+                    if node in linears:
+                        felt[node] = felt.get(node, 0) + gradient.square().sum(-1)
             for node, square in squares.items():
                 self.store.put(("sensitivity", node, batch), square)
+            for node, square in felt.items():
+                self.store.put(("places", node, batch), square)
+        self.place_means = {node: self._mean_of("places", node) for node in linears}
         if metrics:
             samples = total(sum(_first_size(g) for g in self._given) * draws)[0]
             self.output_metrics = {site: metric.shrunk(samples) for site, metric in output_metrics.items()}
+
+    def _mean_of(self, kind: str, node: Node) -> float:
+        """Mean of what is stored of a node, over all batches of all processes."""
+        values = [self.store.get(k) for k in ((kind, node, b) for b in range(self.count)) if k in self.store]
+        summed, count = total(sum(float(v.sum(dtype=torch.float64)) for v in values), sum(v.numel() for v in values))
+        return summed / max(count, 1.0)
 
     def _float_with_gradients(
         self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
@@ -341,6 +373,7 @@ class Stream:
                 self.store.drop(("float", node, batch))
                 self.store.drop(("quantized", node, batch))
                 self.store.drop(("sensitivity", node, batch))
+                self.store.drop(("places", node, batch))
 
     def _reads(self, start: int, end: int) -> list[Node]:
         """What order[start:end] reads from outside, constants left out."""

@@ -75,8 +75,12 @@ class Moments:
         return self
 
 
-def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
-    """Read the data of a one-site task once (over all processes): moments of every other sample, and of the rest."""
+def moments(task: Data, site: Node, layout: Layout, weigh: bool = False) -> tuple[Moments, Moments]:
+    """Read the data of a one-site task once (over all processes): moments of every other sample, and of the rest.
+
+    Args:
+        weigh: count each column as the network's output feels an error at its place, where that was measured.
+    """
     source = site.args[0]
     assert isinstance(source, Node)
     size = layout.matrix(torch.empty(layout.shape, device="meta")).shape
@@ -84,8 +88,10 @@ def moments(task: Data, site: Node, layout: Layout) -> tuple[Moments, Moments]:
     first = preceding(task.count)  # so that the halves do not depend on how many processes share the batches in order
     for batch in range(task.count):
         quantized, exact = (task.inputs(batch, flow)[source] for flow in ("quantized", "float"))
+        weights = task.place_weights(site, batch) if weigh else None
         for fold in range(2):
-            sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout)
+            weighed = None if weights is None else weights[fold::2]
+            sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout, weighed)
         del quantized, exact  # before the next ones are read
     return sums[0].moments(), sums[1].moments()
 
@@ -98,6 +104,9 @@ class Data(Protocol):
     def inputs(self, batch: int, flow: Flow) -> dict[Node, Any]:
         """The values that the site reads, for one batch."""
 
+    def place_weights(self, site: Node, batch: int) -> torch.Tensor | None:
+        """How much each place of a linear counts, (samples, ...)."""
+
 
 class _Sums:
     """Moments on the way."""
@@ -109,13 +118,22 @@ class _Sums:
         # little beside a layer's values, and not so little that adding the products up takes longer than they do
         self._chunk = min(max(_LEAST_CHUNK, 2 * self._products[0].numel()), _LARGEST_CHUNK)
 
-    def add(self, quantized: torch.Tensor, exact: torch.Tensor, layout: Layout) -> None:
+    def add(
+        self, quantized: torch.Tensor, exact: torch.Tensor, layout: Layout, weights: torch.Tensor | None = None
+    ) -> None:
+        """Add the columns of some samples, each times its weight (samples, ...) of a linear."""
         pieces = (layout.pieces(side.float(), self._chunk) for side in (quantized, exact))
+        done = 0
         for columns in zip(*pieces, strict=True):
+            count, right = columns[0].shape[-1], columns[0].transpose(1, 2)
+            if weights is not None:
+                part = weights.reshape(-1)[done : done + count].float()
+                columns = tuple(side * part for side in columns)
             for i, side in enumerate(columns):
-                self._products[i] += side @ columns[0].transpose(1, 2)
+                self._products[i] += side @ right
                 self._sums[i] += side.sum(-1, dtype=torch.float64)
-            self._count += columns[0].shape[-1]
+            self._count += count if weights is None else part.sum(dtype=torch.float64)
+            done += count
 
     def moments(self) -> Moments:
         """The means; the sums are gone then."""

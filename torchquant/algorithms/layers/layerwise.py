@@ -64,6 +64,8 @@ class Layerwise:
         damp: share of the mean diagonal of the moments added to their diagonal, which holds the answer near the float
             weight. None: chosen at each site by two-fold cross-validation.
         sensitive: count errors of a layer's outputs as the network's output feels them together.
+        weigh_places: count errors at each place of a linear's input (token) as the network's output feels them there:
+            padding, which it does not feel, not at all.
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class Layerwise:
         compensate: bool = True,
         damp: float | None = None,
         sensitive: bool = False,
+        weigh_places: bool = False,
     ) -> None:
         if damp is not None and damp <= 0:
             raise InputError(f"damp is {damp}; it must be above 0, or the moments may have no inverse")
         self.correct_bias, self.compensate, self.damp = correct_bias, compensate, damp
-        self.sensitive = sensitive
+        self.sensitive, self.weigh_places = sensitive, weigh_places
 
     def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:
         """The spans to solve: each site for itself."""
@@ -85,8 +88,9 @@ class Layerwise:
 
     def begin(self, stream: Stream, spans: Sequence[Span], seed: int) -> None:
         """Measure what the network's output feels of the sites' outputs."""
-        if self.sensitive:
-            stream.sensitivities(spans, seed, _DRAWS, elements=False)
+        if self.sensitive or self.weigh_places:
+            options = {"metrics": self.sensitive, "places": self.weigh_places}
+            stream.sensitivities(spans, seed, _DRAWS, elements=False, **options)
 
     def choose(self, problem: Problem, clock: Clock) -> Answer:
         """Codes and scale factors for one site."""
@@ -118,7 +122,7 @@ class Layerwise:
         self, task: Task | Inside, site: Node, layout: Layout, matrix: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Target (g, o, k), metric (g, k, k), and the mean input of the float function and of the prefix (g, k)."""
-        folds = _folds(task, site, layout)
+        folds = moments(task, site, layout, True) if self.weigh_places else _folds(task, site, layout)
         whole = Moments.joined(folds)
         means = whole.mean, whole.mean_q
         task.give_back()
@@ -197,6 +201,10 @@ class Inside:
             with torch.no_grad():
                 self._evaluators[flow].run(self._before, env)
         return {self._source: env[self._source]}
+
+    def place_weights(self, site: Node, batch: int) -> torch.Tensor | None:
+        """See `Task.place_weights`."""
+        return self._task.place_weights(site, batch)
 
     def output_metric(self, site: Node) -> torch.Tensor | None:
         """See `Task.output_metric`."""
