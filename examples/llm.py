@@ -1,6 +1,7 @@
-"""A checkpoint of a language model becomes a program for x86 with weights of few bits.
+"""A checkpoint of a language model becomes a program with weights of few bits, for x86 or for phones (XNNPACK).
 
 python examples/llm.py MODEL.gguf --bits 4 --group 64 --text wiki.txt --out model.pt2
+python examples/llm.py MODEL.gguf --target xnnpack --group 32 --out model.pte
 
 It prints what was quantized, the perplexity of a text in float and quantized, a continuation of the prompt, and the
 speed at which it came. MODEL is a GGUF file, or a folder with config.json and safetensors.
@@ -21,8 +22,13 @@ from torch.fx import GraphModule
 
 import torchquant as tq
 from torchquant.artifacts.program import Program
-from torchquant.backends import inductor_x86
-from torchquant.quantizers import X86Quantizer
+from torchquant.backends import executorch_xnnpack, inductor_x86
+from torchquant.quantizers import X86Quantizer, XnnpackQuantizer
+
+_TARGETS: dict[str, tuple[Any, Any]] = {
+    "x86": (X86Quantizer, inductor_x86),
+    "xnnpack": (XnnpackQuantizer, executorch_xnnpack),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exported = tq.export_causal_lm(checkpoint.model, options.cache)
     judged, seen = _windows(checkpoint, options)
     quantized = _quantize(exported, options, seen)
-    print(f"{_scheme(options)}, {options.method}: {tq.report(quantized).summary()}")
+    print(f"{options.target}, {_scheme(options)}, {options.method}: {tq.report(quantized).summary()}")
     if judged is not None:
         _judge(exported, quantized, judged, options.cache)
     if options.save is not None:
         _save(quantized, checkpoint, options.save)
     example = torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), torch.arange(8)
     start = time.perf_counter()
-    program = inductor_x86.lower(quantized, example)
+    program = _TARGETS[options.target][1].lower(quantized, example)
     print(f"lowered and proven in {time.perf_counter() - start:.0f} s, {options.out} written")
     program.save(options.out)
     tq.report(quantized, program).save(options.out.with_suffix(".txt"))
@@ -57,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--target", choices=_TARGETS, default="x86")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of weights")
     parser.add_argument("--group", type=int, default=64, help="inputs that share a scale; 0: all of an output")
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
@@ -64,7 +71,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("nearest", "gptq"), default="nearest")
     parser.add_argument("--text", type=Path, help="judged from its beginning; gptq sees its end")
     parser.add_argument("--windows", type=int, default=4, help="of the text that are judged")
-    parser.add_argument("--calibration", type=int, default=8, help="windows of the text that gptq sees")
+    parser.add_argument("--calibration", type=int, default=32, help="windows of the text that gptq sees")
     parser.add_argument("--cache", type=int, default=512, help="longest sequence, and tokens in a window")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -79,9 +86,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _scheme(options: argparse.Namespace) -> str:
-    ending = "_symmetric" if options.symmetric else ""
+    on_phones = options.target == "xnnpack"  # whose linears take 4 bits in no other form
+    ending = "_symmetric" if options.symmetric or on_phones else ""
     group = f"_g{options.group}" if options.group else ""
-    return f"w{options.bits}{'a8' if options.a8 else ''}{ending}{group}"
+    return f"w{options.bits}{'a8' if options.a8 or on_phones else ''}{ending}{group}"
 
 
 def _windows(checkpoint: tq.Checkpoint, options: argparse.Namespace) -> tuple[Tensor | None, Sequence[Tensor]]:
@@ -98,13 +106,12 @@ def _windows(checkpoint: tq.Checkpoint, options: argparse.Namespace) -> tuple[Te
 
 
 def _quantize(exported: GraphModule, options: argparse.Namespace, seen: Sequence[Tensor]) -> GraphModule:
-    prepared = tq.prepare(exported, X86Quantizer(_scheme(options)))
+    prepared = tq.prepare(exported, _TARGETS[options.target][0](_scheme(options)))
     if options.method == "gptq":
         places = torch.arange(options.cache)
         batches = [(window.unsqueeze(0), places, places) for window in seen]
         tq.calibrate(prepared, batches)
-        may_add_biases = options.save is None  # for which checkpoints have no place
-        tq.optimize(prepared, batches, [tq.GPTQ(correct_bias=may_add_biases)])
+        tq.optimize(prepared, batches, [tq.GPTQ()])
     return tq.convert(prepared)
 
 

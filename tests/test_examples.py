@@ -123,7 +123,7 @@ def test_a_checkpoint_becomes_a_program_of_few_bits_that_is_judged_saved_and_wri
     llm([str(small_llama), *sizes, *text, "--out", str(out), "--save", f"gptq:{tmp_path / 'packed'}"])
     assert tq.load_causal_lm(tmp_path / "packed").stored_as["gptq_v2"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("w4_g32, gptq: compute ops quantized: 9/10") for line in lines), lines
+    assert any(line.startswith("x86, w4_g32, gptq: compute ops quantized: 9/10") for line in lines), lines
     assert any("124 tokens: perplexity" in line for line in lines)
     assert any("1 torchquant_lookup_w4" in line and "proof: holds" in line for line in lines)
     first = next(line for line in lines if line.startswith("first window"))
@@ -133,6 +133,16 @@ def test_a_checkpoint_becomes_a_program_of_few_bits_that_is_judged_saved_and_wri
     written = next(line for line in lines if line.startswith("w5 w7"))
     assert written.replace(" ", "") == "".join(f"w{token}" for token in tokens)
     assert "compute ops quantized: 9/10" in out.with_suffix(".txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_program_for_phones(llm, small_llama, tmp_path, capsys):
+    sizes = ["--target", "xnnpack", "--group", "32", "--cache", "32", "--new-tokens", "5"]
+    llm([str(small_llama), *sizes, "--prompt", "w5 w7", "--out", str(tmp_path / "model.pte")])
+    printed = capsys.readouterr().out
+    assert "xnnpack, w4a8_symmetric_g32, nearest: compute ops quantized" in printed
+    assert "delegated int4 linear" in printed
+    assert "5 tokens" in printed
 
 
 def test_gptq_without_a_text_is_refused_before_anything_is_read(llm, tmp_path, capsys):
