@@ -168,10 +168,27 @@ def _infer_sizes(graph: GraphModule) -> None:
         shape, x = ops.shape_of(node) or (), node.args[0]
         unknown = [s for s in shape if not isinstance(s, int)]
         if len(unknown) == 1:
-            if not x.meta["val"].is_contiguous():
+            if not x.meta["val"].is_contiguous() or _is_behind_permute(x):
                 x = _contiguous(graph, node, x)
             node.target = aten.view.default
             node.args, node.kwargs = (x, [s if isinstance(s, int) else -1 for s in shape]), {}
+
+
+_PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.numpy_T.default)
+_ORDERED = ("linear", "matmul", "embedding", "conv1d", "conv2d")  # ops that give contiguous tensors, whatever they read
+
+
+def _is_behind_permute(x: Node) -> bool:
+    """Whether a tensor may lie in the order that a permute made, which fake values do not know after a rewrite."""
+    stack, seen = [x], {x}
+    while stack:
+        node = stack.pop()
+        if node.target in _PERMUTES:
+            return True
+        if node.op == "call_function" and not ops.is_dequantize(node) and ops.op_name(node) not in _ORDERED:
+            stack += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+    return False
 
 
 def _contiguous(graph: GraphModule, node: Node, x: Node) -> Node:

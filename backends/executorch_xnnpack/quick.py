@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 __all__ = ["quick_passes"]
 
@@ -72,6 +73,8 @@ class _Ways:
             if self._only_edits(type(self_)) and self._finished.get(graph) == _edited(graph):
                 return self._result(graph, False)
             result = original_call(self_, graph)
+            if result.graph_module is not graph:
+                self._forget(graph)
             self._finished[result.graph_module] = _edited(result.graph_module)
             return result
 
@@ -87,7 +90,7 @@ class _Ways:
                 self_.interpreter = interpreter
             made = value.proxy.node
             if kind == "call_function" and made.meta.get("val") is not None:
-                self._computed[made] = (made.args, made.kwargs, value.data)
+                self._computed[made] = (made.args, made.kwargs, self._read((args, kwargs)), value.data)
             return value
 
         def run_node(self_: Any, node: Node) -> Any:
@@ -95,6 +98,12 @@ class _Ways:
             return original_run(self_, node)
 
         self.call, self.fx, self.run_node = call, fx, run_node
+
+    def _forget(self, graph: GraphModule) -> None:
+        """Let go of a graph that another one has followed; what is known of it would keep it in memory."""
+        self._finished.pop(graph, None)
+        for node in graph.graph.nodes:
+            self._computed.pop(node, None)
 
     def _only_edits(self, kind: type) -> bool:
         """Whether a pass changes the graph before it runs it, and nothing while it does."""
@@ -109,17 +118,23 @@ class _Ways:
             return False
         if not _alike(node.meta.get("val"), known[-1]) or (node.args, node.kwargs) != known[:2]:
             return False
-        return self._matches(args, node.args) and self._matches(kwargs, node.kwargs)
+        return _matches(self._read((args, kwargs)), known[2])
 
-    def _matches(self, given: Any, recorded: Any) -> bool:
-        if isinstance(recorded, Node):
-            return isinstance(given, self._proxy) and _alike(given.data, recorded.meta.get("val", self))
-        if isinstance(recorded, (tuple, list)):
-            same = isinstance(given, (tuple, list)) and len(given) == len(recorded)
-            return same and all(map(self._matches, given, recorded))
-        if isinstance(recorded, dict):
-            return given.keys() == recorded.keys() and all(self._matches(given[k], v) for k, v in recorded.items())
-        return type(given) is type(recorded) and bool(given == recorded)
+    def _read(self, arguments: Any) -> Any:
+        """What a pass computes with, in the place of what stands for it."""
+        return pytree.tree_map_only(self._proxy, lambda proxy: proxy.data, arguments)
+
+
+def _matches(given: Any, recorded: Any) -> bool:
+    """Whether arguments are those that were recorded: values without data alike, all others equal."""
+    if isinstance(recorded, (tuple, list)):
+        same = isinstance(given, (tuple, list)) and len(given) == len(recorded)
+        return same and all(map(_matches, given, recorded))
+    if isinstance(recorded, dict):
+        return given.keys() == recorded.keys() and all(_matches(given[k], v) for k, v in recorded.items())
+    if isinstance(recorded, (torch.Tensor, torch.SymInt)):
+        return _alike(given, recorded)
+    return type(given) is type(recorded) and bool(given == recorded)
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -138,6 +153,19 @@ def _alike(a: Any, b: Any) -> bool:
     )
 
 
+class _Same:
+    """A value that equals itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _edited(graph: GraphModule) -> list[Any]:
-    """What an edit of a graph changes."""
-    return [(n, n.op, n.target, n.args, n.kwargs) for n in graph.graph.nodes]
+    """What an edit of a graph changes: its nodes, and what its inputs stand for."""
+    inputs = [_Same(n.meta.get("val")) for n in graph.graph.nodes if n.op == "placeholder"]
+    return [*inputs, *((n, n.op, n.target, n.args, n.kwargs) for n in graph.graph.nodes)]
