@@ -223,3 +223,11 @@ def test_constants_keep_the_dtype_of_a_model_in_bfloat16(make, explicit):
     assert AWQ(explicit=explicit).transform(prepared, batches)
     assert {p.dtype for p in prepared.parameters()} == {torch.bfloat16}
     assert tq.sqnr_db(net(*batches[0]).float(), float_outputs(prepared, batches).reshape(2, 24, -1).float()) > 35
+
+
+def test_a_tensor_that_is_not_finite_is_left_as_it_is():
+    prepared, _, batches = prepared_of("gated")
+    batches[1][0][0, 0, 0] = torch.inf
+    algorithm = AWQ()
+    assert algorithm.transform(prepared, batches) == 0
+    assert any("it holds NaN, infinity" in note for note in algorithm.notes)
