@@ -212,3 +212,22 @@ def test_a_wrong_argument_and_a_wrong_order_are_refused():
     prepared, _, batches = prepared_of()
     with pytest.raises(tq.InputError, match="AWQ changes float weights, so it must come before"):
         tq.optimize(prepared, batches, [tq.SeqMSE(), AWQ()], progress=False)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("make", [two_linears, Gated])
+def test_constants_keep_the_dtype_of_a_model_in_bfloat16(make, explicit):
+    net, batches = make().bfloat16().eval(), [(torch.randn(2, 24, 32).bfloat16(),)]
+    prepared = tq.prepare(tq.export(net, batches[0]), WeightOnlyQuantizer("w3_g16"))
+    tq.calibrate(prepared, batches, progress=False)
+    assert AWQ(explicit=explicit).transform(prepared, batches)
+    assert {p.dtype for p in prepared.parameters()} == {torch.bfloat16}
+    assert tq.sqnr_db(net(*batches[0]).float(), float_outputs(prepared, batches).reshape(2, 24, -1).float()) > 35
+
+
+def test_a_tensor_that_is_not_finite_is_left_as_it_is():
+    prepared, _, batches = prepared_of("gated")
+    batches[1][0][0, 0, 0] = torch.inf
+    algorithm = AWQ()
+    assert algorithm.transform(prepared, batches) == 0
+    assert any("it holds NaN, infinity" in note for note in algorithm.notes)

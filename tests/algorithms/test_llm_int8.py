@@ -144,6 +144,16 @@ def test_readers_that_share_an_observer_with_others_get_their_own():
     assert torch.allclose(float_outputs(prepared), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("quantizer", ["torchao", "foreign dynamic"])
+def test_a_linear_that_reads_a_split_one_reads_the_sum_of_its_products(quantizer):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16, bias=False), nn.Linear(16, 8))
+    prepared, _ = prepared_of(quantizer, net)
+    before = float_outputs(prepared)
+    assert LLMInt8(0.5, share=1.0).transform(prepared, BATCHES) == 2
+    assert torch.allclose(float_outputs(prepared), before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"), [({"threshold": 0}, "threshold is 0"), ({"share": 1.5}, "share is 1.5")]
 )

@@ -51,8 +51,10 @@ def assert_read_back(case, path, floor_db=100.0):
         ("llama", "w3_symmetric_g32", "Q4_0", {"tie_word_embeddings": True}),
         ("qwen2", "w4_symmetric_g64", "Q4_0", {"intermediate_size": 128}),
         ("qwen3", "w8_symmetric_g32", "Q8_0", {"head_dim": 128}),
+        ("qwen3", "w8_symmetric_g32", "Q8_0", {"head_dim": 24}),
         ("gemma3", "w4_symmetric_g32", "Q4_0", GEMMA),
         ("gpt2", "w4_symmetric_g32", "Q4_0", {"n_positions": 1024}),
+        ("gpt2", "w4_symmetric_g32", "Q4_0", {"n_positions": 128}),
     ],
 )
 def test_codes_are_stored_as_they_are(tmp_path, name, scheme, type, changes):

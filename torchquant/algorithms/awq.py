@@ -93,6 +93,9 @@ class AWQ:
         if not products.count:
             self.notes.append(f"{group.tensor.name}: left as it is: no batch reaches it")
             return 0
+        if not bool(products.products.isfinite().all()):
+            self.notes.append(f"{group.tensor.name}: left as it is: it holds NaN, infinity, or values beyond float32")
+            return 0
         s = self._search(prepared, group, products)
         if s is None:
             self.notes.append(f"{group.tensor.name}: left as it is: no factor lowers the error of what reads it")

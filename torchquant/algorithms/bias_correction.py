@@ -37,7 +37,7 @@ class BiasCorrection:
 
     def spans(self, prepared: GraphModule, excluded: frozenset[str]) -> list[Span]:
         """Each site for itself."""
-        return layers(prepared, excluded)
+        return layers(prepared, excluded, every_reader=True)
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """The corrected bias of one site."""

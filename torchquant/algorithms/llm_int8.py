@@ -39,9 +39,13 @@ aten = torch.ops.aten
 class _Read:
     """Linears that read a tensor through one observer."""
 
-    tensor: Node
     observer: Node
     layers: list[Node]
+
+    @property
+    def tensor(self) -> Node:
+        """What they read now: where it was a linear that is split meanwhile, the sum of its two products."""
+        return self.observer.args[0]  # type: ignore[return-value]
 
 
 class LLMInt8:
@@ -87,7 +91,7 @@ class LLMInt8:
                 self._leave(node, reason)
             else:
                 reads.setdefault(node.args[0], []).append(node)
-        return [_Read(observer.args[0], observer, layers) for observer, layers in reads.items()]  # type: ignore[arg-type]
+        return [_Read(observer, layers) for observer, layers in reads.items()]
 
     def _leave(self, node: Node, reason: str) -> None:
         self.notes.append(f"{node.name}: left as it is: {reason}")
@@ -129,17 +133,17 @@ def _refusal(prepared: GraphModule, layer: Node) -> str:
 
 def _apply(prepared: GraphModule, read: _Read, outlying: torch.Tensor, why: str) -> None:
     """Split the layers of one read; `outlying` (in,) is bool."""
-    observer = folding.alone(prepared, read.observer, read.layers)
+    tensor, observer = read.tensor, folding.alone(prepared, read.observer, read.layers)
     columns = outlying.nonzero().flatten()
     first = folding.constant_at(prepared, read.layers[0], 1)
     assert first is not None
     factor = torch.where(outlying, torch.inf, 1.0).to(first.dtype)  # that the input is divided by
-    folding.insert_ops(prepared, read.tensor, [observer], -1, factor, None, why)
+    folding.insert_ops(prepared, tensor, [observer], -1, factor, None, why)
     with prepared.graph.inserting_before(observer):
-        index = passes.add_buffer(prepared, f"{read.tensor.name}_outliers", columns)
-        outliers = prepared.graph.call_function(aten.index_select.default, (read.tensor, -1, index))
+        index = passes.add_buffer(prepared, f"{tensor.name}_outliers", columns)
+        outliers = prepared.graph.call_function(aten.index_select.default, (tensor, -1, index))
     outliers.meta = {"nn_module_stack": read.layers[0].meta.get("nn_module_stack", {})}
-    if isinstance(value := read.tensor.meta.get("val"), torch.Tensor):
+    if isinstance(value := tensor.meta.get("val"), torch.Tensor):
         outliers.meta["val"] = value[..., : len(columns)]
     note(outliers, "unsupported", why)
     for layer in read.layers:

@@ -15,7 +15,7 @@ from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.reading import observer_of
 from torchquant.types import Format
 
-__all__ = ["Span", "blocks", "data_order", "layers", "weight_grid", "weight_of"]
+__all__ = ["Span", "blocks", "data_order", "is_shared", "layers", "weight_grid", "weight_of"]
 
 SOLVABLE = (
     "conv1d",
@@ -96,13 +96,29 @@ def solvable(prepared: GraphModule, node: Node) -> bool:
     return ops.op_name(node) in SOLVABLE and weight_of(prepared, node) is not None
 
 
-def layers(prepared: GraphModule, excluded: frozenset[str] = frozenset()) -> list[Span]:
-    """One span for each site, just the op itself; `excluded` holds node names."""
-    return [
-        Span((node,), (node,))
-        for node in data_order(prepared)
-        if node.name not in excluded and solvable(prepared, node)
-    ]
+def is_shared(prepared: GraphModule, site: Node) -> bool:
+    """Whether other ops read the weight of a site through the same observer."""
+    weight = weight_of(prepared, site)
+    return weight is not None and len(weight[0].users) > 1
+
+
+def layers(prepared: GraphModule, excluded: frozenset[str] = frozenset(), *, every_reader: bool = False) -> list[Span]:
+    """One span for each site, just the op itself.
+
+    Args:
+        excluded: node names.
+        every_reader: of a weight that several ops share; else the first of them alone, since all read what is chosen.
+    """
+    sites = _sites(prepared, data_order(prepared), excluded, every_reader)
+    return [Span((node,), (node,)) for node in sites]
+
+
+def _sites(
+    prepared: GraphModule, order: Sequence[Node], excluded: frozenset[str], every_reader: bool = False
+) -> list[Node]:
+    sites = [node for node in order if node.name not in excluded and solvable(prepared, node)]
+    first = {node.args[1]: node for node in reversed(sites)}
+    return [node for node in sites if every_reader or first[node.args[1]] is node]
 
 
 def blocks(
@@ -117,7 +133,7 @@ def blocks(
     """
     order = data_order(prepared)
     crossing = _Crossing(prepared, order)
-    chosen = {n for n in order if n.name not in excluded and solvable(prepared, n)}
+    chosen = set(_sites(prepared, order, excluded))
     spans: list[Span] = []
     start = 0
     while any(n in chosen for n in order[start:]):

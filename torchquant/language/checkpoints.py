@@ -32,6 +32,7 @@ from torchquant.language.packed_reading import Packing, packed_model, packing_of
 __all__ = ["Checkpoint", "load_causal_lm"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_UNREAD = {"qwen3": {"attention.key_length": "head_dim"}, "gpt2": {"context_length": "n_positions"}}
 _FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, which transformers does not read
 
 
@@ -94,6 +95,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
     with reading(path, "a GGUF file of a language model", "take another file"):
         _check_described(header)
         config = transformers().AutoConfig.from_pretrained(path.parent, **options, **_LOCAL)
+        _set_unread(config, header)
         elements = sum(prod(t.shape) for t in header.tensors if t.name != _FACTORS)
         check_size(config, elements, len(header.tensors))
         model = _decoded(path, header, config, dtype)
@@ -116,6 +118,16 @@ def _check_described(header: Header) -> None:
     count = header.metadata.get(f"{architecture}.block_count")
     if count != len(blocks):
         raise ValueError(f"{count!r} blocks by its keys, and {len(blocks)} by its tensors")
+
+
+def _set_unread(config: Any, header: Header) -> None:
+    """Give the config the sizes in the file that transformers does not read; raises ValueError if they are none."""
+    architecture = header.metadata["general.architecture"]
+    for key, attribute in _UNREAD.get(architecture, {}).items():
+        value = header.metadata.get(f"{architecture}.{key}", getattr(config, attribute))
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{architecture}.{key} is {value!r:.80}")
+        setattr(config, attribute, value)
 
 
 def _weights(path: Path, header: Header, model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -23,12 +23,12 @@ from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError, TorchquantWarning
 from torchquant.fx import ops, patterns
 from torchquant.fx.batch_axes import lacks_batch_axis
-from torchquant.fx.blocks import Span, weight_of
+from torchquant.fx.blocks import Span, is_shared, weight_of
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
-from torchquant.solving.solved import SolvedActivation, SolvedWeight, apply
+from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
 
 __all__ = ["Optimization", "SpanResult", "run"]
@@ -143,10 +143,7 @@ def _run(
         progress,
     )
     result = Optimization()
-    stream = Stream(prepared, kept, budget_bytes=memory_bytes)
-    for _ in stream.walk([]):
-        pass
-    result.steps.append(("as calibrated", _db(stream), True))
+    result.steps.append(("as calibrated", _measured(prepared, kept, settings), True))
     choices = (settings.seed, sorted(settings.excluded), budget_s)
     checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
     original = copy_graph(prepared)
@@ -229,10 +226,7 @@ def _transform(
         return
     trial.recompile()
     recalibrate(trial, batches, progress=settings.progress)
-    stream = Stream(trial, batches, budget_bytes=settings.memory_bytes)
-    for _ in stream.walk([]):
-        pass
-    _judge(name, _db(stream), lambda: None, result)
+    _judge(name, _measured(trial, batches, settings), lambda: None, result)
     if result.steps[-1][2]:
         _become(prepared, trial)
 
@@ -251,6 +245,14 @@ def _become(prepared: GraphModule, other: GraphModule) -> None:
     prepared.recompile()
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """An answer that is in the graph, and what takes it out again."""
+
+    solution: Solution
+    undo: Callable[[], None]
+
+
 # solvers ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +265,7 @@ def _solve(
     checkpoints: Checkpoints,
     result: Optimization,
 ) -> None:
-    name, undo = type(algorithm).__name__, list[Callable[[], None]]()
+    name, kept = type(algorithm).__name__, dict[Span, _Kept]()
     spans = algorithm.spans(prepared, settings.excluded)
     stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
     weights = [_cost(span) for span in spans]
@@ -279,22 +281,58 @@ def _solve(
                 late += 1
             else:
                 clock = Clock(seconds, settings.seed + 7919 * number + index)
-                undo.append(_solve_span(task, algorithm, clock, checkpoints.path(number, index), result))
+                answer = _solve_span(task, algorithm, clock, checkpoints.path(number, index), result)
+                kept |= {} if answer is None else {task.span: answer}
             bar.advance(row)
     result.spilled_bytes += stream.store.spilled_bytes
     if late:
         result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
-    _judge(name, _db(stream), lambda: _take_back(undo), result)
+    after = _db(stream)
+    shared = [s for s, a in kept.items() if a.solution.weights and any(is_shared(prepared, site) for site in s.sites)]
+    if shared:
+        after = _judge_shared(name, prepared, kept, shared, lambda: _measured(prepared, batches, settings), result)
+    _judge(name, after, lambda: _take_back(kept.values()), result)
 
 
-def _take_back(undo: Sequence[Callable[[], None]]) -> None:
-    for step in reversed(undo):
-        step()
+def _judge_shared(
+    name: str,
+    prepared: GraphModule,
+    kept: dict[Span, _Kept],
+    shared: Sequence[Span],
+    measured: Callable[[], float],
+    result: Optimization,
+) -> float:
+    """Take back each answer for a weight that other ops read too, if that is better; returns the SQNR in dB.
+
+    The walk saw readers in front of a span (lookups in a table that is also the head) with what stood there before.
+    """
+    best = measured()
+    for span in reversed(shared):
+        kept[span].undo()
+        without = measured()
+        if best >= without:
+            kept[span] = _Kept(kept[span].solution, apply(prepared, kept[span].solution))
+        else:
+            best = without
+            del kept[span]
+            result.notes.append(f"{name}: {span.name}: left as it was, for the sake of other readers of its weight")
+    return best
 
 
-def _solve_span(
-    task: Task, algorithm: Solver, clock: Clock, path: Path | None, result: Optimization
-) -> Callable[[], None]:
+def _measured(prepared: GraphModule, batches: Sequence[Any], settings: _Settings) -> float:
+    """The SQNR in dB of a graph as it stands."""
+    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
+    for _ in stream.walk([]):
+        pass
+    return _db(stream)
+
+
+def _take_back(kept: Iterable[_Kept]) -> None:
+    for answer in reversed([*kept]):
+        answer.undo()
+
+
+def _solve_span(task: Task, algorithm: Solver, clock: Clock, path: Path | None, result: Optimization) -> _Kept | None:
     """Solve (or read) one span, and keep the answer unless the span's output got worse."""
     start, name = time.perf_counter(), type(algorithm).__name__
     stored = read(path, task) if path is not None and everywhere(path.exists()) else None
@@ -302,7 +340,7 @@ def _solve_span(
     solution = algorithm.solve(task, clock) if stored is None else stored
     result.notes += [f"{name}: {note}" for note in solution.notes]
     if not solution:
-        return lambda: None
+        return None
     error = algorithm.error if isinstance(algorithm, Judging) else Task.error
     before = error(task)
     undo = apply(task.prepared, solution)
@@ -316,7 +354,7 @@ def _solve_span(
         parts.clear()
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
-    return undo if kept else lambda: None
+    return _Kept(solution, undo) if kept else None
 
 
 def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:

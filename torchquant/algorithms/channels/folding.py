@@ -150,7 +150,8 @@ def insert_ops(
     steps = [(aten.sub.Tensor, z, "offset")] if z is not None and bool(z.any()) else []
     for target, constant, name in [*steps, (aten.mul.Tensor, 1 / s, "factor")]:
         assert constant is not None
-        attribute = new_constant(model, first, f"{tensor.name}_{name}", constant.reshape(shape))
+        constant = constant.to(_dtype_of(tensor, constant.dtype)).reshape(shape)
+        attribute = new_constant(model, first, f"{tensor.name}_{name}", constant)
         with model.graph.inserting_before(first):
             step = model.graph.call_function(target, (value, attribute))
         source = _unobserved(model, tensor)
@@ -161,6 +162,11 @@ def insert_ops(
         value = step
     for user in users:
         user.replace_input_with(tensor, value)
+
+
+def _dtype_of(node: Node, default: torch.dtype) -> torch.dtype:
+    """The dtype of a node's value, where the graph says it."""
+    return getattr(node.meta.get("val"), "dtype", default)
 
 
 def _unobserved(model: GraphModule, node: Node) -> Node:
@@ -195,6 +201,8 @@ def tidy(model: GraphModule) -> None:
 def _set_constant(model: GraphModule, node: Node, position: int, value: torch.Tensor) -> None:
     """Put a new parameter behind an op's argument, under its observer if it has one."""
     kind = "weight" if position == affine_positions(node)[0] else "bias"
+    old = constant_at(model, node, position)
+    value = value.to(_dtype_of(node, value.dtype) if old is None else old.dtype)
     source = ops.argument(node, position)
     if source is not None and observer_of(model, source) is not None:
         alone = len(source.users) == 1 and _callers(model, source) == 1
