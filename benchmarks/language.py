@@ -111,7 +111,7 @@ def _row(
     }
     if method == "float":
         measured = tq.evaluate(exported, judged, window=WINDOW)
-        return row | {"bits_per_weight": 32.0, **_judged(measured)}
+        return row | {"table": "float32", "bits_per_weight": 32.0, **_judged(measured)}
     forget_peak()
     start, cpu_start = time.perf_counter(), time.process_time()
     converted, not_kept = _quantized(exported, method, schemes, seen)
