@@ -53,10 +53,16 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 def test_a_continuation_ends_before_its_stop_string():
     tokenizer, program = Letters(), tq.Decoder(exported())
-    text = _continuation(program, tokenizer, "abcde", {"max_gen_toks": 12})
+    text = _continuation(program, tokenizer, "abcde", {"max_gen_toks": 12, "until": [""]})
     assert len(text) == 12
     assert _continuation(program, tokenizer, "abcde", {"until": [text[3:5]], "max_gen_toks": 12}) == text[:3]
     assert len(_continuation(program, tokenizer, "abcde" * 20, {"until": [], "max_gen_toks": 500})) <= 31
+
+
+def test_an_empty_context_begins_with_the_end_of_a_text():
+    program = tq.Decoder(exported())
+    continued = program.generate([2], 4)[0, 1:].tolist()
+    assert _continuation(program, Letters(), "", {"max_gen_toks": 4}) == Letters().decode(continued)
 
 
 def test_without_the_harness_its_extra_is_named(monkeypatch):
@@ -82,4 +88,5 @@ def test_the_harness_gets_what_the_model_says():
     assert likelihood == pytest.approx(_Scorer(tq.Decoder(exported())).score([77, 78, 79], [80, 81])[0], rel=1e-5)
     rolling = model.loglikelihood_rolling([SimpleNamespace(args=("abcdefgh" * 9,))])
     assert rolling[0] < 0
-    assert model.generate_until([SimpleNamespace(args=("abc", {"max_gen_toks": 4, "until": []}))])[0]
+    assert model.generate_until([SimpleNamespace(args=("uvw", {"max_gen_toks": 2, "until": []}))])[0]
+    assert model.loglikelihood([request])[0] == pytest.approx((likelihood, False), rel=1e-5)  # whatever came between

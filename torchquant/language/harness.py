@@ -56,7 +56,7 @@ def _model(decoder: Decoder, tokenizer: Any) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.tokenizer, self._scorer = tokenizer, _Scorer(decoder)
+            self.tokenizer = tokenizer
 
         @property
         def eot_token_id(self) -> int:
@@ -77,8 +77,9 @@ def _model(decoder: Decoder, tokenizer: Any) -> Any:
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             order = sorted(range(len(requests)), key=lambda i: [*requests[i][1], *requests[i][2]])
             answers: dict[int, tuple[float, bool]] = {}
+            scorer = _Scorer(decoder)
             for i in order:
-                answers[i] = self._scorer.score(*requests[i][1:3])
+                answers[i] = scorer.score(*requests[i][1:3])
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
             return [answers[i] for i in range(len(requests))]
 
@@ -92,8 +93,8 @@ def _model(decoder: Decoder, tokenizer: Any) -> Any:
                 max_seq_len=decoder.max_cache_len,
                 context_len=1,
             )
-            parts = map(library.utils.make_disjoint_window, windows)
-            return sum(self._scorer.score(context, predicted)[0] for context, predicted in parts)
+            parts, scorer = map(library.utils.make_disjoint_window, windows), _Scorer(decoder)
+            return sum(scorer.score(context, predicted)[0] for context, predicted in parts)
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             return [_continuation(decoder, tokenizer, *request.args) for request in requests]
@@ -102,7 +103,10 @@ def _model(decoder: Decoder, tokenizer: Any) -> Any:
 
 
 class _Scorer:
-    """Log-likelihoods of continuations; what the cache still holds of the last request is not computed again."""
+    """Log-likelihoods of continuations, one after the other; what the cache holds of the last is not computed again.
+
+    Nobody else may use the decoder meanwhile.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._cached = decoder, list[int]()
@@ -127,8 +131,6 @@ class _Scorer:
 
     def _go_back(self, tokens: Sequence[int], most: int) -> None:
         """Leave in the cache what it has in common with `tokens`, `most` of them."""
-        if self._decoder.length != len(self._cached):  # somebody else used it
-            self._cached = []
         pairs = zip(self._cached, tokens, strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(tokens)))
         if common:
@@ -140,9 +142,10 @@ class _Scorer:
 def _continuation(decoder: Decoder, tokenizer: Any, context: str, options: dict[str, Any]) -> str:
     """Text up to the first of the strings `until`, greedy unless `do_sample`."""
     stops = options.get("until") or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
+    stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
     new = min(int(options.get("max_gen_toks", _MOST_NEW)), decoder.max_cache_len - 1)
     tokens = list(tokenizer(context, verbose=False).input_ids)[-(decoder.max_cache_len - new + 1) :]
+    tokens = tokens or [int(tokenizer.eos_token_id)]  # an empty context, as for likelihoods
     sampling: dict[str, Any] = {k: options[k] for k in ("do_sample", "top_k", "top_p") if k in options}
     if options.get("do_sample") and options.get("temperature"):
         sampling["temperature"] = options["temperature"]
@@ -153,4 +156,4 @@ def _continuation(decoder: Decoder, tokenizer: Any, context: str, options: dict[
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if any(stop in text for stop in stops):
             break
-    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
