@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from torchquant.language.cached import KeyValueCache
+from torchquant.language.key_value_cache import KeyValueCache
 
 transformers = pytest.importorskip("transformers")
 

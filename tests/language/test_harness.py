@@ -88,5 +88,6 @@ def test_the_harness_gets_what_the_model_says():
     assert likelihood == pytest.approx(_Scorer(tq.Decoder(exported())).score([77, 78, 79], [80, 81])[0], rel=1e-5)
     rolling = model.loglikelihood_rolling([SimpleNamespace(args=("abcdefgh" * 9,))])
     assert rolling[0] < 0
+    assert model.loglikelihood([request])[0][0] == pytest.approx(likelihood, rel=1e-5)
     assert model.generate_until([SimpleNamespace(args=("uvw", {"max_gen_toks": 2, "until": []}))])[0]
     assert model.loglikelihood([request])[0] == pytest.approx((likelihood, False), rel=1e-5)  # whatever came between

@@ -18,59 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ExportError
+from torchquant.language.key_value_cache import KeyValueCache
 from torchquant.language.libraries import transformers
 from torchquant.language.quantized_cache import QuantizedKeyValueCache
 from torchquant.language.rotary import RotaryTable
 
-__all__ = ["CachedDecoder", "KeyValueCache"]
+__all__ = ["CachedDecoder"]
 
 _NAME = "torchquant_static"  # of our attention among those of transformers
-
-
-class KeyValueCache(nn.Module):
-    """Keys and values of all layers in buffers `keys_i` and `values_i` of (B, K, L + 1, D).
-
-    The last row is never used: with it a view of S <= L rows is never contiguous, so that torch.export need not tell
-    the full cache from others.
-
-    Args:
-        shapes: for each layer (K, size of a key, size of a value).
-        max_cache_len, batch_size: L and B.
-        dtype, device: of keys and values.
-    """
-
-    def __init__(
-        self,
-        shapes: list[tuple[int, int, int]],
-        max_cache_len: int,
-        batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.layers = len(shapes)
-        for i, (heads, key_size, value_size) in enumerate(shapes):
-            for kind, size in (("keys", key_size), ("values", value_size)):
-                empty = torch.zeros(batch_size, heads, max_cache_len + 1, size, dtype=dtype, device=device)
-                self.register_buffer(f"{kind}_{i}", empty, persistent=False)
-
-    def rotated(self, x: Tensor) -> Tensor:
-        """As it is: these keys and values are not rotated."""
-        return x
-
-    restored = rotated
-
-    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Write the new rows (B, K, T, D) at `positions` (T,), and return the first `count` rows (B, K, S, D)."""
-        rows = []
-        for kind, new in (("keys", keys), ("values", values)):
-            cache = getattr(self, f"{kind}_{layer}")
-            cache.index_copy_(2, positions, new)
-            rows.append(cache.narrow(2, 0, count))
-        return rows[0], rows[1]
-
-
-_Cache = KeyValueCache | QuantizedKeyValueCache
 
 
 class CachedDecoder(nn.Module):
@@ -169,7 +124,7 @@ def _shapes_of(model: nn.Module) -> list[tuple[int, int, int]]:
     return [shapes[i] for i in range(layers)]
 
 
-def _cache_of(buffers: _Cache, positions: Tensor, attended: Tensor) -> Any:
+def _cache_of(buffers: KeyValueCache, positions: Tensor, attended: Tensor) -> Any:
     """The cache as transformers asks for it: the positions stand in for its offsets, which only our mask reads."""
 
     class StaticRows(transformers("cache_utils").Cache):  # type: ignore[misc]
@@ -189,7 +144,7 @@ def _cache_of(buffers: _Cache, positions: Tensor, attended: Tensor) -> Any:
     return StaticRows(layers=[layer(max_cache_len=1) for _ in range(buffers.layers)])
 
 
-def _register(cache: _Cache) -> None:
+def _register(cache: KeyValueCache) -> None:
     transformers().AttentionInterface.register(_NAME, partial(_attention, cache))
     transformers().AttentionMaskInterface.register(_NAME, _mask)
 
@@ -223,7 +178,7 @@ def _shared_by(config: Any) -> int:
 
 
 def _attention(
-    cache: _Cache,
+    cache: KeyValueCache,
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -6,15 +6,18 @@ so that only what is stored changes. Ashkboos et al., "QuaRot: Outlier-Free 4-Bi
 2024, section 4 (stage 2). Codes of 8 bits are symmetric; those of 4 bits lie on the 16 levels of llama.cpp's Q4_0, the
 lowest of which is the element of the largest magnitude, and share a byte with those of half a head further.
 
-Legend: B batch, K key and value heads, T new tokens, S positions that are read, D size of a head, L cache.
+Legend: B batch, K key and value heads, D size of a head, L cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant.errors import ExportError
+from torchquant.language.key_value_cache import KeyValueCache
 
 __all__ = ["QuantizedKeyValueCache", "hadamard"]
 
@@ -30,13 +33,11 @@ def hadamard(size: int) -> Tensor:
     return torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))
 
 
-class QuantizedKeyValueCache(nn.Module):
+class QuantizedKeyValueCache(KeyValueCache):
     """Codes of keys and values in buffers (B, K, L + 1, D), or (B, K, L + 1, D / 2) of 4 bits, and float16 scales.
 
     Args:
-        shapes: for each layer (K, size of a key, size of a value).
-        max_cache_len, batch_size: L and B.
-        dtype, device: of keys and values as the model has them.
+        shapes, max_cache_len, batch_size, dtype, device: as for `KeyValueCache`.
         bits: 8 or 4.
     """
 
@@ -49,22 +50,28 @@ class QuantizedKeyValueCache(nn.Module):
         device: torch.device | str,
         bits: int,
     ) -> None:
-        super().__init__()
-        self.layers, self.bits, self.dtype = len(shapes), bits, dtype
-        odd = [size for _, *sizes in shapes for size in sizes if size * bits % 8]
+        sizes = {size for _, *sizes in shapes for size in sizes}
+        odd = [size for size in sizes if size * bits % 8]
         if odd:
             raise ExportError(f"heads of {odd[0]} features fill no whole bytes of {bits} bits; take cache_bits=8")
-        for i, (heads, *sizes) in enumerate(shapes):
-            for kind, size in zip(("keys", "values"), sizes, strict=True):
-                rows = batch_size, heads, max_cache_len + 1
-                stored = {"": (size * bits // 8, torch.int8 if bits == 8 else torch.uint8)}
-                stored |= {"_scale": (size // _group(size), torch.float16)}
-                for ending, (columns, of) in stored.items():
-                    empty = torch.zeros(*rows, columns, dtype=of, device=device)
-                    self.register_buffer(f"{kind}_{i}{ending}", empty, persistent=False)
-        for size in {size for _, *sizes in shapes for size in sizes}:
-            rotation = hadamard(size).to(device, dtype)
-            self.register_buffer(f"rotation_{size}", rotation, persistent=False)
+        self.bits = bits
+        super().__init__(shapes, max_cache_len, batch_size, dtype, device)
+        for size in sizes:
+            self.register_buffer(f"rotation_{size}", hadamard(size).to(device, dtype), persistent=False)
+
+    def stored(self, size: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Codes, and scales of groups."""
+        codes = size * self.bits // 8, torch.int8 if self.bits == 8 else torch.uint8
+        return {"": codes, "_scale": (size // _group(size), torch.float16)}
+
+    def encoded(self, rows: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of rows (..., D)."""
+        codes, scale = _encoded(rows, self.bits)
+        return {"": codes, "_scale": scale}
+
+    def decoded(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The rows (..., D) that codes and scales stand for."""
+        return _decoded(parts[""], parts["_scale"], self.bits, self.dtype)
 
     def rotated(self, x: Tensor) -> Tensor:
         """x R of (..., D)."""
@@ -74,19 +81,6 @@ class QuantizedKeyValueCache(nn.Module):
     def restored(self, x: Tensor) -> Tensor:
         """x RT of (..., D): R is symmetric, and so its own inverse."""
         return self.rotated(x)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Write the new rows (B, K, T, D) at `positions` (T,); return the first `count` (B, K, S, D), rotated."""
-        rows = []
-        for kind, new in (("keys", keys), ("values", values)):
-            codes, scale = _encoded(self.rotated(new), self.bits)
-            stored = []
-            for ending, part in (("", codes), ("_scale", scale)):
-                cache = getattr(self, f"{kind}_{layer}{ending}")
-                cache.index_copy_(2, positions, part)
-                stored.append(cache.narrow(2, 0, count))
-            rows.append(_decoded(stored[0], stored[1], self.bits, self.dtype))
-        return rows[0], rows[1]
 
 
 def _group(size: int) -> int:
