@@ -22,8 +22,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import torchquant as tq
+from torchquant.calibration.evaluator import Evaluator
 from torchquant.calibration.store import give_back
-from torchquant.calibration.stream import Evaluator, Stream
+from torchquant.calibration.stream import Stream
 from torchquant.fx.blocks import Span
 
 KEY = ("network", "algorithm", "budget_bytes")

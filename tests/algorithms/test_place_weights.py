@@ -80,3 +80,14 @@ def test_gptq_does_better_where_it_counts(calibrated_net):
     (_, before, _), (_, after, is_kept) = result.steps
     assert is_kept
     assert after > before + 2
+
+
+def test_a_block_algorithm_measures_what_its_start_asks_for(calibrated_net):
+    prepared, batches = calibrated_net
+    for fisher in (True, False):
+        algorithm = tq.BRECQ(fisher=fisher, start=tq.GPTQ(weigh_places=True))
+        stream, spans = Stream(prepared, batches), algorithm.spans(prepared, frozenset())
+        algorithm.begin(stream, spans, 0)
+        assert len(stream.place_means) == 2
+        assert min(stream.place_means.values()) > 0
+        stream.close()

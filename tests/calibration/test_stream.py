@@ -11,7 +11,8 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.calibration import store as store_module
-from torchquant.calibration.stream import Evaluator, Store, Stream
+from torchquant.calibration.evaluator import Evaluator
+from torchquant.calibration.stream import Store, Stream
 from torchquant.fx.blocks import blocks, data_order, layers
 
 QUANTIZER = SpecQuantizer(("conv2d", "linear", "conv_transpose2d"), per_tensor(torch.uint8, 0, 255), per_channel())

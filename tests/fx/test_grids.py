@@ -15,7 +15,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from torchquant.calibration import batches as data
-from torchquant.calibration.stream import Evaluator, Stream
+from torchquant.calibration.evaluator import Evaluator
+from torchquant.calibration.stream import Stream
 from torchquant.fx import passes
 from torchquant.fx.blocks import data_order
 from torchquant.fx.grids import Grid, grid_of

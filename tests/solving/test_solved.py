@@ -12,7 +12,8 @@ import torchquant as tq
 from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.backends import inductor_x86
-from torchquant.calibration.stream import FLOAT_BIAS, Evaluator, Stream
+from torchquant.calibration.evaluator import FLOAT_BIAS, Evaluator
+from torchquant.calibration.stream import Stream
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import layers, weight_grid, weight_of
 from torchquant.fx.reading import observers

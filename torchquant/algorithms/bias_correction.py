@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
+from torchquant.calibration.evaluator import Flow
 from torchquant.calibration.parallel import total_
-from torchquant.calibration.stream import Flow, Task, outputs_of
+from torchquant.calibration.stream import Task, outputs_of
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, layers
 from torchquant.solving.contract import Clock

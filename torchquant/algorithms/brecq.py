@@ -83,9 +83,10 @@ class BRECQ:
         return blocks(prepared, excluded, min_sites=self.min_sites, max_sites=self.max_sites)
 
     def begin(self, stream: Stream, spans: Sequence[Span], seed: int) -> None:
-        """Measure the sensitivities."""
-        if self.fisher:
-            stream.sensitivities(spans, seed, self.draws)
+        """Measure the sensitivities, and those that the start asks for."""
+        places = self.start is not None and self.start.weigh_places
+        if self.fisher or places:
+            stream.sensitivities(spans, seed, self.draws, elements=self.fisher, metrics=self.fisher, places=places)
 
     def solve(self, task: Task, clock: Clock) -> Solution:
         """Learn one block."""

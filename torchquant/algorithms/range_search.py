@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.calibration.evaluator import Evaluator
 from torchquant.calibration.parallel import total
-from torchquant.calibration.stream import Evaluator, Stream, Task
+from torchquant.calibration.stream import Stream, Task
 from torchquant.errors import InputError
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order

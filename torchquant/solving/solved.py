@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from torchquant.calibration.stream import FLOAT_BIAS
+from torchquant.calibration.evaluator import FLOAT_BIAS
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import weight_of
 from torchquant.fx.grids import Grid

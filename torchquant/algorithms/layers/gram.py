@@ -22,8 +22,8 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.layers.layout import Layout
+from torchquant.calibration.evaluator import Flow
 from torchquant.calibration.parallel import preceding, total_
-from torchquant.calibration.stream import Flow
 
 __all__ = ["Data", "Moments", "choose_damp", "compensated", "damp_", "moments"]
 

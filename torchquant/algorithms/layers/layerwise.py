@@ -14,7 +14,8 @@ from torchquant.algorithms.layers.gram import Moments, choose_damp, compensated,
 from torchquant.algorithms.layers.grid_search import search_grid
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem
-from torchquant.calibration.stream import Evaluator, Fake, Flow, Stream, Task
+from torchquant.calibration.evaluator import Evaluator, Fake, Flow
+from torchquant.calibration.stream import Stream, Task
 from torchquant.errors import InputError
 from torchquant.formats.groups import storable
 from torchquant.fx import ops

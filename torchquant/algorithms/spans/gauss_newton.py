@@ -26,8 +26,8 @@ from torchquant.algorithms.layers.layerwise import Inside, by_groups, trial
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem
 from torchquant.algorithms.spans.objective import Objective, dropped, passing
+from torchquant.calibration.evaluator import Env
 from torchquant.calibration.parallel import total, total_, total_all_
-from torchquant.calibration.stream import Env
 from torchquant.fx import ops
 from torchquant.fx.blocks import weight_of
 from torchquant.solving.contract import Clock

@@ -14,8 +14,9 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.spans.compensation import Compensated
+from torchquant.calibration.evaluator import Evaluator
 from torchquant.calibration.parallel import total
-from torchquant.calibration.stream import Evaluator, Task
+from torchquant.calibration.stream import Task
 from torchquant.fx.grids import fake_quantizer, grid_of
 from torchquant.fx.reading import observer_of
 
