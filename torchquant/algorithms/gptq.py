@@ -20,12 +20,13 @@ import torch
 from torchquant.algorithms.layers.layerwise import Inside, RowRounding
 from torchquant.algorithms.layers.rounding import Problem
 from torchquant.calibration.stream import Task
+from torchquant.ops.rounding import native
 from torchquant.solving.contract import Clock
 from torchquant.solving.solved import Solution
 
 __all__ = ["GPTQ", "propagate"]
 
-_BLOCK = 128  # inputs after which the error is carried on to all that follow
+_BLOCK = native.MOST_COLUMNS  # inputs after which the error is carried on to all that follow
 _MOST_DAMP = 1e4  # times the mean diagonal
 
 
@@ -112,17 +113,31 @@ def _rounded(
     target: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, upper: torch.Tensor, problem: Problem
 ) -> torch.Tensor:
     """Codes (k, o) of a target (k, o), in the order of its rows."""
-    target, codes, count = target.clone(), torch.empty_like(target), len(target)
-    for start in range(0, count, _BLOCK):
-        end = min(start + _BLOCK, count)
-        errors = torch.empty(end - start, target.shape[1])
-        for j in range(start, end):
-            code = problem.clamp(torch.round(target[j] / scale[j]) + zero_point[j])
-            error = (target[j] - (code - zero_point[j]) * scale[j]) / upper[j, j]
-            target[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-            codes[j], errors[j - start] = code, error
+    target, scale, zero_point = (t.clone(memory_format=torch.contiguous_format) for t in (target, scale, zero_point))
+    codes, limits = torch.empty_like(target), (problem.low, problem.high)
+    propagated = native.propagate if native.is_built() else _propagated
+    for start in range(0, len(target), _BLOCK):
+        end = min(start + _BLOCK, len(target))
+        part = slice(start, end)
+        codes[part], errors = propagated(target[part], scale[part], zero_point[part], upper[part, part], limits)
         target[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return codes
+
+
+def _propagated(
+    target: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    upper: torch.Tensor,
+    limits: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`native.propagate` in PyTorch."""
+    target, codes, errors = target.clone(), torch.empty_like(target), torch.empty_like(target)
+    for j in range(len(target)):
+        codes[j] = torch.round(target[j] / scale[j]).add_(zero_point[j]).clamp_(*limits)
+        errors[j] = (target[j] - (codes[j] - zero_point[j]) * scale[j]) / upper[j, j]
+        target[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return codes, errors
 
 
 def _inverse_factor(metric: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -135,6 +150,6 @@ def _inverse_factor(metric: torch.Tensor) -> tuple[torch.Tensor, float]:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper.float(), damp
+                return upper.float().contiguous(), damp
         damp = max(1e-6, 10 * damp)
     return torch.eye(len(wide)), math.inf

@@ -68,12 +68,12 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
     try:
         with torch.no_grad(), ExitStack() as stack:
             initial = [stack.enter_context(restored(model)) for model in models]
-            is_empty = True
-            for batch in shown:
-                is_empty = False
+            seen = 0
+            for seen, batch in enumerate(shown, start=1):
                 for model, state in zip(models, initial, strict=True):
-                    _observe(model, batch, state)
-            if is_empty:  # of several processes, one without a batch
+                    if seen == 1 or not _sees_weights_alone(model):
+                        _observe(model, batch, state)
+            if not seen:  # of several processes, one without a batch
                 for model in models:
                     _observe_constants(model)
     finally:
@@ -83,6 +83,11 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
         merging.merge(models, reached)
     for model in models:
         _check_reached(model, reached)
+
+
+def _sees_weights_alone(model: GraphModule) -> bool:
+    """Whether no observer would see anything else in another batch."""
+    return all(ops.is_constant(node.args[0]) for node, _ in observers(model))  # type: ignore[arg-type]
 
 
 def _observe(model: GraphModule, batch: data.Given | data.Steps, initial: Mapping[str, torch.Tensor]) -> None:

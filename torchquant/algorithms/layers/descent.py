@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from torchquant.algorithms.layers.rounding import Problem, fit_scale
+from torchquant.ops.rounding import native
 
 __all__ = ["descend", "refit"]
 
@@ -20,7 +21,7 @@ _FEW = 1000  # a sweep that moves no more than one of so many codes is the last
 
 
 def descend(
-    problem: Problem, codes: torch.Tensor, sweeps: int = 8, block: int = 64, *, slope: torch.Tensor | None = None
+    problem: Problem, codes: torch.Tensor, sweeps: int = 8, block: int = 128, *, slope: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Better codes than `codes`, or these.
 
@@ -86,6 +87,22 @@ class _Descent:
 
     def block(self, start: int, end: int) -> None:
         """Let the codes of columns start .. end move, and bring the slopes of all columns up to date."""
+        moved = (
+            self._moved(start, end) if self.problem.outputs is None and native.is_built() else self._walked(start, end)
+        )
+        if bool(moved.any()):
+            moved = moved if self.problem.outputs is None else moved @ self.problem.outputs
+            self.slope.baddbmm_(self.problem.metric[:, :, start:end], moved)
+
+    def _moved(self, start: int, end: int) -> torch.Tensor:
+        """Move the codes of some columns, and say by how much their values (g, k, o) did."""
+        matrices = (self.codes, self.slope, self.scale, self.inverse, self.problem.metric[:, :, start:end])
+        limits = (self.problem.low, self.problem.high)
+        groups = zip(*(m[:, start:end] for m in matrices), strict=True)
+        return torch.stack([native.descend(c, s, step, i, m, limits) for c, s, step, i, m in groups])
+
+    def _walked(self, start: int, end: int) -> torch.Tensor:
+        """`_moved`, column by column in PyTorch; with `outputs` too."""
         metric, outputs = self.problem.metric[:, start:end, start:end], self.problem.outputs
         slope = self.slope[:, start:end].clone()  # of the columns that are still to come in this block
         moved = torch.empty_like(slope)
@@ -99,9 +116,7 @@ class _Descent:
                 slope[0, j + 1 :].addr_(metric[0, j, j + 1 :], felt[0])
             else:
                 slope[:, j + 1 :] += metric[:, j, j + 1 :, None] * felt[:, None]
-        if bool(moved.any()):
-            moved = moved if outputs is None else moved @ outputs
-            self.slope.baddbmm_(self.problem.metric[:, :, start:end], moved)
+        return moved
 
     def _column(self, column: int, slope: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
         """Move the codes of a column with a slope (g, o), and say by how much their values (g, o) did."""

@@ -19,7 +19,7 @@ import torch
 
 from torchquant.errors import ArtifactError
 from torchquant.files.whole import reading, warn_ignored, write_whole
-from torchquant.ops.x86 import native
+from torchquant.ops import builds
 
 __all__ = ["Config", "bucket", "candidates", "choose", "remember", "slug", "table"]
 
@@ -280,11 +280,11 @@ def slug(name: str) -> str:
 
 
 def _own_folder() -> Path:
-    folder = native.cache_folder() / "gpu"
+    folder = builds.cache_folder() / "gpu"
     try:
         folder.mkdir(exist_ok=True)
     except OSError:
-        folder = native.own_folder() / "gpu"
+        folder = builds.own_folder() / "gpu"
         folder.mkdir(exist_ok=True)
     return folder
 

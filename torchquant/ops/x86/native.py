@@ -10,22 +10,18 @@ import ctypes
 import hashlib
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch._ops import _OpNamespace
 from torch.fx import GraphModule
 
 from torchquant.errors import LoweringError
-from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import write_whole
+from torchquant.ops.builds import built, cache_folder, compiler, is_whole, own_folder, run_compiler
 
 __all__ = [
     "PREFIX",
@@ -58,41 +54,6 @@ _COMPILER_BYTES = 10**9  # what one takes of memory
 _TORCH = Path(torch.__file__).parent
 # the oldest torch whose stable interface the library uses
 _STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-
-
-def _compiler() -> str:
-    """The compiler that Inductor uses; imported when one is needed, for that takes a second."""
-    try:
-        return str(import_module("torch._inductor.cpp_builder").get_cpp_compiler())
-    except Exception as error:
-        raise LoweringError(
-            "there is no C++ compiler, which lowering for x86 needs: install g++ (Debian and Ubuntu: apt-get install "
-            f"g++; Fedora: dnf install gcc-c++), or set CXX ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-
-
-def cache_folder() -> Path:
-    """Where builds are kept: `$TORCHQUANT_CACHE`, or `torchquant` in the user's cache folder.
-
-    Where that cannot be written, or the user has no home, a folder of this process, deleted at its end.
-    """
-    named, base = os.environ.get("TORCHQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "torchquant"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without an entry in the list of users
-        return own_folder()
-    return folder if os.access(folder, os.W_OK) else own_folder()
-
-
-def own_folder() -> Path:
-    """A folder of this process alone, deleted at its end."""
-    return _own_folder().path
-
-
-@cache
-def _own_folder() -> OwnFolder:
-    return OwnFolder("torchquant-")
 
 
 def supported() -> bool:
@@ -138,35 +99,14 @@ def library_file() -> Path:
 
 
 def _built(folder: Path) -> Path:
-    """The library in a folder, built there if it is not or not whole: by one process, while others wait for it."""
-    library = folder / build_name()
-    with FileLock(library.with_suffix(".lock")):
-        if not _is_whole(library):
-            with OwnFolder("build-", folder) as place:
-                built = _build(place)
-                digest = hashlib.sha256(built.read_bytes()).hexdigest()
-                os.replace(built, library)
-            write_whole(_digest_of(library), lambda part: part.write_text(digest))
-    return library
-
-
-def _digest_of(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether the file is what was built: not cut off, not overwritten."""
-    try:
-        return hashlib.sha256(library.read_bytes()).hexdigest() == _digest_of(library).read_text().strip()
-    except (OSError, ValueError):
-        return False
+    return built(folder / build_name(), lambda place: _build(place))
 
 
 def _build(folder: Path) -> Path:
-    compiler = _compiler()
+    command = compiler()
     commands = [
         [
-            compiler,
+            command,
             *_FLAGS,
             *flags,
             f"-DTQ_ISA={name}",
@@ -181,7 +121,7 @@ def _build(folder: Path) -> Path:
     ]
     include = [f"-I{_TORCH / 'include'}"]
     runtime = [
-        compiler,
+        command,
         *_FLAGS,
         _STABLE,
         f"-DTQ_NAMESPACE={_namespace(build_name())}",
@@ -192,12 +132,12 @@ def _build(folder: Path) -> Path:
         f"{folder / 'runtime'}.o",
     ]
     with ThreadPoolExecutor(_compilers_at_once()) as pool:
-        list(pool.map(_run, [*commands, runtime]))
+        list(pool.map(run_compiler, [*commands, runtime]))
     objects = [*(f"{folder / name}.{source}.o" for name in _SETS for source in _KERNELS), f"{folder / 'runtime'}.o"]
     library = folder / "kernels.so"
-    _run(
+    run_compiler(
         [
-            compiler,
+            command,
             "-shared",
             "-s",
             *objects,
@@ -226,15 +166,6 @@ def _compilers_at_once() -> int:
             free // _COMPILER_BYTES,
         ),
     )
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise LoweringError(f"torchquant's kernels need a C++ compiler; {command[0]} cannot be run: {error}") from error
-    if done.returncode:
-        raise LoweringError(f"torchquant's kernels do not compile with {command[0]}:\n{done.stderr[-3000:]}")
 
 
 _loaded: dict[str, ctypes.CDLL] = {}  # by the name of the build
@@ -268,7 +199,7 @@ def load_packaged(name: str, content: bytes) -> None:
     """
     if name in _loaded:
         return
-    if name == build_name() and _is_whole(cache_folder() / name):
+    if name == build_name() and is_whole(cache_folder() / name):
         load()
         return
     if _namespace(name).encode() not in content:  # loading ops that exist already would end the process

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchquant.errors import ArtifactError
 from torchquant.files.whole import reading, warn_ignored, write_whole
+from torchquant.ops import builds
 from torchquant.ops.x86 import native
 from torchquant.ops.x86.plan import Step
 from torchquant.ops.x86.translation import Built
@@ -89,7 +90,7 @@ def _cpu() -> str:
 
 
 def _file() -> Path:
-    return native.cache_folder() / f"tuning-{native.build_name()}.json"
+    return builds.cache_folder() / f"tuning-{native.build_name()}.json"
 
 
 def _read() -> dict[str, int]:
