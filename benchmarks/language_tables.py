@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gpu_tables import Table
@@ -9,14 +10,28 @@ from gpu_tables import Table
 __all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
-_ORDER = ("float", "nearest", "hqq", "awq", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq")
+_ORDER = (
+    "float",
+    "nearest",
+    "hqq",
+    "awq",
+    "gptq_paper",
+    "gptq_compensated",
+    "gptq",
+    "awq_gptq",
+    "auto_round",
+    "rotate_nearest",
+    "rotate_gptq",
+)
 
 
 def perplexities(results: Row) -> Table:
     """Method by method, the widest scheme first; what was not measured has no row."""
-    rows = sorted(results["rows"], key=lambda r: (-_width(r["scheme"]), -_width(r["table"]), _ORDER.index(r["method"])))
-    exact = next((r["perplexity"] for r in rows if r["method"] == "float"), None)
+    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
+    rows = sorted(results["rows"], key=lambda r: _place(r, models))
+    exact = {row["model"]: row["perplexity"] for row in rows if row["method"] == "float"}
     head = (
+        "model",
         "scheme",
         "table and head",
         "method",
@@ -30,7 +45,7 @@ def perplexities(results: Row) -> Table:
         "calibration",
     )
     about = f"{results['cpu']}; {results['date']}" if rows else ""
-    return Table("Perplexity", about, head, [_cells(row, exact) for row in rows])
+    return Table("Perplexity", about, head, [_cells(row, exact.get(row["model"])) for row in rows])
 
 
 def decoding(results: Row) -> Table:
@@ -51,6 +66,10 @@ def decoding(results: Row) -> Table:
     return Table("Decoding", f"{results['cpu']}; {results['date']}" if rows else "", head, rows)
 
 
+def _place(row: Row, models: Sequence[str]) -> tuple[int, ...]:
+    return models.index(row["model"]), -_width(row["scheme"]), -_width(row["table"]), _ORDER.index(row["method"])
+
+
 def _width(scheme: str) -> int:
     """Bits of a scheme's weights: `w4_g64` has 4, `float32` has 32."""
     return int(scheme.removeprefix("float").removeprefix("w").split("_")[0].split("a")[0])
@@ -58,7 +77,13 @@ def _width(scheme: str) -> int:
 
 def _cells(row: Row, exact: Any) -> list[str]:
     undone = f" (not kept: {', '.join(row['not_kept'])})" if row.get("not_kept") else ""
-    cells = [f"`{row['scheme']}`", f"`{row['table']}`", row["method"] + undone, f"{row['bits_per_weight']:.2f}"]
+    cells = [
+        row["model"],
+        f"`{row['scheme']}`",
+        f"`{row['table']}`",
+        row["method"] + undone,
+        f"{row['bits_per_weight']:.2f}",
+    ]
     cells += [_perplexity(row), _share(row["perplexity"], exact)]
     if row["kl_divergence"] is None:
         return [*cells, "", "", "", "", ""]
