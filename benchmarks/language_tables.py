@@ -50,15 +50,29 @@ def perplexities(results: Row) -> Table:
 
 def decoding(results: Row) -> Table:
     """Tokens a second of each runtime, medians and ranges."""
-    head = ("runtime", "scheme", "threads", "decode, tokens/s", "prompt of 128, tokens/s", "file, MB", "load before")
+    head = (
+        "model",
+        "runtime",
+        "scheme",
+        "threads",
+        "busy beside",
+        "decode, tokens/s",
+        "prompt of 128, tokens/s",
+        "file, MB",
+        "GB/s",
+        "load before",
+    )
     rows = [
         [
+            row["model"],
             row["runtime"],
             f"`{row['scheme']}`",
             str(row["threads"]),
+            str(row["busy"]),
             f"{row['decode_tokens_s']:.1f} ({row['decode_range']})",
             f"{row['prompt_tokens_s']:.0f} ({row['prompt_range']})",
             f"{row['bytes'] / 1e6:.1f}",
+            f"{row['bytes'] * row['decode_tokens_s'] / 1e9:.1f}",
             f"{row['load_before']:.1f}",
         ]
         for row in results["rows"]
