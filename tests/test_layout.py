@@ -22,6 +22,7 @@ LAYERS = [
     ["measure"],
     ["artifacts", "lowering"],
     ["ops", "reporting", "solving"],
+    ["analysis"],
     ["algorithms"],
     ["flow"],
     ["language"],

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torchquant.algorithms.range_search import RangeSearch
     from torchquant.algorithms.seq_mse import SeqMSE
     from torchquant.algorithms.smooth_quant import SmoothQuant
+    from torchquant.analysis.findings import Finding, SiteAnalysis
+    from torchquant.analysis.tensors import TensorAnalysis
+    from torchquant.analysis.walk import Analysis, analyze
     from torchquant.artifacts.program import Program
     from torchquant.artifacts.serialize import load, save
     from torchquant.calibration.batches import Steps
@@ -65,6 +68,9 @@ _HOMES = {
     "algorithms.range_search": ("RangeSearch",),
     "algorithms.seq_mse": ("SeqMSE",),
     "algorithms.smooth_quant": ("SmoothQuant",),
+    "analysis.findings": ("Finding", "SiteAnalysis"),
+    "analysis.tensors": ("TensorAnalysis",),
+    "analysis.walk": ("Analysis", "analyze"),
     "calibration.batches": ("Steps",),
     "calibration.calibrate": ("calibrate",),
     "errors": (
@@ -119,6 +125,7 @@ __all__ = [
     "HQQ",
     "AdaQuant",
     "AdaRound",
+    "Analysis",
     "ArtifactError",
     "BatchNormReestimation",
     "BiasCorrection",
@@ -129,6 +136,7 @@ __all__ = [
     "Decoder",
     "Evaluation",
     "ExportError",
+    "Finding",
     "InputError",
     "LLMInt8",
     "LoweringError",
@@ -144,10 +152,13 @@ __all__ = [
     "SavedCheckpoint",
     "SchemeError",
     "SeqMSE",
+    "SiteAnalysis",
     "SmoothQuant",
     "Steps",
+    "TensorAnalysis",
     "TorchquantError",
     "TorchquantWarning",
+    "analyze",
     "calibrate",
     "compare",
     "convert",

@@ -160,9 +160,7 @@ def _ridge(a: torch.Tensor, damp: float) -> torch.Tensor:
     return damp * a.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-12)
 
 
-def compensated(
-    matrix: torch.Tensor, of: Moments, damp: float, precision: torch.dtype = torch.float64
-) -> torch.Tensor:
+def compensated(matrix: torch.Tensor, of: Moments, damp: float, precision: torch.dtype = torch.float64) -> torch.Tensor:
     """T = W (B + D) (A + D)^-1, D = `damp` times the mean diagonal of A: the (g, o, k) that best gives W x from xq.
 
     W itself where A + D is not positive definite in this precision.

@@ -1,0 +1,262 @@
+"""Float against quantized, site by site, in one walk over the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.fx import GraphModule, Node
+
+from torchquant.analysis.findings import Finding, SiteAnalysis, findings
+from torchquant.analysis.tensors import TensorStatistics, decibels
+from torchquant.calibration import batches as data
+from torchquant.calibration.evaluator import Env, Evaluator
+from torchquant.calibration.stream import Stream, Task, given_to
+from torchquant.errors import InputError
+from torchquant.files.archive import versions
+from torchquant.fx import ops
+from torchquant.fx.blocks import Span, data_order
+from torchquant.fx.functional import functionalize
+from torchquant.fx.grids import Grid, fake_quantizer, grid_of
+from torchquant.fx.passes import copy_graph
+from torchquant.fx.reading import GraphReading, is_prepared, observer_of
+from torchquant.fx.sites import read_sites
+from torchquant.solving.run import DEFAULT_MEMORY_BYTES
+from torchquant.surroundings import own_modes
+from torchquant.types import Site
+
+__all__ = ["Analysis", "analyze"]
+
+_DRAWS = 4  # random projections of the network's output
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Where a network's error comes from; `str()` gives a table for people.
+
+    Args:
+        sites: every op with quantized inputs, and every matrix product, in graph order.
+        findings: what stands out, the gravest first.
+        output_db: SQNR of the network's output, all quantized, on the data of the analysis.
+        batches: how many there were.
+        versions: of what made it.
+    """
+
+    sites: tuple[SiteAnalysis, ...]
+    findings: tuple[Finding, ...]
+    output_db: float
+    batches: int
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings and lists, as JSON has them: what is not finite is None."""
+        fields = dataclasses.asdict(self)
+        for entry, site in zip(fields["sites"], self.sites, strict=True):
+            entry["site"] = _site(site.site)
+        plain: dict[str, Any] = _finite(fields)
+        return plain
+
+    def to_json(self, indent: int | None = None) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=160, record=True, force_terminal=False)
+        console.print(f"output: {self.output_db:.1f} dB, all quantized, on {self.batches} batches", highlight=False)
+        for finding in self.findings:
+            where = f" ({finding.module})" if finding.module else ""
+            text = (
+                f"{finding.severity}: {finding.kind}: {finding.site}{where}: {finding.message}\n  -> {finding.remedy}"
+            )
+            console.print(text, highlight=False, markup=False)
+        console.print(_table(self.sites))
+        return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
+
+
+def _site(site: Site) -> dict[str, Any]:
+    described = {
+        name: q.describe() if q else None for name, q in (("activation", site.activation), ("weight", site.weight))
+    }
+    kept = ("node", "op", "module", "compute", "status", "reason")
+    return {name: getattr(site, name) for name in kept} | described
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(sites: Sequence[SiteAnalysis]) -> Table:
+    table = Table("node", "op", "module", "status", box=None, pad_edge=False, show_edge=False)
+    for head in ("alone dB", "inputs dB", "weight dB", "up to here dB", "output dB", "share"):
+        table.add_column(head, justify="right")
+    for s in sorted(sites, key=lambda s: -s.share):
+        levels = [s.alone_db, s.activations_db, s.weight_db, s.cumulative_db, s.output_db]
+        shown = ["" if level is None else "exact" if math.isinf(level) else f"{level:.1f}" for level in levels]
+        table.add_row(s.site.node, s.site.op, s.site.module, s.site.status, *shown, f"{s.share:.1%}")
+    return table
+
+
+def analyze(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    *,
+    seed: int = 0,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Analysis:
+    """Say where the error of a calibrated graph comes from, in one walk over the data.
+
+    At each op: the SQNR of its output with only its own inputs and weight quantized, with each of them alone, and with
+    all quantized that comes before it; what its error costs the network's output, by the derivatives of the float
+    function (second order, errors taken as unrelated); of each tensor that it reads how much the grid keeps.
+
+    Args:
+        prepared: what `prepare_pt2e` returned (any Quantizer), calibrated, perhaps optimized. It stays as it is.
+        batches: as for `calibrate`; better not those that were calibrated on.
+        seed: of the random projections of the output.
+        memory_bytes: for what is kept between ops; the rest lies on disk.
+
+    Raises:
+        InputError: no prepared graph, or a batch that does not fit.
+        CalibrationError: no batch, or an observer that has not seen data.
+    """
+    if not isinstance(prepared, GraphModule) or not is_prepared(prepared):
+        raise InputError(
+            "analyze takes a prepared and calibrated graph, whose observers know the grids: call it before convert_pt2e"
+        )
+    with own_modes():
+        graph = copy_graph(prepared)
+        sites = {site.node: site for site in read_sites(graph)}
+        functionalize(graph)
+        kept = given_to(graph, list(data.checked(graph, batches)))
+        return _analyzed(graph, sites, kept, seed, memory_bytes)
+
+
+def _analyzed(
+    graph: GraphModule, sites: Mapping[str, Site], batches: Sequence[Any], seed: int, memory_bytes: int
+) -> Analysis:
+    stream = Stream(graph, batches, budget_bytes=memory_bytes)
+    nodes = [n for n in data_order(graph) if n.name in sites and (sites[n.name].compute or _observed(graph, n))]
+    spans = [Span((node,), (node,)) for node in nodes]
+    with closing(stream):
+        stream.sensitivities(spans, seed, _DRAWS, metrics=False)
+        measures = [_Measure(task, sites[task.span.nodes[0].name]) for task in stream.walk(spans)]
+    total = sum(m.cost or 0.0 for m in measures)
+    results = tuple(m.result(stream.signal, total) for m in measures)
+    output_db = decibels(stream.signal, stream.noise)
+    return Analysis(results, tuple(findings(results)), output_db, len(batches), versions())
+
+
+def _observed(graph: GraphModule, node: Node) -> bool:
+    return any(observer_of(graph, n) is not None for n in node.all_input_nodes)
+
+
+class _Measure:
+    """One site over all batches."""
+
+    def __init__(self, task: Task, site: Site) -> None:
+        self._site, (self._node,) = site, task.span.nodes
+        self._graph, reading = task.prepared, GraphReading(task.prepared)
+        self._inputs: dict[Node, TensorStatistics] = {}
+        self._weight: TensorStatistics | None = None
+        self._signal, self._noises = 0.0, dict.fromkeys(("alone", "activations", "weight", "cumulative"), 0.0)
+        self.cost: float | None = None  # of the network's output, squared
+        self._observers = [n for n in self._node.all_input_nodes if observer_of(self._graph, n) is not None]
+        for observer in self._observers:
+            quantized = reading.op(observer)
+            what = quantized.qparams.describe() if quantized is not None else "float"
+            if ops.is_constant(observer.args[0]):  # type: ignore[arg-type]
+                self._add_weight(observer, what)
+        with torch.no_grad():
+            for batch in range(task.count):
+                self._add(task, batch, reading)
+
+    def _add_weight(self, observer: Node, what: str) -> None:
+        module, source = observer_of(self._graph, observer), observer.args[0]
+        assert isinstance(source, Node)
+        exact = ops.constant_value(self._graph, source)
+        if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
+            return
+        kind = ops.kind_of(self._node)
+        self._weight = TensorStatistics(source.name, what, _static(module, exact), None if kind is None else kind.axis)
+        quantized = Evaluator(self._graph, "quantized").value(observer, {})
+        self._weight.add(exact, quantized)
+
+    def _add(self, task: Task, batch: int, reading: GraphReading) -> None:
+        raw, seen = task.inputs(batch, "float"), task.inputs(batch, "quantized")
+        rounded = dict(raw)
+        for observer in self._observers:
+            if observer not in raw:
+                continue
+            module, exact = observer_of(self._graph, observer), raw[observer]
+            if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
+                continue
+            rounded[observer] = fake_quantizer(module, exact.shape)(exact)
+            if observer not in self._inputs:
+                self._inputs[observer] = self._statistics(observer, module, exact, reading)
+            self._inputs[observer].add(exact, rounded[observer])
+        (exact,) = task.targets(batch) or (None,)
+        if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
+            return
+        self._signal += _energy(exact)
+        errors = {
+            "alone": self._error(task, rounded, "quantized", exact),
+            "activations": self._error(task, rounded, "float", exact),
+            "weight": self._error(task, raw, "quantized", exact),
+            "cumulative": self._error(task, seen, "quantized", exact),
+        }
+        for name, error in errors.items():
+            self._noises[name] += _energy(error)
+        (felt,) = task.sensitivity(batch) or (None,)
+        if felt is not None:
+            self.cost = (self.cost or 0.0) + float((errors["alone"].square() * felt).sum(dtype=torch.float64))
+
+    def _error(self, task: Task, inputs: Env, flow: Any, exact: torch.Tensor) -> torch.Tensor:
+        got = task.evaluator(flow).run([self._node], dict(inputs))[self._node]
+        return (got - exact).masked_fill_(~exact.isfinite(), 0.0).float()
+
+    def _statistics(self, observer: Node, module: Any, exact: torch.Tensor, reading: GraphReading) -> TensorStatistics:
+        quantized, source = reading.op(observer), observer.args[0]
+        what = quantized.qparams.describe() if quantized is not None else "float"
+        convolution = ops.op_name(self._node).startswith("conv")
+        axis = None if exact.ndim < 2 else 1 if convolution else -1
+        name = source.name if isinstance(source, Node) else observer.name
+        return TensorStatistics(name, what, _static(module, exact), axis)
+
+    def result(self, signal: float, total: float) -> SiteAnalysis:
+        """Args: energy of the network's output; sum of all costs."""
+        levels = {name: decibels(self._signal, noise) for name, noise in self._noises.items()}
+        return SiteAnalysis(
+            self._site,
+            levels["alone"],
+            levels["activations"],
+            levels["weight"],
+            levels["cumulative"],
+            None if self.cost is None else decibels(signal, self.cost),
+            (self.cost or 0.0) / total if total > 0 else 0.0,
+            tuple(statistics.result() for statistics in self._inputs.values()),
+            None if self._weight is None else self._weight.result(),
+        )
+
+
+def _static(module: Any, tensor: torch.Tensor) -> Grid | None:
+    """The grid of an observer's tensor where it is known before run time."""
+    if callable(getattr(module, "convert", None)) and not isinstance(getattr(module, "grid", None), Grid):
+        return None
+    return None if getattr(module, "is_dynamic", False) else grid_of(module, tensor.shape)
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(x.masked_fill(~x.isfinite(), 0.0).square().sum(dtype=torch.float64))
