@@ -14,11 +14,10 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant.algorithms.bias_correction import BiasCorrection
 from torchquant.calibration import batches as data
-from torchquant.calibration.calibrate import calibrate
+from torchquant.calibration.calibrate import calibrate, refuse_uncalibrated
 from torchquant.calibration.digests import digest_of
 from torchquant.calibration.parallel import agree, is_parallel, together
 from torchquant.errors import (
-    CalibrationError,
     ExportError,
     InputError,
     PrepareError,
@@ -31,7 +30,7 @@ from torchquant.fx.functional import functionalize
 from torchquant.fx.reading import is_converted, is_prepared
 from torchquant.fx.rewrites.decompose import expand_batch_norms
 from torchquant.fx.signature import Signature, placeholders
-from torchquant.fx.sites import read_sites, refuse_lost_writes
+from torchquant.fx.sites import read_sites
 from torchquant.fx.states import hidden_states, own_states
 from torchquant.fx.subclasses import split_parts
 from torchquant.observers.minmax import least_scale
@@ -157,7 +156,7 @@ def convert(prepared: GraphModule) -> GraphModule:
         CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
         PrepareError: torchao fails on what a Quantizer of another make asked for.
     """
-    _refuse_uncalibrated(prepared)
+    refuse_uncalibrated(prepared)
     _warn_of_vanishing(prepared)
     passes.hide_batch_norms(prepared)
     try:
@@ -172,17 +171,6 @@ def convert(prepared: GraphModule) -> GraphModule:
     passes.show_batch_norms(converted)
     passes.remove_dead_weights(converted)
     return converted
-
-
-def _refuse_uncalibrated(prepared: GraphModule) -> None:
-    if not is_prepared(prepared):
-        raise CalibrationError("convert takes a prepared graph; this one has no observers")
-    refuse_lost_writes(prepared)
-    for node, observer in passes.static_observers(prepared):
-        low = getattr(observer, "min_val", None)
-        if isinstance(low, torch.Tensor) and (low.numel() == 0 or bool(torch.isinf(low).any())):
-            site = getattr(observer, "site", f"{node.args[0]}, observed by {node.target},")
-            raise CalibrationError(f"{site} never saw data: run torchquant.calibrate(prepared, batches) before convert")
 
 
 def _warn_of_vanishing(prepared: GraphModule) -> None:
@@ -333,7 +321,7 @@ def optimize(
             the graph is as it came, as after any other error.
     """
     with together("optimize"):
-        _refuse_uncalibrated(prepared)
+        refuse_uncalibrated(prepared)
         return run(
             prepared,
             batches,

@@ -1,5 +1,6 @@
 """The command line: targets, report, quantize, run; errors are one line and exit code 1."""
 
+import json
 import subprocess
 import sys
 
@@ -170,6 +171,20 @@ def test_quantize_writes_a_proven_artefact_for_each_backend_into_a_folder(writte
     x = torch.randn(4, 8)
     x86, pte = inductor_x86.load(out / "inductor_x86.pt2"), executorch_xnnpack.load(out / "executorch_xnnpack.pte")
     assert tq.sqnr_db(x86(x), pte(x)) > 20
+
+
+def test_analyze_says_where_the_error_comes_from(folder, tmp_path):
+    out = tmp_path / "analysis.json"
+    arguments = ["analyze", "users_net:model", "--calibration", "users_net:batches", "--json", str(out)]
+    result = CliRunner().invoke(cli.app, [*arguments, "--min-sqnr", "20"])
+    assert result.exit_code == 0, result.output
+    assert "measured on the calibration data" in result.output
+    read = json.loads(out.read_text())
+    assert {site["site"]["op"] for site in read["sites"]} >= {"linear"}
+    assert read["output_db"] > 20
+    result = CliRunner().invoke(cli.app, [*arguments, "--min-sqnr", "200", "--validation", "users_net:batches"])
+    assert result.exit_code == 2
+    assert "measured on users_net:batches" in result.output
 
 
 def test_run_prints_shape_and_range_of_each_output(written):

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torchquant.analysis.findings import Finding, SiteAnalysis, findings
 from torchquant.analysis.tensors import TensorStatistics, decibels
 from torchquant.calibration import batches as data
+from torchquant.calibration.calibrate import refuse_uncalibrated
 from torchquant.calibration.evaluator import Env, Evaluator
 from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError
@@ -136,6 +137,7 @@ def analyze(
         raise InputError(
             "analyze takes a prepared and calibrated graph, whose observers know the grids: call it before convert_pt2e"
         )
+    refuse_uncalibrated(prepared)
     with own_modes():
         graph = copy_graph(prepared)
         sites = {site.node: site for site in read_sites(graph)}

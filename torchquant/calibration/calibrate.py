@@ -16,15 +16,15 @@ from torchquant.calibration import batches as data
 from torchquant.calibration import merging
 from torchquant.calibration.parallel import is_parallel, together
 from torchquant.errors import CalibrationError, TorchquantWarning
-from torchquant.fx import ops
-from torchquant.fx.reading import is_observer, observers
+from torchquant.fx import ops, passes
+from torchquant.fx.reading import is_observer, is_prepared, observers
 from torchquant.fx.signature import Signature
 from torchquant.fx.sites import read_sites, refuse_lost_writes
 from torchquant.fx.states import restored, set_states, states_of
 from torchquant.observers.minmax import check_finite, reset
 from torchquant.surroundings import own_modes
 
-__all__ = ["Recorder", "calibrate", "recalibrate", "record"]
+__all__ = ["Recorder", "calibrate", "recalibrate", "record", "refuse_uncalibrated"]
 
 
 def calibrate(
@@ -108,6 +108,18 @@ def _observe_constants(model: GraphModule) -> None:
     for node, observer in observers(model):
         if ops.is_constant(node.args[0]):  # type: ignore[arg-type]
             observer(ops.constant_value(model, node.args[0]))  # type: ignore[arg-type]
+
+
+def refuse_uncalibrated(prepared: GraphModule) -> None:
+    """Raise CalibrationError if a graph is not prepared, or an observer of it has not seen data."""
+    if not is_prepared(prepared):
+        raise CalibrationError("convert takes a prepared graph; this one has no observers")
+    refuse_lost_writes(prepared)
+    for node, observer in passes.static_observers(prepared):
+        low = getattr(observer, "min_val", None)
+        if isinstance(low, torch.Tensor) and (low.numel() == 0 or bool(torch.isinf(low).any())):
+            site = getattr(observer, "site", f"{node.args[0]}, observed by {node.target},")
+            raise CalibrationError(f"{site} never saw data: run torchquant.calibrate(prepared, batches) before convert")
 
 
 def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool = True) -> None:

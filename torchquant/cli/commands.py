@@ -26,13 +26,16 @@ from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
+from torchquant.analysis.walk import analyze as make_analysis
 from torchquant.artifacts import serialize
 from torchquant.artifacts.program import Program, read_metadata
 from torchquant.backends import names, target
 from torchquant.calibration import batches as data
+from torchquant.calibration.calibrate import calibrate
 from torchquant.cli import sources
 from torchquant.errors import InputError
 from torchquant.files import archive
+from torchquant.files.whole import write_whole
 from torchquant.lowering.target import Target, brief
 from torchquant.measure.verify import compare
 from torchquant.reporting.terminal import program_text, proof_text
@@ -114,6 +117,36 @@ def preview(model: str, calibration: str, backend: str, exclude: list[str], sche
     """Account for every op of a float model before any calibration."""
     exported = flow.export(sources.load_model(model, trust=trust), sources.load_batches(calibration)[0])
     print(make_report(flow.prepare(exported, _target(backend).quantizer_class()(scheme, exclude=exclude))))
+
+
+def analyze(
+    model: str,
+    calibration: str,
+    validation: str | None,
+    backend: str,
+    exclude: list[str],
+    scheme: str | None,
+    algorithms: list[str],
+    json: Path | None,
+    min_sqnr: float | None,
+    trust: bool,
+) -> bool:
+    """Say where the error comes from; whether the output's SQNR is what was asked for."""
+    chosen, batches = _algorithms(algorithms), sources.load_batches(calibration)
+    judged = batches if validation is None else sources.load_batches(validation)
+    exported = flow.export(sources.load_model(model, trust=trust), batches[0])
+    prepared = flow.prepare(exported, _target(backend).quantizer_class()(scheme, exclude=exclude))
+    calibrate(prepared, batches)
+    if chosen:
+        flow.optimize(prepared, batches, chosen)
+    with _console.status("analyzing"):
+        analysis = make_analysis(prepared, judged)
+    if json is not None:
+        text = analysis.to_json(indent=1)
+        write_whole(json, lambda part: part.write_text(text + "\n"))
+    print(analysis)
+    print(f"measured on {'the calibration data' if validation is None else validation}")
+    return min_sqnr is None or analysis.output_db >= min_sqnr
 
 
 def run(path: Path, inputs: str, trust: bool) -> None:

@@ -1,4 +1,4 @@
-"""The `torchquant` command: quantize, report, run, targets."""
+"""The `torchquant` command: quantize, report, analyze, run, targets."""
 
 from __future__ import annotations
 
@@ -96,6 +96,40 @@ def report(
         raise InputError("give a saved file, or --model and --calibration")
     else:
         _commands().preview(model, calibration, backend, exclude or [], scheme, trust)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    calibration: Calibration,
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="data to measure on, as --calibration; that if left out")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
+    exclude: Exclude = None,
+    scheme: SchemeName = None,
+    algorithm: Algorithms = None,
+    json: Annotated[Path | None, typer.Option("--json", help="file to write all figures to")] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option("--min-sqnr", help="dB of the output; exit code 2 if it has less")
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Say where the error comes from, op by op and tensor by tensor, and what to do about it."""
+    holds = _commands().analyze(
+        model,
+        calibration,
+        validation,
+        backend,
+        exclude or [],
+        scheme,
+        algorithm or ["bias-correction"],
+        json,
+        min_sqnr,
+        trust,
+    )
+    if not holds:
+        raise typer.Exit(2)
 
 
 @app.command()
