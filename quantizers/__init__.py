@@ -2,8 +2,16 @@
 
 from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.engine import CapabilityQuantizer
+from torchquant.quantizers.mixed import MixedPrecisionQuantizer
 from torchquant.quantizers.weight_only import WeightOnlyQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
-__all__ = ["CapabilityQuantizer", "CudaQuantizer", "WeightOnlyQuantizer", "X86Quantizer", "XnnpackQuantizer"]
+__all__ = [
+    "CapabilityQuantizer",
+    "CudaQuantizer",
+    "MixedPrecisionQuantizer",
+    "WeightOnlyQuantizer",
+    "X86Quantizer",
+    "XnnpackQuantizer",
+]

@@ -25,7 +25,7 @@ LAYERS = [
     ["analysis"],
     ["algorithms"],
     ["flow"],
-    ["language"],
+    ["language", "precision"],
     ["cli", "__init__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from torchquant.language.harness import harness_model
     from torchquant.language.saving import SavedCheckpoint, save_causal_lm
     from torchquant.measure.verify import Comparison, compare, sqnr_db
+    from torchquant.precision.plan import Plan
+    from torchquant.precision.search import Search, search
     from torchquant.reporting.terminal import Report, report
     from torchquant.solving.run import Optimization
 
@@ -101,6 +103,8 @@ _HOMES = {
     "language.harness": ("harness_model",),
     "language.saving": ("SavedCheckpoint", "save_causal_lm"),
     "artifacts.program": ("Program",),
+    "precision.plan": ("Plan",),
+    "precision.search": ("Search", "search"),
     "reporting.terminal": (
         "Report",
         "report",
@@ -144,6 +148,7 @@ __all__ = [
     "Optimization",
     "ParallelError",
     "PatternError",
+    "Plan",
     "PrepareError",
     "Program",
     "QDrop",
@@ -151,6 +156,7 @@ __all__ = [
     "Report",
     "SavedCheckpoint",
     "SchemeError",
+    "Search",
     "SeqMSE",
     "SiteAnalysis",
     "SmoothQuant",
@@ -175,6 +181,7 @@ __all__ = [
     "report",
     "save",
     "save_causal_lm",
+    "search",
     "sqnr_db",
 ]
 

@@ -1,0 +1,189 @@
+"""Schemes under a budget: the solver against all plans, plans against the graphs that they make."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+import torchquant as tq
+from torchquant.precision.plan import weighted_sites
+from torchquant.quantizers import MixedPrecisionQuantizer, WeightOnlyQuantizer, X86Quantizer
+
+SCHEMES = ["w8", "w4_g32", "w2_g32"]
+
+
+class Net(nn.Module):
+    """Four linears, of which the second is used twice, and the last is far more sensitive than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.last = nn.Linear(64, 8)
+        with torch.no_grad():
+            self.third.weight *= 0.05
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        x = torch.relu(self.second(x))
+        return self.last(x + self.third(x))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(32, 32, generator=generator),) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def exported(batches):
+    return tq.export(Net(), batches[0])
+
+
+@pytest.fixture(scope="module")
+def found(exported, batches):
+    return tq.search(exported, batches, X86Quantizer, SCHEMES)
+
+
+def _converted(exported, plan, batches):
+    prepared = tq.prepare(exported, MixedPrecisionQuantizer(X86Quantizer, plan))
+    tq.calibrate(prepared, batches, progress=False)
+    return tq.convert(prepared)
+
+
+def test_a_weight_that_two_ops_read_is_one_choice(found) -> None:
+    names = {name for group in found.choices for name in group}
+    assert len(found.choices) == 4
+    assert len(names) == 5
+    assert found.weights == 32 * 64 + 64 * 64 + 64 * 64 + 64 * 8
+
+
+@pytest.mark.parametrize("budget", ["2.9bpw", "4bpw", "5.2bpw", "6.5bpw", "9bpw"])
+def test_a_plan_is_the_best_of_all(found, budget: str) -> None:
+    size = found.bytes_of(budget)
+    least = min(
+        sum(c.noise for c in picks)
+        for picks in itertools.product(*found.choices.values())
+        if sum(c.size_bytes for c in picks) <= size
+    )
+    plan = found.plan(budget)
+    assert plan.about["weight_bytes"] <= size
+    noise = sum(
+        next(c.noise for c in choices if c.scheme == plan.schemes[names[0]]) for names, choices in found.choices.items()
+    )
+    assert noise == pytest.approx(least, rel=1e-4)
+
+
+def test_the_graph_has_the_schemes_of_the_plan(found, exported, batches) -> None:
+    plan = found.plan("4.5bpw")
+    assert len(set(plan.schemes.values())) > 1
+    converted = _converted(exported, plan, batches)
+    bits = {"w8": 255, "w4_g32": 15, "w2_g32": 3}
+    sites = {site.node: site for site in tq.report(converted).sites}
+    prepared = tq.prepare(exported, MixedPrecisionQuantizer(X86Quantizer, plan))
+    for name, (node, _) in weighted_sites(prepared).items():
+        weight = sites[node.name].weight
+        assert weight is not None
+        assert weight.quant_max - weight.quant_min == bits[plan.schemes[name]], name
+
+
+def test_a_mixed_plan_beats_the_uniform_one_of_its_size(found, exported, batches) -> None:
+    uniform = found.uniform("w4_g32")
+    mixed = found.plan(uniform.about["weight_bytes"])
+    held_out = [(torch.randn(32, 32, generator=torch.Generator().manual_seed(9)),)]
+    levels = [tq.compare(exported, _converted(exported, p, batches), held_out).sqnr_db for p in (uniform, mixed)]
+    assert levels[1] >= levels[0]
+
+
+def test_a_curve_goes_up(found) -> None:
+    plans = found.curve(6)
+    sizes, levels = ([p.about[key] for p in plans] for key in ("weight_bytes", "expected_db"))
+    assert sizes == sorted(sizes)
+    assert levels == sorted(levels)
+    assert len(set(sizes)) > 3
+
+
+def test_the_estimate_is_near_what_is_measured(found, exported, batches) -> None:
+    plan = found.plan("5bpw")
+    measured = tq.compare(exported, _converted(exported, plan, batches), batches).sqnr_db
+    assert measured == pytest.approx(plan.about["expected_db"], abs=3)
+
+
+def test_float_is_a_choice_where_it_is_allowed(exported, batches) -> None:
+    found = tq.search(exported, batches, WeightOnlyQuantizer, ["w4_g32"], allow_float=True)
+    plan = found.plan("30bpw")
+    assert None in plan.schemes.values()
+    prepared = tq.prepare(exported, MixedPrecisionQuantizer(WeightOnlyQuantizer, plan))
+    statuses = {site.module: site.status for site in tq.report(prepared).sites if site.compute}
+    assert set(statuses.values()) == {"excluded", "quantized"}
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_read_back_edited_and_applied(found, exported, batches, tmp_path) -> None:
+    plan = found.plan("4bpw")
+    path = plan.save(tmp_path / "plan.json")
+    assert tq.Plan.load(path) == plan
+    read = json.loads(path.read_text())
+    read["schemes"]["last"] = None
+    path.write_text(json.dumps(read))
+    prepared = prepare_pt2e(exported, MixedPrecisionQuantizer(X86Quantizer, path))
+    assert next(s.status for s in tq.report(prepared).sites if s.module == "last") == "excluded"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.pop("schemes"), "lacks schemes"),
+        (lambda plan: plan.update(kind="shopping list"), "no plan"),
+        (lambda plan: plan.update(version=2), "version 2"),
+        (lambda plan: plan.update(schemes={"first": 4}), "no sensible schemes"),
+        (lambda plan: plan.update(shapes={"first": "64x32"}), "no sensible shapes"),
+        (lambda plan: plan.update(bits=4), "unknown bits"),
+    ],
+)
+def test_what_is_no_plan_is_refused(found, change, message: str) -> None:
+    read = json.loads(found.plan("4bpw").to_json())
+    change(read)
+    with pytest.raises(tq.InputError, match=message):
+        tq.Plan.from_json(json.dumps(read))
+    with pytest.raises(tq.InputError, match="no JSON"):
+        tq.Plan.from_json("{")
+
+
+def test_a_plan_of_another_model_says_what_differs(found, batches) -> None:
+    class Other(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra, self.last = nn.Linear(64, 64), nn.Linear(64, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.extra(torch.relu(self.first(x))))
+
+    other = tq.export(Other(), batches[0])
+    with pytest.raises(
+        tq.InputError, match=r"ops are not there.*third.*not in the plan.*extra.*last is \[9, 64\], was \[8, 64\]"
+    ):
+        tq.prepare(other, MixedPrecisionQuantizer(X86Quantizer, found.plan("4bpw")))
+
+
+def test_a_plan_for_another_quantizer_is_refused(found) -> None:
+    with pytest.raises(tq.InputError, match="made for X86Quantizer"):
+        MixedPrecisionQuantizer(WeightOnlyQuantizer, found.plan("4bpw"))
+    with pytest.raises(tq.InputError, match="is a class"):
+        MixedPrecisionQuantizer(X86Quantizer(), found.plan("4bpw"))
+
+
+@pytest.mark.parametrize("budget", ["four", "4 parsecs", -3, float("nan"), True, "", "1bpw"])
+def test_a_budget_that_is_none_is_refused(found, budget) -> None:
+    with pytest.raises(tq.InputError, match=r"is no size|smallest plan"):
+        found.plan(budget)
+
+
+def test_schemes_are_a_list(exported, batches) -> None:
+    with pytest.raises(tq.InputError, match="list of names"):
+        tq.search(exported, batches, X86Quantizer, "w8")

@@ -1,0 +1,245 @@
+"""Which scheme for which weight: the least error of the network's output under a budget, by an exact solver."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantizer import Quantizer
+
+from torchquant import flow
+from torchquant.analysis.walk import analyze
+from torchquant.calibration.calibrate import calibrate
+from torchquant.errors import InputError, MissingDependencyError
+from torchquant.fx.blocks import weight_grid, weight_of
+from torchquant.precision.plan import Plan, weighted_sites
+
+__all__ = ["Choice", "Search", "search"]
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One scheme for the ops that share one weight.
+
+    Args:
+        scheme: its name, None for float.
+        size_bytes: of the codes, scales and zero points.
+        noise: what it adds to the output's error, as a share of the output's energy; estimated by second order.
+    """
+
+    scheme: str | None
+    size_bytes: int
+    noise: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What each scheme costs at each weight, and the plans that follow from it.
+
+    Args:
+        quantizer: name of the Quantizer's class. scheme: of ops without a weight.
+        choices: patterns of the ops that share a weight -> what they may get.
+        shapes: pattern -> shape of its weight.
+        weights: how many there are, each once.
+    """
+
+    quantizer: str
+    scheme: str
+    choices: Mapping[tuple[str, ...], tuple[Choice, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    weights: int
+
+    @property
+    def least_bytes(self) -> int:
+        """Of the smallest plan."""
+        return sum(min(c.size_bytes for c in choices) for choices in self.choices.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the largest plan that may be worth it: every weight in its best scheme."""
+        return sum(min(choices, key=lambda c: (c.noise, c.size_bytes)).size_bytes for choices in self.choices.values())
+
+    def bytes_of(self, budget: str | float) -> int:
+        """A budget in bytes: `"4.5bpw"` (bits a weight), `"3MB"`, `"500KiB"`, or a number of bytes.
+
+        Raises:
+            InputError: it is none of these, or less than the smallest plan.
+        """
+        size = _parsed(budget, self.weights)
+        if size < self.least_bytes:
+            least = 8 * self.least_bytes / max(self.weights, 1)
+            raise InputError(
+                f"a budget of {budget} is {size:,} bytes, and the smallest plan has {self.least_bytes:,} "
+                f"({least:.2f} bpw): raise it, or offer schemes of fewer bits"
+            )
+        return size
+
+    def plan(self, budget: str | float) -> Plan:
+        """The plan with the least estimated error that fits the budget, by integer programming (exact).
+
+        Raises:
+            InputError: see `bytes_of`. MissingDependencyError: SciPy is not installed.
+        """
+        size = self.bytes_of(budget)
+        return self._written(_solved(list(self.choices.values()), size), budget)
+
+    def curve(self, points: int = 8) -> list[Plan]:
+        """Plans from the smallest to the largest budget that still helps, evenly spaced; the Pareto front."""
+        if points < 2:
+            raise InputError(f"a curve has two points or more, not {points}")
+        low, high = self.least_bytes, self.most_bytes
+        sizes = sorted({round(low + (high - low) * i / (points - 1)) for i in range(points)})
+        return [self.plan(size) for size in sizes]
+
+    def uniform(self, scheme: str) -> Plan:
+        """All weights in one scheme; those that it does not take in the smallest one that is as good, or float."""
+        picks = [
+            next((c for c in choices if c.scheme == scheme), min(choices, key=lambda c: (c.noise, c.size_bytes)))
+            for choices in self.choices.values()
+        ]
+        return self._written(picks, scheme)
+
+    def _written(self, picks: Sequence[Choice], budget: str | float) -> Plan:
+        schemes = {name: pick.scheme for names, pick in zip(self.choices, picks, strict=True) for name in names}
+        size, noise = sum(pick.size_bytes for pick in picks), sum(pick.noise for pick in picks)
+        about = {
+            "budget": budget,
+            "weight_bytes": size,
+            "bits_per_weight": round(8 * size / max(self.weights, 1), 4),
+            "expected_db": round(-10 * math.log10(noise), 2) if noise > 0 else None,
+        }
+        return Plan(self.quantizer, self.scheme, schemes, self.shapes, about)
+
+
+def search(
+    exported: GraphModule,
+    batches: Iterable[Any],
+    quantizer: type[Quantizer],
+    schemes: Sequence[str],
+    *,
+    allow_float: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Search:
+    """Measure what each scheme costs at each weight: for each scheme one calibration and one analysis.
+
+    Args:
+        exported: the float graph, from `export` or `export_causal_lm`.
+        batches: to calibrate and measure on.
+        quantizer: class of a Quantizer of torchquant's, e.g. `X86Quantizer`.
+        schemes: names of its schemes to choose from, e.g. `["w8", "w4_g64", "w3_g64"]`.
+        allow_float: a weight may stay float too.
+        options: further arguments of the class, e.g. `{"exclude": ["head"]}`.
+        seed: of the analysis.
+
+    Raises:
+        InputError: no scheme, or nothing of the model can be quantized in any of them.
+        SchemeError: the Quantizer has no such scheme.
+    """
+    if not schemes or isinstance(schemes, str):
+        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
+    kept = list(batches)
+    costs: dict[str, dict[str, Choice]] = {}
+    shared: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for scheme in dict.fromkeys(schemes):
+        prepared = flow.prepare(exported, quantizer(scheme, **(options or {})))
+        calibrate(prepared, kept, progress=False)
+        _measure(prepared, kept, scheme, seed, costs, shared, shapes)
+    if not costs:
+        raise InputError(f"{quantizer.__name__} quantizes no weight of this model in {', '.join(schemes)}")
+    choices: dict[tuple[str, ...], tuple[Choice, ...]] = {}
+    weights = 0
+    for weight in dict.fromkeys(shared.values()):
+        names = tuple(name for name in costs if shared[name] == weight)
+        if names:
+            numel = math.prod(shapes[names[0]])
+            weights += numel
+            choices[names] = _together([costs[name] for name in names], numel, allow_float)
+    named = {name: shape for name, shape in shapes.items() if name in costs}
+    return Search(quantizer.__name__, schemes[0], choices, named, weights)
+
+
+def _measure(
+    prepared: GraphModule,
+    batches: Sequence[Any],
+    scheme: str,
+    seed: int,
+    costs: dict[str, dict[str, Choice]],
+    shared: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Add what one scheme costs at each op that it quantizes, and which weight the op reads."""
+    analyzed = {site.site.node: site for site in analyze(prepared, batches, seed=seed).sites}
+    for name, (node, shape) in weighted_sites(prepared).items():
+        weight, site = weight_of(prepared, node), analyzed.get(node.name)
+        if weight is None or site is None:
+            continue
+        level = site.alone_db if site.output_db is None else site.output_db
+        noise = 0.0 if math.isinf(level) and level > 0 else 10 ** (-level / 10)
+        costs.setdefault(name, {})[scheme] = Choice(scheme, _bytes(prepared, node, shape), noise)
+        shared[name], shapes[name] = str(weight[0].args[0]), shape
+
+
+def _bytes(prepared: GraphModule, node: Any, shape: tuple[int, ...]) -> int:
+    """Codes of as many bits as they need, a scale (16 bits for groups, else 32) and a zero point for each cell."""
+    grid = weight_grid(prepared, node)
+    bits = (grid.quant_max - grid.quant_min).bit_length()
+    cells = grid.scale.numel()
+    scale = 2 if grid.dialect == "block" else 4
+    return math.ceil(math.prod(shape) * bits / 8) + cells * (scale + (0 if grid.symmetric else 1))
+
+
+def _together(costs: Sequence[Mapping[str, Choice]], numel: int, allow_float: bool) -> tuple[Choice, ...]:
+    """What several ops that read one weight may all get: they share its codes, and their errors add up."""
+    common = [scheme for scheme in costs[0] if all(scheme in cost for cost in costs)]
+    picks = [Choice(s, costs[0][s].size_bytes, sum(cost[s].noise for cost in costs)) for s in common]
+    if allow_float or not picks:
+        picks.append(Choice(None, numel * _FLOAT_BYTES, 0.0))
+    return tuple(picks)
+
+
+def _parsed(budget: str | float, weights: int) -> int:
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and math.isfinite(budget) and budget > 0:
+        return int(budget)
+    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", budget) if isinstance(budget, str) else None
+    unit = "" if read is None else read[2].lower()
+    if read is None or unit not in (*_UNITS, "bpw"):
+        raise InputError(f'budget {budget!r} is no size: write "4.5bpw", "3MB", "500KiB", or a number of bytes')
+    return int(float(read[1]) * (weights / 8 if unit == "bpw" else _UNITS[unit]))
+
+
+def _solved(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice]:
+    """One choice each, with the least noise in all, of at most so many bytes."""
+    try:
+        optimize: Any = import_module("scipy.optimize")
+        numpy: Any = import_module("numpy")
+    except ImportError as error:
+        raise MissingDependencyError("a plan is found by SciPy: pip install 'torchquant[search]'") from error
+    flat = [(i, choice) for i, options in enumerate(choices) for choice in options]
+    noise = numpy.array([choice.noise for _, choice in flat])
+    sizes = numpy.array([float(choice.size_bytes) for _, choice in flat])
+    one_each = numpy.zeros((len(choices), len(flat)))
+    one_each[[i for i, _ in flat], range(len(flat))] = 1
+    scale = max(float(noise.max()), 1e-30)
+    answer = optimize.milp(
+        noise / scale + 1e-12 * sizes / max(float(sizes.max()), 1.0),  # of equal ones the smaller
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(sizes[None, :] / max(size, 1), -numpy.inf, 1 + 1e-12),
+        ],
+        integrality=numpy.ones(len(flat)),
+        bounds=optimize.Bounds(0, 1),
+        options={"mip_rel_gap": 1e-6},
+    )
+    if answer.x is None:
+        raise InputError(f"the solver found no plan of {size:,} bytes: {answer.message}")
+    return [flat[k][1] for k in sorted(numpy.flatnonzero(answer.x > 0.5).tolist(), key=lambda k: flat[k][0])]
