@@ -219,3 +219,10 @@ class Site:
     weight: QParams | None
     status: Status
     reason: str = ""
+
+    def to_dict(self) -> dict[str, str | bool | None]:
+        """As strings and bools: tensors in words, None for float ones."""
+        tensors = {"activation": self.activation, "weight": self.weight}
+        described = {name: None if q is None else q.describe() for name, q in tensors.items()}
+        plain = {name: getattr(self, name) for name in ("node", "op", "module", "compute", "status", "reason")}
+        return plain | described

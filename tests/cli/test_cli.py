@@ -101,6 +101,7 @@ def written(folder, tmp_path_factory):
         result = run(
             "quantize", "users_net:model", "--calibration", "users_net:batches", "--backend", "inductor_x86",
             "--backend", "executorch_xnnpack", "--algorithm", "range-search", "--algorithm", "adaround", "--out", out,
+            "--report", out.with_suffix(".html"),
         )  # fmt: skip
     assert result.exit_code == 0, result.output
     return out, result.output
@@ -175,16 +176,22 @@ def test_quantize_writes_a_proven_artefact_for_each_backend_into_a_folder(writte
 
 def test_analyze_says_where_the_error_comes_from(folder, tmp_path):
     out = tmp_path / "analysis.json"
-    arguments = ["analyze", "users_net:model", "--calibration", "users_net:batches", "--json", str(out)]
+    arguments = ["analyze", "users_net:model", "--calibration", "users_net:batches", "--report", str(out)]
     result = CliRunner().invoke(cli.app, [*arguments, "--min-sqnr", "20"])
     assert result.exit_code == 0, result.output
     assert "measured on the calibration data" in result.output
-    read = json.loads(out.read_text())
+    read = json.loads(out.read_text())["analysis"]
     assert {site["site"]["op"] for site in read["sites"]} >= {"linear"}
     assert read["output_db"] > 20
     result = CliRunner().invoke(cli.app, [*arguments, "--min-sqnr", "200", "--validation", "users_net:batches"])
     assert result.exit_code == 2
     assert "measured on users_net:batches" in result.output
+
+
+def test_quantize_writes_a_report_of_all_its_artefacts(written):
+    page = written[0].with_suffix(".html").read_text()
+    assert "inductor_x86" in page
+    assert "executorch_xnnpack" in page
 
 
 def test_run_prints_shape_and_range_of_each_output(written):

@@ -62,7 +62,7 @@ class Analysis:
         """Everything as numbers, strings and lists, as JSON has them: what is not finite is None."""
         fields = dataclasses.asdict(self)
         for entry, site in zip(fields["sites"], self.sites, strict=True):
-            entry["site"] = _site(site.site)
+            entry["site"] = site.site.to_dict()
         plain: dict[str, Any] = _finite(fields)
         return plain
 
@@ -81,14 +81,6 @@ class Analysis:
             console.print(text, highlight=False, markup=False)
         console.print(_table(self.sites))
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
-
-
-def _site(site: Site) -> dict[str, Any]:
-    described = {
-        name: q.describe() if q else None for name, q in (("activation", site.activation), ("weight", site.weight))
-    }
-    kept = ("node", "op", "module", "compute", "status", "reason")
-    return {name: getattr(site, name) for name in kept} | described
 
 
 def _finite(value: Any) -> Any:

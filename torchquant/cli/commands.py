@@ -35,7 +35,6 @@ from torchquant.calibration.calibrate import calibrate
 from torchquant.cli import sources
 from torchquant.errors import InputError
 from torchquant.files import archive
-from torchquant.files.whole import write_whole
 from torchquant.lowering.target import Target, brief
 from torchquant.measure.verify import compare
 from torchquant.reporting.terminal import program_text, proof_text
@@ -79,6 +78,7 @@ def quantize(
     dynamic_batch: bool,
     max_batch: int | None,
     algorithms: list[str],
+    report: Path | None,
     trust: bool,
 ) -> None:
     """Quantize, prove and write; see `torchquant quantize --help`."""
@@ -91,13 +91,17 @@ def quantize(
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
     quantizers = [_target(name).quantizer_class()(scheme, exclude=exclude) for name in backends]
     converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
+    programs = []
     for name, graph in zip(backends, converted, strict=True):
         with _console.status(f"lowering and proving for {name}"):
             program = _lower(_target(name), graph, batches[0])
         program.save(paths[name])
+        programs.append(program)
         accuracy = compare(float_model, program, batches[:8])
         print(make_report(graph, program))
         print(f"{name}: {accuracy.sqnr_db:.1f} dB against float on calibration data; written to {paths[name]}\n")
+    if report is not None:
+        make_report(converted[0], programs).save(report)
 
 
 def report(path: Path) -> None:
@@ -127,7 +131,7 @@ def analyze(
     exclude: list[str],
     scheme: str | None,
     algorithms: list[str],
-    json: Path | None,
+    report: Path | None,
     min_sqnr: float | None,
     trust: bool,
 ) -> bool:
@@ -141,9 +145,8 @@ def analyze(
         flow.optimize(prepared, batches, chosen)
     with _console.status("analyzing"):
         analysis = make_analysis(prepared, judged)
-    if json is not None:
-        text = analysis.to_json(indent=1)
-        write_whole(json, lambda part: part.write_text(text + "\n"))
+    if report is not None:
+        make_report(prepared, analysis=analysis).save(report)
     print(analysis)
     print(f"measured on {'the calibration data' if validation is None else validation}")
     return min_sqnr is None or analysis.output_db >= min_sqnr

@@ -43,6 +43,9 @@ Algorithms = Annotated[
         "--algorithm", help=f"repeatable, in this order; bias-correction if left out: {', '.join(ALGORITHMS)}, none"
     ),
 ]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="file to write the report to: a page (.html), JSON (.json) or text")
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="run what is in the file, code or pickles: you know who wrote it"),
@@ -62,6 +65,7 @@ def quantize(
         int | None, typer.Option(min=2, help="the same, up to this size, for which XNNPACK plans its memory")
     ] = None,
     algorithm: Algorithms = None,
+    report: ReportFile = None,
     trust: Trust = False,
 ) -> None:
     """Quantize a model for one or several backends with one calibration, prove the artefacts, and write them."""
@@ -75,6 +79,7 @@ def quantize(
         dynamic_batch,
         max_batch,
         algorithm or ["bias-correction"],
+        report,
         trust,
     )
 
@@ -109,7 +114,7 @@ def analyze(
     exclude: Exclude = None,
     scheme: SchemeName = None,
     algorithm: Algorithms = None,
-    json: Annotated[Path | None, typer.Option("--json", help="file to write all figures to")] = None,
+    report: ReportFile = None,
     min_sqnr: Annotated[
         float | None, typer.Option("--min-sqnr", help="dB of the output; exit code 2 if it has less")
     ] = None,
@@ -124,7 +129,7 @@ def analyze(
         exclude or [],
         scheme,
         algorithm or ["bias-correction"],
-        json,
+        report,
         min_sqnr,
         trust,
     )

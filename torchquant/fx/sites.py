@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
@@ -51,6 +53,18 @@ def read_sites(model: GraphModule) -> list[Site]:
         for node in model.graph.nodes
         if node.op == "call_function" and _computes(node) and (node in data or _is_compute(node))
     ]
+
+
+def site_edges(model: GraphModule, sites: Sequence[Site]) -> list[tuple[str, str]]:
+    """(site, site) by node, in graph order: the second reads what the first made, perhaps through ops that are none."""
+    names, made = {site.node for site in sites}, dict[Node, tuple[str, ...]]()
+    edges = []
+    for node in model.graph.nodes:
+        read = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in made[source]))
+        is_site = node.name in names and node.op == "call_function"
+        made[node] = (node.name,) if is_site else read
+        edges += [(name, node.name) for name in read] if is_site else []
+    return edges
 
 
 def _computes(node: Node) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -18,19 +21,44 @@ from torchquant.errors import InputError
 from torchquant.files.archive import versions
 from torchquant.files.whole import write_whole
 from torchquant.fx import passes
-from torchquant.fx.sites import read_sites
+from torchquant.fx.sites import read_sites, site_edges
+from torchquant.reporting.html import fragment, page, positions
 from torchquant.types import Site
 
 __all__ = ["Report", "program_text", "proof_text", "report"]
 
 
+class Analyzed(Protocol):
+    """What `analyze` returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As numbers, strings and lists."""
+
+
+class Planned(Protocol):
+    """A plan of `search`."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Its bits a weight and expected dB."""
+
+
 @dataclass(frozen=True)
 class Report:
-    """The sites of one graph and the programs that were lowered from it. `str()` gives a table for people."""
+    """The sites of one graph and the programs that were lowered from it. `str()` gives a table for people.
+
+    Args:
+        sites, weight_bytes: of the graph. programs: lowered from it.
+        edges: (site, site) by node: the one reads what the other made, through ops that are no sites or not.
+        analysis: what `analyze` found. plans: of `search`, for the plot of the Pareto front.
+    """
 
     sites: tuple[Site, ...]
     weight_bytes: int
     programs: tuple[Program, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+    analysis: Analyzed | None = None
+    plans: tuple[Planned, ...] = ()
 
     def count(self, status: str, *, compute: bool | None = None) -> int:
         """How many sites have a status; `compute=True` counts convolutions, linears, matmuls ... only."""
@@ -58,10 +86,45 @@ class Report:
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no compute ops"
         return f"compute ops quantized: {self.coverage} ({statuses}); weights {self.weight_bytes:,} bytes"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings and lists, as docs/report.schema.json says."""
+        place = positions([site.node for site in self.sites], self.edges)
+        return {
+            "kind": "torchquant-report",
+            "version": 1,
+            "summary": self.summary(),
+            "coverage": self.coverage,
+            "weight_bytes": self.weight_bytes,
+            "sites": [site.to_dict() for site in self.sites],
+            "graph": {"nodes": [[name, *at] for name, at in place.items()], "edges": [list(e) for e in self.edges]},
+            "programs": [_program(program) for program in self.programs],
+            "analysis": None if self.analysis is None else self.analysis.to_dict(),
+            "plans": [dict(plan.about) for plan in self.plans],
+            "versions": dict(versions()),
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        return fragment(self.to_dict())
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as text, with the versions that made it."""
-        made_by = ", ".join(f"{name} {v}" for name, v in versions().items())
-        return write_whole(path, lambda part: part.write_text(f"{self}\n\nmade by {made_by}\n"))
+        """Write the report: as a page if the file's name ends in `.html`, as JSON in `.json`, as text in any other.
+
+        Raises:
+            MissingDependencyError: a page needs Jinja2.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix == ".html":
+            text = page(self.to_dict())
+        elif suffix == ".json":
+            text = self.to_json(indent=1) + "\n"
+        else:
+            made_by = ", ".join(f"{name} {v}" for name, v in versions().items())
+            text = f"{self}\n\nmade by {made_by}\n"
+        return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _compute_table(self) -> Table:
         table = Table(
@@ -90,6 +153,26 @@ class Report:
         return table
 
 
+def _program(program: Program) -> dict[str, Any]:
+    described: dict[str, Any] = {"target": program.target, "size_bytes": program.size_bytes, "outcome": "no proof"}
+    proof = program.proof
+    if proof is not None:
+        level = proof.comparison.sqnr_db
+        described |= {
+            "outcome": proof.outcome,
+            "proof": {
+                "kernels": dict(proof.kernels),
+                "annotated": proof.annotated,
+                "fused": proof.fused,
+                "sqnr_db": level if math.isfinite(level) else None,
+                "max_abs": proof.comparison.max_abs if math.isfinite(proof.comparison.max_abs) else None,
+                "reason": proof.reason,
+                "left_float": dict(proof.left_float),
+            },
+        }
+    return described
+
+
 def _general(reason: str) -> str:
     return "fused into the op before it" if reason.startswith("fused into") else reason
 
@@ -116,12 +199,18 @@ def proof_text(target: str, size_bytes: int, proof: Proof | None) -> str:
     return "\n".join(lines)
 
 
-def report(graph: GraphModule, *programs: Program | Sequence[Program]) -> Report:
+def report(
+    graph: GraphModule,
+    *programs: Program | Sequence[Program],
+    analysis: Analyzed | None = None,
+    plans: Sequence[Planned] = (),
+) -> Report:
     """Account for every op of a prepared or converted graph, whoever wrote the Quantizer.
 
     Args:
         graph: what `prepare_pt2e` or `convert_pt2e` returned.
         programs: what backends lowered from it, if any.
+        analysis: what `analyze` found in the prepared graph. plans: what `search(...).curve()` gave.
 
     Raises:
         InputError: `graph` is no GraphModule.
@@ -129,4 +218,7 @@ def report(graph: GraphModule, *programs: Program | Sequence[Program]) -> Report
     if not isinstance(graph, GraphModule):
         raise InputError(f"report takes a prepared or converted GraphModule, not {type(graph).__name__}")
     flat = [p for group in programs for p in (group if isinstance(group, (list, tuple)) else [group])]
-    return Report(tuple(read_sites(graph)), passes.weight_bytes(graph), tuple(flat))  # type: ignore[arg-type]
+    sites = tuple(read_sites(graph))
+    edges = tuple(site_edges(graph, sites))
+    programs_: tuple[Program, ...] = tuple(flat)  # type: ignore[arg-type]
+    return Report(sites, passes.weight_bytes(graph), programs_, edges, analysis, tuple(plans))
