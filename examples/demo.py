@@ -31,16 +31,21 @@ def main() -> None:
     converted = tq.quantize(exported, images[0], images, quantizer=quantizers)
     targets = [quantizer.target for quantizer in quantizers]
     table = Table("", *map(str, targets))
-    columns = [_lowered(target, graph, exported, unseen) for target, graph in zip(targets, converted, strict=True)]
+    lowered = [_lowered(target, graph, exported, unseen) for target, graph in zip(targets, converted, strict=True)]
+    programs, columns = zip(*lowered, strict=True)
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
     console.print(table)
+    prepared = tq.prepare(exported, X86Quantizer())
+    tq.calibrate(prepared, images)
+    analysis = tq.analyze(prepared, unseen)
+    tq.report(converted[0], programs, analysis=analysis).save(OUT / "report.html")
     console.print(f"artefacts and reports: {OUT}/")
 
 
 def _lowered(
     target: Target, graph: torch.fx.GraphModule, exported: torch.fx.GraphModule, unseen: list
-) -> dict[str, str]:
+) -> tuple[tq.Program, dict[str, str]]:
     backend = target.backend()
     start = time.perf_counter()
     program = backend.lower(graph, unseen[0])
@@ -51,7 +56,7 @@ def _lowered(
     report.save(OUT / f"report.{target}.txt")
     comparison = tq.compare(exported, program, unseen)
     times = interleaved({"float": float_run, "int8": program}, unseen[0], rounds=40)
-    return {
+    return program, {
         "int8 compute ops": report.coverage,
         "kernels": ", ".join(f"{n} {kernel}" for kernel, n in program.proof.kernels.items()),
         "SQNR against float, held out": f"{comparison.sqnr_db:.1f} dB",
