@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchquant.algorithms.adaquant import AdaQuant
     from torchquant.algorithms.adaround import AdaRound
+    from torchquant.algorithms.auto_round import AutoRound
     from torchquant.algorithms.awq import AWQ
     from torchquant.algorithms.batch_norm import BatchNormReestimation
     from torchquant.algorithms.bias_correction import BiasCorrection
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
     "algorithms.adaround": ("AdaRound",),
+    "algorithms.auto_round": ("AutoRound",),
     "algorithms.awq": ("AWQ",),
     "algorithms.batch_norm": ("BatchNormReestimation",),
     "algorithms.bias_correction": ("BiasCorrection",),
@@ -119,6 +121,7 @@ __all__ = [
     "HQQ",
     "AdaQuant",
     "AdaRound",
+    "AutoRound",
     "ArtifactError",
     "BatchNormReestimation",
     "BiasCorrection",

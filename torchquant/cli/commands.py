@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torchquant import flow
 from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.auto_round import AutoRound
 from torchquant.algorithms.awq import AWQ
 from torchquant.algorithms.batch_norm import BatchNormReestimation
 from torchquant.algorithms.bias_correction import BiasCorrection
@@ -42,6 +43,7 @@ _console = Console(stderr=True)
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
+    "auto_round": AutoRound,
     "awq": AWQ,
     "batch-norm": BatchNormReestimation,
     "bias-correction": BiasCorrection,
