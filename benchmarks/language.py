@@ -42,6 +42,8 @@ METHODS: dict[str, Callable[[], list[Algorithm]]] = {
     "gptq_compensated": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, damp=0.1)],
     "gptq": lambda: [tq.GPTQ()],
     "auto_round": lambda: [tq.AutoRound(100, batch_size=1)],
+    "rotate_nearest": lambda: [tq.Rotate()],
+    "rotate_gptq": lambda: [tq.Rotate(), tq.GPTQ()],
     "hqq": lambda: [tq.HQQ()],
     "awq": lambda: [tq.AWQ()],
     "awq_gptq": lambda: [tq.AWQ(), tq.GPTQ()],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchquant.algorithms.llm_int8 import LLMInt8
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
+    from torchquant.algorithms.rotate import Rotate
     from torchquant.algorithms.seq_mse import SeqMSE
     from torchquant.algorithms.smooth_quant import SmoothQuant
     from torchquant.artifacts.program import Program
@@ -65,6 +66,7 @@ _HOMES = {
     "algorithms.llm_int8": ("LLMInt8",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
+    "algorithms.rotate": ("Rotate",),
     "algorithms.seq_mse": ("SeqMSE",),
     "algorithms.smooth_quant": ("SmoothQuant",),
     "calibration.batches": ("Steps",),
@@ -121,8 +123,8 @@ __all__ = [
     "HQQ",
     "AdaQuant",
     "AdaRound",
-    "AutoRound",
     "ArtifactError",
+    "AutoRound",
     "BatchNormReestimation",
     "BiasCorrection",
     "CalibrationError",
@@ -144,6 +146,7 @@ __all__ = [
     "QDrop",
     "RangeSearch",
     "Report",
+    "Rotate",
     "SavedCheckpoint",
     "SchemeError",
     "SeqMSE",

@@ -25,6 +25,7 @@ from torchquant.algorithms.hqq import HQQ
 from torchquant.algorithms.llm_int8 import LLMInt8
 from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
+from torchquant.algorithms.rotate import Rotate
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
 from torchquant.artifacts import serialize
@@ -43,7 +44,7 @@ _console = Console(stderr=True)
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
-    "auto_round": AutoRound,
+    "auto-round": AutoRound,
     "awq": AWQ,
     "batch-norm": BatchNormReestimation,
     "bias-correction": BiasCorrection,
@@ -54,6 +55,7 @@ ALGORITHMS: dict[str, type] = {
     "llm-int8": LLMInt8,
     "qdrop": QDrop,
     "range-search": RangeSearch,
+    "rotate": Rotate,
     "seq-mse": SeqMSE,
     "smooth-quant": SmoothQuant,
 }
