@@ -127,15 +127,17 @@ class Rotate:
         for tie in edits.ties():
             if not tie.tables or not tie.layers or tie.norm is None:
                 names = " and ".join(n.name for n in (*tie.tables, *tie.layers)[:2])
-                self.notes.append(f"{what} at {seed.name}: left as they are: {names} share a weight, of which R makes two")
+                self._leave(f"{what} at {seed.name}: left", f"{names} share a weight, of which R makes two")
                 return 0
             name = tie.layers[0].name
             if self.tied == "leave":
-                self.notes.append(f"{what} at {seed.name}: left as it is: {name} shares its weight with a table")
+                self._leave(f"{what} at {seed.name}: left", f"{name} shares its weight with a table")
                 return 0
             if self.tied == "gain":
                 edits.keep_gain(tie.norm)
-                self.notes.append(f"{name} shares its weight with a table: a float linear in front of it takes the gain")
+                self.notes.append(
+                    f"{name} shares its weight with a table: a float linear in front of it takes the gain"
+                )
             else:
                 self.notes.append(f"{name} has a weight of its own now, that of the table with another rotation")
         edits.apply()
@@ -180,6 +182,6 @@ def _values(prepared: GraphModule) -> Iterator[tuple[Node, Node]]:
     for node in prepared.graph.nodes:
         name = ops.op_name(node)
         value = ops.argument(node, 2 if name == "attention" else 1) if name in ("attention", "matmul") else None
-        if value is not None and not ops.is_constant(value) and shape_behind(value):
-            if isinstance(shape_behind(value)[-1], int):
-                yield node, value
+        shape = () if value is None or ops.is_constant(value) else shape_behind(value)
+        if value is not None and shape and isinstance(shape[-1], int):
+            yield node, value

@@ -13,6 +13,8 @@ from torchquant.fx.reading import observer_of
 __all__ = ["CASTS", "Norm", "is_only_checked", "norms_of"]
 
 CASTS = ("to", "_to_copy", "alias", "detach", "clone", "contiguous", "type_as")  # each value stays what and where it is
+_LIKE = ("new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "empty_like")
+_ASKING = ("sym_size", "_assert_tensor_metadata", *_LIKE)
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,20 @@ def norms_of(model: GraphModule) -> Iterator[Norm]:
 def is_only_checked(node: Node, user: Node) -> bool:
     """Whether a user asks a value for its sizes or dtype only."""
     name = ops.op_name(user)
-    asks = name in ("sym_size", "_assert_tensor_metadata") or (name == "type_as" and user.args[0] is not node)
+    asks = name in _ASKING or (name == "type_as" and user.args[0] is not node)
     return asks or (user.op == "call_module" and not user.users)
 
 
 def _as_one_op(node: Node) -> Norm | None:
-    name, shape = ops.overload_of(node), node.args[1]
-    size = _last_size(ops.argument(node, 0))
-    if name == "native_layer_norm.default" or not isinstance(shape, (list, tuple)) or list(shape) != [size]:
+    shape, size = node.args[1], _last_size(ops.argument(node, 0))
+    is_whole = isinstance(shape, (list, tuple)) and list(shape) == [size]
+    if size is None or not is_whole or ops.overload_of(node) == "native_layer_norm.default":
         return None
-    centred = name == "layer_norm.default"
+    centred = ops.overload_of(node) == "layer_norm.default"
     gain, offset = ops.argument(node, 2), ops.argument(node, 3) if centred else None
     if not all(constant is None or ops.is_constant(constant) for constant in (gain, offset)):
         return None
-    return Norm((node,), node, int(shape[0]), centred, gain and 2, offset and 3)
+    return Norm((node,), node, size, centred, None if gain is None else 2, None if offset is None else 3)
 
 
 def _as_ops(model: GraphModule, core: Node) -> Norm | None:
@@ -126,7 +128,8 @@ def _gain(model: GraphModule, core: Node, size: int) -> tuple[Node, int] | None:
     for position in (0, 1):
         constant = ops.argument(user, position)
         if constant is not None and constant is not node and ops.is_constant(constant):
-            return (user, position) if (ops.shape_of(_origin(model, constant)) or (0,)) == (size,) else None
+            stored = _origin(model, constant)
+            return (user, position) if stored is not None and ops.shape_of(stored) == (size,) else None
     return None
 
 

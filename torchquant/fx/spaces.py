@@ -10,8 +10,9 @@ A transformer's residual stream is such a space, and so are the values of an att
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -159,7 +160,7 @@ def _window(model: GraphModule, node: Node, axis: int) -> Writer | str | None:
         if isinstance(writer, Writer):
             break
         links = writer or operands(model, whole, at, 1)
-        if isinstance(links, str) or len(links) != 1 or shape_behind(links[0][0])[links[0][1]] != shape_behind(whole)[at]:
+        if isinstance(links, str) or len(links) != 1 or _width(*links[0]) != _width(whole, at):
             return f"{node.name} is a part of {whole.name}, which is no layer's output as it is"
         path[whole] = at
         whole, at = links[0]
@@ -169,6 +170,10 @@ def _window(model: GraphModule, node: Node, axis: int) -> Writer | str | None:
             if is_other and not _parts_off(user, place, start, length, node):
                 return f"{user.name} reads the features of {node.name} too"
     return Writer(whole, start, length, at)
+
+
+def _width(node: Node, axis: int) -> object:
+    return shape_behind(node)[axis]
 
 
 def _piece(node: Node, axis: int) -> tuple[Node, int, int] | None:
@@ -191,7 +196,7 @@ def _piece(node: Node, axis: int) -> tuple[Node, int, int] | None:
         return None
     if ops.arguments(source).get("dim", 0) % pieces[0].ndim != axis:
         return None
-    index = int(node.args[1])  # type: ignore[call-overload]
+    index: Any = node.args[1]
     return whole, sum(int(p.shape[axis]) for p in pieces[:index]), length
 
 
@@ -283,7 +288,7 @@ def operands(model: GraphModule, node: Node, axis: int, size: int) -> list[Link]
         is_other = ops.op_name(source) == "slice" and whole is not None and dim % len(shape_behind(node)) != axis
         return [(whole, axis)] if is_other and whole is not None else refusal
     name = ops.op_name(node)
-    rule = _RULES.get(name) or (_through_same if name in CASTS else None)
+    rule = _RULES.get(name) or (_through_cast if name in CASTS else None)
     if rule is None:
         at = chunk_axis(node, axis, size) if name == "reshape" and source is not None else None
         return refusal if at is None or source is None else [(source, at)]
@@ -307,13 +312,19 @@ def _through_sum(node: Node, axis: int) -> list[Link] | None:
     return links
 
 
+def _through_cast(node: Node, axis: int) -> list[Link] | None:
+    return _through_same(node, axis) if ops.is_float(node) else None
+
+
 def _through_product(node: Node, axis: int) -> list[Link] | None:
-    """A product with one number for all elements."""
+    """A product with one number for all features of a row."""
     first, second = node.args[:2]
+    rank = len(shape_behind(node))
     pairs = [(first, second), (second, first)] if ops.op_name(node) == "mul" else [(first, second)]
     for value, factor in pairs:
-        is_number = not isinstance(factor, Node) or all(n == 1 for n in shape_behind(factor))
-        if isinstance(value, Node) and is_number and len(shape_behind(value)) == len(shape_behind(node)):
+        at = axis - rank + len(shape_behind(factor)) if isinstance(factor, Node) else -1
+        is_number = not isinstance(factor, Node) or at < 0 or shape_behind(factor)[at] == 1
+        if isinstance(value, Node) and is_number and len(shape_behind(value)) == rank:
             return [(value, axis)]
     return None
 
@@ -368,7 +379,7 @@ def _through_weighing(node: Node, axis: int) -> list[Link] | None:
     return [(value, len(shape_behind(value)) - 1)]
 
 
-_RULES: dict[str, Callable[[Node, int], Sequence[Link] | None]] = {  # type: ignore[assignment]
+_RULES: dict[str, Callable[[Node, int], list[Link] | None]] = {
     "add": _through_sum,
     "sub": _through_sum,
     "mul": _through_product,

@@ -29,7 +29,9 @@ def hadamard(size: int) -> Tensor | None:
 
 
 def rotation(size: int, seed: int, *, keeps_mean: bool = False) -> Tensor:
-    """An orthogonal R (size, size) float64: a Hadamard matrix whose rows and columns have random signs, or a random one where none is known.
+    """An orthogonal R (size, size) float64: a Hadamard matrix with random signs of its rows and columns.
+
+    Where no Hadamard matrix of this size is known, a random orthogonal one.
 
     Args:
         seed: of the signs.
@@ -67,7 +69,7 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _bordered(q: int, sign: float) -> Tensor:
-    """The Jacobsthal matrix of a prime, (q, q), with a row of ones and a column of `sign` around it; 0 at the corner."""
+    """The Jacobsthal matrix of a prime, (q, q), a row of ones and a column of `sign` around it, 0 at the corner."""
     residues = torch.zeros(q, dtype=torch.float64) - 1
     residues[torch.arange(1, q) ** 2 % q] = 1
     residues[0] = 0

@@ -204,9 +204,13 @@ class Edits:
             shifted = rotated(offset, 0, turn).to(offset.dtype)
             bias = folding.new_constant(self._model, first, f"{result.name}_offset", shifted)
         with graph.inserting_before(first):
-            linear = graph.call_function(torch.ops.aten.linear.default, (result, weight, *([] if bias is None else [bias])))
+            linear = graph.call_function(
+                torch.ops.aten.linear.default, (result, weight, *([] if bias is None else [bias]))
+            )
         linear.meta = {k: result.meta[k] for k in ("val", "tensor_meta", "nn_module_stack") if k in result.meta}
-        note(linear, "unsupported", "Rotate: the gain of a normalization, kept in front of a head that shares its weight")
+        note(
+            linear, "unsupported", "Rotate: the gain of a normalization, kept in front of a head that shares its weight"
+        )
         for user in users:
             user.replace_input_with(result, linear)
 
