@@ -46,13 +46,13 @@ def logits_of(prepared):
     return torch.cat([decoder.append(part) for part in tokens.split([5, 1, 1, 5], 1)], 1)
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ROTATED)
-def test_a_decoder_computes_the_same_at_every_position(name, tied):
+def test_a_decoder_computes_the_same_at_every_position(name):
+    tied = name in ("gpt2", "qwen3", "mistral", "phi3")
     model = with_gains(small(name, tie_word_embeddings=tied))
     prepared, batches = prepared_of(model)
     before, nodes = logits_of(prepared), sum(n.op == "call_function" for n in prepared.graph.nodes)
-    algorithm = tq.Rotate(tied="gain" if name in ("llama", "gpt2") else "untie")
+    algorithm = tq.Rotate(tied="gain" if name in ("gpt2", "qwen3") else "untie")
     layers = 1 if name != "gemma3" else 0
     assert algorithm.transform(prepared, batches) == (1 + layers if ROTATED[name] == 4 else 1), algorithm.notes
     assert tq.sqnr_db(before, logits_of(prepared)) > 110
@@ -172,8 +172,8 @@ def test_checkpoints_hold_the_rotated_weights_or_are_refused(tmp_path):
     tied = with_gains(small("llama", tie_word_embeddings=True))
     prepared, batches = prepared_of(tied, "w4_symmetric_g32")
     tq.Rotate().transform(prepared, batches)
+    checkpoint = tq.Checkpoint(tied, {}, {})
     with pytest.raises(tq.InputError):
-        checkpoint = tq.Checkpoint(tied, {}, {})
         tq.save_causal_lm(tq.convert(prepared), checkpoint, tmp_path / "tied", "compressed-tensors")
 
 

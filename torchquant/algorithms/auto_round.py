@@ -37,6 +37,7 @@ from torchquant.solving.solved import Solution
 
 __all__ = ["AutoRound", "SignRounded"]
 
+_FEW_CODES = 15  # steps between the ends of a grid of 4 bits, for which the paper chose its learning rates
 _LEAST = 1e-3  # of the grid's scale: a range that alpha and beta make smaller has no codes to tell apart
 
 
@@ -51,7 +52,8 @@ class AutoRound:
     Args:
         steps: for each block; the paper's 200, or 1000 for 2 bits.
         lr: step size of the offsets; None: 1 / steps. It falls linearly to zero.
-        range_lr: step size of alpha and beta; None: `lr`.
+        range_lr: step size of alpha and beta; None: `lr`. Above 4 bits it is less in proportion, or one step would cut
+            off several codes.
         clip_range: what alpha and beta are kept within; (1, 1) leaves the ranges as they are.
         batch_size: samples (rows of the batches) in a step, at least.
         compensate: aim at what the block with compensated float weights makes of its quantized inputs (see `BRECQ`);
@@ -151,7 +153,8 @@ class SignRounded(LearnedWeight):
 
     @torch.no_grad()
     def move_(self, lr: float, range_lr: float) -> None:
-        """A step against the signs of the gradients."""
+        """A step against the signs of the gradients; of alpha and beta no wider, in codes, than in 4 bits."""
+        range_lr *= min(1.0, _FEW_CODES / (self.grid.quant_max - self.grid.quant_min))
         for parameter, rate, limits in ((self.offset, lr, (-0.5, 0.5)), (self.ends, range_lr, self.limits)):
             if parameter.requires_grad and parameter.grad is not None:
                 parameter.sub_(parameter.grad.sign(), alpha=rate).clamp_(*limits)
