@@ -9,7 +9,7 @@ from gpu_tables import Table
 __all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
-_ORDER = ("float", "nearest", "hqq", "awq", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq")
+_ORDER = ("float", "nearest", "rotate_nearest", "hqq", "awq", "auto_round", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq", "rotate_gptq")
 
 
 def perplexities(results: Row) -> Table:
