@@ -9,7 +9,8 @@ from gpu_tables import Table
 __all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
-_ORDER = ("float", "nearest", "rotate_nearest", "hqq", "awq", "auto_round", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq", "rotate_gptq")
+_NEAREST = ("float", "nearest", "rotate_nearest", "hqq", "awq")
+_ORDER = (*_NEAREST, "auto_round", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq", "rotate_gptq")
 
 
 def perplexities(results: Row) -> Table:
