@@ -114,6 +114,8 @@ ALGORITHMS: dict[str, Callable[[], list[Any]]] = {
     "gptq+bias": lambda: [tq.GPTQ(), tq.BiasCorrection()],
     "gptq_paper": lambda: [tq.GPTQ(search=False, sweeps=0, refits=0, correct_bias=False, compensate=False, damp=0.01)],
     "adaround": lambda: [tq.AdaRound()],
+    "auto_round": lambda: [tq.AutoRound()],
+    "auto_round_60": lambda: [tq.AutoRound(60)],
     "gptq_places": lambda: [tq.GPTQ(weigh_places=True)],
     "adaround_paper": lambda: [tq.AdaRound(search=False, refits=0, sweeps=0, correct_bias=False, compensate=False)],
     "adaround_sensitive": lambda: [tq.AdaRound(sensitive=True)],

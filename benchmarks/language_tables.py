@@ -10,19 +10,8 @@ from gpu_tables import Table
 __all__ = ["decoding", "perplexities"]
 
 Row = dict[str, Any]
-_ORDER = (
-    "float",
-    "nearest",
-    "hqq",
-    "awq",
-    "gptq_paper",
-    "gptq_compensated",
-    "gptq",
-    "awq_gptq",
-    "auto_round",
-    "rotate_nearest",
-    "rotate_gptq",
-)
+_NEAREST = ("float", "nearest", "rotate_nearest", "hqq", "awq")
+_ORDER = (*_NEAREST, "auto_round", "gptq_paper", "gptq_compensated", "gptq", "awq_gptq", "rotate_gptq")
 
 
 def perplexities(results: Row) -> Table:

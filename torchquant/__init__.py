@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchquant.algorithms.adaquant import AdaQuant
     from torchquant.algorithms.adaround import AdaRound
+    from torchquant.algorithms.auto_round import AutoRound
     from torchquant.algorithms.awq import AWQ
     from torchquant.algorithms.batch_norm import BatchNormReestimation
     from torchquant.algorithms.bias_correction import BiasCorrection
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torchquant.algorithms.llm_int8 import LLMInt8
     from torchquant.algorithms.qdrop import QDrop
     from torchquant.algorithms.range_search import RangeSearch
+    from torchquant.algorithms.rotate import Rotate
     from torchquant.algorithms.seq_mse import SeqMSE
     from torchquant.algorithms.smooth_quant import SmoothQuant
     from torchquant.analysis.findings import Finding, SiteAnalysis
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
     "algorithms.adaround": ("AdaRound",),
+    "algorithms.auto_round": ("AutoRound",),
     "algorithms.awq": ("AWQ",),
     "algorithms.batch_norm": ("BatchNormReestimation",),
     "algorithms.bias_correction": ("BiasCorrection",),
@@ -68,6 +71,7 @@ _HOMES = {
     "algorithms.llm_int8": ("LLMInt8",),
     "algorithms.qdrop": ("QDrop",),
     "algorithms.range_search": ("RangeSearch",),
+    "algorithms.rotate": ("Rotate",),
     "algorithms.seq_mse": ("SeqMSE",),
     "algorithms.smooth_quant": ("SmoothQuant",),
     "analysis.findings": ("Finding", "SiteAnalysis"),
@@ -131,6 +135,7 @@ __all__ = [
     "AdaRound",
     "Analysis",
     "ArtifactError",
+    "AutoRound",
     "BatchNormReestimation",
     "BiasCorrection",
     "CalibrationError",
@@ -154,6 +159,7 @@ __all__ = [
     "QDrop",
     "RangeSearch",
     "Report",
+    "Rotate",
     "SavedCheckpoint",
     "SchemeError",
     "Search",

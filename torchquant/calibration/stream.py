@@ -26,7 +26,7 @@ from torchquant.calibration.metric import (
 from torchquant.calibration.parallel import total
 from torchquant.calibration.store import Store
 from torchquant.fx import ops
-from torchquant.fx.blocks import Span, data_order
+from torchquant.fx.blocks import Span, data_order, keeps_state
 from torchquant.fx.functional import functionalize
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.states import state_nodes, states_of
@@ -161,7 +161,7 @@ class Stream:
                 first, end = self._place[span.nodes[0]], self._place[span.nodes[-1]] + 1
                 self._advance(start, first)
                 self._run(first, end, "float")
-                yield Task(self, span, self._reads(first, end), self._results(first, end))
+                yield Task(self, span, self._reads(first, end), self._outputs_of(first, end))
                 self._run(first, end, "quantized")
                 self._free(first, end)
                 start = end
@@ -191,7 +191,7 @@ class Stream:
         One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
         """
         generator = torch.Generator().manual_seed(seed)
-        results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
+        results = [self._outputs_of(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
         borders = {span.nodes[-1]: span_results for span, span_results in zip(spans, results, strict=elements)}
         sites = {s: None for span in spans if metrics for s in span.sites if outputs_of(s) <= _LARGEST_METRIC}
         output_metrics = {site: OutputMetric(site) for site in sites}
@@ -286,6 +286,18 @@ class Stream:
 
     def _results(self, start: int, end: int) -> list[Node]:
         return [n for n in self._order[start:end] if self._last[n] >= end]
+
+    def _outputs_of(self, start: int, end: int) -> list[Node]:
+        """The results by which a span is judged: without what only becomes state (keys and values), if there are more.
+
+        What the span's own attention makes of these is among the others.
+        """
+        results = self._results(start, end)
+        outputs = [n for n in results if n in self._measured or not all(map(keeps_state, self._later(n, end)))]
+        return outputs or results
+
+    def _later(self, node: Node, end: int) -> list[Node]:
+        return [u for u in node.users if self._place.get(u, len(self._order)) >= end]
 
     def _finish(self, start: int) -> None:
         """Run the rest of the order batch by batch in both flows, and compare the outputs, which are not kept."""

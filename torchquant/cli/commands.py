@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torchquant import flow
 from torchquant.algorithms.adaquant import AdaQuant
 from torchquant.algorithms.adaround import AdaRound
+from torchquant.algorithms.auto_round import AutoRound
 from torchquant.algorithms.awq import AWQ
 from torchquant.algorithms.batch_norm import BatchNormReestimation
 from torchquant.algorithms.bias_correction import BiasCorrection
@@ -24,6 +25,7 @@ from torchquant.algorithms.hqq import HQQ
 from torchquant.algorithms.llm_int8 import LLMInt8
 from torchquant.algorithms.qdrop import QDrop
 from torchquant.algorithms.range_search import RangeSearch
+from torchquant.algorithms.rotate import Rotate
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.algorithms.smooth_quant import SmoothQuant
 from torchquant.analysis.walk import analyze as make_analysis
@@ -44,6 +46,7 @@ _console = Console(stderr=True)
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
+    "auto-round": AutoRound,
     "awq": AWQ,
     "batch-norm": BatchNormReestimation,
     "bias-correction": BiasCorrection,
@@ -54,6 +57,7 @@ ALGORITHMS: dict[str, type] = {
     "llm-int8": LLMInt8,
     "qdrop": QDrop,
     "range-search": RangeSearch,
+    "rotate": Rotate,
     "seq-mse": SeqMSE,
     "smooth-quant": SmoothQuant,
 }

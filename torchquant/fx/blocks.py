@@ -15,7 +15,7 @@ from torchquant.fx.grids import Grid, grid_of
 from torchquant.fx.reading import observer_of
 from torchquant.types import Format
 
-__all__ = ["Span", "blocks", "data_order", "is_shared", "layers", "weight_grid", "weight_of"]
+__all__ = ["Span", "blocks", "data_order", "is_shared", "keeps_state", "layers", "weight_grid", "weight_of"]
 
 SOLVABLE = (
     "conv1d",
@@ -132,8 +132,8 @@ def blocks(
     between two such cuts (a U-Net, a DenseNet), the span is cut where the fewest values cross.
     """
     order = data_order(prepared)
-    crossing = _Crossing(prepared, order)
     chosen = set(_sites(prepared, order, excluded))
+    crossing = _Crossing(prepared, order, _end(prepared, order, chosen))
     spans: list[Span] = []
     start = 0
     while any(n in chosen for n in order[start:]):
@@ -146,18 +146,35 @@ def blocks(
     return spans
 
 
+def _end(prepared: GraphModule, order: Sequence[Node], chosen: set[Node]) -> int:
+    """Where the last block ends at the latest: in front of a head that is left out, or behind everything."""
+    last = max((i for i, n in enumerate(order) if n in chosen), default=-1)
+    left_out = (i for i in range(last + 1, len(order)) if solvable(prepared, order[i]))
+    return next(left_out, len(order))
+
+
+def keeps_state(user: Node) -> bool:
+    """Whether a node only writes what it reads into the graph's state, of which this call sees nothing more."""
+    return bool(ops.written(user)) and not user.users
+
+
+def _felt_by(node: Node) -> list[Node]:
+    """The users of a value through which the rest of this call depends on it."""
+    return [u for u in node.users if not keeps_state(u)]
+
+
 class _Crossing:
     """How many values cross each place of the order, seen from where a span starts."""
 
-    def __init__(self, prepared: GraphModule, order: Sequence[Node]) -> None:
-        self._prepared, self._order = prepared, order
+    def __init__(self, prepared: GraphModule, order: Sequence[Node], end: int) -> None:
+        self._prepared, self._order, self._end = prepared, order, end
         place = {node: i for i, node in enumerate(order)}
-        self._uses = [sorted(place.get(u, len(order)) for u in node.users) for node in order]
+        self._uses = [sorted(place.get(u, len(order)) for u in _felt_by(node)) for node in order]
         computed: set[Node] = set()
         for node in order:
             if solvable(prepared, node) or any(n in computed for n in node.all_input_nodes):
                 computed.add(node)
-        self._computed = [node in computed and bool(node.users) for node in order]
+        self._computed = [node in computed and bool(uses) for node, uses in zip(order, self._uses, strict=True)]
 
     def at(self, start: int, end: int, carried: Sequence[int]) -> int:
         """Values that a span of order[start:end] makes or reads and that are read behind it.
@@ -173,7 +190,7 @@ class _Crossing:
         carried = [i for i in range(start) if self._computed[i] and self._uses[i][-1] >= start]
         single: dict[int, int] = {}
         fewest: dict[tuple[int, int], int] = {}
-        for end in range(start + 1, len(self._order) + 1):
+        for end in range(start + 1, self._end + 1):
             sites += self._order[end - 1] in chosen
             if sites == 0 or self._splits(end):
                 continue
@@ -191,8 +208,8 @@ class _Crossing:
         elif len(single) and sites > max_sites:
             end = max(single.values())
         else:
-            end = fewest[min(fewest)] if sites > max_sites else len(self._order)
-        return end if any(n in chosen for n in self._order[end:]) else len(self._order)
+            end = fewest[min(fewest)] if sites > max_sites else self._end
+        return end if any(n in chosen for n in self._order[end:]) else self._end
 
     def _splits(self, end: int) -> bool:
         """Whether a cut here would part an observer from what it feeds."""

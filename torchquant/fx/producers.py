@@ -16,6 +16,7 @@ from torchquant.fx.reading import observer_of
 
 __all__ = [
     "LAYERS",
+    "ROW_MAJOR",
     "Producer",
     "affine_positions",
     "channel_axis",
@@ -23,6 +24,7 @@ __all__ = [
     "is_padded",
     "producer_of",
     "readers",
+    "runs",
     "shape_behind",
 ]
 
@@ -36,7 +38,7 @@ _AFFINE = {
     "_native_batch_norm_legit_no_training.default": (1, 2),
     "group_norm.default": (2, 3),
 }
-_ROW_MAJOR = (
+ROW_MAJOR = (
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("contiguous", "clone", "alias", "detach", "dropout"),
 )
@@ -256,7 +258,7 @@ def _through_reshape(step: _Step, source: Node) -> _Step | None:
         order = list(range(rank))
         first, second = (arguments["dim0"] % rank, arguments["dim1"] % rank) if name == "transpose" else (0, rank - 1)
         order[first], order[second] = second, first
-    elif name in _ROW_MAJOR:
+    elif name in ROW_MAJOR:
         axes = _axes_before(shape_behind(source), shape_behind(step.node), step.axes)
         return replace(step, node=source, axes=axes) if axes is not None else None
     else:
@@ -267,7 +269,7 @@ def _through_reshape(step: _Step, source: Node) -> _Step | None:
 def _axes_before(before: Shape, after: Shape, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes that the channels ran over before a row-major reshape, or None if they were mixed with others."""
     sources: dict[int, list[int]] = {}
-    for old, new in _runs(before, after):
+    for old, new in runs(before, after):
         mine = [a for a in new if a in axes]
         whole = [a for a in new if after[a] != 1 or a in axes]
         if mine and len(old) + len(new) > 2 and mine != whole:
@@ -278,7 +280,7 @@ def _axes_before(before: Shape, after: Shape, axes: tuple[int, ...]) -> tuple[in
     return tuple(dict.fromkeys(a for axis in axes for a in sources[axis]))
 
 
-def _runs(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
+def runs(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
     """Cut both shapes, from the right, into the smallest runs of axes of equal size."""
     i, j = len(before), len(after)
     while i and j:

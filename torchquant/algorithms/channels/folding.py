@@ -34,6 +34,7 @@ __all__ = [
     "own_observer",
     "rounded",
     "scale_inputs",
+    "set_constant",
     "tidy",
 ]
 
@@ -103,8 +104,8 @@ def fold_input(model: GraphModule, layer: Node, s: torch.Tensor, z: torch.Tensor
     groups = int(ops.arguments(layer).get("groups", 1))
     if z is not None and bool(z.any()):
         offset = scale_inputs(weight, z, groups).flatten(1).sum(1)
-        _set_constant(model, layer, 2, offset if bias is None else bias + offset)
-    _set_constant(model, layer, 1, scale_inputs(weight, s, groups))
+        set_constant(model, layer, 2, offset if bias is None else bias + offset)
+    set_constant(model, layer, 1, scale_inputs(weight, s, groups))
 
 
 def fold_output(model: GraphModule, producer: Producer, s: torch.Tensor, z: torch.Tensor | None = None) -> None:
@@ -118,13 +119,13 @@ def fold_output(model: GraphModule, producer: Producer, s: torch.Tensor, z: torc
         shift[mine] = z
     if bias is not None or bool(shift.any()):
         assert offset is not None
-        _set_constant(model, producer.node, offset, (-shift if bias is None else bias - shift) * scale)
+        set_constant(model, producer.node, offset, (-shift if bias is None else bias - shift) * scale)
     if ops.op_name(producer.node) == "mul":
         assert weight is not None
-        _set_constant(model, producer.node, factor, weight * _along_channels(producer, scale))
+        set_constant(model, producer.node, factor, weight * _along_channels(producer, scale))
     else:
         weight = s.new_ones(producer.total) if weight is None else weight
-        _set_constant(model, producer.node, factor, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        set_constant(model, producer.node, factor, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def _along_channels(producer: Producer, scale: torch.Tensor) -> torch.Tensor:
@@ -198,9 +199,10 @@ def tidy(model: GraphModule) -> None:
     passes.remove_dead_weights(model)
 
 
-def _set_constant(model: GraphModule, node: Node, position: int, value: torch.Tensor) -> None:
+def set_constant(model: GraphModule, node: Node, position: int, value: torch.Tensor) -> None:
     """Put a new parameter behind an op's argument, under its observer if it has one."""
-    kind = "weight" if position == affine_positions(node)[0] else "bias"
+    is_bias = ops.op_name(node) != "embedding" and position == affine_positions(node)[1]
+    kind = "bias" if is_bias else "weight"
     old = constant_at(model, node, position)
     value = value.to(_dtype_of(node, value.dtype) if old is None else old.dtype)
     source = ops.argument(node, position)

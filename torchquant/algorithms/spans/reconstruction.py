@@ -25,17 +25,25 @@ from torchquant.fx.grids import Grid, grid_of
 from torchquant.solving.contract import Clock
 from torchquant.solving.solved import Solution, SolvedWeight
 
-__all__ = ["LearnedStep", "Reconstruction", "StraightThrough", "standing"]
+__all__ = ["LearnedStep", "LearnedWeight", "Reconstruction", "StraightThrough", "rounded", "standing"]
 
 _NEAR = 0.45  # steps from a code chosen before, within which learning starts
 
 
-def _round(x: torch.Tensor) -> torch.Tensor:
+def rounded(x: torch.Tensor) -> torch.Tensor:
     """Round to nearest, with the gradient of the identity."""
     return x + (x.round() - x).detach()
 
 
-class StraightThrough(nn.Module):
+class LearnedWeight(nn.Module):
+    """A quantized weight with parameters: called, it is the weight with gradients."""
+
+    def answer(self) -> tuple[torch.Tensor, Grid]:
+        """Codes and grid."""
+        raise NotImplementedError
+
+
+class StraightThrough(LearnedWeight):
     """A weight W + V and its scale, learned through the rounding (AdaQuant, eq. 4)."""
 
     def __init__(self, weight: torch.Tensor, grid: Grid, codes: torch.Tensor | None = None) -> None:
@@ -48,7 +56,7 @@ class StraightThrough(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(grid.scale.numel()))
 
     def _steps(self) -> torch.Tensor:
-        steps = _round(self.a / self.log_scale.exp()[self._cells]) + self._zero_point
+        steps = rounded(self.a / self.log_scale.exp()[self._cells]) + self._zero_point
         return steps.clamp(self.grid.quant_min, self.grid.quant_max)
 
     def forward(self) -> torch.Tensor:
@@ -76,7 +84,7 @@ class LearnedStep(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, quantized but for what is dropped."""
         scale, zero_point = self.grid.scale.reshape(()) * self.log_scale.exp(), self.grid.zero_point.reshape(())
-        steps = (_round(x / scale) + zero_point).clamp(self.grid.quant_min, self.grid.quant_max)
+        steps = (rounded(x / scale) + zero_point).clamp(self.grid.quant_min, self.grid.quant_max)
         dequantized: torch.Tensor = dropped((steps - zero_point) * scale, x, self.drop, self._generator)
         return dequantized
 
@@ -153,12 +161,17 @@ class Reconstruction:
 
     def loss(self) -> torch.Tensor:
         """The error on samples drawn now, mean over these."""
+        error, count = self.sampled()
+        return error / count
+
+    def sampled(self) -> tuple[torch.Tensor, int]:
+        """The error on samples drawn now, summed over these, and their number."""
         inputs, wanted, sensitivities, count = self._sample()
         nodes = {self._weight_node(site): _value(weight) for site, weight in self.weights.items()}
         fakes: dict[str, Any] = {**passing(self.task, self.drop, self.generator), **self.steps}
         evaluator = self.task.evaluator(weights=nodes, fakes=fakes, biases=self.biases)
         env = evaluator.run(self.task.span.nodes, inputs)
-        return self.objective.error(env, wanted, sensitivities) / count
+        return self.objective.error(env, wanted, sensitivities), count
 
     def _weight_node(self, site: Node) -> Node:
         weight = weight_of(self.task.prepared, site)
@@ -168,7 +181,7 @@ class Reconstruction:
     def answer(self) -> Solution:
         """What was learned."""
         return Solution(
-            {s.name: w.answer() if isinstance(w, StraightThrough) else w for s, w in self.weights.items()},
+            {s.name: w.answer() if isinstance(w, LearnedWeight) else w for s, w in self.weights.items()},
             {site.name: bias.detach().clone() for site, bias in self.biases.items()},
             {target: step.answer() for target, step in self.steps.items()},
         )
@@ -216,11 +229,11 @@ def standing(task: Task) -> Solution:
     return solution
 
 
-Weight = StraightThrough | tuple[torch.Tensor, Grid]
+Weight = LearnedWeight | tuple[torch.Tensor, Grid]
 
 
 def _value(weight: Weight) -> torch.Tensor:
-    return weight() if isinstance(weight, StraightThrough) else weight[1].decode(weight[0])
+    return weight() if isinstance(weight, LearnedWeight) else weight[1].decode(weight[0])
 
 
 def _near(steps: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
