@@ -18,6 +18,7 @@ _LOST, _HIDDEN_DB = 0.5, 20.0  # half of the elements are gone, and the SQNR doe
 _CLIPPED, _POOR_DB = 0.005, 25.0
 _UNUSED = 1 / 8  # of the grid's range
 _OUTLIER, _MASK = 10.0, 1e4  # times the median channel: large, and too large for anything that was learned
+_NAMED = 5  # tensors in a note
 _DOMINANT, _FINE_DB = 0.5, 30.0  # of the output's error, and how little of that matters
 
 
@@ -70,7 +71,24 @@ def findings(sites: Sequence[SiteAnalysis]) -> list[Finding]:
     """Of all sites, the gravest first; of equal ones that whose site costs the output most."""
     cost = {site.site.node: site.share for site in sites}
     named = [finding for site in sites for finding in _of_site(site)]
-    return sorted(_without_repeats(named), key=lambda f: (_ORDER[f.severity], -cost[f.site]))
+    ordered = sorted(_without_repeats(named), key=lambda f: (_ORDER[f.severity], -cost[f.site]))
+    return [*ordered, *_dead(sites)]
+
+
+def _dead(sites: Sequence[SiteAnalysis]) -> Iterator[Finding]:
+    """One note on all channels that are zero: it costs nothing, and tells of what may be pruned."""
+    tensors = {
+        t.name: (s, t) for s in sites for t in (*s.activations, *([s.weight] if s.weight else [])) if t.dead_channels
+    }
+    if tensors:
+        worst = sorted(tensors.values(), key=lambda pair: -pair[1].dead_channels / pair[1].channels)
+        named = ", ".join(f"{t.dead_channels} of {t.channels} in {t.name}" for _, t in worst[:_NAMED])
+        more = f" and in {len(worst) - _NAMED} more tensors" if len(worst) > _NAMED else ""
+        site = worst[0][0].site
+        message = f"channels that are zero on all of the data: {named}{more}"
+        yield Finding(
+            "note", site.node, site.module, "dead channels", message, "prune them, or see whether the data are all"
+        )
 
 
 def _without_repeats(named: Sequence[Finding]) -> Iterator[Finding]:
@@ -106,10 +124,6 @@ def _of_activation(analysis: SiteAnalysis, tensor: TensorAnalysis) -> Iterator[F
     finding = _hidden(site, tensor) or _clipped(site, tensor) or _unused(site, tensor) or _outliers(site, tensor)
     if finding is not None:
         yield finding
-    if tensor.dead_channels:
-        message = f"{tensor.dead_channels} of {tensor.channels} channels of {tensor.name} are zero on all of the data"
-        remedy = "prune them, or calibrate with data that reach them"
-        yield Finding("note", site.node, site.module, "dead channels", message, remedy)
 
 
 def _hidden(site: Site, tensor: TensorAnalysis) -> Finding | None:
@@ -178,6 +192,3 @@ def _of_weight(analysis: SiteAnalysis, tensor: TensorAnalysis) -> Iterator[Findi
     elif tensor.clipped > _CLIPPED and tensor.sqnr_db < _POOR_DB - 5:
         message = f"{tensor.clipped:.1%} of the weight {tensor.name} lie outside of its grid: {tensor.sqnr_db:.1f} dB"
         yield Finding("error", site.node, site.module, "clipped", message, "let its observer see the weight again")
-    if tensor.dead_channels:
-        message = f"{tensor.dead_channels} of {tensor.channels} output channels of the weight {tensor.name} are zero"
-        yield Finding("note", site.node, site.module, "dead channels", message, "prune them")
