@@ -28,7 +28,7 @@ from torchquant.quantizers.cuda import CudaQuantizer
 from torchquant.quantizers.weight_only import WeightOnlyQuantizer
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
-from torchquant.solving.run import Optimization
+from torchquant.solving.results import Optimization
 from torchquant.types import Format, Scheme, TensorSpec
 
 __all__ = ["ALGORITHMS", "QUANTIZERS", "Candidate", "LowBitQuantizer", "lower", "quantize"]

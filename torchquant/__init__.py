@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from torchquant.precision.plan import Plan
     from torchquant.precision.search import Search, search
     from torchquant.reporting.terminal import Report, report
-    from torchquant.solving.run import Optimization
+    from torchquant.solving.results import Optimization
 
 _HOMES = {
     "algorithms.adaquant": ("AdaQuant",),
@@ -117,7 +117,7 @@ _HOMES = {
         "load",
         "save",
     ),
-    "solving.run": ("Optimization",),
+    "solving.results": ("Optimization",),
     "measure.verify": (
         "Comparison",
         "compare",

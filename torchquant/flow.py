@@ -35,7 +35,8 @@ from torchquant.fx.states import hidden_states, own_states
 from torchquant.fx.subclasses import split_parts
 from torchquant.observers.minmax import least_scale
 from torchquant.solving.contract import Algorithm
-from torchquant.solving.run import DEFAULT_MEMORY_BYTES, Optimization, run
+from torchquant.solving.results import Optimization
+from torchquant.solving.run import DEFAULT_MEMORY_BYTES, run
 from torchquant.surroundings import unchanged, without_autocast
 
 __all__ = ["convert", "export", "optimize", "prepare", "quantize"]

@@ -23,7 +23,7 @@ from torchquant.fx.reading import observers
 from torchquant.quantizers import WeightOnlyQuantizer
 from torchquant.solving import checkpoints
 from torchquant.solving import run as solving
-from torchquant.solving.run import SpanResult
+from torchquant.solving.results import SpanResult
 from torchquant.solving.solved import Solution, SolvedWeight
 
 LINEAR = SpecQuantizer(("linear",), per_tensor(torch.uint8, 0, 255), per_channel(low=-3, high=3))

@@ -28,57 +28,14 @@ from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
+from torchquant.solving.results import Optimization, SpanResult
 from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
 
-__all__ = ["Optimization", "SpanResult", "run"]
+__all__ = ["DEFAULT_MEMORY_BYTES", "run"]
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class SpanResult:
-    """What one algorithm did to one span.
-
-    Args:
-        algorithm, span: names.
-        before, after: squared error of the span's output on the calibration data.
-        kept: whether the answer is in the graph; if not, it was worse than what stood there.
-        seconds: spent on it.
-    """
-
-    algorithm: str
-    span: str
-    before: float
-    after: float
-    kept: bool
-    seconds: float
-
-
-@dataclass
-class Optimization:
-    """What `optimize` did.
-
-    Args:
-        spans: one by one.
-        steps: (algorithm, SQNR of the whole output on the calibration data in dB after it, whether it was kept);
-            the first row is the graph as it came.
-        notes: what was left alone and why.
-        seconds, peak_bytes, spilled_bytes: time, largest resident memory of the process, bytes that went to disk.
-    """
-
-    spans: list[SpanResult] = field(default_factory=list)
-    steps: list[tuple[str, float, bool]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    spilled_bytes: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"{name:28s}{db:8.2f} dB{'' if kept else '   not kept'}" for name, db, kept in self.steps]
-        back = [s for s in self.spans if not s.kept]
-        lines.append(f"{len(self.spans)} spans in {self.seconds:.1f} s, {len(back)} left as they were")
-        return "\n".join([*lines, *self.notes])
+_JUDGED_EVERY, _JUDGED_LEAST = 4, 8  # batches
 
 
 @dataclass
@@ -267,7 +224,7 @@ def _solve(
 ) -> None:
     name, kept = type(algorithm).__name__, dict[Span, _Kept]()
     spans = algorithm.spans(prepared, settings.excluded)
-    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
+    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes, judged_every=_judged_every(batches))
     weights = [_cost(span) for span in spans]
     late = 0
     with closing(stream), _bar(settings.progress) as bar:
@@ -319,9 +276,14 @@ def _judge_shared(
     return best
 
 
+def _judged_every(batches: Sequence[Any]) -> int:
+    """Of how many batches one is judged: of four, where eight are left; each costs a run of the whole network."""
+    return max(1, min(_JUDGED_EVERY, len(batches) // _JUDGED_LEAST))
+
+
 def _measured(prepared: GraphModule, batches: Sequence[Any], settings: _Settings) -> float:
     """The SQNR in dB of a graph as it stands."""
-    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
+    stream = Stream(prepared, batches[:: _judged_every(batches)], budget_bytes=settings.memory_bytes)
     for _ in stream.walk([]):
         pass
     return _db(stream)
