@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from gpu_tables import Table
 
-__all__ = ["decoding", "perplexities"]
+__all__ = ["decoding", "perplexities", "reproduction"]
 
 Row = dict[str, Any]
 _NEAREST = ("float", "nearest", "rotate_nearest", "hqq", "awq")
@@ -35,6 +36,42 @@ def perplexities(results: Row) -> Table:
     )
     about = f"{results['cpu']}; {results['date']}" if rows else ""
     return Table("Perplexity", about, head, [_cells(row, exact.get(row["model"])) for row in rows])
+
+
+_GPTQ_README = "[GPTQ's README](https://github.com/IST-DASLab/gptq)"
+_AWQ_PAPER = "[AWQ, table 4](https://arxiv.org/abs/2306.00978)"
+# where, model, scheme, method, perplexity in float, with nearest codes, with the method
+_PUBLISHED = (
+    (_GPTQ_README, "LLaMA-7B", "4 bits, a scale an output", "GPTQ", 5.68, 6.29, 6.09),
+    (_GPTQ_README, "LLaMA-7B", "3 bits, a scale an output", "GPTQ", 5.68, 25.54, 8.07),
+    (_AWQ_PAPER, "Llama-2-7B", "4 bits, groups of 128", "GPTQ", 5.47, 5.73, 5.69),
+    (_AWQ_PAPER, "Llama-2-7B", "4 bits, groups of 128", "AWQ", 5.47, 5.73, 5.60),
+    (_AWQ_PAPER, "Llama-2-7B", "3 bits, groups of 128", "GPTQ", 5.47, 6.66, 6.43),
+    (_AWQ_PAPER, "Llama-2-7B", "3 bits, groups of 128", "AWQ", 5.47, 6.66, 6.24),
+)
+
+
+def reproduction(results: Row) -> Table:
+    """Published results and ours, by the share of the loss of nearest codes that a method takes away."""
+    head = ("from", "model", "scheme", "method", "float", "nearest", "method", "loss taken away")
+    plain = {
+        (r["model"], r["scheme"], r["table"]): r["perplexity"] for r in results["rows"] if r["method"] == "nearest"
+    }
+    exact = {r["model"]: r["perplexity"] for r in results["rows"] if r["method"] == "float"}
+    rows = list(_PUBLISHED)
+    for row in sorted(results["rows"], key=lambda r: (r["model"], r["scheme"], _ORDER.index(r["method"]))):
+        where = row["model"], row["scheme"], row["table"]
+        numbers = exact.get(row["model"]), plain.get(where), row["perplexity"]
+        if row["method"] in ("gptq_paper", "gptq", "awq", "hqq") and all(isinstance(n, float) for n in numbers):
+            method = f"{row['method']}, {row['calibration'].split(' of ')[0]}".removesuffix(", none")
+            rows.append(("here", row["model"], f"`{row['scheme']}`", method, *numbers))  # type: ignore[arg-type]
+    return Table("Reproduction", "", head, [_reproduced(row) for row in rows])
+
+
+def _reproduced(row: tuple[str, str, str, str, float, float, float]) -> list[str]:
+    exact, nearest, reached = row[4:]
+    share = 1 - math.log(reached / exact) / math.log(nearest / exact)
+    return [*row[:4], *(f"{n:.2f}" for n in row[4:]), f"{100 * share:.0f} %"]
 
 
 def decoding(results: Row) -> Table:

@@ -28,6 +28,7 @@ LAYER_MARKERS = ("<!-- gpu layers -->", "<!-- /gpu layers -->")
 CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 PERPLEXITY_MARKERS = ("<!-- perplexity -->", "<!-- /perplexity -->")
 DECODING_MARKERS = ("<!-- decoding -->", "<!-- /decoding -->")
+REPRODUCTION_MARKERS = ("<!-- reproduction -->", "<!-- /reproduction -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
@@ -64,6 +65,7 @@ def main() -> None:
     page = ROOT / "docs" / "language.md"
     table = language_tables.perplexities(records.read("language"))
     text = _between(page.read_text(encoding="utf-8"), PERPLEXITY_MARKERS, f"{_table(table)}\n\n{table.note}.")
+    text = _between(text, REPRODUCTION_MARKERS, _table(language_tables.reproduction(records.read("language"))))
     table = language_tables.decoding(records.read("decoding"))
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
     readme = ROOT / "README.md"
