@@ -17,6 +17,7 @@ from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
+from torchquant.fx.storing import is_packed, unpack_weights
 from torchquant.fx.subclasses import has_parts, split_parts
 from torchquant.lowering.accounts import accountable_sites, left_float
 from torchquant.lowering.judging import Run
@@ -155,6 +156,9 @@ def lower(
     if isinstance(quantized, GraphModule) and has_parts(quantized):
         quantized = passes.copy_graph(quantized)
         split_parts(quantized)
+    if isinstance(quantized, GraphModule) and any(map(is_packed, quantized.graph.nodes)):
+        quantized = passes.copy_graph(quantized)
+        unpack_weights(quantized)
     steps.sites, allowed = accountable_sites(quantized, allow_float, steps.target.capabilities)
     steps.allowed = frozenset(allowed)
     steps.wanted = tuple(s for s in steps.sites if s.status == "quantized" and s.node not in allowed)

@@ -247,9 +247,13 @@ def _become(prepared: GraphModule, other: GraphModule) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An answer that is in the graph, and what takes it out again."""
+    """An answer that is in the graph, and what takes it out again.
 
-    solution: Solution
+    Args:
+        solution: None unless it is for a weight that other ops read, too, and may have to be put back.
+    """
+
+    solution: Solution | None
     undo: Callable[[], None]
 
 
@@ -288,7 +292,7 @@ def _solve(
     if late:
         result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
     after = _db(stream)
-    shared = [s for s, a in kept.items() if a.solution.weights and any(is_shared(prepared, site) for site in s.sites)]
+    shared = [span for span, answer in kept.items() if answer.solution is not None]
     if shared:
         after = _judge_shared(name, prepared, kept, shared, lambda: _measured(prepared, batches, settings), result)
     _judge(name, after, lambda: _take_back(kept.values()), result)
@@ -310,8 +314,9 @@ def _judge_shared(
     for span in reversed(shared):
         kept[span].undo()
         without = measured()
-        if best >= without:
-            kept[span] = _Kept(kept[span].solution, apply(prepared, kept[span].solution))
+        solution = kept[span].solution
+        if best >= without and solution is not None:
+            kept[span] = _Kept(solution, apply(prepared, solution))
         else:
             best = without
             del kept[span]
@@ -354,7 +359,8 @@ def _solve_span(task: Task, algorithm: Solver, clock: Clock, path: Path | None, 
         parts.clear()
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
-    return _Kept(solution, undo) if kept else None
+    shared = bool(solution.weights) and any(is_shared(task.prepared, site) for site in task.span.sites)
+    return _Kept(solution if shared else None, undo) if kept else None
 
 
 def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
