@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 import torchquant as tq
 from torchquant.calibration.evaluator import Evaluator
-from torchquant.calibration.store import give_back
+from torchquant.files.freed import give_back
 from torchquant.calibration.stream import Stream
 from torchquant.fx.blocks import Span
 

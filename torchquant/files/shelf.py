@@ -22,8 +22,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchquant.errors import ArtifactError
+from torchquant.files.freed import give_back
 
-__all__ = ["EmptyOnDisk", "is_open", "is_shelved", "kept", "mapped", "shelf"]
+__all__ = ["EmptyOnDisk", "give_back_between", "is_open", "is_shelved", "kept", "mapped", "shelf"]
 
 _LEAST_BYTES = 1 << 14  # a mapping costs a page or two
 _FOLDER: ContextVar[Path | None] = ContextVar("torchquant_shelf", default=None)
@@ -79,7 +80,17 @@ def kept(value: torch.Tensor) -> torch.Tensor:
         text = f"{value.nbytes:,} bytes cannot be kept in {folder}: {error.strerror or error}"
         raise ArtifactError(f"{text}. Name a folder with more room") from error
     setattr(shelved, _MARK, True)
+    give_back_between()
     return shelved
+
+
+def give_back_between() -> None:
+    """Where a shelf is open, return freed memory to the system: what a loop over weights does after each.
+
+    The C library keeps freed blocks of up to 32 MB, and what it keeps grows with the number of weights.
+    """
+    if is_open():
+        give_back()
 
 
 def mapped(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from torchquant.errors import InputError
+from torchquant.files.shelf import give_back_between
 from torchquant.fx import ops
 from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import GraphReading, is_converted, is_prepared, stored_shape
@@ -91,6 +92,7 @@ class Weight:
 
 def _grid_of(graph: GraphModule, node: Node | None) -> Grid | str | None:
     """The codes behind a weight, why there are none, or None for floats; nothing that was read is kept."""
+    give_back_between()
     reading = GraphReading(graph)
     quantized = reading.tensor(node)
     return None if quantized is None or quantized.codes is None else grid_of(reading, node, quantized)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from torchquant.files.shelf import give_back_between
+
 __all__ = ["Loan", "lent"]
 
 
@@ -42,6 +44,7 @@ class Loan:
         """Give the module its own back."""
         self._module._parameters.update(self._own)
         self._own.clear()
+        give_back_between()
 
     def hooks(self) -> list[Any]:
         """Let it have the weights whenever it runs."""
