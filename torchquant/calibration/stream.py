@@ -199,12 +199,7 @@ class Stream:
         Raises:
             InputError: the graph is one that is larger than memory.
         """
-        if is_open() and (elements or metrics or places):
-            raise InputError(
-                "derivatives through the whole network take all its weights and activations at once, and this network "
-                "is quantized from disk: leave out what asks for them (sensitive, weigh_places, BRECQ, QDrop), or "
-                "quantize in memory"
-            )
+        _refuse_from_disk()
         generator = torch.Generator().manual_seed(seed)
         results = [self._results(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
         borders = {span.nodes[-1]: span_results for span, span_results in zip(spans, results, strict=elements)}
@@ -337,6 +332,15 @@ class Stream:
         env = self._values(self._order[start:], self._reads(start, len(self._order)), evaluator, flow, batch)
         values = [env[n] if n in env else self.value(flow, n, batch) for n in self._measured]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _refuse_from_disk() -> None:
+    if is_open():
+        raise InputError(
+            "derivatives through the whole network take all its weights and activations at once, and this network is "
+            "quantized from disk: leave out what asks for them (sensitive, weigh_places, BRECQ, QDrop), or quantize in "
+            "memory"
+        )
 
 
 def _bytes_of_constant(node: Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +47,17 @@ def quantize_checkpoint(
 ) -> SavedCheckpoint:
     """Quantize a language model that memory cannot hold, from a folder of safetensors to a file of another runtime.
 
-    Weights are read where they lie in the folder, and what becomes of them is written beside `destination` and read
-    there: memory holds the weights and moments of the layer at work, `memory_bytes` of activations, and the cache of
-    keys and values of one window. The codes are those that `optimize` and `convert` give in memory, bit by bit.
+    The codes are those of `optimize` and `convert` in memory, bit by bit; docs/language.md says what memory and the
+    disk of `destination` must hold.
 
     Args:
         source: folder with `config.json` and `.safetensors` files with float weights.
-        destination, format, type, pre_tokenizer: as for `save_causal_lm`. On the disk of `destination` there must be
-            room for the result twice, for a float16 scale and float32 range of each group, and for the activations of
-            all windows beyond `memory_bytes`; what is not the result is gone at the end, whatever happens.
-        quantizer: any torchao Quantizer. Static activations are calibrated by runs of the whole network, which read
-            all weights once for each window.
+        destination, format, type, pre_tokenizer: as for `save_causal_lm`.
+        quantizer: any torchao Quantizer.
         algorithms: solvers that go layer by layer, such as `GPTQ()`; none rounds to the nearest codes.
-        tokens: int64 (windows, length): calibration data; what solvers and static activations need.
+        tokens: int64 (windows, length): calibration data, which solvers and static activations need.
         dtype: in which the network computes, whatever the weights are stored in.
-        memory_bytes, checkpoint, exclude, seed, progress: as for `optimize`; with a `checkpoint` folder the same call
-            goes on where a run was stopped.
+        memory_bytes, checkpoint, exclude, seed, progress: as for `optimize`.
 
     Raises:
         InputError: the source is no such folder; tokens are missing, or out of the vocabulary; an algorithm needs the
@@ -73,28 +68,33 @@ def quantize_checkpoint(
     """
     place = Path(destination)
     _check(place, quantizer, algorithms, tokens, format)
+    options = {"memory_bytes": memory_bytes, "checkpoint": checkpoint, "exclude": exclude, "seed": seed}
     with shelf(place.parent):
-        model = mapped_checkpoint(Path(source), dtype, place.parent)
-        batches = _batches(tokens, model.checkpoint)
-        exported = export_causal_lm(model.checkpoint.model, _FEW_TOKENS if tokens is None else max(2, tokens.shape[1]))
-        put_weights(exported, model.weights)
-        prepared = prepare(exported, quantizer)
-        del exported
-        _observe(prepared, batches, progress)
-        if algorithms:
-            optimize(
-                prepared,
-                batches,
-                algorithms,
-                memory_bytes=memory_bytes,
-                checkpoint=None if checkpoint is None else Path(checkpoint),
-                seed=seed,
-                exclude=exclude,
-                progress=progress,
-            )
-        converted = convert(prepared)
-        del prepared
-        return save_causal_lm(converted, model.checkpoint, place, format, type=type, pre_tokenizer=pre_tokenizer)
+        source = Path(source)
+        model, converted = _converted(source, place.parent, quantizer, algorithms, tokens, dtype, progress, options)
+        return save_causal_lm(converted, model, place, format, type=type, pre_tokenizer=pre_tokenizer)
+
+
+def _converted(
+    source: Path,
+    workspace: Path,
+    quantizer: Any,
+    algorithms: Sequence[Algorithm],
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+    progress: bool,
+    options: Mapping[str, Any],
+) -> tuple[Checkpoint, GraphModule]:
+    """The checkpoint, its model without weights, and the converted graph."""
+    model = mapped_checkpoint(source, dtype, workspace)
+    batches = _batches(tokens, model.checkpoint)
+    exported = export_causal_lm(model.checkpoint.model, _FEW_TOKENS if tokens is None else max(2, tokens.shape[1]))
+    put_weights(exported, model.weights)
+    prepared = prepare(exported, quantizer)
+    _observe(prepared, batches, progress)
+    if algorithms:
+        optimize(prepared, batches, algorithms, progress=progress, **options)
+    return model.checkpoint, convert(prepared)
 
 
 def _check(place: Path, quantizer: object, algorithms: Sequence[Algorithm], tokens: Tensor | None, format: str) -> None:

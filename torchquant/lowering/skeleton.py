@@ -153,12 +153,7 @@ def lower(
     """
     name = steps.target.name
     steps.require(quantized)
-    if isinstance(quantized, GraphModule) and has_parts(quantized):
-        quantized = passes.copy_graph(quantized)
-        split_parts(quantized)
-    if isinstance(quantized, GraphModule) and any(map(is_packed, quantized.graph.nodes)):
-        quantized = passes.copy_graph(quantized)
-        unpack_weights(quantized)
+    quantized = _plain(quantized)
     steps.sites, allowed = accountable_sites(quantized, allow_float, steps.target.capabilities)
     steps.allowed = frozenset(allowed)
     steps.wanted = tuple(s for s in steps.sites if s.status == "quantized" and s.node not in allowed)
@@ -178,6 +173,18 @@ def lower(
     proof = Proof.of(verdict, artefact.kernels, len(steps.compute), artefact.fused, left)
     states, returns = reference.initial, reference.overwritten
     return steps.finish(Metadata(reference.signature, sites, proof, states=states, returns=returns))
+
+
+def _plain(quantized: GraphModule) -> GraphModule:
+    """The graph, or a copy of it that reads its weights as constants, in which nothing is packed."""
+    if not isinstance(quantized, GraphModule):
+        return quantized
+    if not has_parts(quantized) and not any(map(is_packed, quantized.graph.nodes)):
+        return quantized
+    twin = passes.copy_graph(quantized)
+    split_parts(twin)
+    unpack_weights(twin)
+    return twin
 
 
 def _refuse_formats(steps: Lowering[Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.fx import GraphModule
 
 from torchquant.calibration import batches as data
@@ -28,6 +26,7 @@ from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
+from torchquant.solving.progress import bar_of, peak_bytes
 from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
 
@@ -163,7 +162,7 @@ def _run(
         raise
     prepared.recompile()
     result.seconds = time.perf_counter() - settings.start
-    result.peak_bytes = _peak_bytes()
+    result.peak_bytes = peak_bytes()
     return result
 
 
@@ -274,7 +273,7 @@ def _solve(
     stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes)
     weights = [_cost(span) for span in spans]
     late = 0
-    with closing(stream), _bar(settings.progress) as bar:
+    with closing(stream), bar_of(settings.progress) as bar:
         if isinstance(algorithm, Measuring):
             algorithm.begin(stream, spans, settings.seed + 7919 * number)
         row = bar.add_task(name, total=len(spans))
@@ -395,18 +394,3 @@ def _db(stream: Stream) -> float:
     if not math.isfinite(stream.noise):
         return -math.inf
     return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), disable=not shown, transient=True)
-
-
-def _peak_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
-    try:
-        import resource  # noqa: PLC0415  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
