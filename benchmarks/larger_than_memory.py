@@ -134,7 +134,7 @@ def write_model(folder: Path, shape: str, layers: int) -> tuple[int, int]:
         index |= dict.fromkeys(part, name)
         weights += sum(t.numel() for t in tensors.values())
         forget_pages(folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return weights, sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
