@@ -4,6 +4,7 @@ python benchmarks/larger_than_memory.py [--shape llama7b] [--layers 12] [--limit
 python benchmarks/larger_than_memory.py --in-memory [--shape small] [--layers 8]     memory of export .. convert instead
 python benchmarks/larger_than_memory.py --paper                                      what 70B would take, of the rows
 
+TMPDIR names a folder with room for the model twice, on a disk.
 The limit is that of a memory cgroup, so it holds for all that the child uses, cached pages of files included; without
 the right to make one it is RLIMIT_DATA, which counts what is private to the process. `peak_anonymous_bytes` is sampled:
 what the system could not drop.
@@ -49,7 +50,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(in_memory(options) if options.in_memory else child(options)))
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         source, place = Path(folder) / "source", Path(folder)
         weights, size = write_model(source, options.shape, options.layers)
         row = {"shape": options.shape, "layers": options.layers, "algorithm": options.algorithm}
@@ -80,7 +81,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--algorithm", choices=("nearest", "gptq", "gptq_paper"), default="nearest")
     parser.add_argument("--scheme", default="w4_symmetric_g32")
     parser.add_argument("--format", default="compressed-tensors")
-    parser.add_argument("--folder", help="where there is room for the model twice")
     parser.add_argument("--in-memory", action="store_true")
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--no-keep", dest="keep", action="store_false", help="print the row, and keep none")
@@ -245,6 +245,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(destination)
     return {
         "seconds": seconds,
+        "cpu_seconds": time.process_time(),
         "imports_anonymous_bytes": watch.first,
         "peak_anonymous_bytes": watch.end(),
         "peak_resident_bytes": 1024 * _status("VmHWM"),
@@ -303,15 +304,19 @@ def paper(rows: list[dict[str, Any]]) -> dict[str, Any]:
     own = nearest["peak_anonymous_bytes"] - nearest["imports_anonymous_bytes"]
     largest = {"table": 4 * vocabulary * hidden, "linear": 4 * hidden * inner}
     copies = own / (4 * max(v * h, h * i))
-    needed = {f"largest_{n}_bytes": int(nearest["imports_anonymous_bytes"] + copies * b) for n, b in largest.items()}
+    needed = {n: int(nearest["imports_anonymous_bytes"] + copies * b) for n, b in largest.items()}
+    tables = 2 * v * h
+    packed = (nearest["saved_bytes"] - 4 * tables) / (nearest["weights"] - tables)  # tables are float32 in the result
     return {
         "of": {k: nearest[k] for k in ("shape", "layers", "algorithm", "scheme", "weights", "date")},
         "float32_copies_of_the_largest_weight": round(copies, 2),
         "weights": weights,
-        "nearest_memory": needed,
-        "nearest_hours": round(nearest["seconds"] * weights / nearest["weights"] / 3600, 1),
-        "result_bytes": int(nearest["saved_bytes"] * weights / nearest["weights"]),
+        "nearest_bytes_set_by_the_largest": needed,
+        "nearest_fits": {f"{gb} GB": max(needed.values()) < gb * 1e9 for gb in (24, 8)},
+        "nearest_hours": round(nearest["seconds"] * weights / nearest["weights"] / 3600, 1),  # as loaded as it was
+        "result_bytes": int(packed * layers * linears + 4 * 2 * vocabulary * hidden),
         "gptq_moments_bytes": moments_bytes(inner),
+        "gptq_moments_fit": {f"{gb} GB": max(moments_bytes(inner).values()) < gb * 1e9 for gb in (24, 8)},
     }
 
 

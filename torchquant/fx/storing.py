@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchquant.files.freed import give_back
 from torchquant.files.shelf import kept
 from torchquant.formats.packed import LARGEST_BITS, bits_of, pack_codes
 from torchquant.fx import ops, passes
@@ -42,6 +43,7 @@ def fold_codes(model: GraphModule, *, pack: bool = True) -> int:
     constants = [n for n in model.graph.nodes if ops.qdq_name(n) in _FOLDED and ops.is_constant(n)]
     for node in constants:
         fold(model, node, pack=pack)
+        give_back()
     if pack:
         sink_constants(model)
     return passes.finished(model, len(constants))
