@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 import torchquant as tq
 from torchquant.calibration.evaluator import Evaluator
-from torchquant.calibration.store import give_back
 from torchquant.calibration.stream import Stream
+from torchquant.files.freed import give_back
 from torchquant.fx.blocks import Span
 
 KEY = ("network", "algorithm", "budget_bytes")

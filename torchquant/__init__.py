@@ -45,12 +45,14 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
+    from torchquant.fx.storing import pack_weights
     from torchquant.language.checkpoints import Checkpoint, load_causal_lm
     from torchquant.language.decoder import Decoder, generate
     from torchquant.language.evaluation import Evaluation, evaluate
     from torchquant.language.export import export_causal_lm
     from torchquant.language.harness import harness_model
     from torchquant.language.saving import SavedCheckpoint, save_causal_lm
+    from torchquant.language.streaming import quantize_checkpoint
     from torchquant.measure.verify import Comparison, compare, sqnr_db
     from torchquant.precision.plan import Plan
     from torchquant.precision.search import Search, search
@@ -100,12 +102,14 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
+    "fx.storing": ("pack_weights",),
     "language.checkpoints": ("Checkpoint", "load_causal_lm"),
     "language.decoder": ("Decoder", "generate"),
     "language.evaluation": ("Evaluation", "evaluate"),
     "language.export": ("export_causal_lm",),
     "language.harness": ("harness_model",),
     "language.saving": ("SavedCheckpoint", "save_causal_lm"),
+    "language.streaming": ("quantize_checkpoint",),
     "artifacts.program": ("Program",),
     "precision.plan": ("Plan",),
     "precision.search": ("Search", "search"),
@@ -182,8 +186,10 @@ __all__ = [
     "load",
     "load_causal_lm",
     "optimize",
+    "pack_weights",
     "prepare",
     "quantize",
+    "quantize_checkpoint",
     "report",
     "save",
     "save_causal_lm",

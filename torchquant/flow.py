@@ -32,6 +32,7 @@ from torchquant.fx.rewrites.decompose import expand_batch_norms
 from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.sites import read_sites
 from torchquant.fx.states import hidden_states, own_states
+from torchquant.fx.storing import fold_codes, pack_weights
 from torchquant.fx.subclasses import split_parts
 from torchquant.observers.minmax import least_scale
 from torchquant.solving.contract import Algorithm
@@ -151,7 +152,10 @@ def check_quantizer(quantizer: object) -> None:
 
 @unchanged()
 def convert(prepared: GraphModule) -> GraphModule:
-    """torchao's `convert_pt2e`, then the dead float weights removed. Works in place like torchao's.
+    """torchao's `convert_pt2e`, with weights packed (see `pack_weights`) and no dead float ones. Works in place.
+
+    Weights become codes one after the other, so that no more than one of them is there in both forms but for what the
+    caller holds.
 
     Raises:
         CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
@@ -161,7 +165,8 @@ def convert(prepared: GraphModule) -> GraphModule:
     _warn_of_vanishing(prepared)
     passes.hide_batch_norms(prepared)
     try:
-        converted = convert_pt2e(prepared)
+        converted = convert_pt2e(prepared, fold_quantize=False)
+        fold_codes(converted)
     except (TorchquantError, Warning):
         raise
     except Exception as error:
@@ -170,7 +175,7 @@ def convert(prepared: GraphModule) -> GraphModule:
             "exclude the op in the Quantizer."
         ) from error
     passes.show_batch_norms(converted)
-    passes.remove_dead_weights(converted)
+    pack_weights(converted)
     return converted
 
 

@@ -71,7 +71,7 @@ class Format:
         """Bits for one weight, the share of what a cell of `cell` weights has in common included.
 
         That is a float32 scale and, if not `symmetric`, a zero point of as many bits as a code. Codes count for the
-        bits that they need; a graph stores those under 8 in a byte each, unless its target packs them.
+        bits that they need, in which `torchquant.convert` stores them; torchao's `convert_pt2e` takes a byte for each.
         """
         return self.bits + (32 + (0 if symmetric else self.bits)) / cell
 

@@ -25,6 +25,7 @@ from torchquant.backends import inductor_cuda
 from torchquant.backends.inductor_cuda import SCHEMES
 from torchquant.backends.inductor_cuda import program as program_of_ops
 from torchquant.fx import ops, passes
+from torchquant.fx.storing import unpack_weights
 from torchquant.ops.gpu.rewriting import OPS
 from torchquant.quantizers import CudaQuantizer, X86Quantizer, XnnpackQuantizer
 
@@ -522,7 +523,9 @@ def test_a_saved_program_computes_the_same(program, tmp_path):
     x = torch.randn(2, 6, 64).bfloat16()
     assert torch.equal(loaded(x), lowered(x))
     assert loaded.proof == lowered.proof
-    assert loaded.size_bytes == lowered.size_bytes <= passes.weight_bytes(graph)
+    plain = passes.copy_graph(graph)
+    unpack_weights(plain)  # a tile of the kernels is more than the weights of so small a network, packed
+    assert loaded.size_bytes == lowered.size_bytes <= passes.weight_bytes(plain)
     assert "7/7" in str(tq.report(graph, loaded))
 
 

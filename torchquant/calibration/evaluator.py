@@ -58,12 +58,12 @@ class Evaluator:
         """Arguments with the values of their nodes."""
         return torch.fx.node.map_arg(of, lambda n: env[n] if n in env else self._constant(n))
 
-    def _node(self, node: Node, env: Env) -> Any:
+    def _node(self, node: Node, env: Env, remember: bool = True) -> Any:
         if node.op == "call_module":
             observer = observer_of(self._prepared, node)
             if observer is not None:
                 value = self.value(node.args[0], env)
-                return value if self._flow == "float" else self._fake(node, observer, value)(value)
+                return value if self._flow == "float" else self._fake(node, observer, value, remember)(value)
             return self._prepared.get_submodule(str(node.target))(*self.value(node.args, env))
         args, kwargs = self.value(node.args, env), self.value(node.kwargs, env)
         if node in self._biases:
@@ -75,9 +75,11 @@ class Evaluator:
             args = (args[0].clone(), *args[1:])
         return target(*args, **kwargs)
 
-    def _fake(self, node: Node, observer: torch.nn.Module, value: torch.Tensor) -> Fake:
+    def _fake(self, node: Node, observer: torch.nn.Module, value: torch.Tensor, remember: bool) -> Fake:
         if str(node.target) in self._fakes:
             return self._fakes[str(node.target)]
+        if not remember:
+            return fake_quantizer(observer, value.shape)
         key = (id(observer), value.shape)
         if key not in self._known:
             self._known[key] = observer, fake_quantizer(observer, value.shape)
@@ -100,7 +102,7 @@ class Evaluator:
             observer: Any = observer_of(self._prepared, node)
             if observer is not None and self._flow == "quantized" and hasattr(observer, "values"):
                 return observer.values().to(self._constant(node.all_input_nodes[0]).dtype)
-            return self._node(node, {})
+            return self._node(node, {}, remember=False)  # once, and there are as many grids as weights
 
 
 def _attribute(model: GraphModule, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import tempfile
@@ -15,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchquant.errors import ArtifactError
+from torchquant.files.freed import CAN_GIVE_BACK, give_back
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading
 
@@ -108,38 +108,22 @@ class _Freed:
 
     def __init__(self, budget_bytes: float) -> None:
         self._most: float = math.inf
-        if _TRIM is not None and not math.isinf(budget_bytes):
+        if CAN_GIVE_BACK and not math.isinf(budget_bytes):
             self._step = min(max(int(budget_bytes) // 16, _LEAST_FREED), _MOST_FREED)
-            _TRIM(0)
+            give_back()
             self._allowed = _resident_bytes() + budget_bytes
             self._most = self._allowed
 
     def give_back(self) -> None:
         """Return it to the system where there may be too much of it."""
         if not math.isinf(self._most) and _resident_bytes() > self._most:
-            _TRIM(0)
+            give_back()
             self._most = max(self._allowed, _resident_bytes() + self._step)
-
-
-def give_back() -> None:
-    """Return freed memory of this process to the system, where the C library can."""
-    if _TRIM is not None:
-        _TRIM(0)
 
 
 def _resident_bytes() -> int:
     """Memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _trim() -> Any:
-    try:
-        return ctypes.CDLL(None).malloc_trim if Path("/proc/self/statm").exists() else None
-    except (AttributeError, OSError, TypeError):  # another C library
-        return None
-
-
-_TRIM = _trim()
 
 
 def _compact(value: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ exceeds the byte budget lies on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from torchquant.calibration.metric import (
 )
 from torchquant.calibration.parallel import total
 from torchquant.calibration.store import Store
+from torchquant.errors import InputError
+from torchquant.files.shelf import is_open
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order, keeps_state
 from torchquant.fx.functional import functionalize
@@ -32,6 +35,8 @@ from torchquant.fx.signature import Signature, placeholders
 from torchquant.fx.states import state_nodes, states_of
 
 __all__ = ["Stream", "Task", "given_to", "outputs_of"]
+
+_PIECES = 4  # of the byte budget: what an evaluator decodes of weights before the values are handed on
 
 
 class Task:
@@ -134,6 +139,7 @@ class Stream:
         functionalize(prepared)
         self.prepared, self._judged_every = prepared, judged_every
         self.store = Store(budget_bytes)
+        self._most_constants = math.inf if budget_bytes is None else budget_bytes // _PIECES
         inputs = [*placeholders(prepared), *state_nodes(prepared)]
         self._given = [_values(prepared, g) for g in given_to(prepared, batches)]
         self.count = len(self._given)
@@ -197,7 +203,11 @@ class Stream:
         With `places` for `Task.place_weights`.
 
         One pass forward and `draws` backward through the float graph per batch, whose activations are all kept.
+
+        Raises:
+            InputError: the graph is one that is larger than memory.
         """
+        _refuse_from_disk()
         generator = torch.Generator().manual_seed(seed)
         results = [self._outputs_of(self._place[s.nodes[0]], self._place[s.nodes[-1]] + 1) for s in spans if elements]
         borders = {span.nodes[-1]: span_results for span, span_results in zip(spans, results, strict=elements)}
@@ -250,10 +260,26 @@ class Stream:
 
     def _advance(self, start: int, end: int) -> None:
         """Run order[start:end] on all batches in both flows; keep what is read later, drop what is not."""
-        if start < end:
-            self._run(start, end, "float")
-            self._run(start, end, "quantized")
-            self._free(start, end)
+        for first, last in self._pieces(start, end):
+            self._run(first, last, "float")
+            self._run(first, last, "quantized")
+            self._free(first, last)
+
+    def _pieces(self, start: int, end: int) -> list[tuple[int, int]]:
+        """order[start:end] in pieces that read a fraction of the byte budget of weights, decoded, or a single one."""
+        pieces, first, read = [], start, 0
+        for at in range(start, end):
+            more = self._constant_bytes(self._order[at])
+            if read and read + more > self._most_constants:
+                pieces.append((first, at))
+                first, read = at, 0
+            read += more
+        return [*pieces, (first, end)] if first < end else pieces
+
+    def _constant_bytes(self, node: Node) -> int:
+        """Of the constants that a node reads."""
+        reads = [n for n in node.all_input_nodes if n not in self._place and n not in self._inputs]
+        return sum(_bytes_of_constant(n) for n in reads)
 
     def _run(self, start: int, end: int, flow: Flow) -> None:
         nodes, reads, results = self._order[start:end], self._reads(start, end), self._results(start, end)
@@ -309,6 +335,9 @@ class Stream:
 
     def _finish(self, start: int) -> None:
         """Run the rest of the order on the judged batches in both flows, and compare the outputs; they are not kept."""
+        *before, (start, _) = self._pieces(start, len(self._order)) or [(start, start)]
+        if before:
+            self._advance(before[0][0], start)
         signal = noise = 0.0
         flows: tuple[Flow, ...] = ("float", "quantized")
         evaluators = {flow: self.evaluator(flow) for flow in flows}
@@ -323,6 +352,23 @@ class Stream:
         env = self._values(self._order[start:], self._reads(start, len(self._order)), evaluator, flow, batch)
         values = [env[n] if n in env else self.value(flow, n, batch) for n in self._measured]
         return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _refuse_from_disk() -> None:
+    if is_open():
+        raise InputError(
+            "derivatives through the whole network take all its weights and activations at once, and this network is "
+            "quantized from disk: leave out what asks for them (sensitive, weigh_places, BRECQ, QDrop), or quantize in "
+            "memory"
+        )
+
+
+def _bytes_of_constant(node: Node) -> int:
+    """Bytes of a constant as an op reads it, behind observers; what it is computed from counts where that is known."""
+    shape = ops.shape_of(node)
+    if shape is not None:
+        return math.prod(map(int, shape)) * int(node.meta["val"].dtype.itemsize)
+    return max((_bytes_of_constant(n) for n in node.all_input_nodes), default=0)
 
 
 def _first_size(inputs: Mapping[Node, Any]) -> int:

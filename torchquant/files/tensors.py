@@ -12,9 +12,21 @@ import torch
 from torchquant.errors import ArtifactError
 from torchquant.files.whole import digest, reading
 
-__all__ = ["bytes_of", "digest_of", "dtype_of", "read", "stored"]
+__all__ = ["DTYPES", "bytes_of", "digest_of", "dtype_of", "read", "stored", "write_tensors"]
 
 _DIGEST = "torchquant.digest"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # names of safetensors
 
 
 def bytes_of(value: torch.Tensor) -> bytes:
@@ -60,3 +72,28 @@ def read(path: str | os.PathLike[str], content: bytes, *, sealed: bool = False) 
         if (sealed or _DIGEST in about) and about.get(_DIGEST) != digest_of(values):
             raise ArtifactError(f"{path} is damaged: its tensors are not as they were written")
     return values
+
+
+def write_tensors(path: str | os.PathLike[str], values: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
+    """Write tensors as safetensors one after the other, so that those on disk are never all in memory.
+
+    Args:
+        about: of the file, text by name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ordered = sorted(values.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    header: dict[str, object] = {"__metadata__": dict(about)}
+    end = 0
+    for name, value in ordered:
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, value in ordered:
+            if value.numel():
+                file.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

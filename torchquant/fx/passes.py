@@ -15,6 +15,7 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from torchquant.files.shelf import is_shelved
 from torchquant.fx import ops
 from torchquant.fx.reading import is_observer, observers
 
@@ -293,7 +294,7 @@ def finished(model: GraphModule, done: int) -> int:
 def copy_graph(model: GraphModule) -> GraphModule:
     """A copy whose graph, module tree and observers may be changed; the tensors that the graph reads are shared."""
     read = [operator.attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"]
-    memo = {id(t): t for t in [*model.parameters(), *read] if isinstance(t, torch.Tensor)}
+    memo = {id(t): t for t in [*model.parameters(), *read, *_on_shelf(model)] if isinstance(t, torch.Tensor)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree, when it is copied
         twin = copy.deepcopy(model, memo)
@@ -302,6 +303,15 @@ def copy_graph(model: GraphModule) -> GraphModule:
         if (annotation := node.meta.get(Q_ANNOTATION_KEY)) is not None:
             node.meta[Q_ANNOTATION_KEY] = _with_nodes(annotation, twins)
     return twin
+
+
+def _on_shelf(model: GraphModule) -> Iterator[torch.Tensor]:
+    """What the observers keep on disk, which nobody changes."""
+    for _, observer in observers(model):
+        for module in observer.modules():
+            grid = vars(module).get("grid")
+            held = {**vars(module), **module._buffers, **(vars(grid) if hasattr(grid, "__dict__") else {})}
+            yield from filter(is_shelved, held.values())
 
 
 def _with_nodes(annotation: Any, twins: dict[Node, Node]) -> Any:

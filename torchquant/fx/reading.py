@@ -7,13 +7,14 @@ This is the one place that knows how observers and the ops that quantize, dequan
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+import torchquant.formats.packed  # noqa: F401 - registers the ops that packed graphs call
 from torchquant.formats.encoded import format_named
 from torchquant.fx import ops
 from torchquant.types import Format, QParams
@@ -28,6 +29,7 @@ __all__ = [
     "observer_of",
     "observers",
     "source_of",
+    "stored_shape",
 ]
 
 
@@ -200,7 +202,7 @@ def _qparams(model: GraphModule, node: Node, arguments: dict[str, Any], choice: 
     scale, zero_point = (_constant(model, _first(arguments, names)) for names in (_SCALE, _ZERO_POINT))
     axis, dtype, group_size = arguments.get("axis"), _first(arguments, _DTYPE), arguments.get("group_size")
     if "block_size" in arguments:
-        axis, group_size = _blocks(arguments["block_size"], _constant(model, arguments["input"]))
+        axis, group_size = _blocks(arguments["block_size"], stored_shape(model, arguments["input"]))
     if scale is not None and scale.ndim > 1 and not group_size:  # one scale a row
         axis, scale = 0, scale.flatten()
         zero_point = zero_point if zero_point is None else zero_point.flatten()
@@ -231,16 +233,23 @@ def _is_by_token(node: Node, arguments: dict[str, Any], choice: Choice | None) -
     return ops.qdq_name(node).endswith("_per_token") or (choice is not None and choice.axis is not None)
 
 
-def _blocks(block_size: Any, codes: torch.Tensor | None) -> tuple[int | None, int | None]:
+def _blocks(block_size: Any, shape: Sequence[int] | None) -> tuple[int | None, int | None]:
     """Channel axis or group size of an affine block size."""
-    if codes is None or all(b in (n, -1) for b, n in zip(block_size, codes.shape, strict=True)):
+    if shape is None or all(b in (n, -1) for b, n in zip(block_size, shape, strict=True)):
         return None, None
-    whole = [i for i, (b, n) in enumerate(zip(block_size, codes.shape, strict=True)) if b == 1 and n != 1]
-    if len(whole) == 1 and all(
-        b == n for i, (b, n) in enumerate(zip(block_size, codes.shape, strict=True)) if i != whole[0]
-    ):
+    whole = [i for i, (b, n) in enumerate(zip(block_size, shape, strict=True)) if b == 1 and n != 1]
+    if len(whole) == 1 and all(b == n for i, (b, n) in enumerate(zip(block_size, shape, strict=True)) if i != whole[0]):
         return whole[0], None
-    return None, next((int(b) for b, n in zip(block_size, codes.shape, strict=True) if 1 < b < n), 1)
+    return None, next((int(b) for b, n in zip(block_size, shape, strict=True) if 1 < b < n), 1)
+
+
+def stored_shape(model: GraphModule, codes: Any) -> Sequence[int] | None:
+    """The shape of stored codes, packed or not, without unpacking them; None for what is no constant."""
+    if isinstance(codes, Node) and ops.qdq_name(codes) == "unpack_codes":
+        shape: Sequence[int] = ops.arguments(codes)["shape"]
+        return shape
+    value = _constant(model, codes)
+    return None if value is None else value.shape
 
 
 def _constant(model: GraphModule, value: Any) -> torch.Tensor | None:
@@ -249,7 +258,7 @@ def _constant(model: GraphModule, value: Any) -> torch.Tensor | None:
     if isinstance(value, Node) and value.op == "get_attr":
         tensor: Any = operator.attrgetter(str(value.target))(model)
         return tensor.detach() if isinstance(tensor, torch.Tensor) else None
-    if isinstance(value, Node) and ops.is_part(value) and ops.is_constant(value):
+    if isinstance(value, Node) and (ops.is_part(value) or ops.qdq_name(value) == "widen") and ops.is_constant(value):
         return ops.constant_value(model, value)
     return None
 

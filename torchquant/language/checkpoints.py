@@ -29,7 +29,7 @@ from torchquant.language.libraries import gguf, transformers
 from torchquant.language.models import check_size, filled, without_values
 from torchquant.language.packed_reading import Packing, packed_model, packing_of
 
-__all__ = ["Checkpoint", "load_causal_lm"]
+__all__ = ["Checkpoint", "files_in", "load_causal_lm", "shapes_in"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _UNREAD = {"qwen3": {"attention.key_length": "head_dim"}, "gpt2": {"context_length": "n_positions"}}
@@ -187,14 +187,14 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
     described = json_in(folder / "config.json")
     quantization = described.get("quantization_config")
     packing = _packing_of(folder, quantization) if "quantization_config" in described else None
-    shapes, stored = _shapes_in(folder)
+    shapes, stored = shapes_in(folder)
     with reading(folder, "a checkpoint of a language model", "download it again"):
         config = transformers().AutoConfig.from_pretrained(folder, **_LOCAL)
         if packing is None:
             check_size(config, sum(map(prod, shapes.values())), len(shapes))
             model = _loaded(folder, dtype, {"use_safetensors": True})
         else:
-            model, stored = packed_model(folder, _files_in(folder), config, packing, dtype)
+            model, stored = packed_model(folder, files_in(folder), config, packing, dtype)
     return Checkpoint(model, described, stored, (str(folder), {}))
 
 
@@ -210,7 +210,7 @@ def _packing_of(folder: Path, quantization: Any) -> Packing:
     return packing
 
 
-def _files_in(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     """Names of the files with weights; raises ArtifactError for an index that names others than files beside it."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -222,11 +222,11 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+def shapes_in(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """Name -> shape of all tensors, and dtype -> number of weights, from the headers of the files alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     stored = Counter[str]()
-    for name in _files_in(folder):
+    for name in files_in(folder):
         with reading(folder / name, "a .safetensors file", "download it again"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(folder / name)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from torchquant.files.shelf import is_shelved, kept
 from torchquant.files.whole import reading
 from torchquant.language import gguf_layout as layouts
 from torchquant.language.checkpoints import Checkpoint
@@ -45,7 +47,9 @@ def tensors_of(model: Any, weights: Mapping[str, Weight], type: str | None) -> d
     config = model.config
     layout = layouts.layout_of(config)
     names = layouts.names_of(layout, config.num_hidden_layers, list(weights))
-    tensors = {names[name]: _stored(layout, config, names[name], weight, type) for name, weight in weights.items()}
+    tensors = {
+        names[name]: _shelved(_stored(layout, config, names[name], weight, type)) for name, weight in weights.items()
+    }
     factors = layouts.rope_factors(layout, model)
     if factors is not None:
         tensors[layouts.FACTORS] = stored_float(factors)
@@ -61,10 +65,17 @@ def _stored(layout: Layout, config: Any, name: str, weight: Weight, type: str | 
 
     if not weight.is_quantized:
         return stored_float(values() + (layout.norm_offset if name.endswith("norm.weight") else 0.0))
-    if weight.grid is None:
+    grid = weight.grid
+    if grid is None:
         return stored_values(values().float(), type or _WITHOUT_GRID)
-    parts = {key: getattr(weight.grid, key)[order] for key in ("codes", "scale", "zero_point")}
-    return stored_grid(replace(weight.grid, **parts), lambda: values().float(), type)
+    parts = {key: getattr(grid, key)[order] for key in ("codes", "scale", "zero_point")}
+    return stored_grid(replace(grid, **parts), lambda: values().float(), type)
+
+
+def _shelved(stored: Stored) -> Stored:
+    """The same, its bytes on disk where a shelf is open."""
+    data = kept(torch.from_numpy(stored.data))
+    return replace(stored, data=data.numpy()) if is_shelved(data) else stored
 
 
 def write(path: Path, checkpoint: Checkpoint, tensors: Mapping[str, Stored], tokenizer: Mapping[str, Any]) -> None:

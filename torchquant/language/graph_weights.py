@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from torchquant.errors import InputError
+from torchquant.files.shelf import give_back_between
 from torchquant.fx import ops
 from torchquant.fx.passes import copy_graph
-from torchquant.fx.reading import GraphReading, is_converted, is_prepared
+from torchquant.fx.reading import GraphReading, is_converted, is_prepared, stored_shape
 from torchquant.fx.states import states_of
+from torchquant.fx.storing import is_packed
 from torchquant.language.cached import CachedDecoder
 from torchquant.language.decoder import Decoder, is_decoder
+from torchquant.language.lent import lent
 from torchquant.measure.verify import sqnr_db
 from torchquant.ops.x86.few_bits import grid_of
 from torchquant.ops.x86.rows import Grid
@@ -40,7 +43,7 @@ class Weight:
 
     Args:
         graph, node: where its values are computed from what is stored.
-        grid: the codes (outputs, inputs); None where it is float, or quantized to no grid of integers.
+        has_grid: it is quantized to a grid of integers.
         reason: why a quantized weight has no grid; empty for all others.
         is_turned: the parameter is (inputs, outputs), as in GPT-2.
         is_parameter: the node is the parameter as it is.
@@ -48,14 +51,20 @@ class Weight:
 
     graph: GraphModule
     node: Node
-    grid: Grid | None = None
+    has_grid: bool = False
     reason: str = ""
     is_turned: bool = False
     is_parameter: bool = False
 
     @property
     def is_quantized(self) -> bool:
-        return self.grid is not None or bool(self.reason)
+        return self.has_grid or bool(self.reason)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The codes (outputs, inputs), unpacked anew each time; None where there is no grid of integers."""
+        grid = _grid_of(self.graph, self.node) if self.has_grid else None
+        return grid if isinstance(grid, Grid) else None
 
     def matrix(self) -> Tensor:
         """What the graph computes with; a matrix is (outputs, inputs)."""
@@ -69,17 +78,36 @@ class Weight:
 
     def shape(self) -> tuple[int, ...]:
         """Of the parameter, without decoding it."""
-        if self.grid is None:
-            return tuple(self.values().shape)
-        shape = tuple(self.grid.codes.shape)
-        return shape[::-1] if self.is_turned else shape
+        shape = _shape_of(self.graph, self.node)
+        return shape[::-1] if self.is_turned and not self.is_parameter else shape
 
     def equals(self, other: Weight) -> bool:
         """Whether both are the same codes, scales and zero points, or the same floats."""
-        if self.grid is None or other.grid is None:
-            return self.grid is other.grid and torch.equal(self.values(), other.values())
-        pairs = zip(vars(self.grid).values(), vars(other.grid).values(), strict=True)
+        mine, theirs = self.grid, other.grid
+        if mine is None or theirs is None:
+            return mine is theirs and torch.equal(self.values(), other.values())
+        pairs = zip(vars(mine).values(), vars(theirs).values(), strict=True)
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+def _grid_of(graph: GraphModule, node: Node | None) -> Grid | str | None:
+    """The codes behind a weight, why there are none, or None for floats; nothing that was read is kept."""
+    give_back_between()
+    reading = GraphReading(graph)
+    quantized = reading.tensor(node)
+    return None if quantized is None or quantized.codes is None else grid_of(reading, node, quantized)
+
+
+def _shape_of(graph: GraphModule, node: Node) -> tuple[int, ...]:
+    """The shape of a constant, without computing it where that decodes a weight."""
+    arguments = ops.arguments(node)
+    if ops.is_dequantize(node) and "shape" not in arguments:
+        return tuple(stored_shape(graph, node.args[0]) or ())
+    if "shape" in arguments:
+        return tuple(arguments["shape"])
+    source = node.args[0] if is_packed(node) else node
+    assert isinstance(source, Node)
+    return tuple(ops.constant_value(graph, source).shape)
 
 
 def weights_of(quantized: GraphModule, model: nn.Module) -> dict[str, Weight]:
@@ -116,7 +144,7 @@ class _Reader:
     def __init__(self, graph: GraphModule, model: nn.Module) -> None:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.weights: dict[str, Weight] = {}
-        self._graph, self._reading = graph, GraphReading(graph)
+        self._graph = graph
         self._turned = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         self._by: dict[str, Node] = {}
 
@@ -126,7 +154,8 @@ class _Reader:
             name = str(node.target).removeprefix(_PREFIX)
             if name in self.shapes and name != node.target:
                 is_turned = name.removesuffix(".weight") in self._turned
-                self._put(name, Weight(self._graph, node, is_turned=is_turned, is_parameter=True))
+                wide = next((user for user in node.users if is_packed(user)), node)
+                self._put(name, Weight(self._graph, wide, is_turned=is_turned, is_parameter=True))
             return
         kind = ops.kind_of(node)
         if kind is None or kind.weight is None:
@@ -150,19 +179,18 @@ class _Reader:
                 continue
             nodes = [n for n in self._graph.graph.nodes if ops.module_path(n) == _PREFIX + module]
             read = {n for node in nodes for n in _constants_of(node, leaf)}
-            fitting = [n for n in read if tuple(ops.constant_value(self._graph, n).shape) == shape]
+            fitting = [n for n in read if _shape_of(self._graph, n) == shape]
             if len(fitting) == 1:
                 self._put(name, Weight(self._graph, fitting[0]))
 
     def _weight(self, module: str, node: Node | None) -> None:
-        quantized, name = self._reading.tensor(node), f"{module}.weight"
+        name = f"{module}.weight"
         if node is None or not ops.is_constant(node):
             return
-        if quantized is not None and quantized.codes is not None:
-            grid = grid_of(self._reading, node, quantized)
-            is_turned = module in self._turned
-            codes, reason = (grid, "") if isinstance(grid, Grid) else (None, grid)
-            self._put(name, Weight(self._graph, node, codes, reason, is_turned))
+        grid = _grid_of(self._graph, node)
+        if grid is not None:
+            reason = grid if isinstance(grid, str) else ""
+            self._put(name, Weight(self._graph, node, not reason, reason, module in self._turned))
         elif name not in self.weights:
             self._put(name, Weight(self._graph, node, is_turned=module in self._turned))
 
@@ -182,7 +210,7 @@ def _constants_of(node: Node, leaf: str) -> list[Node]:
     """The tensors behind an op's inputs that may be the parameter of this name."""
     place = _PLACES.get(ops.op_name(node), {}).get(leaf)
     inputs = node.all_input_nodes if place is None else [ops.argument(node, place)]
-    return [n for n in inputs if n is not None and n.op == "get_attr" and ops.is_constant(n)]
+    return [n for n in inputs if n is not None and (n.op == "get_attr" or is_packed(n)) and ops.is_constant(n)]
 
 
 def float_activations(quantized: GraphModule) -> tuple[GraphModule, int]:
@@ -211,10 +239,9 @@ def refuse_other_function(quantized: GraphModule, model: Any, weights: Mapping[s
     count = min(_TOKENS, decoder.max_cache_len, decoder.max_new_tokens)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, decoder.vocab_size, (decoder.batch_size, count), generator=generator)
-    values = {name: weight.values() for name, weight in weights.items()}
     with torch.no_grad():
         expected = decoder.append(tokens)
-        logits = _logits(model, values, tokens.to(model.device), _cache_bits(quantized))[:, -expected.shape[1] :]
+        logits = _logits(model, weights, tokens.to(model.device), _cache_bits(quantized))[:, -expected.shape[1] :]
     quality = sqnr_db(expected.float(), logits.float())
     if not quality >= _FLOOR_DB.get(model.dtype, min(_FLOOR_DB.values())):
         raise InputError(
@@ -230,16 +257,23 @@ def _cache_bits(quantized: GraphModule) -> int | None:
     return 8 if torch.int8 in dtypes else 4 if torch.uint8 in dtypes else None
 
 
-def _logits(model: Any, weights: dict[str, Tensor], tokens: Tensor, cache_bits: int | None) -> Tensor:
+def _logits(model: Any, weights: Mapping[str, Weight], tokens: Tensor, cache_bits: int | None) -> Tensor:
     """Of the model with these weights, over a cache like the graph's if that rounds what it keeps."""
-    call: Any = torch.func.functional_call
-    if cache_bits is None:
-        inputs = {"input_ids": tokens, "use_cache": False}
-        logits: Tensor = call(model, weights, (), inputs, tie_weights=False).logits
-        return logits
-    decoder = CachedDecoder(model, tokens.shape[1], tokens.shape[0], "all", cache_bits).eval()
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    with decoder.set_up():
-        inside = {f"model.{name}": value for name, value in weights.items()}
-        logits = call(decoder, inside, (tokens, places, places), tie_weights=False)
-    return logits
+    decoder = None if cache_bits is None else CachedDecoder(model, tokens.shape[1], len(tokens), "all", cache_bits)
+
+    def run() -> Tensor:
+        if decoder is not None:
+            with decoder.set_up():
+                logits: Tensor = decoder.eval()(tokens, places, places)
+        else:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    with lent(model, weights) as loans:
+        logits = run()
+    unused = [loan.path for loan in loans if not loan.was_used]
+    if not unused:
+        return logits
+    with lent(model, weights, throughout=unused):  # modules whose weights others read
+        return run()

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from torchquant.errors import SchemeError
+from torchquant.files.shelf import kept
+from torchquant.files.tensors import write_tensors
 from torchquant.language.checkpoints import Checkpoint
 from torchquant.language.graph_weights import Weight
 from torchquant.language.packed import LAYOUTS, Codes
@@ -84,25 +85,32 @@ def folder_of(name: str, checkpoint: Checkpoint, weights: Mapping[str, Weight]) 
     """
     _refuse_other_frequencies(checkpoint.model)
     format = FORMATS[name]
-    grids = {m: w.grid for n, w in weights.items() if w.grid is not None and (m := _linear(checkpoint.model, n, w))}
-    if not grids:
+    linears = {m: w for n, w in weights.items() if w.has_grid and (m := _linear(checkpoint.model, n, w))}
+    if not linears:
         raise SchemeError(f"{name} packs linears but the head, and the graph has none with integer weights")
-    scheme = _scheme_of(name, grids, checkpoint.model)
-    codes = {module: _codes(name, module, grid, scheme) for module, grid in grids.items()}
-    rounded = tuple(m for m, c in codes.items() if format.half and not _is_half(m, c.scale))
+    scheme = _scheme_of(name, linears, checkpoint.model)
     layout = format.layouts[0 if scheme.is_symmetric else 1]
     tensors: dict[str, Tensor] = {}
+    rounded: list[str] = []
     for full, weight in weights.items():
         module = full.removesuffix(".weight")
-        if module not in codes:
-            tensors[full] = weight.values().contiguous()
+        if module not in linears:
+            tensors[full] = kept(weight.values().contiguous())
             continue
-        scale = codes[module].scale.half() if format.half else _narrow(codes[module].scale, checkpoint.model.dtype)
-        parts = LAYOUTS[layout].pack(replace(codes[module], scale=scale), scheme.is_symmetric)
-        tensors |= {f"{module}.{part}": value for part, value in parts.items()}
+        codes = _codes(name, module, _grid(weight), scheme)
+        rounded += [module] if format.half and not _is_half(module, codes.scale) else []
+        scale = codes.scale.half() if format.half else _narrow(codes.scale, checkpoint.model.dtype)
+        parts = LAYOUTS[layout].pack(replace(codes, scale=scale), scheme.is_symmetric)
+        tensors |= {f"{module}.{part}": kept(value) for part, value in parts.items()}
     is_tied = bool(checkpoint.model.config.tie_word_embeddings) and "lm_head.weight" not in weights
-    counts = {module: grid.codes.numel() for module, grid in grids.items()}
-    return Folder(tensors, format.config(scheme, layout), is_tied, counts, scheme.bits, rounded)
+    counts = {module: math.prod(weight.shape()) for module, weight in linears.items()}
+    return Folder(tensors, format.config(scheme, layout), is_tied, counts, scheme.bits, tuple(rounded))
+
+
+def _grid(weight: Weight) -> Grid:
+    grid = weight.grid
+    assert grid is not None
+    return grid
 
 
 def _linear(model: Any, name: str, weight: Weight) -> str:
@@ -124,16 +132,17 @@ def _refuse_other_frequencies(model: Any) -> None:
                 raise SchemeError(f"{name} has frequencies that config.json cannot say; take format='gguf'")
 
 
-def _scheme_of(name: str, grids: Mapping[str, Grid], model: Any) -> _Scheme:
-    most = max(grid.bits for grid in grids.values())
+def _scheme_of(name: str, weights: Mapping[str, Weight], model: Any) -> _Scheme:
+    forms = [(grid.bits, grid.codes.shape[1], grid.scale.shape[1]) for grid in map(_grid, weights.values())]
+    most = max(bits for bits, _, _ in forms)
     fields = [bits for bits in FORMATS[name].bits if bits >= most]
     if not fields:
         raise SchemeError(f"{name} has fields of {FORMATS[name].bits} bits, and the graph has codes of {most}")
-    is_symmetric = all(_centred(grid, fields[0]) is not None for grid in grids.values())
-    sizes = [grid.codes.shape[1] // grid.scale.shape[1] for grid in grids.values()]
-    group = -1 if all(grid.scale.shape[1] == 1 for grid in grids.values()) else math.gcd(*sizes)
+    is_symmetric = all(_centred(_grid(weight), fields[0]) is not None for weight in weights.values())
+    sizes = [inputs // groups for _, inputs, groups in forms]
+    group = -1 if all(groups == 1 for _, _, groups in forms) else math.gcd(*sizes)
     linears = [m for m, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return _Scheme(fields[0], group, is_symmetric, tuple(m for m in linears if m not in grids))
+    return _Scheme(fields[0], group, is_symmetric, tuple(m for m in linears if m not in weights))
 
 
 def _centred(grid: Grid, bits: int) -> Tensor | None:
@@ -239,7 +248,7 @@ def write(place: Path, checkpoint: Checkpoint, folder: Folder) -> None:
     (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
     if folder.quantization["quant_method"] == "gptq":
         (place / "quantize_config.json").write_text(json.dumps(folder.quantization, indent=2), "utf-8")
-    safetensors.torch.save_file(dict(folder.tensors), place / "model.safetensors", {"format": "pt"})
+    write_tensors(place / "model.safetensors", folder.tensors, {"format": "pt"})
     if source is not None and source.is_file():
         checkpoint.tokenizer.save_pretrained(place)
     elif source is not None:

@@ -21,7 +21,7 @@ from torchquant.language.gguf_tokenizer import keys_of_tokenizer
 from torchquant.language.graph_weights import Weight, float_activations, refuse_other_function, weights_of
 from torchquant.surroundings import unchanged
 
-__all__ = ["SavedCheckpoint", "save_causal_lm"]
+__all__ = ["FORMATS", "Format", "SavedCheckpoint", "save_causal_lm"]
 
 Format = Literal["gguf", "compressed-tensors", "gptq", "awq"]
 
@@ -143,3 +143,4 @@ _WRITERS: dict[str, Callable[..., SavedCheckpoint]] = {
     "gguf": _as_gguf,
     **{name: partial(_as_folder, name) for name in packed_folder.FORMATS},
 }
+FORMATS = tuple(_WRITERS)

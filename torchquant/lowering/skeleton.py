@@ -17,6 +17,7 @@ from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
 from torchquant.fx.sites import mark_sites
+from torchquant.fx.storing import is_packed, unpack_weights
 from torchquant.fx.subclasses import has_parts, split_parts
 from torchquant.lowering.accounts import accountable_sites, left_float
 from torchquant.lowering.judging import Run
@@ -152,9 +153,7 @@ def lower(
     """
     name = steps.target.name
     steps.require(quantized)
-    if isinstance(quantized, GraphModule) and has_parts(quantized):
-        quantized = passes.copy_graph(quantized)
-        split_parts(quantized)
+    quantized = _plain(quantized)
     steps.sites, allowed = accountable_sites(quantized, allow_float, steps.target.capabilities)
     steps.allowed = frozenset(allowed)
     steps.wanted = tuple(s for s in steps.sites if s.status == "quantized" and s.node not in allowed)
@@ -174,6 +173,18 @@ def lower(
     proof = Proof.of(verdict, artefact.kernels, len(steps.compute), artefact.fused, left)
     states, returns = reference.initial, reference.overwritten
     return steps.finish(Metadata(reference.signature, sites, proof, states=states, returns=returns))
+
+
+def _plain(quantized: GraphModule) -> GraphModule:
+    """The graph, or a copy of it that reads its weights as constants, in which nothing is packed."""
+    if not isinstance(quantized, GraphModule):
+        return quantized
+    if not has_parts(quantized) and not any(map(is_packed, quantized.graph.nodes)):
+        return quantized
+    twin = passes.copy_graph(quantized)
+    split_parts(twin)
+    unpack_weights(twin)
+    return twin
 
 
 def _refuse_formats(steps: Lowering[Any]) -> None:

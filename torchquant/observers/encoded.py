@@ -10,6 +10,7 @@ from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from torchquant.errors import SchemeError
+from torchquant.files.shelf import kept
 from torchquant.formats.encoded import EncodedFormat, dequantize_encoded, encoded
 from torchquant.formats.groups import cells_of
 from torchquant.fx import ops, passes
@@ -71,7 +72,7 @@ class EncodedWeight(ObserverBase):
         with model.graph.inserting_before(node):
             if ops.is_constant(source):
                 weight = ops.constant_value(model, source)
-                stored = self._stored(node, weight)
+                stored = tuple(map(kept, self._stored(node, weight)))
                 codes = passes.add_buffer(model, f"{node.name}_codes", stored[0])
                 rest = [passes.add_buffer(model, f"{node.name}_scale_{i}", part) for i, part in enumerate(stored[1:])]
                 form = (self.format.name, list(weight.shape), self.axis, self.group_size, weight.dtype)

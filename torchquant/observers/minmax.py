@@ -25,8 +25,10 @@ from torchao.quantization.pt2e.observer import (
 )
 
 from torchquant.errors import CalibrationError
+from torchquant.files.shelf import is_open, kept
 from torchquant.formats.groups import storable
-from torchquant.fx import passes
+from torchquant.fx import ops, passes
+from torchquant.fx.storing import fold
 
 __all__ = [
     "ActivationHistogram",
@@ -248,7 +250,7 @@ class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
         size = self.granularity.group_size
         self.original_dtype, self.block_size = x.dtype, (1, size, *x.shape[2:])
         groups = x.detach().float().reshape(x.shape[0], -1, size, *x.shape[2:])
-        self.min_val, self.max_val = torch.aminmax(groups.flatten(2), dim=2)
+        self.min_val, self.max_val = map(kept, torch.aminmax(groups.flatten(2), dim=2))
         return x
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,6 +264,14 @@ class GroupWeight(Checked, AffineQuantizedMinMaxObserver):
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         zero_point = self.quant_min - torch.round(low / scale)
         return scale, zero_point.clamp(self.quant_min, self.quant_max).int()
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Called by `convert_pt2e`: torchao's ops; where a shelf is open (see there), codes are on it at once."""
+        source = node.args[0]
+        super().convert(model, node)
+        if is_open() and isinstance(source, Node) and ops.is_constant(source):
+            for quantize in [user for user in source.users if ops.is_quantize(user)]:
+                fold(model, quantize)
 
 
 class DynamicActivation(PlaceholderObserver):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.fx import GraphModule
 
 from torchquant.calibration import batches as data
@@ -28,6 +26,7 @@ from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
+from torchquant.solving.progress import bar_of, peak_bytes
 from torchquant.solving.results import Optimization, SpanResult
 from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
@@ -120,7 +119,7 @@ def _run(
         raise
     prepared.recompile()
     result.seconds = time.perf_counter() - settings.start
-    result.peak_bytes = _peak_bytes()
+    result.peak_bytes = peak_bytes()
     return result
 
 
@@ -204,9 +203,13 @@ def _become(prepared: GraphModule, other: GraphModule) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An answer that is in the graph, and what takes it out again."""
+    """An answer that is in the graph, and what takes it out again.
 
-    solution: Solution
+    Args:
+        solution: None unless it is for a weight that other ops read, too, and may have to be put back.
+    """
+
+    solution: Solution | None
     undo: Callable[[], None]
 
 
@@ -227,7 +230,7 @@ def _solve(
     stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes, judged_every=_judged_every(batches))
     weights = [_cost(span) for span in spans]
     late = 0
-    with closing(stream), _bar(settings.progress) as bar:
+    with closing(stream), bar_of(settings.progress) as bar:
         if isinstance(algorithm, Measuring):
             algorithm.begin(stream, spans, settings.seed + 7919 * number)
         row = bar.add_task(name, total=len(spans))
@@ -245,7 +248,7 @@ def _solve(
     if late:
         result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
     after = _db(stream)
-    shared = [s for s, a in kept.items() if a.solution.weights and any(is_shared(prepared, site) for site in s.sites)]
+    shared = [span for span, answer in kept.items() if answer.solution is not None]
     if shared:
         after = _judge_shared(name, prepared, kept, shared, lambda: _measured(prepared, batches, settings), result)
     _judge(name, after, lambda: _take_back(kept.values()), result)
@@ -267,8 +270,9 @@ def _judge_shared(
     for span in reversed(shared):
         kept[span].undo()
         without = measured()
-        if best >= without:
-            kept[span] = _Kept(kept[span].solution, apply(prepared, kept[span].solution))
+        solution = kept[span].solution
+        if best >= without and solution is not None:
+            kept[span] = _Kept(solution, apply(prepared, solution))
         else:
             best = without
             del kept[span]
@@ -316,7 +320,8 @@ def _solve_span(task: Task, algorithm: Solver, clock: Clock, path: Path | None, 
         parts.clear()
     seconds = time.perf_counter() - start
     result.spans.append(SpanResult(name, task.span.name, before, after, kept, seconds))
-    return _Kept(solution, undo) if kept else None
+    shared = bool(solution.weights) and any(is_shared(task.prepared, site) for site in task.span.sites)
+    return _Kept(solution if shared else None, undo) if kept else None
 
 
 def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
@@ -351,18 +356,3 @@ def _db(stream: Stream) -> float:
     if not math.isfinite(stream.noise):
         return -math.inf
     return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), disable=not shown, transient=True)
-
-
-def _peak_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
-    try:
-        import resource  # noqa: PLC0415  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

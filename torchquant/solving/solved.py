@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from torchquant.calibration.evaluator import FLOAT_BIAS
+from torchquant.files.shelf import is_open, kept
+from torchquant.formats.packed import LARGEST_BITS, bits_of, pack_codes, unpack_codes
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import weight_of
 from torchquant.fx.grids import Grid
+from torchquant.fx.storing import pack_weight
 from torchquant.observers.minmax import least_scale
 
 __all__ = ["Solution", "SolvedActivation", "SolvedWeight", "apply"]
@@ -35,6 +38,7 @@ class SolvedWeight(ObserverBase):
 
     def __init__(self, codes: torch.Tensor, grid: Grid, original: Any) -> None:
         super().__init__(grid.dtype)
+        grid = replace(grid, scale=kept(grid.scale), zero_point=kept(grid.zero_point))
         self.grid, self.original = grid, original
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
         self.site = getattr(original, "site", "a weight")
@@ -47,7 +51,19 @@ class SolvedWeight(ObserverBase):
         self.ch_axis = grid.axis if grid.axis is not None else 0
         if grid.dialect == "block":
             self.granularity = original.granularity
-        self.register_buffer("codes", codes.to(grid.dtype))
+        self._bits, self._shape = bits_of(grid.quant_min, grid.quant_max), tuple(codes.shape)
+        self._is_packed = self._bits <= LARGEST_BITS and grid.dtype in (torch.int8, torch.uint8)
+        stored = codes.to(grid.dtype)
+        self.register_buffer(
+            "stored", kept(pack_codes(stored, self._bits, grid.quant_min) if self._is_packed else stored)
+        )
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The codes in the weight's shape, of the grid's dtype."""
+        stored: torch.Tensor = self.stored
+        form = (self._bits, self.grid.quant_min, self._shape, self.grid.dtype)
+        return unpack_codes(stored, *form) if self._is_packed else stored
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor as it is, like any observer."""
@@ -69,6 +85,8 @@ class SolvedWeight(ObserverBase):
             codes = passes.add_buffer(model, f"{node.name}_codes", self.codes)
             values = self._dequantize(model, node, codes, source.meta.get("val"))
         passes.put_in_place(model, node, values)
+        if is_open():
+            pack_weight(model, values)
 
     def _dequantize(self, model: GraphModule, node: Node, codes: Node, float_value: Any) -> Node:
         grid, call = self.grid, model.graph.call_function
@@ -81,7 +99,7 @@ class SolvedWeight(ObserverBase):
         scales = grid.scale
         zero_points = grid.zero_point
         if grid.dialect == "block":
-            counts = [n // b for n, b in zip(self.codes.shape, grid.block, strict=True)]
+            counts = [n // b for n, b in zip(self._shape, grid.block, strict=True)]
             scales, zero_points = scales.reshape(counts), zero_points.reshape(counts)
         scale_node = passes.add_buffer(model, f"{node.name}_scale", scales)
         zero_node = passes.add_buffer(model, f"{node.name}_zero_point", zero_points)
