@@ -53,7 +53,7 @@ def codes_of(graph):
     "quantizer",
     [WeightOnlyQuantizer(s) for s in ("w4_g32", "w4_symmetric_g64", "w3_g32", "w2_g16", "w4", "w8_g32", "w8")]
     + [X86Quantizer("static_int8"), X86Quantizer("dynamic_int8"), X86Quantizer("w4a8_g32"), CudaQuantizer("w4a16_g32")],
-    ids=str,
+    ids=lambda quantizer: f"{type(quantizer).__name__}-{quantizer.scheme}",
 )
 def test_packed_graphs_are_torchaos_bit_by_bit(quantizer):
     theirs, ours = convert_pt2e(prepared(quantizer)), tq.convert(prepared(quantizer))
