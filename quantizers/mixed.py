@@ -34,6 +34,11 @@ class MixedPrecisionQuantizer(Quantizer):
         super().__init__()
         if not (isinstance(quantizer, type) and issubclass(quantizer, CapabilityQuantizer)):
             raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
+        if not isinstance(plan, (Plan, str, os.PathLike)):
+            raise InputError(f"plan is a Plan or the path of its file, not {plan!r:.80}")
+        fixed = sorted({"scheme", "overrides"} & set(options))
+        if fixed:
+            raise InputError(f"the plan says {' and '.join(fixed)}; leave them out, or edit the plan")
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         if self.plan.quantizer != quantizer.__name__:
             raise InputError(f"the plan was made for {self.plan.quantizer}, not for {quantizer.__name__}")

@@ -76,11 +76,13 @@ class AutoRound:
         min_sites: int = 5,
         max_sites: int = 8,
     ) -> None:
-        if steps < 1 or batch_size < 1:
-            raise InputError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
+        if any(type(n) is not int or n < 1 for n in (steps, batch_size)):
+            raise InputError(f"steps is {steps!r} and batch_size {batch_size!r}; both must be whole numbers from 1")
         for name, rate in (("lr", lr), ("range_lr", range_lr)):
-            if rate is not None and not 0 < rate < math.inf:
-                raise InputError(f"{name} is {rate}; it must be above 0, or None")
+            if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+                raise InputError(f"{name} is {rate!r}; it must be a number above 0, or None")
+        if not isinstance(clip_range, (tuple, list)) or len(clip_range) != 2:
+            raise InputError(f"clip_range is {clip_range!r}; it must be two numbers, the least and the largest")
         if not 0 <= clip_range[0] <= 1 <= clip_range[1] < math.inf:
             raise InputError(f"clip_range is {clip_range}; it must hold 1, where alpha and beta start, from 0 upwards")
         if not 1 <= min_sites <= max_sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,9 +51,9 @@ class SiteAnalysis:
         alone_db: SQNR of its output with only its own inputs and weight quantized; infinite where they are not.
         activations_db, weight_db: the same with its inputs, or its weight, quantized alone.
         cumulative_db: SQNR of its output with all quantized that comes before it, too.
-        output_db: SQNR of the network's output if nothing else were quantized, estimated by second order; None where
-            the output has no derivative by it.
-        share: of all such errors of the network's output, between 0 and 1.
+        output_db: SQNR of the network's output if nothing else were quantized, estimated by derivatives; None where
+            the output has none by it (behind a rounding, an argmax).
+        share: of all such errors of the network's output, between 0 and 1; 0 where there is none.
         activations, weight: the tensors it reads.
     """
 
@@ -70,7 +71,10 @@ class SiteAnalysis:
 def findings(sites: Sequence[SiteAnalysis]) -> list[Finding]:
     """Of all sites, the gravest first; of equal ones that whose site costs the output most."""
     cost = {site.site.node: site.share for site in sites}
-    named = [finding for site in sites for finding in _of_site(site)]
+    complete = all(
+        site.output_db is not None or math.isinf(site.alone_db) for site in sites
+    )  # shares are of all errors
+    named = [f for site in sites for f in _of_site(site) if complete or f.kind != "dominant"]
     ordered = sorted(_without_repeats(named), key=lambda f: (_ORDER[f.severity], -cost[f.site]))
     return [*ordered, *_dead(sites)]
 

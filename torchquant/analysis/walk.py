@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.fx import GraphModule, Node
 
 from torchquant.analysis.findings import Finding, SiteAnalysis, findings
@@ -21,6 +22,7 @@ from torchquant.analysis.tensors import TensorStatistics, decibels
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import refuse_uncalibrated
 from torchquant.calibration.evaluator import Env, Evaluator
+from torchquant.calibration.felt import felt_errors
 from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
@@ -36,8 +38,6 @@ from torchquant.surroundings import own_modes
 from torchquant.types import Site
 
 __all__ = ["Analysis", "analyze"]
-
-_DRAWS = 4  # random projections of the network's output
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Analysis:
                 f"{finding.severity}: {finding.kind}: {finding.site}{where}: {finding.message}\n  -> {finding.remedy}"
             )
             console.print(text, highlight=False, markup=False)
+        without = [s.site.node for s in self.sites if s.output_db is None and math.isfinite(s.alone_db)]
+        if without:
+            text = f"{len(without)} ops that the output has no derivative by are in no share: {', '.join(without[:8])}"
+            console.print(text, highlight=False, markup=False)
         console.print(_table(self.sites))
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
 
@@ -98,7 +102,8 @@ def _table(sites: Sequence[SiteAnalysis]) -> Table:
     for s in sorted(sites, key=lambda s: -s.share):
         levels = [s.alone_db, s.activations_db, s.weight_db, s.cumulative_db, s.output_db]
         shown = ["" if level is None else "exact" if math.isinf(level) else f"{level:.1f}" for level in levels]
-        table.add_row(s.site.node, s.site.op, s.site.module, s.site.status, *shown, f"{s.share:.1%}")
+        cells = [s.site.node, s.site.op, s.site.module, s.site.status, *shown, f"{s.share:.1%}"]
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -113,7 +118,7 @@ def analyze(
 
     At each op: the SQNR of its output with only its own inputs and weight quantized, with each of them alone, and with
     all quantized that comes before it; what its error costs the network's output, by the derivatives of the float
-    function (second order, errors taken as unrelated); of each tensor that it reads how much the grid keeps.
+    function; of each tensor that it reads how much the grid keeps.
 
     Args:
         prepared: what `prepare_pt2e` returned (any Quantizer), calibrated, perhaps optimized. It stays as it is.
@@ -145,16 +150,45 @@ def _analyzed(
     nodes = [n for n in data_order(graph) if n.name in sites and (sites[n.name].compute or _observed(graph, n))]
     spans = [Span((node,), (node,)) for node in nodes]
     with closing(stream):
-        stream.sensitivities(spans, seed, _DRAWS, metrics=False)
+        quantized = stream.evaluator("quantized")
+        felt = felt_errors(stream, nodes, lambda node, env: _own_error(quantized, graph, node, env), seed)
         measures = [_Measure(task, sites[task.span.nodes[0].name]) for task in stream.walk(spans)]
-    total = sum(m.cost or 0.0 for m in measures)
-    results = tuple(m.result(stream.signal, total) for m in measures)
+    costs = [felt.get(node) for node in nodes]
+    total = sum(cost or 0.0 for cost in costs)
+    results = tuple(m.result(stream.signal, cost, total) for m, cost in zip(measures, costs, strict=True))
     output_db = decibels(stream.signal, stream.noise)
     return Analysis(results, tuple(findings(results)), output_db, len(batches), versions())
 
 
 def _observed(graph: GraphModule, node: Node) -> bool:
     return any(observer_of(graph, n) is not None for n in node.all_input_nodes)
+
+
+def _observers(graph: GraphModule, node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if observer_of(graph, n) is not None]
+
+
+def _rounded(graph: GraphModule, node: Node, raw: Env) -> Env:
+    """What the observers that a node reads make of their float values, which they have in the float flow."""
+    rounded = {}
+    for observer in _observers(graph, node):
+        exact = raw.get(observer)
+        if isinstance(exact, torch.Tensor) and exact.is_floating_point():
+            rounded[observer] = fake_quantizer(observer_of(graph, observer), exact.shape)(exact)
+    return rounded
+
+
+def _own_error(quantized: Evaluator, graph: GraphModule, node: Node, env: Env) -> torch.Tensor | None:
+    """What a node's own quantization adds to its value, the inputs before it being float."""
+    exact = env[node]
+    if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
+        return None
+    inputs = {n: env[n] for n in node.all_input_nodes if n in env} | _rounded(graph, node, env)
+    return _difference(quantized.run([node], inputs)[node], exact)
+
+
+def _difference(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    return (got - exact).masked_fill_(~exact.isfinite(), 0.0).float()
 
 
 class _Measure:
@@ -166,9 +200,7 @@ class _Measure:
         self._inputs: dict[Node, TensorStatistics] = {}
         self._weight: TensorStatistics | None = None
         self._signal, self._noises = 0.0, dict.fromkeys(("alone", "activations", "weight", "cumulative"), 0.0)
-        self.cost: float | None = None  # of the network's output, squared
-        self._observers = [n for n in self._node.all_input_nodes if observer_of(self._graph, n) is not None]
-        for observer in self._observers:
+        for observer in _observers(self._graph, self._node):
             quantized = reading.op(observer)
             what = quantized.qparams.describe() if quantized is not None else "float"
             if ops.is_constant(observer.args[0]):  # type: ignore[arg-type]
@@ -190,36 +222,27 @@ class _Measure:
 
     def _add(self, task: Task, batch: int, reading: GraphReading) -> None:
         raw, seen = task.inputs(batch, "float"), task.inputs(batch, "quantized")
-        rounded = dict(raw)
-        for observer in self._observers:
-            if observer not in raw:
-                continue
-            module, exact = observer_of(self._graph, observer), raw[observer]
-            if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
-                continue
-            rounded[observer] = fake_quantizer(module, exact.shape)(exact)
+        rounded = _rounded(self._graph, self._node, raw)
+        for observer, value in rounded.items():
             if observer not in self._inputs:
-                self._inputs[observer] = self._statistics(observer, module, exact, reading)
-            self._inputs[observer].add(exact, rounded[observer])
+                module = observer_of(self._graph, observer)
+                self._inputs[observer] = self._statistics(observer, module, value, reading)
+            self._inputs[observer].add(raw[observer], value)
         (exact,) = task.targets(batch) or (None,)
         if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
             return
         self._signal += _energy(exact)
         errors = {
-            "alone": self._error(task, rounded, "quantized", exact),
-            "activations": self._error(task, rounded, "float", exact),
+            "alone": self._error(task, raw | rounded, "quantized", exact),
+            "activations": self._error(task, raw | rounded, "float", exact),
             "weight": self._error(task, raw, "quantized", exact),
             "cumulative": self._error(task, seen, "quantized", exact),
         }
         for name, error in errors.items():
             self._noises[name] += _energy(error)
-        (felt,) = task.sensitivity(batch) or (None,)
-        if felt is not None:
-            self.cost = (self.cost or 0.0) + float((errors["alone"].square() * felt).sum(dtype=torch.float64))
 
     def _error(self, task: Task, inputs: Env, flow: Any, exact: torch.Tensor) -> torch.Tensor:
-        got = task.evaluator(flow).run([self._node], dict(inputs))[self._node]
-        return (got - exact).masked_fill_(~exact.isfinite(), 0.0).float()
+        return _difference(task.evaluator(flow).run([self._node], dict(inputs))[self._node], exact)
 
     def _statistics(self, observer: Node, module: Any, exact: torch.Tensor, reading: GraphReading) -> TensorStatistics:
         quantized, source = reading.op(observer), observer.args[0]
@@ -229,8 +252,8 @@ class _Measure:
         name = source.name if isinstance(source, Node) else observer.name
         return TensorStatistics(name, what, _static(module, exact), axis)
 
-    def result(self, signal: float, total: float) -> SiteAnalysis:
-        """Args: energy of the network's output; sum of all costs."""
+    def result(self, signal: float, cost: float | None, total: float) -> SiteAnalysis:
+        """Args: energy of the network's output, of what this site adds to its error, and the sum of all such."""
         levels = {name: decibels(self._signal, noise) for name, noise in self._noises.items()}
         return SiteAnalysis(
             self._site,
@@ -238,8 +261,8 @@ class _Measure:
             levels["activations"],
             levels["weight"],
             levels["cumulative"],
-            None if self.cost is None else decibels(signal, self.cost),
-            (self.cost or 0.0) / total if total > 0 else 0.0,
+            None if cost is None else decibels(signal, cost),
+            (cost or 0.0) / total if total > 0 else 0.0,
             tuple(statistics.result() for statistics in self._inputs.values()),
             None if self._weight is None else self._weight.result(),
         )
@@ -253,4 +276,4 @@ def _static(module: Any, tensor: torch.Tensor) -> Grid | None:
 
 
 def _energy(x: torch.Tensor) -> float:
-    return float(x.masked_fill(~x.isfinite(), 0.0).square().sum(dtype=torch.float64))
+    return float(x.masked_fill(~x.isfinite(), 0.0).double().square().sum())

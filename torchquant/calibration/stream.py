@@ -215,7 +215,7 @@ class Stream:
         output_metrics = {site: OutputMetric(site) for site in sites}
         linears = {s: None for span in spans if places for s in span.sites if ops.op_name(s) == "linear"}
         for batch in range(self.count):
-            measured, leaves = self._float_with_gradients(batch, borders, sites | linears)
+            measured, leaves = self.float_with_gradients(batch, borders, sites | linears)
             squares: dict[Node, torch.Tensor] = {}
             felt: dict[Node, torch.Tensor] = {}
             for _ in range(draws):
@@ -241,10 +241,17 @@ class Stream:
         summed, count = total(sum(float(v.sum(dtype=torch.float64)) for v in values), sum(v.numel() for v in values))
         return summed / max(count, 1.0)
 
-    def _float_with_gradients(
-        self, batch: int, borders: Mapping[Node, Sequence[Node]], sites: Mapping[Node, None]
+    def float_with_gradients(
+        self,
+        batch: int,
+        borders: Mapping[Node, Sequence[Node]],
+        sites: Mapping[Node, None],
+        look: Callable[[Node, Env], None] = lambda node, env: None,
     ) -> tuple[dict[Node, torch.Tensor], list[Any]]:
-        """The float values of one batch whose gradients are needed, and the network's outputs."""
+        """The float values of one batch whose gradients are needed, and the network's outputs.
+
+        `look` sees each site, with all values so far.
+        """
         env: Env = dict(self._given[batch])
         measured: dict[Node, torch.Tensor] = {}
         evaluator = self.evaluator("float")
@@ -256,6 +263,8 @@ class Stream:
                         if not env[result].requires_grad:
                             env[result] = env[result].detach().requires_grad_()
                         measured[result] = env[result]
+                if node in sites:
+                    look(node, env)
             return measured, pytree.tree_leaves([env[n] for n in self._measured])
 
     def _advance(self, start: int, end: int) -> None:

@@ -30,8 +30,9 @@ class Plan:
     Args:
         quantizer: name of the Quantizer's class that knows the schemes.
         scheme: of all other ops.
-        schemes: pattern of one op (its module path, or `node:NAME`) -> scheme, or None for float.
-        shapes: pattern -> shape of its weight: what the plan was made for.
+        schemes: pattern of one op (its module path, or `node:NAME`) -> scheme, or None for float. Ops that are not
+            named get `scheme` where they can.
+        shapes: pattern -> shape of its weight, of all ops with a weight: what the plan was made for.
         about: how it came about (budget, bytes, expected dB); for people, and not read again.
     """
 
@@ -58,7 +59,7 @@ class Plan:
             raise InputError(f"{where} is no JSON: {error}") from error
         if not isinstance(read, dict) or read.get("kind") != _KIND:
             raise InputError(f"{where} is no plan: its kind is not {_KIND!r}")
-        if read.get("version") != _VERSION:
+        if read.get("version") != _VERSION or isinstance(read["version"], bool):
             raise InputError(f"{where} is a plan of version {read.get('version')!r}; this torchquant reads {_VERSION}")
         wrong = [name for name, check in _FIELDS.items() if name in read and not check(read[name])]
         missing = [name for name in ("quantizer", "scheme", "schemes") if name not in read]
@@ -90,7 +91,8 @@ class Plan:
         """Raise InputError unless the plan is for this model: every op with its weight's shape, and no other."""
         present = weighted_sites(model)
         gone = [name for name in self.schemes if name not in present]
-        new = [name for name in present if name not in self.schemes] if self.shapes else []
+        gone += [name for name in self.shapes if name not in present and name not in gone]
+        new = [name for name in present if name not in self.shapes] if self.shapes else []
         other = [
             f"{name} is {list(present[name][1])}, was {list(shape)}"
             for name, shape in self.shapes.items()
@@ -105,6 +107,11 @@ class Plan:
             )
             if names
         ]
+        by_weight: dict[Node, set[str | None]] = {}
+        for name in (n for n in self.schemes if n in present):
+            by_weight.setdefault(present[name][2], set()).add(self.schemes[name])
+        torn = [str(weight) for weight, schemes in by_weight.items() if len(schemes) > 1]
+        parts += [f"ops that read one weight have several schemes: {', '.join(torn[:_SHOWN])}"] if torn else []
         if parts:
             raise InputError(f"the plan does not fit the model. {'; '.join(parts)}. Search again, or edit the plan")
 
@@ -128,8 +135,8 @@ _FIELDS = {
 }
 
 
-def weighted_sites(model: GraphModule) -> dict[str, tuple[Node, tuple[int, ...]]]:
-    """Pattern -> op and shape of its constant weight: of every op that has one, in graph order.
+def weighted_sites(model: GraphModule) -> dict[str, tuple[Node, tuple[int, ...], Node]]:
+    """Pattern -> op, shape of its constant weight, and where that stands: of every op that has one, in graph order.
 
     The pattern is the module's path where it names this op alone, `node:NAME` elsewhere.
     """
@@ -140,11 +147,13 @@ def weighted_sites(model: GraphModule) -> dict[str, tuple[Node, tuple[int, ...]]
         if source is not None and observer_of(model, source) is not None:
             source = ops.argument(source, 0)
         shape = ops.shape_of(source) if source is not None and ops.is_constant(source) else None
-        if shape is None or not all(isinstance(n, int) for n in shape):
+        if source is None or shape is None or not all(isinstance(n, int) for n in shape):
             continue
         path = ops.module_path(node)
-        alone = bool(path) and [n for n in match(model, path) if _has_weight(n)] == [node]
-        found[path if alone else f"node:{node.name}"] = node, tuple(int(n) for n in shape)
+        alone = (
+            bool(path) and not set(path) & set("[]*?:") and [n for n in match(model, path) if _has_weight(n)] == [node]
+        )
+        found[path if alone else f"node:{node.name}"] = node, tuple(int(n) for n in shape), source
     return found
 
 

@@ -17,12 +17,12 @@ from torchquant.analysis.walk import analyze
 from torchquant.calibration.calibrate import calibrate
 from torchquant.errors import InputError, MissingDependencyError
 from torchquant.fx.blocks import weight_grid, weight_of
+from torchquant.fx.reading import is_prepared
 from torchquant.precision.plan import Plan, weighted_sites
 
 __all__ = ["Choice", "Search", "search"]
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,21 @@ class Search:
 
     def curve(self, points: int = 8) -> list[Plan]:
         """Plans from the smallest to the largest budget that still helps, evenly spaced; the Pareto front."""
-        if points < 2:
-            raise InputError(f"a curve has two points or more, not {points}")
+        if type(points) is not int or points < 2:
+            raise InputError(f"a curve has two points or more, not {points!r}")
         low, high = self.least_bytes, self.most_bytes
         sizes = sorted({round(low + (high - low) * i / (points - 1)) for i in range(points)})
         return [self.plan(size) for size in sizes]
 
     def uniform(self, scheme: str) -> Plan:
-        """All weights in one scheme; those that it does not take in the smallest one that is as good, or float."""
+        """All weights in one scheme; those that it does not take in the best of theirs.
+
+        Raises:
+            InputError: it is none of those that were searched.
+        """
+        known = {choice.scheme for choices in self.choices.values() for choice in choices} - {None}
+        if scheme not in known:
+            raise InputError(f"scheme {scheme!r} was not searched; these were: {', '.join(sorted(map(str, known)))}")
         picks = [
             next((c for c in choices if c.scheme == scheme), min(choices, key=lambda c: (c.noise, c.size_bytes)))
             for choices in self.choices.values()
@@ -144,16 +151,24 @@ def search(
         InputError: no scheme, or nothing of the model can be quantized in any of them.
         SchemeError: the Quantizer has no such scheme.
     """
-    if not schemes or isinstance(schemes, str):
+    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
         raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    kept = list(batches)
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
+    if not isinstance(exported, GraphModule) or is_prepared(exported):
+        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
+    fixed = sorted({"scheme", "overrides"} & set(options or {}))
+    if fixed:
+        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
+    kept, schemes = list(batches), list(dict.fromkeys(schemes))
     costs: dict[str, dict[str, Choice]] = {}
     shared: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for scheme in dict.fromkeys(schemes):
+    sizes: dict[str, int] = {}
+    for scheme in schemes:
         prepared = flow.prepare(exported, quantizer(scheme, **(options or {})))
         calibrate(prepared, kept, progress=False)
-        _measure(prepared, kept, scheme, seed, costs, shared, shapes)
+        _measure(prepared, kept, scheme, seed, costs, shared, shapes, sizes)
     if not costs:
         raise InputError(f"{quantizer.__name__} quantizes no weight of this model in {', '.join(schemes)}")
     choices: dict[tuple[str, ...], tuple[Choice, ...]] = {}
@@ -163,9 +178,8 @@ def search(
         if names:
             numel = math.prod(shapes[names[0]])
             weights += numel
-            choices[names] = _together([costs[name] for name in names], numel, allow_float)
-    named = {name: shape for name, shape in shapes.items() if name in costs}
-    return Search(quantizer.__name__, schemes[0], choices, named, weights)
+            choices[names] = _together([costs[name] for name in names], numel * sizes[names[0]], allow_float)
+    return Search(quantizer.__name__, schemes[0], choices, shapes, weights)
 
 
 def _measure(
@@ -176,17 +190,19 @@ def _measure(
     costs: dict[str, dict[str, Choice]],
     shared: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
+    sizes: dict[str, int],
 ) -> None:
-    """Add what one scheme costs at each op that it quantizes, and which weight the op reads."""
+    """Add what one scheme costs at each op that it quantizes, and which weight, of which shape and bytes, it reads."""
     analyzed = {site.site.node: site for site in analyze(prepared, batches, seed=seed).sites}
-    for name, (node, shape) in weighted_sites(prepared).items():
+    for name, (node, shape, source) in weighted_sites(prepared).items():
         weight, site = weight_of(prepared, node), analyzed.get(node.name)
+        shapes[name], sizes[name] = shape, source.meta["val"].element_size()
         if weight is None or site is None:
             continue
         level = site.alone_db if site.output_db is None else site.output_db
         noise = 0.0 if math.isinf(level) and level > 0 else 10 ** (-level / 10)
         costs.setdefault(name, {})[scheme] = Choice(scheme, _bytes(prepared, node, shape), noise)
-        shared[name], shapes[name] = str(weight[0].args[0]), shape
+        shared[name] = str(source.target if source.op == "get_attr" else source)
 
 
 def _bytes(prepared: GraphModule, node: Any, shape: tuple[int, ...]) -> int:
@@ -198,12 +214,12 @@ def _bytes(prepared: GraphModule, node: Any, shape: tuple[int, ...]) -> int:
     return math.ceil(math.prod(shape) * bits / 8) + cells * (scale + (0 if grid.symmetric else 1))
 
 
-def _together(costs: Sequence[Mapping[str, Choice]], numel: int, allow_float: bool) -> tuple[Choice, ...]:
+def _together(costs: Sequence[Mapping[str, Choice]], float_bytes: int, allow_float: bool) -> tuple[Choice, ...]:
     """What several ops that read one weight may all get: they share its codes, and their errors add up."""
     common = [scheme for scheme in costs[0] if all(scheme in cost for cost in costs)]
     picks = [Choice(s, costs[0][s].size_bytes, sum(cost[s].noise for cost in costs)) for s in common]
     if allow_float or not picks:
-        picks.append(Choice(None, numel * _FLOAT_BYTES, 0.0))
+        picks.append(Choice(None, float_bytes, 0.0))
     return tuple(picks)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.fx import GraphModule
 
 from torchquant.artifacts.program import Program, Proof
@@ -71,13 +72,13 @@ class Report:
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=200, record=True, force_terminal=False)
-        console.print(self.summary())
+        console.print(self.summary(), markup=False)
         for title, table in (("compute ops", self._compute_table()), ("other ops", self._other_table())):
             if table.row_count:
                 console.print(f"\n{title}", highlight=False)
                 console.print(table)
         for program in self.programs:
-            console.print(program_text(program), highlight=False)
+            console.print(program_text(program), highlight=False, markup=False)
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
 
     def summary(self) -> str:
@@ -142,15 +143,24 @@ class Report:
         for s in self.sites:
             if s.compute:
                 activation, weight = (q.describe() if q else "float" for q in (s.activation, s.weight))
-                table.add_row(s.node, s.op, s.module, s.status, activation, weight, s.reason)
+                table.add_row(*map(Text, (s.node, s.op, s.module, s.status, activation, weight, s.reason)))
         return table
 
     def _other_table(self) -> Table:
         table = Table("op", "count", "status", "reason", box=None, pad_edge=False, show_edge=False)
         rows = Counter((s.op, s.status, _general(s.reason)) for s in self.sites if not s.compute)
         for (op, status, reason), n in sorted(rows.items()):
-            table.add_row(op, str(n), status, reason)
+            table.add_row(*map(Text, (op, str(n), status, reason)))
         return table
+
+
+def _check_analysis(analysis: Analyzed, sites: Sequence[Site]) -> None:
+    """Raise InputError unless it is one, of a graph with these sites."""
+    if not callable(getattr(analysis, "to_dict", None)):
+        raise InputError(f"analysis is what torchquant.analyze returned, not {analysis!r:.80}")
+    strangers = {s["site"]["node"] for s in analysis.to_dict()["sites"]} - {s.node for s in sites}
+    if strangers:
+        raise InputError(f"the analysis is of another graph: {', '.join(sorted(strangers)[:5])} are not in this one")
 
 
 def _program(program: Program) -> dict[str, Any]:
@@ -219,6 +229,8 @@ def report(
         raise InputError(f"report takes a prepared or converted GraphModule, not {type(graph).__name__}")
     flat = [p for group in programs for p in (group if isinstance(group, (list, tuple)) else [group])]
     sites = tuple(read_sites(graph))
+    if analysis is not None:
+        _check_analysis(analysis, sites)
     edges = tuple(site_edges(graph, sites))
     programs_: tuple[Program, ...] = tuple(flat)  # type: ignore[arg-type]
     return Report(sites, passes.weight_bytes(graph), programs_, edges, analysis, tuple(plans))

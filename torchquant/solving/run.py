@@ -151,7 +151,7 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
                 f"{type(algorithm).__name__} changes float weights, so it must come before the algorithms that choose "
                 "codes and ranges for them"
             )
-    if budget_s is not None and budget_s <= 0:
+    if budget_s is not None and not budget_s > 0:
         raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
     elsewhere = {t.device.type for t in (*prepared.parameters(), *prepared.buffers())} - {"cpu"}
     if algorithms and elsewhere:
