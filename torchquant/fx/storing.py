@@ -78,6 +78,7 @@ def _drop(model: GraphModule, node: Node) -> None:
         return
     sources = node.all_input_nodes
     model.graph.erase_node(node)
+    node.meta.clear()  # nodes refer to each other, so that one goes late, and its meta may hold the tensor
     if node.op == "get_attr" and not any(n.target == node.target for n in model.graph.find_nodes(op="get_attr")):
         owner, _, leaf = str(node.target).rpartition(".")
         delattr(model.get_submodule(owner), leaf)
