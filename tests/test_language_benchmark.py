@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import language_tables
 
-PLAIN = {"calibration": "none", "tokens": 2044, "not_kept": []}
+PLAIN = {"model": "Small", "calibration": "none", "tokens": 2044, "not_kept": []}
 FLOAT = {
     **PLAIN,
     "method": "float",
@@ -28,7 +28,7 @@ def test_wide_schemes_come_first_and_methods_in_the_order_of_their_effort():
     rows = [row("gptq", "w4_g64", 25.0), row("nearest", "w2_g64", 2e7), row("nearest", "w4_g64", 31.0)]
     rows.append({**FLOAT, "perplexity": 21.2})
     table = language_tables.perplexities({"cpu": "a CPU, 2 cores", "date": "2026-11-30", "rows": rows})
-    told = [(cells[0], cells[2], cells[4], cells[5]) for cells in table.rows]
+    told = [(cells[1], cells[3], cells[5], cells[6]) for cells in table.rows]
     assert told == [
         ("`float32`", "float", "21.20", "1"),
         ("`w4_g64`", "nearest", "31.00", "1.46"),
@@ -42,7 +42,7 @@ def test_wide_schemes_come_first_and_methods_in_the_order_of_their_effort():
 def test_a_step_that_was_undone_is_told_beside_its_method():
     rows = [row("gptq", "w4a8_g32", 25.0, not_kept=["GPTQ"])]
     (cells,) = language_tables.perplexities({"cpu": "a CPU", "date": "2026-11-30", "rows": rows}).rows
-    assert cells[2] == "gptq (not kept: GPTQ)"
+    assert cells[3] == "gptq (not kept: GPTQ)"
 
 
 def test_nothing_measured_is_an_empty_table():

@@ -235,7 +235,7 @@ def test_an_unknown_instruction_set_is_refused_and_the_best_stays():
 @pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
 def test_a_broken_compiler_is_reported_and_leaves_no_file(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_compiler", lambda: compiler)
+    monkeypatch.setattr(native, "compiler", lambda: compiler)
     with pytest.raises(LoweringError, match=compiler):
         native.library_file()
     assert [f.suffix for f in tmp_path.iterdir()] == [".lock"]

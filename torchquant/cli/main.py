@@ -23,8 +23,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 TARGETS = names()
 _DEFAULT = "inductor_x86"
 ALGORITHMS = (
-    *("adaquant", "adaround", "awq", "batch-norm", "bias-correction", "brecq", "equalization", "gptq", "hqq"),
-    *("llm-int8", "qdrop", "range-search", "seq-mse", "smooth-quant"),
+    *("adaquant", "adaround", "auto-round", "awq", "batch-norm", "bias-correction", "brecq", "equalization", "gptq"),
+    *("hqq", "llm-int8", "qdrop", "range-search", "rotate", "seq-mse", "smooth-quant"),
 )
 _NOISY = ("torchao", "torch.utils._pytree", "root")  # they report what is missing and not needed here
 _TRACING = "torch._subclasses.fake_tensor"  # writes the traceback of an error that is then raised
