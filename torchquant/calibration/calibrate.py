@@ -35,6 +35,8 @@ def calibrate(
 ) -> None:
     """Run the observers of one or several prepared graphs over the data, read once.
 
+    A graph whose observers all watch weights sees the first batch alone: the others would tell it nothing.
+
     Under `torchrun` each process takes its own batches (none, if there are fewer batches than processes), and all end
     with what the observers saw in all processes.
 
