@@ -33,6 +33,7 @@ KEY = ("shape", "layers", "algorithm", "scheme")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 SHAPES = {  # hidden, intermediate, heads, heads of keys and values, vocabulary, dtype in the file
     "small": (1024, 2816, 8, 4, 16384, "float32"),
+    "square": (2048, 2048, 16, 8, 16384, "float32"),
     "llama7b": (4096, 11008, 32, 32, 32000, "bfloat16"),
     "llama70b": (8192, 28672, 64, 8, 128256, "bfloat16"),
 }
