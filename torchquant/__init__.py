@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         TorchquantWarning,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
-    from torchquant.fx.storing import pack_weights
+    from torchquant.fx.storing import pack_weights, unpack_weights
     from torchquant.language.checkpoints import Checkpoint, load_causal_lm
     from torchquant.language.decoder import Decoder, generate
     from torchquant.language.evaluation import Evaluation, evaluate
@@ -102,7 +102,7 @@ _HOMES = {
         "prepare",
         "quantize",
     ),
-    "fx.storing": ("pack_weights",),
+    "fx.storing": ("pack_weights", "unpack_weights"),
     "language.checkpoints": ("Checkpoint", "load_causal_lm"),
     "language.decoder": ("Decoder", "generate"),
     "language.evaluation": ("Evaluation", "evaluate"),
@@ -195,6 +195,7 @@ __all__ = [
     "save_causal_lm",
     "search",
     "sqnr_db",
+    "unpack_weights",
 ]
 
 

@@ -137,6 +137,19 @@ def test_behind_a_rounding_there_is_no_derivative() -> None:
     assert not any(f.kind == "dominant" for f in analysis.findings)
 
 
+def test_an_empty_batch_takes_nothing_away() -> None:
+    """As the last one of a loader may be; before, it made the estimate forget the others."""
+    batches = _batches()
+    model = Net().eval()
+    exported = tq.export(model, batches[0], dynamic_shapes=({0: torch.export.Dim("batch", min=0)},))
+    prepared = tq.prepare(exported, X86Quantizer("static_int8"))
+    tq.calibrate(prepared, batches, progress=False)
+    full, more = (tq.analyze(prepared, b) for b in (batches, [*batches, (torch.empty(0, 16),)]))
+    assert [s.site.node for s in more.sites if s.output_db is None] == []
+    for a, b in zip(full.sites, more.sites, strict=True):
+        assert a.output_db == pytest.approx(b.output_db, abs=1.5)
+
+
 def test_an_analysis_of_another_graph_is_refused() -> None:
     batches = _batches()
     analysis = tq.analyze(_calibrated(Net(), batches), batches)

@@ -187,3 +187,24 @@ def test_single_samples_become_batches_of_one(model, shape):
 def test_what_draws_random_numbers(function, draws):
     graph = torch.export.export(Call(function), (torch.rand(2, 3, 4),)).module()
     assert any(map(ops.draws_numbers, graph.graph.nodes)) is draws
+
+
+def test_a_copy_has_state_of_its_own_and_shares_what_is_only_read():
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(2, 2))
+            self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, x):
+            self.count[0].add_(1)  # through a view
+            return self.linear(x) + self.shift + self.count.sum()
+
+    exported = tq.export(Counted().eval(), (torch.randn(2, 4),))
+    twin = passes.copy_graph(exported)
+    exported(torch.randn(2, 4))
+    mine, theirs = dict(exported.named_buffers()), dict(twin.named_buffers())
+    assert mine["count"].sum() == 2
+    assert theirs["count"].sum() == 0
+    assert mine["shift"] is theirs["shift"]

@@ -115,29 +115,12 @@ def _rounded(
     """Codes (k, o) of a target (k, o), in the order of its rows."""
     target, scale, zero_point = (t.clone(memory_format=torch.contiguous_format) for t in (target, scale, zero_point))
     codes, limits = torch.empty_like(target), (problem.low, problem.high)
-    propagated = native.propagate if native.is_built() else _propagated
     for start in range(0, len(target), _BLOCK):
         end = min(start + _BLOCK, len(target))
         part = slice(start, end)
-        codes[part], errors = propagated(target[part], scale[part], zero_point[part], upper[part, part], limits)
+        codes[part], errors = native.propagate(target[part], scale[part], zero_point[part], upper[part, part], limits)
         target[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return codes
-
-
-def _propagated(
-    target: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    upper: torch.Tensor,
-    limits: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`native.propagate` in PyTorch."""
-    target, codes, errors = target.clone(), torch.empty_like(target), torch.empty_like(target)
-    for j in range(len(target)):
-        codes[j] = torch.round(target[j] / scale[j]).add_(zero_point[j]).clamp_(*limits)
-        errors[j] = (target[j] - (codes[j] - zero_point[j]) * scale[j]) / upper[j, j]
-        target[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-    return codes, errors
 
 
 def _inverse_factor(metric: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -133,6 +133,7 @@ def analyze(
     if not isinstance(prepared, GraphModule) or not is_prepared(prepared):
         raise InputError(
             "analyze takes a prepared and calibrated graph, whose observers know the grids: call it before convert_pt2e"
+            "; if this is one, it has no observers, and report says why"
         )
     refuse_uncalibrated(prepared)
     with own_modes():

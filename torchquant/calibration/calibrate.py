@@ -70,10 +70,10 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
     try:
         with torch.no_grad(), ExitStack() as stack:
             initial = [stack.enter_context(restored(model)) for model in models]
-            seen = 0
+            seen, watched = 0, [not _sees_weights_alone(model) for model in models]
             for seen, batch in enumerate(shown, start=1):
-                for model, state in zip(models, initial, strict=True):
-                    if seen == 1 or not _sees_weights_alone(model):
+                for model, state, is_watched in zip(models, initial, watched, strict=True):
+                    if seen == 1 or is_watched:
                         _observe(model, batch, state)
             if not seen:  # of several processes, one without a batch
                 for model in models:

@@ -33,7 +33,7 @@ def felt_errors(
     """
     generator = torch.Generator().manual_seed(seed)
     draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, -(-_DRAWS // max(stream.count, 1))))
-    felt, slopes = dict[Node, float](), dict[Node, float]()
+    felt, has_slope = dict[Node, float](), dict[Node, bool]()
     for batch in range(stream.count):
         errors: dict[Node, torch.Tensor] = {}
 
@@ -47,7 +47,8 @@ def felt_errors(
         kept = {node: value for node, value in measured.items() if node in errors}
         for _ in range(draws):
             for node, gradient in random_gradients(leaves, kept, generator):
-                moved = (gradient * errors[node]).reshape(len(gradient) if gradient.ndim else 1, -1)
-                felt[node] = felt.get(node, 0.0) + float(moved.double().sum(1).square().sum()) / draws
-                slopes[node] = slopes.get(node, 0.0) + float(gradient.abs().max()) if gradient.numel() else 0.0
-    return {node: energy for node, energy in felt.items() if slopes[node] > 0}
+                moved = (gradient * errors[node]).double()
+                samples = moved.flatten(1).sum(1) if moved.ndim > 1 else moved
+                felt[node] = felt.get(node, 0.0) + float(samples.square().sum()) / draws
+                has_slope[node] = has_slope.get(node, False) or bool(gradient.any())
+    return {node: energy for node, energy in felt.items() if has_slope[node]}

@@ -292,8 +292,13 @@ def finished(model: GraphModule, done: int) -> int:
 
 
 def copy_graph(model: GraphModule) -> GraphModule:
-    """A copy whose graph, module tree and observers may be changed; the tensors that the graph reads are shared."""
-    read = [operator.attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"]
+    """A copy whose graph, module tree and observers may be changed, with state of its own.
+
+    The tensors that the graph reads are shared, those that it writes are not.
+    """
+    attributes = list(model.graph.find_nodes(op="get_attr"))
+    written = {n.target for n in attributes if ops.is_overwritten(n)}
+    read = [operator.attrgetter(str(n.target))(model) for n in attributes if n.target not in written]
     memo = {id(t): t for t in [*model.parameters(), *read, *_on_shelf(model)] if isinstance(t, torch.Tensor)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree, when it is copied

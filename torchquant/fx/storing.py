@@ -166,7 +166,11 @@ def is_packed(node: Node) -> bool:
 
 
 def unpack_weights(converted: GraphModule) -> int:
-    """Undo `pack_weights`, in place: what lowerings that look for plain constants are given; returns how many."""
+    """Undo `pack_weights`, in place; returns how many tensors were packed.
+
+    For what looks for plain constants: our lowerings, which do so on a copy, and tools of others (ExecuTorch's
+    partitioners, torchao's passes) that are handed what `torchquant.convert` or `quantize` returned.
+    """
     done, names = 0, dict[str, str]()
     for node in [n for n in converted.graph.nodes if is_packed(n) and ops.is_constant(n)]:
         source = node.args[0]

@@ -66,6 +66,13 @@ def propagate(
         limits: of the codes. All float32.
     """
     codes, errors = torch.empty_like(target), torch.empty_like(target)
+    if not is_built():
+        left = target.clone()
+        for j in range(len(target)):
+            codes[j] = torch.round(left[j] / scale[j]).add_(zero_point[j]).clamp_(*limits)
+            errors[j] = (left[j] - (codes[j] - zero_point[j]) * scale[j]) / upper[j, j]
+            left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+        return codes, errors
     matrices = (target, scale, zero_point, codes, errors)
     _check(matrices, upper)
     pointers = [t.data_ptr() for t in (target, scale, zero_point, upper, codes, errors)]
