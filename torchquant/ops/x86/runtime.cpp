@@ -559,7 +559,7 @@ tq::Rows rows_of(const Tensor& packed) {
   return w;
 }
 
-constexpr int64_t kWork = 1 << 17;  // products that are worth a thread
+constexpr int64_t kWork = 1 << 19;  // products that are worth a thread: a fork takes as long as about half of them
 
 // x (..., inputs) by a packed weight (outputs, inputs). `bits` of the activations: 16, or 8 with a scale for each row.
 Tensor linear(Tensor packed, Tensor x, int64_t outputs, int64_t bits, double least_scale) {
