@@ -333,6 +333,32 @@ def test_damping_is_a_share_of_the_mean_diagonal():
     assert torch.equal(damp_(a.clone(), 0.1), a + torch.diag(torch.tensor([0.2, 0.2])))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_of_all_data_at_once_are_those_of_the_halves_joined(name):
+    layer, shape = LAYERS[name]
+    task, _ = one_site(layer, shape, per_channel(low=-3, high=3, axis=axis_of(name)))
+    (site,) = task.span.sites
+    layout = Layout.of(site, float_weight(task.prepared, site).shape)
+    joined = Moments.joined(moments(task, site, layout))
+    (whole,) = moments(task, site, layout, halves=False, crossed=False)
+    assert whole.b is None
+    assert whole.count == joined.count
+    torch.testing.assert_close(whole.a, joined.a)
+    torch.testing.assert_close(whole.mean, joined.mean)
+
+
+@pytest.mark.parametrize("inputs", [1, 127, 128, 129, 700, 1024])
+def test_the_triangle_that_is_added_up_gives_the_whole_product(inputs):
+    x = torch.randn(33, inputs)
+    sums = gram._Sums(1, inputs)
+    sums.add(x, 2 * x, Layout(torch.Size((4, inputs))))
+    sums.add(-x, x, Layout(torch.Size((4, inputs))))
+    whole, exact = sums.moments(), x.double().T @ x.double() / 33
+    assert torch.equal(whole.a, whole.a.transpose(1, 2))
+    torch.testing.assert_close(whole.a[0].double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole.b[0].double(), exact / 2, rtol=1e-5, atol=1e-5)
+
+
 def test_the_halves_of_the_data_go_on_where_those_of_the_processes_before_end(monkeypatch):
     task, _ = one_site(nn.Linear(6, 5), (3, 6), per_channel(), batches=3)
     (site,) = task.span.sites

@@ -52,7 +52,7 @@ def test_moments_are_of_the_columns_that_the_output_feels(calibrated_net):
     weights = [task.place_weights(site, batch) for batch in range(task.count)]
     assert all(bool((w[:, 4:] == 0).all()) and bool((w[:, :4] > 0).any()) for w in weights)
     assert torch.cat(weights).mean() == pytest.approx(1.0, rel=1e-5)
-    whole = Moments.joined(moments(task, site, Layout(torch.Size((32, 16))), True))
+    whole = Moments.joined(moments(task, site, Layout(torch.Size((32, 16))), weigh=True))
     rows, columns = torch.cat(weights).reshape(-1), torch.cat([x for x, _ in batches]).reshape(-1, 16)
     assert torch.allclose(whole.a[0], (columns * rows[:, None]).T @ columns / rows.sum(), rtol=1e-2, atol=1e-4)
     assert torch.allclose(whole.mean[0], (columns * rows[:, None]).sum(0) / rows.sum(), rtol=1e-2, atol=1e-3)
@@ -67,7 +67,7 @@ def test_without_measurement_all_columns_count_alike(calibrated_net):
     (site,) = task.span.sites
     assert task.place_weights(site, 0) is None
     layout = Layout(torch.Size((32, 16)))
-    for weighed, plain in zip(moments(task, site, layout, True), moments(task, site, layout), strict=True):
+    for weighed, plain in zip(moments(task, site, layout, weigh=True), moments(task, site, layout), strict=True):
         assert torch.equal(weighed.a, plain.a)
     walk.close()
 

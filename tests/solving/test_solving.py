@@ -17,6 +17,7 @@ from torchquant.algorithms.adaround import AdaRound
 from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.seq_mse import SeqMSE
+from torchquant.calibration import batches as data
 from torchquant.fx import ops
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.reading import observers
@@ -93,6 +94,64 @@ def test_a_worse_answer_for_a_span_is_not_kept(model, batches):
     assert all(s.kept == (s.after <= s.before) for s in result.spans)
     assert len(solved(prepared)) == 3
     assert result.steps[-1][1] == pytest.approx(result.steps[0][1])
+
+
+class Watching(Spoil):
+    """Notes what reaches each span from the quantized prefix; with a measure of its own nothing is passed on."""
+
+    def __init__(self, only=None):
+        super().__init__(only)
+        self.inputs = []
+
+    def solve(self, task, clock):
+        batches = range(task.count)
+        self.inputs.append([v.clone() for b in batches for v in task.inputs(b, "quantized").values()])
+        return super().solve(task, clock)
+
+
+class Apart(Watching):
+    def error(self, task):
+        return task.error()
+
+
+def test_what_follows_a_span_reads_what_the_guard_measured_or_what_it_put_back(model, batches):
+    heard = []
+    for kind in (Watching, Apart):
+        prepared = calibrated(model, batches, LINEAR)
+        watching = kind(only={"2", "6"})
+        result = tq.optimize(prepared, batches, [watching], progress=False)
+        assert {s.span for s in result.spans if not s.kept} == {"2", "6"}
+        heard.append(watching.inputs)
+    assert len(heard[0]) == 5
+    for one, other in zip(*heard, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_outputs_that_the_guard_computed_are_not_computed_again(model, batches, monkeypatch):
+    runs, runs_of = [], solving.Stream._run
+    monkeypatch.setattr(solving.Stream, "_run", lambda self, *where: runs.append(where[2]) or runs_of(self, *where))
+    prepared = calibrated(model, batches, LINEAR)
+    tq.optimize(prepared, batches, [Spoil(only={"2"})], progress=False)
+    behind = runs.count("quantized") - runs.count("float")
+    assert behind == 1 - 5  # of five spans, that one alone whose answer was taken back
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "every"),
+    [
+        ([(1, 512)] * 8, torch.int64, 4),
+        ([(1, 512)] * 3, torch.int64, 2),
+        ([(1, 64)] * 8, torch.int64, 1),
+        ([(16, 3)] * 8, torch.float32, 1),
+        ([(16, 3)] * 32, torch.float32, 4),
+        ([(16, 3)] * 17, torch.float32, 2),
+        ([(4096, 3)], torch.float32, 1),
+        ([()] * 4, torch.int64, 1),
+    ],
+)
+def test_of_much_data_some_are_judged(shapes, dtype, every):
+    given = [data.Given((torch.zeros(shape, dtype=dtype), None)) for shape in shapes]
+    assert solving._judged_every(given) == every
 
 
 def test_an_algorithm_that_lowers_the_whole_output_is_taken_back_with_a_warning(model, batches):

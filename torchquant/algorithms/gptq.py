@@ -75,6 +75,7 @@ class GPTQ(RowRounding):
         solution = super().solve(task, clock)
         if self._raised:
             solution.notes.append(f"{task.span.sites[0].name}: {_reason(self._raised)}")
+            self._raised = 0.0
         return solution
 
     def round_rows(self, problem: Problem, clock: Clock) -> torch.Tensor:

@@ -47,9 +47,12 @@ class Task:
         count: batches.
     """
 
-    def __init__(self, stream: Stream, span: Span, reads: Sequence[Node], results: Sequence[Node]) -> None:
+    def __init__(
+        self, stream: Stream, span: Span, reads: Sequence[Node], results: Sequence[Node], passed_on: Sequence[Node]
+    ) -> None:
         self._stream, self.span, self._reads, self.results = stream, span, reads, tuple(results)
         self.prepared, self.count = stream.prepared, stream.count
+        self._passed_on, self.is_passed_on = passed_on, False  # what the rest of the walk reads; whether it is there
 
     def inputs(self, batch: int, flow: Flow) -> Env:
         """The values that the span reads from outside, for one batch."""
@@ -104,10 +107,28 @@ class Task:
         evaluator = evaluator or self.evaluator()
         return total(sum(self._batch_error(batch, evaluator) for batch in range(self.count)))[0]
 
-    def _batch_error(self, batch: int, evaluator: Evaluator) -> float:
+    def error_passed_on(self) -> float:
+        """`error` as the graph stands now, whose outputs the rest of the walk takes: see `take_back`."""
+        evaluator = self.evaluator()
+        summed = total(sum(self._batch_error(batch, evaluator, keep=True) for batch in range(self.count)))[0]
+        self.is_passed_on = True
+        return summed
+
+    def take_back(self) -> None:
+        """Forget what `error_passed_on` kept: the graph is no longer as it was then."""
+        self.is_passed_on = False
+        for node in self._passed_on:
+            for batch in range(self.count):
+                self._stream.store.drop(("quantized", node, batch))
+
+    def _batch_error(self, batch: int, evaluator: Evaluator, keep: bool = False) -> float:
         with torch.no_grad():
-            pairs = zip(self.targets(batch), self.outputs(batch, evaluator), strict=True)
-            return sum(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
+            env = evaluator.run(self.span.nodes, self.inputs(batch, "quantized"))
+            pairs = zip(self.targets(batch), (env[node] for node in self.results), strict=True)
+            error = sum(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.is_floating_point())
+        for node in self._passed_on if keep else ():
+            self._stream.store.put(("quantized", node, batch), env.pop(node))
+        return error
 
     def give_back(self) -> None:
         """Return freed memory to the system, where there is much of it: what a solver does between its stages."""
@@ -175,8 +196,12 @@ class Stream:
                 first, end = self._place[span.nodes[0]], self._place[span.nodes[-1]] + 1
                 self._advance(start, first)
                 self._run(first, end, "float")
-                yield Task(self, span, self._reads(first, end), self._outputs_of(first, end))
-                self._run(first, end, "quantized")
+                task = Task(
+                    self, span, self._reads(first, end), self._outputs_of(first, end), self._results(first, end)
+                )
+                yield task
+                if not task.is_passed_on:
+                    self._run(first, end, "quantized")
                 self._free(first, end)
                 start = end
             self._finish(start)

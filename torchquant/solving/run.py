@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from torchquant.calibration import batches as data
@@ -34,7 +35,8 @@ from torchquant.surroundings import own_modes
 __all__ = ["DEFAULT_MEMORY_BYTES", "run"]
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-_JUDGED_EVERY, _JUDGED_LEAST = 4, 8  # batches
+_JUDGED_EVERY = 4  # batches
+_JUDGED_BATCHES, _JUDGED_PLACES = 8, 1024  # at least so many batches, or two with so many samples and tokens
 
 
 @dataclass
@@ -280,9 +282,21 @@ def _judge_shared(
     return best
 
 
-def _judged_every(batches: Sequence[Any]) -> int:
-    """Of how many batches one is judged: of four, where eight are left; each costs a run of the whole network."""
-    return max(1, min(_JUDGED_EVERY, len(batches) // _JUDGED_LEAST))
+def _judged_every(batches: Sequence[data.Given]) -> int:
+    """Of how many batches one is judged: of four, where enough is left; each costs a run of the whole network."""
+    places = [max((_places(leaf) for leaf in batch.leaves), default=1) for batch in batches]
+    for every in range(_JUDGED_EVERY, 1, -1):
+        judged = places[::every]
+        if len(judged) >= _JUDGED_BATCHES or (len(judged) > 1 and sum(judged) >= _JUDGED_PLACES):
+            return every
+    return 1
+
+
+def _places(leaf: object) -> int:
+    """Samples of an input, and of integers (tokens) each of them."""
+    if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+        return 1
+    return len(leaf) if leaf.is_floating_point() else leaf.numel()
 
 
 def _measured(prepared: GraphModule, batches: Sequence[Any], settings: _Settings) -> float:
@@ -307,13 +321,14 @@ def _solve_span(task: Task, algorithm: Solver, clock: Clock, path: Path | None, 
     result.notes += [f"{name}: {note}" for note in solution.notes]
     if not solution:
         return None
-    error = algorithm.error if isinstance(algorithm, Judging) else Task.error
-    before = error(task)
+    error = algorithm.error if isinstance(algorithm, Judging) else None
+    before = task.error() if error is None else error(task)
     undo = apply(task.prepared, solution)
-    after = error(task)
+    after = task.error_passed_on() if error is None else error(task)
     kept = after <= before
     if not kept:
         undo()
+        task.take_back()
     if path is not None and parts is not None:
         if stored is None:
             write(path, solution)

@@ -28,6 +28,7 @@ from torchquant.calibration.parallel import preceding, total_
 __all__ = ["Data", "Moments", "choose_damp", "compensated", "damp_", "moments"]
 
 _JUDGED_ROWS = 128  # of a weight, enough to tell dampings apart
+_LEAST_STEP, _STEPS = 128, 6  # rows of a symmetric product at once, and how many pieces there are of a large one
 _LEAST_CHUNK, _LARGEST_CHUNK = 1 << 17, 1 << 23  # elements of unfolded input at once
 
 
@@ -39,12 +40,13 @@ class Moments:
     """Second moments of a site's input.
 
     Args:
-        a: E[xq xqT] (g, k, k). b: E[x xqT] (g, k, k). mean_q, mean: E[xq], E[x] (g, k). float32.
+        a: E[xq xqT] (g, k, k). b: E[x xqT] (g, k, k), or None where it was not asked for. mean_q, mean: E[xq], E[x]
+            (g, k). float32.
         count: columns they were taken over.
     """
 
     a: torch.Tensor
-    b: torch.Tensor
+    b: torch.Tensor | None
     mean_q: torch.Tensor
     mean: torch.Tensor
     count: int
@@ -53,48 +55,61 @@ class Moments:
     def joined(folds: Sequence[Moments]) -> Moments:
         """Moments over the data of all folds, in tensors of their own."""
         count = max(1, sum(f.count for f in folds))
-        sums = [torch.zeros_like(t) for t in (folds[0].a, folds[0].b, folds[0].mean_q, folds[0].mean)]
-        for fold in folds:
-            for total, part in zip(sums, (fold.a, fold.b, fold.mean_q, fold.mean), strict=True):
-                total.add_(part, alpha=fold.count / count)
-        a, b, mean_q, mean = sums
-        return Moments(a, b, mean_q, mean, count)
+
+        def mean_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            mean = torch.zeros_like(parts[0])
+            for part, fold in zip(parts, folds, strict=True):
+                mean.add_(part, alpha=fold.count / count)
+            return mean
+
+        b = None if folds[0].b is None else mean_of([f.b for f in folds if f.b is not None])
+        rest = (mean_of([f.mean_q for f in folds]), mean_of([f.mean for f in folds]))
+        return Moments(mean_of([f.a for f in folds]), b, *rest, count)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What there is to keep; `Moments.of` takes it."""
-        return self.a, self.b, self.mean_q, self.mean, torch.tensor(self.count)
+        crossed = () if self.b is None else (self.b,)
+        return self.a, self.mean_q, self.mean, torch.tensor(self.count), *crossed
 
     @staticmethod
-    def of(a: torch.Tensor, b: torch.Tensor, mean_q: torch.Tensor, mean: torch.Tensor, count: torch.Tensor) -> Moments:
+    def of(
+        a: torch.Tensor, mean_q: torch.Tensor, mean: torch.Tensor, count: torch.Tensor, b: torch.Tensor | None = None
+    ) -> Moments:
         """Of what `tensors` gave."""
         return Moments(a, b, mean_q, mean, int(count))
 
     def centre_(self) -> Moments:
         """Make covariances of the second moments, in place: what is left to a layer with a free bias."""
         self.a.baddbmm_(self.mean_q[:, :, None], self.mean_q[:, None, :], alpha=-1)
-        self.b.baddbmm_(self.mean[:, :, None], self.mean_q[:, None, :], alpha=-1)
+        if self.b is not None:
+            self.b.baddbmm_(self.mean[:, :, None], self.mean_q[:, None, :], alpha=-1)
         return self
 
 
-def moments(task: Data, site: Node, layout: Layout, weigh: bool = False) -> tuple[Moments, Moments]:
+def moments(
+    task: Data, site: Node, layout: Layout, *, weigh: bool = False, halves: bool = True, crossed: bool = True
+) -> tuple[Moments, ...]:
     """Read the data of a one-site task once (over all processes): moments of every other sample, and of the rest.
 
     Args:
         weigh: count each column as the network's output feels an error at its place, where that was measured.
+        halves: without, one Moments of all samples.
+        crossed: E[x xqT] too.
     """
     source = site.args[0]
     assert isinstance(source, Node)
     size = layout.matrix(torch.empty(layout.shape, device="meta")).shape
-    sums = [_Sums(size[0], size[2]) for _ in range(2)]
+    folds = 2 if halves else 1
+    sums = [_Sums(size[0], size[2], crossed) for _ in range(folds)]
     first = preceding(task.count)  # so that the halves do not depend on how many processes share the batches in order
     for batch in range(task.count):
         quantized, exact = (task.inputs(batch, flow)[source] for flow in ("quantized", "float"))
         weights = task.place_weights(site, batch) if weigh else None
-        for fold in range(2):
-            weighed = None if weights is None else weights[fold::2]
-            sums[(fold + first + batch) % 2].add(quantized[fold::2], exact[fold::2], layout, weighed)
+        for fold in range(folds):
+            weighed = None if weights is None else weights[fold::folds]
+            sums[(fold + first + batch) % folds].add(quantized[fold::folds], exact[fold::folds], layout, weighed)
         del quantized, exact  # before the next ones are read
-    return sums[0].moments(), sums[1].moments()
+    return tuple(s.moments() for s in sums)
 
 
 class Data(Protocol):
@@ -112,8 +127,8 @@ class Data(Protocol):
 class _Sums:
     """Moments on the way."""
 
-    def __init__(self, groups: int, inputs: int) -> None:
-        self._products = torch.zeros(2, groups, inputs, inputs, dtype=torch.float64)
+    def __init__(self, groups: int, inputs: int, crossed: bool = True) -> None:
+        self._products = torch.zeros(1 + crossed, groups, inputs, inputs, dtype=torch.float64)
         self._sums = torch.zeros(2, groups, inputs, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.float64)
         # little beside a layer's values, and not so little that adding the products up takes longer than they do
@@ -131,8 +146,10 @@ class _Sums:
                 part = weights.reshape(-1)[done : done + count].float()
                 columns = tuple(side * part for side in columns)
             for i, side in enumerate(columns):
-                self._products[i] += side @ right
                 self._sums[i] += side.sum(-1, dtype=torch.float64)
+            _add_gram(self._products[0], columns[0], right)
+            for product in self._products[1:]:
+                product += columns[1] @ right
             self._count += count if weights is None else part.sum(dtype=torch.float64)
             done += count
 
@@ -141,9 +158,22 @@ class _Sums:
         for tensor in (self._products, self._sums, self._count):
             total_(tensor)
         count = self._count.clamp(min=1)
-        products, sums = self._products.div_(count).float(), self._sums.div_(count).float()
+        a, b = self._products[0], self._products[1] if len(self._products) > 1 else None
+        a.triu_().add_(a.transpose(1, 2).tril(-1))
+        sums = self._sums.div_(count).float()
+        crossed = None if b is None else b.div_(count).float()
+        a = a.div_(count).float()
         del self._products, self._sums
-        return Moments(products[0], products[1], sums[0], sums[1], int(self._count))
+        return Moments(a, crossed, sums[0], sums[1], int(self._count))
+
+
+def _add_gram(product: torch.Tensor, columns: torch.Tensor, right: torch.Tensor) -> None:
+    """Add columns (g, k, n) times right (g, n, k) to the upper triangle of a product (g, k, k) that is symmetric."""
+    inputs = product.shape[-1]
+    step = max(_LEAST_STEP, -(-inputs // _STEPS))
+    for start in range(0, inputs, step):
+        part = slice(start, start + step)
+        product[:, part, start:] += columns[:, part] @ right[..., start:]
 
 
 # what the layer should be -----------------------------------------------------------------------------------------
@@ -163,8 +193,9 @@ def _ridge(a: torch.Tensor, damp: float) -> torch.Tensor:
 def compensated(matrix: torch.Tensor, of: Moments, damp: float, precision: torch.dtype = torch.float64) -> torch.Tensor:
     """T = W (B + D) (A + D)^-1, D = `damp` times the mean diagonal of A: the (g, o, k) that best gives W x from xq.
 
-    W itself where A + D is not positive definite in this precision.
+    W itself where A + D is not positive definite in this precision. `of` has its `b`.
     """
+    assert of.b is not None
     ridge = _ridge(of.a, damp)
     damped = of.a.to(precision, copy=True)
     damped.diagonal(dim1=1, dim2=2).add_(ridge)
@@ -198,6 +229,7 @@ def choose_damp(matrix: torch.Tensor, folds: Sequence[Moments], candidates: Sequ
 
 def _judged(matrix: torch.Tensor, fit: Moments, judge: Moments, damp: float) -> float:
     """The error of T on data that it was not found on, but for what does not depend on T."""
+    assert judge.b is not None
     target = compensated(matrix, fit, damp, torch.float32)
     wanted = 2 * (matrix @ judge.b)
     return float(((target @ judge.a - wanted) * target).sum(dtype=torch.float64))

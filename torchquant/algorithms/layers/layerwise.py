@@ -123,7 +123,8 @@ class Layerwise:
         self, task: Task | Inside, site: Node, layout: Layout, matrix: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Target (g, o, k), metric (g, k, k), and the mean input of the float function and of the prefix (g, k)."""
-        folds = moments(task, site, layout, True) if self.weigh_places else _folds(task, site, layout)
+        options = {"halves": self.compensate and self.damp is None, "crossed": self.compensate}
+        folds = self._folds(task, site, layout, options)
         whole = Moments.joined(folds)
         means = whole.mean, whole.mean_q
         task.give_back()
@@ -136,16 +137,17 @@ class Layerwise:
         del folds
         return compensated(matrix, whole, damp), damp_(whole.a, min(damp, _METRIC_DAMP)), means
 
-
-def _folds(task: Task | Inside, site: Node, layout: Layout) -> Sequence[Moments]:
-    """Moments of the halves of the data, which linears that read the same values (queries, keys, values) share."""
-    source = site.args[0]
-    assert isinstance(source, Node)
-    readers = [u for u in source.users if ops.op_name(u) == "linear" and weight_of(task.prepared, u) is not None]
-    if isinstance(task, Inside) or len(readers) < 2 or site not in readers:
-        return moments(task, site, layout)
-    kept = task.shared(source, lambda: [fold.tensors() for fold in moments(task, site, layout)])
-    return [Moments.of(*(t.clone() for t in tensors)) for tensors in kept]
+    def _folds(self, task: Task | Inside, site: Node, layout: Layout, options: dict[str, bool]) -> Sequence[Moments]:
+        """Moments of the data, which linears that read the same values (queries, keys, values) share."""
+        if self.weigh_places:
+            return moments(task, site, layout, weigh=True, **options)
+        source = site.args[0]
+        assert isinstance(source, Node)
+        readers = [u for u in source.users if ops.op_name(u) == "linear" and weight_of(task.prepared, u) is not None]
+        if isinstance(task, Inside) or len(readers) < 2 or site not in readers:
+            return moments(task, site, layout, **options)
+        kept = task.shared(source, lambda: [fold.tensors() for fold in moments(task, site, layout, **options)])
+        return [Moments.of(*(t.clone() for t in tensors)) for tensors in kept]
 
 
 class RowRounding(Layerwise):

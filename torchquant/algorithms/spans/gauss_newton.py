@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from torchquant.algorithms.layers.descent import descend
-from torchquant.algorithms.layers.gram import Moments, damp_, moments
+from torchquant.algorithms.layers.gram import damp_, moments
 from torchquant.algorithms.layers.layerwise import Inside, by_groups, trial
 from torchquant.algorithms.layers.layout import Layout
 from torchquant.algorithms.layers.rounding import Problem
@@ -140,7 +140,8 @@ class _Steps:
 
     def _input_moments(self, site: Node, start: Solution) -> torch.Tensor:
         inside = Inside(self._task, site, trial(self._task, start))
-        return damp_(Moments.joined(moments(inside, site, self._layouts[site.name])).a, _DAMP)
+        (whole,) = moments(inside, site, self._layouts[site.name], halves=False, crossed=False)
+        return damp_(whole.a, _DAMP)
 
     def _output_moments(self, start: Solution) -> dict[str, torch.Tensor]:
         """G (out, out), or its diagonal (out,), by backward passes of random signs times the roots of F."""
