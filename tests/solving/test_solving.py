@@ -21,8 +21,7 @@ from torchquant.fx import ops
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.reading import observers
 from torchquant.quantizers import WeightOnlyQuantizer
-from torchquant.solving import checkpoints
-from torchquant.solving import run as solving
+from torchquant.solving import checkpoints, judging
 from torchquant.solving.results import SpanResult
 from torchquant.solving.solved import Solution, SolvedWeight
 
@@ -486,7 +485,7 @@ def test_a_graph_that_is_not_on_the_cpu_is_refused_with_the_way_out(model, batch
 
 @pytest.mark.parametrize("noise", [math.nan, math.inf])
 def test_a_network_that_returns_no_numbers_is_as_bad_as_can_be(noise):
-    assert solving._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf
+    assert judging._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf
 
 
 def test_layers_of_a_single_sample_are_solved_as_a_batch_of_one_or_refused():
