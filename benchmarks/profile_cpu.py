@@ -10,8 +10,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import records
@@ -19,48 +19,15 @@ import roofline
 import torch
 from candidates import QUANTIZERS, quantize
 from networks import NETWORKS, Batch, load_network
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-import torchquant as tq
-from torchquant.artifacts.serialize import export_again
 from torchquant.backends import inductor_x86
-from torchquant.fx import ops
-from torchquant.ops.x86 import native, tuning
-from torchquant.ops.x86.translation import replace_regions
-
-__all__ = ["Work", "work"]
+from torchquant.backends.inductor_x86.op_times import measured_us
+from torchquant.fx.work import Work, resident_bytes, work
 
 KEY = ("network", "batch", "threads", "node")
 SUMS = ("macs", "weight_bytes", "input_bytes", "output_bytes", "ideal_us")
 ROUNDS = 20
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one op computes and moves.
-
-    Args:
-        node: its name in the converted graph.
-        kind: `1x1 conv`, `depthwise`, `other conv`, `linear`, `attention` or `matmul`.
-        precision: `int8`, or `fp32` where the Quantizer left the op float.
-        macs: multiply-accumulates, those with padding too.
-        weight_bytes: the codes alone, without scales and bias.
-        input_bytes, output_bytes: in the precision of the op: what follows it up to the next quantize op counts as
-            fused into it.
-    """
-
-    node: str
-    kind: str
-    precision: str
-    macs: int
-    weight_bytes: int
-    input_bytes: int
-    output_bytes: int
-
-    @property
-    def bytes_(self) -> int:
-        """All that it moves, each byte once."""
-        return self.weight_bytes + self.input_bytes + self.output_bytes
 
 
 def main() -> None:
@@ -74,7 +41,7 @@ def main() -> None:
     bounds = roofline.measure(options.threads)
     network = load_network(options.network, samples=options.batch).batched(options.batch)
     graph, _ = quantize(QUANTIZERS["x86"], network.model, network.calibration[:1])  # ranges do not change the work
-    op_work = work(graph)
+    op_work = work(graph)  # of sizes that are fixed
     level = bounds.level_of(resident_bytes(op_work))
     batch = network.held_out[0]
     products, others = measured_us(graph, batch)
@@ -93,111 +60,6 @@ def main() -> None:
     for row in rows:
         if not row["macs"]:
             print(f"{row['kind']:34s}{row['measured_us']:9.1f} us measured")
-
-
-def work(graph: GraphModule) -> list[Work]:
-    """Convolutions, linears, attention and matrix products of a converted graph that was exported with fixed sizes."""
-    integer = {site.node for site in tq.report(graph).sites if site.status == "quantized"}
-    return [
-        _work(node, "int8" if node.name in integer else "fp32", graph)
-        for node in graph.graph.nodes
-        if ops.op_name(node) in KINDS
-    ]
-
-
-def _work(node: Node, precision: str, graph: GraphModule) -> Work:
-    kind = ops.kind_of(node)
-    assert kind is not None
-    weight = ops.argument(node, kind.weight) if kind.weight is not None else None
-    shapes = [_shape(n, graph) for n in (*ops.data_inputs(node, kind), *([weight] if weight else ()))]
-    data = shapes[:-1] if weight else shapes
-    name, macs = KINDS[kind.name](_shape(node, graph), *shapes)
-    width = 1 if precision == "int8" else 4
-    return Work(
-        node.name,
-        name,
-        precision,
-        macs,
-        weight_bytes=width * math.prod(shapes[-1]) if weight else 0,
-        input_bytes=width * sum(map(math.prod, data)),
-        output_bytes=width * math.prod(_shape(node, graph)),
-    )
-
-
-def _shape(node: Node, graph: GraphModule) -> tuple[int, ...]:
-    """The shape of a value; quantize and dequantize ops, which may carry none, leave it as it is."""
-    while ops.is_quantize(node) or ops.is_dequantize(node):
-        node = node.all_input_nodes[0]
-    shape = ops.constant_value(graph, node).shape if node.op == "get_attr" else ops.shape_of(node)
-    assert shape is not None
-    return tuple(int(size) for size in shape)
-
-
-Shape = tuple[int, ...]
-
-
-def _convolution(output: Shape, data: Shape, weight: Shape) -> tuple[str, int]:
-    depthwise = weight[1] == 1 and data[1] > 1
-    kind = "depthwise" if depthwise else "1x1 conv" if math.prod(weight[2:]) == 1 else "other conv"
-    return kind, math.prod(output) * math.prod(weight[1:])
-
-
-def _linear(output: Shape, data: Shape, weight: Shape) -> tuple[str, int]:
-    return "linear", math.prod(output) * weight[-1]
-
-
-def _attention(output: Shape, query: Shape, key: Shape, value: Shape) -> tuple[str, int]:
-    """Every query with every key, those a mask hides too."""
-    return "attention", math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _matmul(output: Shape, left: Shape, right: Shape) -> tuple[str, int]:
-    return "matmul", math.prod(output) * left[-1]
-
-
-# Op -> its kind and MACs from the shapes of its output, of its data inputs, and of its weight.
-KINDS: Mapping[str, Callable[..., tuple[str, int]]] = {
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "conv3d": _convolution,
-    "linear": _linear,
-    "attention": _attention,
-    "matmul": _matmul,
-}
-
-
-def resident_bytes(op_work: Sequence[Work]) -> int:
-    """What stays in the caches from call to call at best: all weights, and the activations of the largest op."""
-    return sum(w.weight_bytes for w in op_work) + max(w.input_bytes + w.output_bytes for w in op_work)
-
-
-def measured_us(graph: GraphModule, batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
-    """Microseconds on one thread: of each op by the name of its node, and of the other steps of our regions by kind.
-
-    What stays with Inductor, and our attention, are in neither: the whole program's time less these is theirs.
-    """
-    exported = export_again(graph, batch).module()
-    names = {new.name: old.name for old, new in zip(_products(graph), _products(exported), strict=True)}
-    regions = replace_regions(exported)
-    with torch.no_grad():
-        run = lambda: exported(*batch)  # noqa: E731
-        tuning.tune(run, regions, "x".join(str(s) for t in batch for s in t.shape))
-        memories, steps = [r.memory for r in regions], [r.plan.laid_out for r in regions]
-        rounds = [native.profiled(run, memories, [len(s) for s in steps]) for _ in range(ROUNDS)]
-    products: dict[str, float] = {}
-    others: dict[str, float] = {}
-    for i, region in enumerate(steps):
-        for k, step in enumerate(region):
-            us = statistics.median(microseconds[i][k] for microseconds in rounds)
-            if step.kind in ("conv", "depthwise"):
-                products[names[step.label]] = us
-            else:
-                others[step.kind] = others.get(step.kind, 0.0) + us
-    return products, others
-
-
-def _products(graph: GraphModule) -> list[Node]:
-    return [node for node in graph.graph.nodes if ops.op_name(node) in KINDS]
 
 
 def program_us(graph: GraphModule, batch: Batch, threads: int) -> float:

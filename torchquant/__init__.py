@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from torchquant.language.harness import harness_model
     from torchquant.language.saving import SavedCheckpoint, save_causal_lm
     from torchquant.language.streaming import quantize_checkpoint
+    from torchquant.measure.profile import Profile, profile
     from torchquant.measure.verify import Comparison, compare, sqnr_db
+    from torchquant.precision.control import Controlled, quantize_within
     from torchquant.precision.plan import Plan
     from torchquant.precision.search import Search, search
     from torchquant.reporting.terminal import Report, report
@@ -111,6 +113,7 @@ _HOMES = {
     "language.saving": ("SavedCheckpoint", "save_causal_lm"),
     "language.streaming": ("quantize_checkpoint",),
     "artifacts.program": ("Program",),
+    "precision.control": ("Controlled", "quantize_within"),
     "precision.plan": ("Plan",),
     "precision.search": ("Search", "search"),
     "reporting.terminal": (
@@ -122,6 +125,7 @@ _HOMES = {
         "save",
     ),
     "solving.results": ("Optimization",),
+    "measure.profile": ("Profile", "profile"),
     "measure.verify": (
         "Comparison",
         "compare",
@@ -145,6 +149,7 @@ __all__ = [
     "CalibrationError",
     "Checkpoint",
     "Comparison",
+    "Controlled",
     "CrossLayerEqualization",
     "Decoder",
     "Evaluation",
@@ -159,6 +164,7 @@ __all__ = [
     "PatternError",
     "Plan",
     "PrepareError",
+    "Profile",
     "Program",
     "QDrop",
     "RangeSearch",
@@ -188,8 +194,10 @@ __all__ = [
     "optimize",
     "pack_weights",
     "prepare",
+    "profile",
     "quantize",
     "quantize_checkpoint",
+    "quantize_within",
     "report",
     "save",
     "save_causal_lm",

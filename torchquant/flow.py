@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -34,6 +35,7 @@ from torchquant.fx.sites import read_sites
 from torchquant.fx.states import hidden_states, own_states
 from torchquant.fx.storing import fold_codes, pack_weights
 from torchquant.fx.subclasses import split_parts
+from torchquant.measure.metric import Metric, check_metric, scored
 from torchquant.observers.minmax import least_scale
 from torchquant.solving.contract import Algorithm
 from torchquant.solving.results import Optimization
@@ -216,6 +218,8 @@ def quantize(
     *,
     quantizer: QuantizerLike,
     algorithms: Sequence[Algorithm] = ...,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
     dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> GraphModule: ...
@@ -229,6 +233,8 @@ def quantize(
     *,
     quantizer: Sequence[QuantizerLike],
     algorithms: Sequence[Algorithm] = ...,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
     dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> list[GraphModule]: ...
@@ -241,6 +247,8 @@ def quantize(
     *,
     quantizer: Quantizer | Sequence[Quantizer],
     algorithms: Sequence[Algorithm] = (BiasCorrection(),),
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
     dynamic_shapes: Any = None,
     progress: bool = True,
 ) -> GraphModule | list[GraphModule]:
@@ -250,22 +258,29 @@ def quantize(
         model, example_inputs, dynamic_shapes: as for `export`. A GraphModule from `export` is taken as it is.
         batches: calibration data, as for `calibrate`.
         quantizer: a Quantizer, or several.
-        algorithms: see `optimize`; none leaves what the observers chose.
+        algorithms, validation, metric: see `optimize`; no algorithm leaves what the observers chose. To bound how much
+            the metric may lose, see `quantize_within`.
 
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
     """
     with together("quantize"):
-        return _quantize(model, example_inputs, batches, quantizer, algorithms, dynamic_shapes, progress)
+        graph = partial(exported_of, model, example_inputs, dynamic_shapes)
+        return _quantize(graph, batches, quantizer, algorithms, validation, metric, progress)
+
+
+def exported_of(model: torch.nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> GraphModule:
+    """The model's graph; a GraphModule from `export` is taken as it is."""
+    return model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
 
 
 def _quantize(
-    model: torch.nn.Module,
-    example_inputs: Any,
+    graph: Callable[[], GraphModule],
     batches: Iterable[Any],
     quantizer: Quantizer | Sequence[Quantizer],
     algorithms: Sequence[Algorithm],
-    dynamic_shapes: Any,
+    validation: Iterable[Any] | None,
+    metric: Metric | None,
     progress: bool,
 ) -> GraphModule | list[GraphModule]:
     several = isinstance(quantizer, Sequence) and not isinstance(quantizer, str)
@@ -274,14 +289,16 @@ def _quantize(
         raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
     for one in quantizers:
         check_quantizer(one)
-    exported = model if isinstance(model, GraphModule) else export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    exported = graph()
     prepared = [prepare(exported, q) for q in quantizers]
     if algorithms and not isinstance(batches, (list, torch.Tensor, dict, str)) and isinstance(batches, Iterable):
         batches = list(batches)
+    if validation is not None:
+        validation = data.listed(validation, "validation")
     calibrate(prepared, batches, progress=progress)
     if algorithms:
         for graph in prepared:
-            optimize(graph, batches, algorithms, progress=progress)
+            optimize(graph, batches, algorithms, validation=validation, metric=metric, progress=progress)
     converted = [convert(p) for p in prepared]
     for graph in converted:
         _warn_if_nothing_happened(graph)
@@ -295,6 +312,8 @@ def optimize(
     batches: Iterable[Any],
     algorithms: Sequence[Algorithm],
     *,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
     budget_s: float | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     checkpoint: str | Path | None = None,
@@ -305,12 +324,17 @@ def optimize(
     """Improve a calibrated prepared graph in place, before `convert_pt2e`; any Quantizer's.
 
     Each answer of an algorithm is kept only if the output of its layer or block is no worse on the calibration data,
-    and each algorithm only if the output of the network is no worse; a warning says so. Under `torchrun` each process
+    and each algorithm only if the network is no worse, by the metric or the SQNR of its output; a warning says so. That
+    is measured on `validation`; without, on every eighth batch, which the algorithms then do not see, or of fewer than
+    sixteen batches on all: the result says on which. Under `torchrun` each process
     gives its own batches (or none); what is measured is summed, and all end with the same graph or with an error.
 
     Args:
         prepared, batches: a calibrated graph, and calibration data, which are kept in memory while this runs.
         algorithms: run in this order; those that rewrite the float graph first: `[SmoothQuant(), AdaRound()]`.
+        validation: other batches, to decide and to measure on.
+        metric: `metric(model)`, a number, higher is better, of a model that it calls as the float one. It decides
+            instead of the SQNR, and should use data of its own. Each algorithm costs one call of it and one convert.
         budget_s: seconds to spend; what is not solved by then stays as it was.
         memory_bytes: activations kept in memory between layers; the rest lies on disk while this runs.
         checkpoint: folder that keeps answers: the same call goes on where a run was stopped. Delete it afterwards.
@@ -328,10 +352,14 @@ def optimize(
     """
     with together("optimize"):
         refuse_uncalibrated(prepared)
+        if metric is not None:
+            check_metric(metric)
         return run(
             prepared,
             batches,
             algorithms,
+            validation=validation,
+            score=None if metric is None else lambda graph: score_of(graph, metric),
             budget_s=budget_s,
             memory_bytes=memory_bytes,
             checkpoint=checkpoint,
@@ -339,6 +367,11 @@ def optimize(
             exclude=exclude,
             progress=progress,
         )
+
+
+def score_of(prepared: GraphModule, metric: Metric) -> float:
+    """What a metric says of a calibrated prepared graph, as `convert` will quantize it."""
+    return scored(metric, convert(passes.copy_graph(prepared)), "the quantized model")
 
 
 def _warn_if_nothing_happened(converted: GraphModule) -> None:

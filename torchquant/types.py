@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.fx import Node
 
-from torchquant.errors import SchemeError
+from torchquant.errors import InputError, SchemeError
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 Status = Literal["quantized", "excluded", "unsupported", "missed"]
@@ -226,3 +226,10 @@ class Site:
         described = {name: None if q is None else q.describe() for name, q in tensors.items()}
         plain = {name: getattr(self, name) for name in ("node", "op", "module", "compute", "status", "reason")}
         return plain | described
+
+
+def check_whole(value: Any, name: str, least: int = 0, most: int | None = None) -> None:
+    """Raise InputError unless an argument is a whole number from `least` to `most`."""
+    if type(value) is not int or value < least or (most is not None and value > most):
+        bounds = f"from {least} on" if most is None else f"from {least} to {most:,}"
+        raise InputError(f"{name} is a whole number {bounds}, not {value!r:.40}")

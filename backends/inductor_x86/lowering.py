@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from torchquant.types import Site
 __all__ = ["dynamo_backend", "lower", "lower_float"]
 
 # what the calls in the generated C++ are called
-_KERNEL = re.compile(r"aoti_torch_(?:cpu_)?_*(\w+?)\(")
+_KERNEL = re.compile(r"(?<!record_)aoti_torch_(?:cpu_)?_*(\w+?)\(")
 _INTEGER = {
     ("conv1d", "conv2d"): re.compile(r"qconv|torchquant_conv"),
     ("linear",): re.compile(r"qlinear|torchquant_linear"),
@@ -56,7 +56,7 @@ _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linea
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
 _FEW_BITS_ERROR = 2.0**-14  # of a product whose activations have 16 bits, relative to the largest of a block
-_CONFIG: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
+_CONFIG: Mapping[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
 def lower(
@@ -68,6 +68,7 @@ def lower(
     own_kernels: bool = True,
     tune: bool = True,
     compare_float: bool = False,
+    named_kernels: bool = False,
     progress: bool = True,
 ) -> X86Program:
     """Compile a converted graph ahead of time, run the package, and prove its int8 kernels.
@@ -85,7 +86,9 @@ def lower(
             by CPU and sizes in the cache folder); False chooses by the sizes alone.
         compare_float: also compile the graph in float32 and time both on `example_inputs`, with as many threads as
             torch has now. Where float is faster, that is what is returned, with a warning that names both times:
-            its proof has `fused` 0 and says why. Takes twice as long.
+            its proof has `fused` 0 and says why. Takes twice as long. Both times are told, whichever wins.
+        named_kernels: let profilers see Inductor's own kernels by name (see `torchquant.profile`); costs each of their
+            calls some time.
         progress: show on stderr what is being done.
 
     Raises:
@@ -94,7 +97,7 @@ def lower(
             run, or its output is off; or oneDNN would run a product on which it saturates on this CPU.
     """
     return skeleton.lower(
-        _X86Lowering(own_kernels, tune, compare_float),
+        _X86Lowering(own_kernels, tune, compare_float, named_kernels),
         quantized,
         example_inputs,
         allow_float=allow_float,
@@ -108,10 +111,13 @@ class _X86Lowering(Lowering[X86Program]):
 
     target = TARGET
 
-    def __init__(self, own_kernels: bool, tune: bool, compare_float: bool) -> None:
+    def __init__(self, own_kernels: bool, tune: bool, compare_float: bool, named_kernels: bool) -> None:
         self._own_kernels, self._tune, self._compare_float = own_kernels, tune, compare_float
+        self._config = {**_CONFIG, **({"cpp.enable_kernel_profile": True} if named_kernels else {})}
         self._folder = OwnFolder("torchquant-x86-")
         self._in_place: InPlace = ()
+        self._parts: list[Part] = []
+        self._race: dict[str, float] = {}
 
     def refuse(self, quantized: GraphModule) -> None:
         """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
@@ -123,7 +129,7 @@ class _X86Lowering(Lowering[X86Program]):
         self._case, graph, self._in_place = cases[0], reference.graph, states_in_place(reference)
         raw_file = self._folder.path / "raw.pt2"
         stage("compiling")
-        built = _compile(graph, self._case, raw_file, self._own_kernels, self._tune, self._in_place)
+        built = _compile(graph, self._case, raw_file, self._own_kernels, self._tune, self._in_place, self._config)
         kernels = _kernels(built)
         try:
             fused = _prove_integer(self.compute, kernels)
@@ -131,12 +137,14 @@ class _X86Lowering(Lowering[X86Program]):
             if self._few_bits or not built.parts or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
-            built = _compile(graph, self._case, raw_file, own_kernels=False, in_place=self._in_place)
+            built = _compile(
+                graph, self._case, raw_file, own_kernels=False, in_place=self._in_place, config=self._config
+            )
             kernels = _kernels(built)
             fused = _prove_integer(self.compute, kernels)
         self._package = self._folder.path / "model.pt2"
         pack(built.raw, self._package, with_kernels=built.calls_ours)
-        self._calls_ours = built.calls_ours
+        self._calls_ours, self._parts = built.calls_ours, built.parts
         inside = {name for part in built.parts for name in part.sites}
         artefact = Artefact(self._runner(), kernels, fused, graph, inside=inside)
         return self._faster(reference, artefact) if self._compare_float else artefact
@@ -150,11 +158,12 @@ class _X86Lowering(Lowering[X86Program]):
         kernels, package = _kernels(built), self._folder.path / "float.pt2"
         pack(built.raw, package, with_kernels=built.calls_ours)
         integer_ms, float_ms = race([self._package, package], self._case)
+        self._race = {"int8": integer_ms, "float32": float_ms}
         if float_ms >= _FASTER * integer_ms:
             return artefact
         reason = f"float32 takes {float_ms:.3g} ms on this machine, int8 {integer_ms:.3g} ms"
         warnings.warn(f"{reason}: the float program is returned", stacklevel=4)
-        self._package, self._calls_ours = package, built.calls_ours
+        self._package, self._calls_ours, self._parts = package, built.calls_ours, []
         left = {f"{len(self.compute)} annotated ops": reason}
         return Artefact(self._runner(), kernels, 0, floats, left, artefact.inside)
 
@@ -176,7 +185,13 @@ class _X86Lowering(Lowering[X86Program]):
     def finish(self, about: Metadata) -> X86Program:
         first = len(about.signature.tensors)
         names = tuple(list(about.states)[position - first] for position, _ in self._in_place)
-        about = replace(about, overwrites_inputs=self._run.overwrote, in_place=names)
+        regions = [
+            [part.memory.numel(), [s.node for s in self.sites if s.node in part.sites]]
+            for part in self._parts
+            if isinstance(part, Built)
+        ]
+        facts = {**about.facts, "regions": regions, "race_ms": self._race}
+        about = replace(about, overwrites_inputs=self._run.overwrote, in_place=names, facts=facts)
         write_metadata(self._package, TARGET.name, about)
         return X86Program(self._package, self._folder, about.signature)
 
@@ -277,6 +292,7 @@ def _compile(
     own_kernels: bool,
     tune: bool = False,
     in_place: InPlace = (),
+    config: Mapping[str, Any] = _CONFIG,
 ) -> _Compiled:
     parts: list[Part] = []
     try:
@@ -305,7 +321,7 @@ def _compile(
             torch._inductor.config.patch({"aot_inductor.metadata": {}}),
         ):
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # Inductor's own
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=_CONFIG)
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=dict(config))
         saturation.note(package, unsafe)
         cpu.note(package)
     except LoweringError:

@@ -7,23 +7,30 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor.aoti_load_package wraps; that takes seconds
 
 from torchquant.artifacts.program import Program, State, read_metadata
 from torchquant.backends.inductor_x86.capabilities import TARGET
+from torchquant.calibration import batches as data
 from torchquant.errors import ArtifactError
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import Signature
+from torchquant.measure.traced import Traced, traced
 from torchquant.ops.x86 import cpu, exactness, forks, native
 from torchquant.surroundings import own_modes
 
+if TYPE_CHECKING:  # to import it takes time
+    from torch.fx import GraphModule
+
 __all__ = ["X86Program", "load", "run_package"]
 
+_NOT_SEEN = "; the rest is the call, and Inductor's kernels, which lower(..., named_kernels=True) names"
 _RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 
 
@@ -68,6 +75,28 @@ class X86Program(Program):
         """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
         value = value.detach().contiguous()
         return value.clone() if self._about.overwrites_inputs else value
+
+    def trace(self, inputs: Any) -> Traced:
+        """The parts of a call, regions with the ops that they compute."""
+        seen = traced(lambda: data.call(self, inputs))
+        left = [(size, sites) for size, sites in self.facts.get("regions", ())]
+        parts = []
+        for part in seen.parts:
+            match = next((r for r in left if part.name == "x86_region" and r[0] == part.first_size), None)
+            if match is not None:
+                left.remove(match)
+            parts.append(part if match is None else replace(part, sites=tuple(name for name in match[1] if name)))
+        note = "" if seen.is_complete else _NOT_SEEN
+        return replace(seen, parts=tuple(parts), note=note)
+
+    def op_ms(self, graph: GraphModule, inputs: Any) -> dict[str, float]:
+        """Node -> milliseconds of each product in our regions, measured one by one on one thread.
+
+        Args:
+            graph: the converted graph that the program was lowered from.
+        """
+        times: dict[str, float] = import_module("torchquant.backends.inductor_x86.op_times").product_ms(graph, inputs)
+        return times
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the package (`.pt2`); `load` reads it in any process on a CPU with the same instructions."""

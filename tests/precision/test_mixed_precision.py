@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_plan_is_the_best_of_all(found, budget: str) -> None:
         for picks in itertools.product(*found.choices.values())
         if sum(c.size_bytes for c in picks) <= size
     )
-    plan = found.plan(budget)
+    plan = found.plan(budget, measure=False)
     assert plan.about["weight_bytes"] <= size
     noise = sum(
         next(c.noise for c in choices if c.scheme == plan.schemes[names[0]]) for names, choices in found.choices.items()
@@ -78,7 +79,7 @@ def test_a_plan_is_the_best_of_all(found, budget: str) -> None:
 
 
 def test_the_graph_has_the_schemes_of_the_plan(found, exported, batches) -> None:
-    plan = found.plan("4.5bpw")
+    plan = found.plan("4.5bpw", measure=False)
     assert len(set(plan.schemes.values())) > 1
     converted = _converted(exported, plan, batches)
     bits = {"w8": 255, "w4_g32": 15, "w2_g32": 3}
@@ -107,7 +108,7 @@ def test_a_curve_goes_up(found) -> None:
 
 
 def test_the_estimate_is_near_what_is_measured(found, exported, batches) -> None:
-    plan = found.plan("5bpw")
+    plan = found.plan("5bpw", measure=False)
     measured = tq.compare(exported, _converted(exported, plan, batches), batches).sqnr_db
     assert measured == pytest.approx(plan.about["expected_db"], abs=3)
 
@@ -211,7 +212,7 @@ def test_a_plan_of_a_network_that_pools_is_as_good_as_uniform() -> None:
     exported = tq.export(Pooled(), batches[0])
     found = tq.search(exported, batches[:4], X86Quantizer, ["w8", "w4_g32", "w3_g32", "w2_g32"])
     uniform = found.uniform("w4_g32")
-    mixed = found.plan(uniform.about["weight_bytes"])
+    mixed = found.plan(uniform.about["weight_bytes"], measure=False)
     levels = [tq.compare(exported, _converted(exported, p, batches[:4]), batches[4:]).sqnr_db for p in (uniform, mixed)]
     assert levels[1] >= levels[0] - 1.5
     assert levels[1] == pytest.approx(mixed.about["expected_db"], abs=3)
@@ -275,3 +276,144 @@ def test_unknown_schemes_and_options_are_refused(found) -> None:
         MixedPrecisionQuantizer(X86Quantizer, found.plan("4bpw"), overrides={})
     with pytest.raises(tq.InputError, match="path of its file"):
         MixedPrecisionQuantizer(X86Quantizer, 5)
+
+
+# measured -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_measured_plan_is_never_below_the_uniform_one(seed: int) -> None:
+    """On the data that it was chosen by, which calibration did not see, whatever the estimate says."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [(torch.randn(8, 64, 32, generator=generator),) for _ in range(6)]
+    exported = tq.export(Pooled(), batches[0])
+    found = tq.search(
+        exported, batches[:4], X86Quantizer, ["w8", "w4_g32", "w3_g32", "w2_g32"], validation=iter(batches[4:])
+    )
+    for scheme in ("w4_g32", "w3_g32"):
+        uniform = found.uniform(scheme)
+        plan = found.plan(uniform.about["weight_bytes"])
+        levels = [
+            tq.compare(exported, _converted(exported, p, batches[:4]), batches[4:]).sqnr_db for p in (uniform, plan)
+        ]
+        assert levels[1] >= levels[0]
+        assert plan.about["measured_db"] == pytest.approx(levels[1], abs=0.01)
+        assert plan.about["uniform_db"] == pytest.approx(levels[0], abs=0.01)
+        assert plan.about["measured_on"] == "2 batches held out from calibration"
+
+
+def test_where_the_estimate_errs_the_uniform_plan_is_returned(found) -> None:
+    """Choices as an estimate would give them that takes the worst scheme of the last layers for the best."""
+    wrong = {
+        names: tuple(replace(c, noise=0.0 if c.scheme == "w2_g32" else 1e-9 + c.noise) for c in choices)
+        for names, choices in found.choices.items()
+    }
+    search = replace(found, choices=wrong)
+    size = found.uniform("w4_g32").about["weight_bytes"]
+    assert set(search.plan(size, measure=False).schemes.values()) == {"w2_g32"}
+    narrow = replace(search, choices={n: tuple(c for c in cs if c.scheme != "w8") for n, cs in wrong.items()})
+    plan = narrow.plan(size)
+    assert plan.about["kept"] == "uniform w4_g32, which measures better"
+    assert set(plan.schemes.values()) == {"w4_g32"}
+
+
+def test_a_metric_decides_between_plan_and_uniform(found) -> None:
+    uniform = found.uniform("w4_g32")
+    first = found.plan(uniform.about["weight_bytes"], measure=False)
+    assert first.schemes != uniform.schemes
+    values = iter([0.1, 0.2, 0.15])
+    plan = found.plan(uniform.about["weight_bytes"], metric=lambda model: next(values))
+    assert plan.schemes == uniform.schemes
+    assert plan.about["kept"].startswith("uniform w4_g32")
+    assert (plan.about["metric"], plan.about["uniform_metric"]) == (0.2, 0.2)
+
+
+class Deep(nn.Module):
+    """Linears wide enough that eight bits and four take different times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(512, 512) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def deep():
+    batches = [(torch.randn(1, 512),)]
+    exported = tq.export(Deep(), batches[0])
+    return tq.search(exported, batches, X86Quantizer, ["w8", "w4_g64"], allow_float=True)
+
+
+def test_ops_and_the_rest_of_a_call_are_timed(deep) -> None:
+    timed = deep._timed()
+    assert all(c.ms > 0 for choices in timed.choices.values() for c in choices)
+    assert timed.fixed_ms >= 0
+    plan = deep.plan("1000ms", measure=False)
+    assert set(plan.schemes.values()) == {None}  # without error, and there is time
+    total = sum(next(c.ms for c in choices if c.scheme is None) for choices in timed.choices.values())
+    assert plan.about["expected_ms"] == pytest.approx(total + timed.fixed_ms, abs=1e-3)
+    with pytest.raises(tq.InputError, match=r"too little: the fastest plan is expected to take"):
+        deep.plan("0.0001ms")
+
+
+@pytest.mark.parametrize(("limit", "floats", "eights"), [(3.11, 3, 0), (2.7, 2, 1), (1.61, 0, 3), (1.2, 0, 1)])
+def test_a_budget_of_time_is_spent_where_it_helps_most(
+    deep, monkeypatch, limit: float, floats: int, eights: int
+) -> None:
+    """A float op takes 1 ms, one of 8 bits 0.5, one of 4 bits 0.25, the rest 0.1."""
+    times = {None: 1.0, "w8": 0.5, "w4_g64": 0.25}
+    names = [name for group in deep.choices for name in group]
+    monkeypatch.setattr(
+        "torchquant.precision.measured.Bench.op_ms",
+        lambda self, plan: dict.fromkeys(names, times[None if plan is None else plan.about["budget"]]),
+    )
+    monkeypatch.setattr("torchquant.precision.measured.Bench.fixed_ms", lambda self, plan: 0.1)
+    plan = deep.plan(f"{limit} ms")
+    chosen = list(plan.schemes.values())
+    assert (chosen.count(None), chosen.count("w8")) == (floats, eights)
+    assert plan.about["expected_ms"] == pytest.approx(0.1 + sum(times[s] for s in chosen))
+    assert plan.about["expected_ms"] <= limit
+
+
+def test_time_is_no_budget_for_a_quantizer_without_a_target(exported, batches) -> None:
+    found = tq.search(exported, batches, WeightOnlyQuantizer, ["w8", "w4_g32"])
+    with pytest.raises(tq.TorchquantError, match=r"no lower|not lowered|cannot be timed|no target"):
+        found.plan("2ms")
+
+
+# arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [1, 2.0, "8", None, True, 10**9])
+def test_points_of_a_curve_are_checked(found, points) -> None:
+    with pytest.raises(tq.InputError, match="points of a curve"):
+        found.curve(points)
+
+
+def test_paths_of_plans_are_checked(found) -> None:
+    plan = found.plan("9bpw", measure=False)
+    with pytest.raises(tq.InputError, match="to a path, not to 5"):
+        plan.save(5)
+    with pytest.raises(tq.InputError, match="from a path, not from None"):
+        tq.Plan.load(None)
+    with pytest.raises(tq.InputError, match="against a GraphModule"):
+        plan.check(nn.Linear(2, 2))
+
+
+def test_a_name_that_stands_twice_in_a_plan_is_refused(found) -> None:
+    text = found.plan("9bpw", measure=False).to_json()
+    doubled = text.replace('"schemes": {', '"schemes": {"last": "w2_g32", ')
+    with pytest.raises(tq.InputError, match="'last' stands in it twice"):
+        tq.Plan.from_json(doubled)
+
+
+@pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": -1}, {"seed": 1.5}, {"validation": []}, {"validation": 5}])
+def test_seeds_and_validation_are_checked(exported, batches, options) -> None:
+    with pytest.raises(tq.InputError, match=r"seed is|validation"):
+        tq.search(exported, batches, X86Quantizer, ["w8"], **options)

@@ -18,12 +18,12 @@ from torchquant.algorithms.brecq import BRECQ
 from torchquant.algorithms.layers.layerwise import float_weight
 from torchquant.algorithms.seq_mse import SeqMSE
 from torchquant.calibration import batches as data
+from torchquant.calibration.stream import Stream
 from torchquant.fx import ops
 from torchquant.fx.blocks import layers, weight_grid
 from torchquant.fx.reading import observers
 from torchquant.quantizers import WeightOnlyQuantizer
-from torchquant.solving import checkpoints
-from torchquant.solving import run as solving
+from torchquant.solving import checkpoints, judging
 from torchquant.solving.results import SpanResult
 from torchquant.solving.solved import Solution, SolvedWeight
 
@@ -128,8 +128,8 @@ def test_what_follows_a_span_reads_what_the_guard_measured_or_what_it_put_back(m
 
 
 def test_outputs_that_the_guard_computed_are_not_computed_again(model, batches, monkeypatch):
-    runs, runs_of = [], solving.Stream._run
-    monkeypatch.setattr(solving.Stream, "_run", lambda self, *where: runs.append(where[2]) or runs_of(self, *where))
+    runs, runs_of = [], Stream._run
+    monkeypatch.setattr(Stream, "_run", lambda self, *where: runs.append(where[2]) or runs_of(self, *where))
     prepared = calibrated(model, batches, LINEAR)
     tq.optimize(prepared, batches, [Spoil(only={"2"})], progress=False)
     behind = runs.count("quantized") - runs.count("float")
@@ -151,7 +151,7 @@ def test_outputs_that_the_guard_computed_are_not_computed_again(model, batches, 
 )
 def test_of_much_data_some_are_judged(shapes, dtype, every):
     given = [data.Given((torch.zeros(shape, dtype=dtype), None)) for shape in shapes]
-    assert solving._judged_every(given) == every
+    assert judging._judged_every(given) == every
 
 
 def test_an_algorithm_that_lowers_the_whole_output_is_taken_back_with_a_warning(model, batches):
@@ -545,7 +545,7 @@ def test_a_graph_that_is_not_on_the_cpu_is_refused_with_the_way_out(model, batch
 
 @pytest.mark.parametrize("noise", [math.nan, math.inf])
 def test_a_network_that_returns_no_numbers_is_as_bad_as_can_be(noise):
-    assert solving._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf
+    assert judging._db(SimpleNamespace(signal=1.0, noise=noise)) == -math.inf
 
 
 def test_layers_of_a_single_sample_are_solved_as_a_batch_of_one_or_refused():

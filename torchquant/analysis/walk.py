@@ -23,6 +23,7 @@ from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import refuse_uncalibrated
 from torchquant.calibration.evaluator import Env, Evaluator
 from torchquant.calibration.felt import felt_errors
+from torchquant.calibration.seen import data_used
 from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
@@ -35,7 +36,7 @@ from torchquant.fx.reading import GraphReading, is_prepared, observer_of
 from torchquant.fx.sites import read_sites
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES
 from torchquant.surroundings import own_modes
-from torchquant.types import Site
+from torchquant.types import Site, check_whole
 
 __all__ = ["Analysis", "analyze"]
 
@@ -50,6 +51,7 @@ class Analysis:
         output_db: SQNR of the network's output, all quantized, on the data of the analysis.
         batches: how many there were.
         versions: of what made it.
+        measured_on: the data in words: whether they were calibrated on.
     """
 
     sites: tuple[SiteAnalysis, ...]
@@ -57,6 +59,7 @@ class Analysis:
     output_db: float
     batches: int
     versions: Mapping[str, str]
+    measured_on: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, as JSON has them: what is not finite is None."""
@@ -72,7 +75,7 @@ class Analysis:
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160, record=True, force_terminal=False)
-        console.print(f"output: {self.output_db:.1f} dB, all quantized, on {self.batches} batches", highlight=False)
+        console.print(f"output: {self.output_db:.1f} dB, all quantized, on {self.measured_on}", highlight=False)
         for finding in self.findings:
             where = f" ({finding.module})" if finding.module else ""
             text = (
@@ -136,12 +139,14 @@ def analyze(
             "; if this is one, it has no observers, and report says why"
         )
     refuse_uncalibrated(prepared)
+    check_whole(seed, "seed")
     with own_modes():
         graph = copy_graph(prepared)
         sites = {site.node: site for site in read_sites(graph)}
         functionalize(graph)
-        kept = given_to(graph, list(data.checked(graph, batches)))
-        return _analyzed(graph, sites, kept, seed, memory_bytes)
+        kept = list(data.checked(graph, batches))
+        analysis = _analyzed(graph, sites, given_to(graph, kept), seed, memory_bytes)
+        return dataclasses.replace(analysis, measured_on=data_used(prepared, kept))
 
 
 def _analyzed(

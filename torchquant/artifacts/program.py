@@ -18,6 +18,7 @@ from torchquant.errors import InputError
 from torchquant.files import archive, tensors, typed
 from torchquant.files.whole import reading
 from torchquant.fx.signature import InputSpec, Signature
+from torchquant.fx.work import Work
 from torchquant.measure.verify import Comparison, OutputComparison
 from torchquant.types import QParams, Site
 
@@ -68,6 +69,8 @@ class Metadata:
         states: name -> initial value of what one call hands to the next: inputs and outputs behind the model's own.
         returns: positions among the input tensors whose new values are returned last, because the model writes them.
         in_place: names of states that the artefact writes into the tensors it is given; the others are returned.
+        facts: what else is known of the graph, as JSON has it: `edges` between its sites, `weight_bytes`, the `work` of
+            its matrix products; of the artefact, `regions`, and `race_ms`: what was timed when it was lowered.
     """
 
     signature: Signature
@@ -77,6 +80,7 @@ class Metadata:
     states: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returns: tuple[int, ...] = ()
     in_place: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class State(threading.local):
@@ -148,6 +152,12 @@ class Program(ABC):
         return about.signature.outputs(outputs)
 
     @property
+    def facts(self) -> Mapping[str, Any]:
+        """What it keeps of the graph that it was lowered from, see `Metadata`; empty where that is not known."""
+        about = getattr(self, "_about", None)
+        return about.facts if isinstance(about, Metadata) else {}
+
+    @property
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of this thread's state, by the names of the model's buffers; empty where the model keeps none.
 
@@ -180,6 +190,7 @@ def write_metadata(package: Path, target: str, about: Metadata) -> None:
         "states": list(about.states),
         "returns": list(about.returns),
         "in_place": list(about.in_place),
+        "facts": dict(about.facts),
     }
     if about.states:
         with zipfile.ZipFile(package, "a", zipfile.ZIP_DEFLATED) as out:
@@ -210,12 +221,25 @@ def metadata_from(path: str | os.PathLike[str], stored: Mapping[str, Any], membe
             _states_in(path, members, stored["states"]),
             tuple(map(operator.index, stored["returns"])),
             tuple(stored.get("in_place", ())),
+            facts_of(stored.get("facts", {})),
         )
         if not set(about.in_place) <= set(about.states):
             raise ValueError(f"{about.in_place} are no states")
         if not all(0 <= i < len(about.signature.tensors) for i in about.returns):
             raise ValueError(f"{about.returns} are no inputs")
         return about
+
+
+def facts_of(stored: Any) -> dict[str, Any]:
+    """The facts as they were written; raises ValueError or TypeError if they are of other types."""
+    facts = dict(stored)
+    edges = [(str(source), str(target)) for source, target in facts.get("edges", [])]
+    regions = [(operator.index(size), tuple(map(str, sites))) for size, sites in facts.get("regions", [])]
+    work = [asdict(typed.made(Work, row)) for row in facts.get("work", [])]
+    race = {str(name): float(ms) for name, ms in dict(facts.get("race_ms", {})).items()}
+    known: dict[str, Any] = {"edges": edges, "regions": regions, "work": work, "race_ms": race}
+    weight_bytes = {"weight_bytes": operator.index(facts["weight_bytes"])} if "weight_bytes" in facts else {}
+    return {name: value for name, value in known.items() if name in facts} | weight_bytes
 
 
 def _comparison_of(stored: Mapping[str, Any]) -> Comparison:

@@ -105,6 +105,16 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Given | Step
         raise CalibrationError("there is no calibration batch: the iterable is empty (or was used up before)")
 
 
+def listed(batches: Any, name: str) -> list[Any]:
+    """Batches that are looked at more than once; raises InputError unless `batches` is an iterable of some."""
+    if isinstance(batches, (torch.Tensor, dict, str, Steps)) or not isinstance(batches, Iterable):
+        raise InputError(f"{name} is an iterable of batches, not a single {type(batches).__name__}; wrap it: [batch]")
+    kept = list(batches)
+    if not anywhere(bool(kept)):  # a process may be left without
+        raise InputError(f"{name} holds no batch: the iterable is empty (or was used up before)")
+    return kept
+
+
 def _finite(batch: Given, name: str) -> Given:
     # infinity is refused where it is observed: a mask of minus infinity is a legitimate input
     for value in batch.leaves:

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch.fx import GraphModule, Interpreter, Node
 
 from torchquant.calibration import batches as data
-from torchquant.calibration import merging
+from torchquant.calibration import merging, seen
 from torchquant.calibration.parallel import is_parallel, together
 from torchquant.errors import CalibrationError, TorchquantWarning
 from torchquant.fx import ops, passes
@@ -70,12 +70,13 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
     try:
         with torch.no_grad(), ExitStack() as stack:
             initial = [stack.enter_context(restored(model)) for model in models]
-            seen, watched = 0, [not _sees_weights_alone(model) for model in models]
-            for seen, batch in enumerate(shown, start=1):
+            count, watched = 0, [not _sees_weights_alone(model) for model in models]
+            for count, batch in enumerate(shown, start=1):
                 for model, state, is_watched in zip(models, initial, watched, strict=True):
-                    if seen == 1 or is_watched:
+                    if count == 1 or is_watched:
                         _observe(model, batch, state)
-            if not seen:  # of several processes, one without a batch
+                        seen.remember(model, batch)
+            if not count:  # of several processes, one without a batch
                 for model in models:
                     _observe_constants(model)
     finally:
@@ -132,6 +133,7 @@ def recalibrate(prepared: GraphModule, batches: Iterable[Any], *, progress: bool
     """
     for node, observer in observers(prepared):
         reset(observer, str(getattr(observer, "site", node.args[0])))
+    seen.forget(prepared)
     calibrate(prepared, batches, progress=progress)
 
 

@@ -146,7 +146,7 @@ class Stream:
         prepared: the graph; solvers change its observers and biases while the stream walks.
         batches: the calibration batches (of this process).
         budget_bytes: for what is kept between nodes; the rest lies on disk.
-        judged_every: of how many batches one is run to the end, to compare the outputs.
+        judged_every: of how many batches one is run to the end, to compare the outputs; None: no batch is.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Stream:
         batches: Sequence[Any],
         *,
         budget_bytes: int | None = None,
-        judged_every: int = 1,
+        judged_every: int | None = 1,
     ) -> None:
         functionalize(prepared)
         self.prepared, self._judged_every = prepared, judged_every
@@ -369,6 +369,8 @@ class Stream:
 
     def _finish(self, start: int) -> None:
         """Run the rest of the order on the judged batches in both flows, and compare the outputs; they are not kept."""
+        if self._judged_every is None:
+            return
         *before, (start, _) = self._pieces(start, len(self._order)) or [(start, start)]
         if before:
             self._advance(before[0][0], start)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +37,19 @@ from torchquant.artifacts.program import Program, read_metadata
 from torchquant.backends import names, target
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
-from torchquant.cli import sources
+from torchquant.cli import output, sources
 from torchquant.errors import InputError
 from torchquant.files import archive
 from torchquant.lowering.target import Target, brief
-from torchquant.measure.verify import compare
-from torchquant.reporting.terminal import program_text, proof_text
+from torchquant.measure.metric import check_metric, scored
+from torchquant.measure.profile import profile as make_profile
+from torchquant.measure.verify import compare as compare_models
+from torchquant.precision.control import quantize_within
+from torchquant.precision.search import search as make_search
+from torchquant.quantizers.mixed import MixedPrecisionQuantizer
+from torchquant.reporting.saved import Saved, saved_report
 from torchquant.reporting.terminal import report as make_report
 
-_console = Console(stderr=True)
 ALGORITHMS: dict[str, type] = {
     "adaquant": AdaQuant,
     "adaround": AdaRound,
@@ -82,49 +89,86 @@ def quantize(
     dynamic_batch: bool,
     max_batch: int | None,
     algorithms: list[str],
+    validation: str | None,
+    metric: str | None,
+    max_drop: float | None,
+    plan: Path | None,
+    min_sqnr: float | None,
     report: Path | None,
+    as_json: bool,
     trust: bool,
-) -> None:
-    """Quantize, prove and write; see `torchquant quantize --help`."""
+) -> bool:
+    """Quantize, prove and write; whether each output's SQNR is what was asked for. See `torchquant quantize --help`."""
     for name in backends:
         _target(name)
-    chosen = _algorithms(algorithms)
+    chosen, judge = _algorithms(algorithms), _metric(metric, max_drop)
     paths = _outputs(out, backends)
     batches = sources.load_batches(calibration)
+    held_out = None if validation is None else sources.load_batches(validation)
     shapes = _dynamic_first(batches[0], max_batch) if dynamic_batch or max_batch is not None else None
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
-    quantizers = [_target(name).quantizer_class()(scheme, exclude=exclude) for name in backends]
-    converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, algorithms=chosen)
-    programs = []
-    for name, graph in zip(backends, converted, strict=True):
-        with _console.status(f"lowering and proving for {name}"):
-            program = _lower(_target(name), graph, batches[0])
+    quantizers = [_quantizer(name, scheme, exclude, plan) for name in backends]
+    options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not _is_quiet()}
+    if judge is not None and max_drop is not None:
+        controlled = [
+            quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
+            for q in quantizers
+        ]
+        converted = [one.quantized for one in controlled]
+    else:
+        controlled = []
+        converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+    judged = batches[:8] if held_out is None else held_out
+    programs, rows = [], []
+    for i, (name, graph) in enumerate(zip(backends, converted, strict=True)):
+        program = _lower(_target(name), graph, batches[0])
         program.save(paths[name])
         programs.append(program)
-        accuracy = compare(float_model, program, batches[:8])
-        print(make_report(graph, program))
-        print(f"{name}: {accuracy.sqnr_db:.1f} dB against float on calibration data; written to {paths[name]}\n")
+        level = compare_models(float_model, program, judged).sqnr_db
+        row: dict[str, Any] = {"target": name, "path": str(paths[name]), "size_bytes": program.size_bytes}
+        row |= {"sqnr_db": level, "measured_on": f"{len(judged)} batches of {validation or 'the calibration data'}"}
+        if judge is not None:
+            row["metric"] = scored(judge, program, f"the program for {name}")
+        rows.append(row)
+        if not as_json:
+            print(make_report(graph, program))
+            told = f", metric {row['metric']:.6g}" if "metric" in row else ""
+            print(f"{name}: {level:.1f} dB against float on {row['measured_on']}{told}; written to {paths[name]}")
+            print(f"{controlled[i]}\n" if controlled else "")
     if report is not None:
         make_report(converted[0], programs).save(report)
+    if as_json:
+        output.as_json({"programs": rows})
+    return min_sqnr is None or all(row["sqnr_db"] >= min_sqnr for row in rows)
 
 
-def report(path: Path) -> None:
+def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Account for every op of a saved artefact or graph."""
     if serialize.is_graph(path):
-        print(make_report(serialize.load(path)))
+        output.show(make_report(serialize.load(path)), out, as_json)
         return
     made_for = _target_of(path)
     if made_for.is_code:  # what it says of itself; the program is not loaded, for that would run it
-        proof = read_metadata(path, made_for.name).proof
-        print(proof_text(made_for.name, path.stat().st_size, proof))
+        about, size = read_metadata(path, made_for.name), path.stat().st_size
+        output.show(saved_report(Saved(made_for.name, size, about.sites, about.proof, about.facts)), out, as_json)
     else:
-        print(program_text(_load(path, trust=False)))
+        output.show(saved_report(_load(path, trust=False)), out, as_json)
 
 
-def preview(model: str, calibration: str, backend: str, exclude: list[str], scheme: str | None, trust: bool) -> None:
+def preview(
+    model: str,
+    calibration: str,
+    backend: str,
+    exclude: list[str],
+    scheme: str | None,
+    trust: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Account for every op of a float model before any calibration."""
     exported = flow.export(sources.load_model(model, trust=trust), sources.load_batches(calibration)[0])
-    print(make_report(flow.prepare(exported, _target(backend).quantizer_class()(scheme, exclude=exclude))))
+    prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
+    output.show(make_report(prepared), out, as_json)
 
 
 def analyze(
@@ -137,37 +181,125 @@ def analyze(
     algorithms: list[str],
     report: Path | None,
     min_sqnr: float | None,
+    metric: str | None,
+    max_drop: float | None,
+    as_json: bool,
     trust: bool,
 ) -> bool:
-    """Say where the error comes from; whether the output's SQNR is what was asked for."""
+    """Say where the error comes from; whether the output's SQNR and the metric are what was asked for."""
+    judge = _metric(metric, max_drop)
     chosen, batches = _algorithms(algorithms), sources.load_batches(calibration)
     judged = batches if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust), batches[0])
-    prepared = flow.prepare(exported, _target(backend).quantizer_class()(scheme, exclude=exclude))
-    calibrate(prepared, batches)
+    prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
+    calibrate(prepared, batches, progress=not _is_quiet())
     if chosen:
-        flow.optimize(prepared, batches, chosen)
-    with _console.status("analyzing"):
+        held_out = None if validation is None else judged
+        flow.optimize(prepared, batches, chosen, validation=held_out, progress=not _is_quiet())
+    with output.status("analyzing", _is_quiet()):
         analysis = make_analysis(prepared, judged)
     if report is not None:
         make_report(prepared, analysis=analysis).save(report)
-    print(analysis)
-    print(f"measured on {'the calibration data' if validation is None else validation}")
-    return min_sqnr is None or analysis.output_db >= min_sqnr
+    values = [] if judge is None else [scored(judge, exported, "the float model"), flow.score_of(prepared, judge)]
+    if as_json:
+        told = {} if judge is None else {"float_metric": values[0], "metric": values[1]}
+        output.as_json({**analysis.to_dict(), **told})
+    else:
+        print(analysis)
+        print(f"measured on {'the calibration data' if validation is None else validation}")
+        if judge is not None:
+            print(f"metric: float {values[0]:.6g}, quantized {values[1]:.6g}")
+    kept = max_drop is None or values[0] - values[1] <= max_drop
+    return kept and (min_sqnr is None or analysis.output_db >= min_sqnr)
+
+
+def search(
+    model: str,
+    calibration: str,
+    budget: str,
+    schemes: list[str],
+    out: Path,
+    validation: str | None,
+    metric: str | None,
+    backend: str,
+    exclude: list[str],
+    allow_float: bool,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    """Search a plan and write it."""
+    judge, quantizer = _metric(metric, None), _target(backend).quantizer_class()
+    batches = sources.load_batches(calibration)
+    held_out = None if validation is None else sources.load_batches(validation)
+    exported = flow.export(sources.load_model(model, trust=trust), batches[0])
+    options = {"exclude": exclude} if exclude else {}
+    with output.status("searching", _is_quiet()):
+        found = make_search(
+            exported, batches, quantizer, schemes, validation=held_out, allow_float=allow_float, options=options
+        )
+        plan = found.plan(budget, metric=judge)
+    plan.save(out)
+    if as_json:
+        output.as_json({"path": str(out), **plan.about})
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in plan.about.items()))
+        print(f"written to {out}")
+
+
+def compare(
+    first: str,
+    second: str,
+    inputs: str,
+    min_sqnr: float | None,
+    metric: str | None,
+    max_drop: float | None,
+    as_json: bool,
+    trust: bool,
+) -> bool:
+    """Hold one model or artefact against another; whether it is as close as was asked for."""
+    judge, batches = _metric(metric, max_drop), sources.load_batches(inputs)
+    models = [_model_or_program(path, trust) for path in (first, second)]
+    compared = compare_models(models[0], models[1], batches)
+    values = [] if judge is None else [scored(judge, m, p) for m, p in zip(models, (first, second), strict=True)]
+    rows = {"sqnr_db": compared.sqnr_db, "agreement": compared.agreement, "max_abs": compared.max_abs}
+    rows |= {"first_metric": values[0], "second_metric": values[1]} if values else {}
+    if as_json:
+        output.as_json({**rows, "batches": len(batches), "outputs": [asdict(o) for o in compared.outputs]})
+    else:
+        print(f"{second} against {first}, on {len(batches)} batches of {inputs}")
+        print("\n".join(f"  {name}: {value:.6g}" for name, value in rows.items()))
+        several = compared.outputs if len(compared.outputs) > 1 else ()
+        for i, one in enumerate(several):
+            print(
+                f"  output {i}: {one.sqnr_db:.2f} dB, largest difference {one.max_abs:.4g}, {one.agreement:.2%} agree"
+            )
+    kept = max_drop is None or values[0] - values[1] <= max_drop
+    return kept and (min_sqnr is None or compared.sqnr_db >= min_sqnr)
+
+
+def profile(
+    path: str, inputs: str, reference: str | None, callers: list[int], rounds: int, as_json: bool, trust: bool
+) -> None:
+    """Measure what a program takes."""
+    other = None if reference is None else _model_or_program(reference, trust)
+    batch = sources.load_batches(inputs)[0]
+    with output.status("measuring", _is_quiet()):
+        measured = make_profile(_model_or_program(path, trust), batch, reference=other, callers=callers, rounds=rounds)
+    output.show(measured, None, as_json)
 
 
 def run(path: Path, inputs: str, trust: bool) -> None:
     """Run a saved artefact on inputs and print the shape and range of each output."""
     program = _load(path, trust)
     for i, batch in enumerate(sources.load_batches(inputs)):
-        for j, output in enumerate(pytree.tree_leaves(data.call(program, batch))):
-            if not isinstance(output, torch.Tensor) or not output.numel():
-                shown = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else repr(output)
+        for j, value in enumerate(pytree.tree_leaves(data.call(program, batch))):
+            if not isinstance(value, torch.Tensor) or not value.numel():
+                shown = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
                 print(f"batch {i} output {j}: {shown}")
                 continue
-            of, values = (" magnitude", output.abs()) if output.is_complex() else ("", output)
+            of, values = (" magnitude", value.abs()) if value.is_complex() else ("", value)
             low, high = values.double().aminmax()
-            print(f"batch {i} output {j}: shape {tuple(output.shape)}{of} from {float(low):.4g} to {float(high):.4g}")
+            print(f"batch {i} output {j}: shape {tuple(value.shape)}{of} from {float(low):.4g} to {float(high):.4g}")
 
 
 def targets() -> None:
@@ -185,6 +317,41 @@ def _target(name: str) -> Target:
         raise InputError(f"there is no backend {name!r}; choose from {', '.join(names())}")
     backend: Target = target(name)
     return backend
+
+
+def _quantizer(name: str, scheme: str | None, exclude: list[str], plan: Path | None) -> Any:
+    """The target's Quantizer, or one that follows a plan."""
+    made = _target(name).quantizer_class()
+    if plan is None:
+        return made(scheme, exclude=exclude)
+    if scheme is not None:
+        raise InputError("the plan says which scheme each weight gets: leave --scheme out")
+    return MixedPrecisionQuantizer(made, plan, **({"exclude": exclude} if exclude else {}))
+
+
+def _metric(reference: str | None, max_drop: float | None) -> Any:
+    """The user's metric, or None."""
+    if reference is None:
+        if max_drop is not None:
+            raise InputError("--max-drop bounds what a metric loses: give --metric package.module:function, too")
+        return None
+    metric = sources.resolve(reference)
+    check_metric(metric)
+    return metric
+
+
+def _model_or_program(reference: str, trust: bool) -> Any:
+    """An artefact, a saved graph, or a float model, by its path or `package.module:name`."""
+    path = Path(reference)
+    if not path.is_file():
+        return sources.load_model(reference, trust=trust).eval()
+    if path.suffix == ".pt2" and not archive.is_ours(path):
+        return sources.load_model(reference, trust=trust)
+    return serialize.load(path) if serialize.is_graph(path) else _load(path, trust)
+
+
+def _is_quiet() -> bool:
+    return bool(os.environ.get("TORCHQUANT_QUIET"))
 
 
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
@@ -211,8 +378,8 @@ def _lower(made_for: Target, graph: GraphModule, batch: Any) -> Program:
     """The artefact; where this machine is not what it is made for, with the options that prove it here all the same."""
     options, said = made_for.here()
     if said:
-        print(f"{made_for}: {said}")
-    program: Program = made_for.backend().lower(graph, batch, **options)
+        print(f"{made_for}: {said}", file=sys.stderr)
+    program: Program = made_for.backend().lower(graph, batch, **options, progress=not _is_quiet())
     return program
 
 

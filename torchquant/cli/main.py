@@ -1,4 +1,4 @@
-"""The `torchquant` command: quantize, report, analyze, run, targets."""
+"""The `torchquant` command: quantize, report, analyze, search, compare, profile, run, targets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from torchquant.backends import names
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
+from torchquant.files.archive import versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 TARGETS = names()
@@ -46,10 +47,30 @@ Algorithms = Annotated[
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="file to write the report to: a page (.html), JSON (.json) or text")
 ]
+Validation = Annotated[str | None, typer.Option("--validation", help="data to decide and measure on, as --calibration")]
+MetricName = Annotated[
+    str | None, typer.Option("--metric", help="package.module:function of a model; a number, higher is better")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text, and nothing else, on stdout")]
+MinSqnr = Annotated[float | None, typer.Option("--min-sqnr", help="dB of the output; exit code 2 if it has less")]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="run what is in the file, code or pickles: you know who wrote it"),
 ]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the versions", is_eager=True)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no warnings on stderr")] = False,
+) -> None:
+    """Quantize PyTorch models for any target, and see what that costs."""
+    if version:
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+    if quiet:
+        os.environ["TORCHQUANT_QUIET"] = "1"
+        warnings.filterwarnings("ignore", category=TorchquantWarning)
 
 
 @app.command()
@@ -65,11 +86,22 @@ def quantize(
         int | None, typer.Option(min=2, help="the same, up to this size, for which XNNPACK plans its memory")
     ] = None,
     algorithm: Algorithms = None,
+    validation: Validation = None,
+    metric: MetricName = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="of the metric: ops stay float so that no more is lost"),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="schemes of the weights, from `torchquant search`")
+    ] = None,
+    min_sqnr: MinSqnr = None,
     report: ReportFile = None,
+    as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
     """Quantize a model for one or several backends with one calibration, prove the artefacts, and write them."""
-    _commands().quantize(
+    holds = _commands().quantize(
         model,
         calibration,
         out,
@@ -79,9 +111,17 @@ def quantize(
         dynamic_batch,
         max_batch,
         algorithm or ["bias-correction"],
+        validation,
+        metric,
+        max_drop,
+        plan,
+        min_sqnr,
         report,
+        as_json,
         trust,
     )
+    if not holds:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -92,32 +132,38 @@ def report(
     backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
     exclude: Exclude = None,
     scheme: SchemeName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="write it instead of printing it: .html, .json, or text"),
+    ] = None,
+    as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
     """Account for every op: of a saved artefact, or of a float model before any calibration."""
     if path is not None:
-        _commands().report(path)
+        _commands().report(path, out, as_json)
     elif model is None or calibration is None:
         raise InputError("give a saved file, or --model and --calibration")
     else:
-        _commands().preview(model, calibration, backend, exclude or [], scheme, trust)
+        _commands().preview(model, calibration, backend, exclude or [], scheme, trust, out, as_json)
 
 
 @app.command()
 def analyze(
     model: Model,
     calibration: Calibration,
-    validation: Annotated[
-        str | None, typer.Option("--validation", help="data to measure on, as --calibration; that if left out")
-    ] = None,
+    validation: Validation = None,
     backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
     exclude: Exclude = None,
     scheme: SchemeName = None,
     algorithm: Algorithms = None,
     report: ReportFile = None,
-    min_sqnr: Annotated[
-        float | None, typer.Option("--min-sqnr", help="dB of the output; exit code 2 if it has less")
+    min_sqnr: MinSqnr = None,
+    metric: MetricName = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="of the metric, from float; exit code 2 if more is lost")
     ] = None,
+    as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
     """Say where the error comes from, op by op and tensor by tensor, and what to do about it."""
@@ -131,10 +177,77 @@ def analyze(
         algorithm or ["bias-correction"],
         report,
         min_sqnr,
+        metric,
+        max_drop,
+        as_json,
         trust,
     )
     if not holds:
         raise typer.Exit(2)
+
+
+@app.command()
+def search(
+    model: Model,
+    calibration: Calibration,
+    budget: Annotated[str, typer.Option("--budget", help="4.5bpw (bits a weight), 3MB, 500KiB, or 2ms (measured)")],
+    scheme: Annotated[list[str], typer.Option("--scheme", help="a scheme to choose from; repeatable")],
+    out: Annotated[Path, typer.Option("--out", help="file for the plan (.json), which quantize --plan takes")],
+    validation: Validation = None,
+    metric: MetricName = None,
+    backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
+    exclude: Exclude = None,
+    allow_float: Annotated[bool, typer.Option(help="a weight may stay float, too")] = False,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Choose a scheme for each weight: the least error under a budget, never worse than one scheme for all."""
+    _commands().search(
+        model,
+        calibration,
+        budget,
+        scheme,
+        out,
+        validation,
+        metric,
+        backend,
+        exclude or [],
+        allow_float,
+        as_json,
+        trust,
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="the reference: an artefact, or a model as for quantize")],
+    second: Annotated[str, typer.Argument(help="what is held against it, likewise")],
+    inputs: Annotated[str, typer.Option("--inputs", help="data, as --calibration of quantize")],
+    min_sqnr: MinSqnr = None,
+    metric: MetricName = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="of the metric, from A to B; exit code 2 if more is lost")
+    ] = None,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Run two models or artefacts on the same data and say how close their outputs are."""
+    if not _commands().compare(first, second, inputs, min_sqnr, metric, max_drop, as_json, trust):
+        raise typer.Exit(2)
+
+
+@app.command()
+def profile(
+    path: Annotated[str, typer.Argument(help="an artefact, or a model as for quantize")],
+    inputs: Annotated[str, typer.Option("--inputs", help="data, as --calibration of quantize; the first batch counts")],
+    reference: Annotated[str | None, typer.Option("--reference", help="another one, timed in turns with it")] = None,
+    callers: Annotated[list[int] | None, typer.Option("--callers", help="threads at once; repeatable")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="calls that count")] = 50,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Measure what a program takes: time and its parts, callers at once, memory, work, energy."""
+    _commands().profile(path, inputs, reference, callers or [1, 2], rounds, as_json, trust)
 
 
 @app.command()

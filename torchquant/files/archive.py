@@ -82,6 +82,15 @@ def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _checked(path, None)
 
 
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive that carries torchquant's JSON, undamaged or not."""
+    try:
+        with zipfile.ZipFile(path) as source:
+            return any(name.endswith(f"extra/{NAME}") for name in source.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def contents(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The JSON, and all members by their names without the archive's root, as they were checked; raises as `read`."""
     raw: dict[str, bytes] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,9 +16,10 @@ from torchquant.calibration import batches as data
 from torchquant.errors import LoweringError
 from torchquant.fx import passes
 from torchquant.fx.flat import Flat, flat
-from torchquant.fx.sites import mark_sites
+from torchquant.fx.sites import mark_sites, site_edges
 from torchquant.fx.storing import is_packed, unpack_weights
 from torchquant.fx.subclasses import has_parts, split_parts
+from torchquant.fx.work import work
 from torchquant.lowering.accounts import accountable_sites, left_float
 from torchquant.lowering.judging import Run
 from torchquant.lowering.proof import Verdict, cases_of, hold_against
@@ -172,7 +173,17 @@ def lower(
     left = {**left_float(sites, allowed, artefact.inside), **artefact.left_float}
     proof = Proof.of(verdict, artefact.kernels, len(steps.compute), artefact.fused, left)
     states, returns = reference.initial, reference.overwritten
-    return steps.finish(Metadata(reference.signature, sites, proof, states=states, returns=returns))
+    facts = facts_about(quantized, sites)
+    return steps.finish(Metadata(reference.signature, sites, proof, states=states, returns=returns, facts=facts))
+
+
+def facts_about(quantized: GraphModule, sites: Sequence[Site]) -> dict[str, Any]:
+    """What a program keeps of its graph, so that its report can be made again."""
+    return {
+        "edges": [list(edge) for edge in site_edges(quantized, sites)],
+        "weight_bytes": passes.weight_bytes(quantized),
+        "work": [asdict(row) for row in work(quantized)],
+    }
 
 
 def _plain(quantized: GraphModule) -> GraphModule:

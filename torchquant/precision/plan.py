@@ -54,8 +54,8 @@ class Plan:
             InputError: it is no plan, or one with another version, missing or unknown fields, or values of other types.
         """
         try:
-            read = json.loads(text)
-        except ValueError as error:
+            read = json.loads(text, object_pairs_hook=_once)
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{where} is no JSON: {error}") from error
         if not isinstance(read, dict) or read.get("kind") != _KIND:
             raise InputError(f"{where} is no plan: its kind is not {_KIND!r}")
@@ -71,7 +71,9 @@ class Plan:
         return Plan(read["quantizer"], read["scheme"], read["schemes"], shapes, read.get("about", {}))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, whole or not at all; raises InputError if `path` is no path."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"a plan is saved to a path, not to {path!r:.80}")
         return write_whole(path, lambda part: part.write_text(self.to_json(), encoding="utf-8"))
 
     @staticmethod
@@ -81,6 +83,8 @@ class Plan:
         Raises:
             InputError: there is no such file, or see `from_json`.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"a plan is read from a path, not from {path!r:.80}")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -89,6 +93,8 @@ class Plan:
 
     def check(self, model: GraphModule) -> None:
         """Raise InputError unless the plan is for this model: every op with its weight's shape, and no other."""
+        if not isinstance(model, GraphModule):
+            raise InputError(f"a plan is checked against a GraphModule, from torchquant.export, not {model!r:.80}")
         present = weighted_sites(model)
         gone = [name for name in self.schemes if name not in present]
         gone += [name for name in self.shapes if name not in present and name not in gone]
@@ -114,6 +120,14 @@ class Plan:
         parts += [f"ops that read one weight have several schemes: {', '.join(torn[:_SHOWN])}"] if torn else []
         if parts:
             raise InputError(f"the plan does not fit the model. {'; '.join(parts)}. Search again, or edit the plan")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name stands twice, where the last one would win without a word."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice[:_SHOWN]))} stands in it twice")
+    return dict(pairs)
 
 
 def _is_schemes(value: Any) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -14,14 +14,20 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant import flow
 from torchquant.analysis.walk import analyze
+from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
-from torchquant.errors import InputError, MissingDependencyError
+from torchquant.errors import InputError, MissingDependencyError, SchemeError
 from torchquant.fx.blocks import weight_grid, weight_of
 from torchquant.fx.reading import is_prepared
+from torchquant.measure.metric import Metric, check_metric
+from torchquant.precision.measured import Bench
 from torchquant.precision.plan import Plan, weighted_sites
+from torchquant.types import check_whole
 
 __all__ = ["Choice", "Search", "search"]
 
+_MOST_POINTS = 1000
+Cost = Callable[["Choice"], float]
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -33,11 +39,13 @@ class Choice:
         scheme: its name, None for float.
         size_bytes: of the codes, scales and zero points.
         noise: what it adds to the output's error, as a share of the output's energy; estimated by second order.
+        ms: what it takes in a call, where that was measured.
     """
 
     scheme: str | None
     size_bytes: int
     noise: float
+    ms: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Search:
         choices: patterns of the ops that share a weight -> what they may get.
         shapes: pattern -> shape of its weight.
         weights: how many there are, each once.
+        bench: makes and measures the graphs of plans; None: plans are estimates alone.
+        fixed_ms: of a call, beside the ops with weights, where choices were timed.
     """
 
     quantizer: str
@@ -56,6 +66,8 @@ class Search:
     choices: Mapping[tuple[str, ...], tuple[Choice, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     weights: int
+    bench: Bench | None = field(default=None, repr=False, compare=False)
+    fixed_ms: float = math.nan
 
     @property
     def least_bytes(self) -> int:
@@ -82,22 +94,88 @@ class Search:
             )
         return size
 
-    def plan(self, budget: str | float) -> Plan:
-        """The plan with the least estimated error that fits the budget, by integer programming (exact).
+    def plan(self, budget: str | float, *, metric: Metric | None = None, measure: bool = True) -> Plan:
+        """The plan with the least estimated error that fits the budget, unless one scheme for all measures better.
+
+        The first is found by integer programming (exact). It is held against each uniform plan that fits: all are
+        made and measured, and the best one is returned; `about` says what was measured, and on what.
+
+        Args:
+            budget: `"4.5bpw"`, `"3MB"`, a number of bytes; or `"2ms"` for a call on the first batch, on one thread: ops
+                are timed here, in each scheme, and one program for what the rest takes.
+            metric: decides instead of the SQNR, see `optimize`.
+            measure: if not, the estimate alone decides, and costs nothing.
 
         Raises:
-            InputError: see `bytes_of`. MissingDependencyError: SciPy is not installed.
+            InputError: see `bytes_of`. MissingDependencyError: SciPy is not installed. SchemeError: milliseconds for a
+                target whose ops cannot be timed.
         """
-        size = self.bytes_of(budget)
-        return self._written(_solved(list(self.choices.values()), size), budget)
+        if metric is not None:
+            check_metric(metric)
+        limit = _milliseconds(budget)
+        search = self if limit is None else self._timed()
+        cost, most = _size, float(self.bytes_of(budget)) if limit is None else 0.0
+        if limit is not None:
+            cost, most = _time, search._left_ms(limit)
+        best = search._written(_solved(list(search.choices.values()), most, cost), budget)
+        if measure and search.bench is not None:
+            best = search._never_below_uniform(best, budget, metric, cost, most)
+        return best
+
+    def _never_below_uniform(self, plan: Plan, budget: Any, metric: Metric | None, cost: Cost, most: float) -> Plan:
+        """The plan, or the uniform one that fits and that measures better."""
+        assert self.bench is not None
+        fitting = {s: picks for s in self._known() if sum(map(cost, picks := self._picks(s))) <= most * (1 + 1e-9)}
+        measured = {"": (self.bench.figure(plan, metric), plan)}
+        for scheme, picks in fitting.items():
+            uniform = self._written(picks, budget)
+            measured[scheme] = self.bench.figure(uniform, metric), uniform
+        name = max(measured, key=lambda key: (measured[key][0], key == ""))
+        (score, db), best = measured[name]
+        about = {
+            **best.about,
+            "measured_db": round(db, 2) if math.isfinite(db) else None,
+            "measured_on": self.bench.measured_on,
+            **({"metric": score} if metric is not None else {}),
+        }
+        if fitting:
+            scheme = max(fitting, key=lambda s: measured[s][0])
+            (other, other_db), _ = measured[scheme]
+            about |= {"uniform": scheme, "uniform_db": round(other_db, 2) if math.isfinite(other_db) else None}
+            about |= {"uniform_metric": other} if metric is not None else {}
+        return replace(best, about=about | ({"kept": f"uniform {name}, which measures better"} if name else {}))
+
+    def _timed(self) -> Search:
+        """With the milliseconds of each choice."""
+        if self.bench is None:
+            raise InputError("this search has no graph to time: search again")
+        schemes = {choice.scheme for choices in self.choices.values() for choice in choices}
+        times = {s: self.bench.op_ms(None if s is None else self.uniform(s)) for s in schemes}
+        choices = {
+            names: tuple(replace(c, ms=sum(times[c.scheme].get(n, math.nan) for n in names)) for c in options)
+            for names, options in self.choices.items()
+        }
+        lost = [names[0] for names, options in choices.items() if any(math.isnan(c.ms) for c in options)]
+        if lost:
+            raise SchemeError(f"{', '.join(lost[:5])} cannot be timed by themselves: give the budget in bytes or bpw")
+        return replace(self, choices=choices, fixed_ms=self.bench.fixed_ms(self.uniform(self._known()[0])))
+
+    def _left_ms(self, limit: float) -> float:
+        """What a limit leaves to the weighted ops."""
+        least = self.fixed_ms + sum(min(c.ms for c in choices) for choices in self.choices.values())
+        if limit < least:
+            raise InputError(
+                f"a budget of {limit:g} ms is too little: the fastest plan is expected to take {least:.3g} ms here, "
+                f"{self.fixed_ms:.3g} ms of them beside the ops with weights"
+            )
+        return limit - self.fixed_ms
 
     def curve(self, points: int = 8) -> list[Plan]:
         """Plans from the smallest to the largest budget that still helps, evenly spaced; the Pareto front."""
-        if type(points) is not int or points < 2:
-            raise InputError(f"a curve has two points or more, not {points!r}")
+        check_whole(points, "points of a curve", 2, _MOST_POINTS)
         low, high = self.least_bytes, self.most_bytes
         sizes = sorted({round(low + (high - low) * i / (points - 1)) for i in range(points)})
-        return [self.plan(size) for size in sizes]
+        return [self.plan(size, measure=False) for size in sizes]
 
     def uniform(self, scheme: str) -> Plan:
         """All weights in one scheme; those that it does not take in the best of theirs.
@@ -105,14 +183,21 @@ class Search:
         Raises:
             InputError: it is none of those that were searched.
         """
-        known = {choice.scheme for choices in self.choices.values() for choice in choices} - {None}
+        known = self._known()
         if scheme not in known:
-            raise InputError(f"scheme {scheme!r} was not searched; these were: {', '.join(sorted(map(str, known)))}")
-        picks = [
+            raise InputError(f"scheme {scheme!r} was not searched; these were: {', '.join(sorted(known))}")
+        return self._written(self._picks(scheme), scheme)
+
+    def _known(self) -> list[str]:
+        """The schemes that were searched, in their order."""
+        found = dict.fromkeys(choice.scheme for choices in self.choices.values() for choice in choices)
+        return [scheme for scheme in found if scheme is not None]
+
+    def _picks(self, scheme: str) -> list[Choice]:
+        return [
             next((c for c in choices if c.scheme == scheme), min(choices, key=lambda c: (c.noise, c.size_bytes)))
             for choices in self.choices.values()
         ]
-        return self._written(picks, scheme)
 
     def _written(self, picks: Sequence[Choice], budget: str | float) -> Plan:
         schemes = {name: pick.scheme for names, pick in zip(self.choices, picks, strict=True) for name in names}
@@ -123,6 +208,8 @@ class Search:
             "bits_per_weight": round(8 * size / max(self.weights, 1), 4),
             "expected_db": round(-10 * math.log10(noise), 2) if noise > 0 else None,
         }
+        if not math.isnan(self.fixed_ms):
+            about["expected_ms"] = round(sum(pick.ms for pick in picks) + self.fixed_ms, 4)
         return Plan(self.quantizer, self.scheme, schemes, self.shapes, about)
 
 
@@ -132,6 +219,7 @@ def search(
     quantizer: type[Quantizer],
     schemes: Sequence[str],
     *,
+    validation: Iterable[Any] | None = None,
     allow_float: bool = False,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -140,7 +228,8 @@ def search(
 
     Args:
         exported: the float graph, from `export` or `export_causal_lm`.
-        batches: to calibrate and measure on.
+        batches: to calibrate on.
+        validation: others, to measure on; `batches` if None.
         quantizer: class of a Quantizer of torchquant's, e.g. `X86Quantizer`.
         schemes: names of its schemes to choose from, e.g. `["w8", "w4_g64", "w3_g64"]`.
         allow_float: a weight may stay float too.
@@ -160,7 +249,9 @@ def search(
     fixed = sorted({"scheme", "overrides"} & set(options or {}))
     if fixed:
         raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
-    kept, schemes = list(batches), list(dict.fromkeys(schemes))
+    check_whole(seed, "seed")
+    kept, schemes = data.listed(batches, "batches"), list(dict.fromkeys(schemes))
+    judged = kept if validation is None else data.listed(validation, "validation")
     costs: dict[str, dict[str, Choice]] = {}
     shared: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -168,7 +259,7 @@ def search(
     for scheme in schemes:
         prepared = flow.prepare(exported, quantizer(scheme, **(options or {})))
         calibrate(prepared, kept, progress=False)
-        _measure(prepared, kept, scheme, seed, costs, shared, shapes, sizes)
+        _measure(prepared, judged, scheme, seed, costs, shared, shapes, sizes)
     if not costs:
         raise InputError(f"{quantizer.__name__} quantizes no weight of this model in {', '.join(schemes)}")
     choices: dict[tuple[str, ...], tuple[Choice, ...]] = {}
@@ -179,7 +270,8 @@ def search(
             numel = math.prod(shapes[names[0]])
             weights += numel
             choices[names] = _together([costs[name] for name in names], numel * sizes[names[0]], allow_float)
-    return Search(quantizer.__name__, schemes[0], choices, shapes, weights)
+    bench = Bench(exported, kept, judged, quantizer, options or {})
+    return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
 
 
 def _measure(
@@ -229,12 +321,26 @@ def _parsed(budget: str | float, weights: int) -> int:
     read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", budget) if isinstance(budget, str) else None
     unit = "" if read is None else read[2].lower()
     if read is None or unit not in (*_UNITS, "bpw"):
-        raise InputError(f'budget {budget!r} is no size: write "4.5bpw", "3MB", "500KiB", or a number of bytes')
+        raise InputError(f'budget {budget!r} is no size: write "4.5bpw", "3MB", "500KiB", "2ms", or a number of bytes')
     return int(float(read[1]) * (weights / 8 if unit == "bpw" else _UNITS[unit]))
 
 
-def _solved(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice]:
-    """One choice each, with the least noise in all, of at most so many bytes."""
+def _size(choice: Choice) -> float:
+    return float(choice.size_bytes)
+
+
+def _time(choice: Choice) -> float:
+    return choice.ms
+
+
+def _milliseconds(budget: str | float) -> float | None:
+    """A budget of time; None if it is one of bytes."""
+    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*ms\s*", budget.lower()) if isinstance(budget, str) else None
+    return None if read is None else float(read[1])
+
+
+def _solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice]:
+    """One choice each, with the least noise in all, of at most so many bytes or milliseconds."""
     try:
         optimize: Any = import_module("scipy.optimize")
         numpy: Any = import_module("numpy")
@@ -242,20 +348,20 @@ def _solved(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice]:
         raise MissingDependencyError("a plan is found by SciPy: pip install 'torchquant[search]'") from error
     flat = [(i, choice) for i, options in enumerate(choices) for choice in options]
     noise = numpy.array([choice.noise for _, choice in flat])
-    sizes = numpy.array([float(choice.size_bytes) for _, choice in flat])
+    sizes = numpy.array([cost(choice) for _, choice in flat])
     one_each = numpy.zeros((len(choices), len(flat)))
     one_each[[i for i, _ in flat], range(len(flat))] = 1
     scale = max(float(noise.max()), 1e-30)
     answer = optimize.milp(
-        noise / scale + 1e-12 * sizes / max(float(sizes.max()), 1.0),  # of equal ones the smaller
+        noise / scale + 1e-12 * sizes / max(float(sizes.max()), 1e-30),  # of equal ones the smaller
         constraints=[
             optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sizes[None, :] / max(size, 1), -numpy.inf, 1 + 1e-12),
+            optimize.LinearConstraint(sizes[None, :] / max(most, 1e-9), -numpy.inf, 1 + 1e-12),
         ],
         integrality=numpy.ones(len(flat)),
         bounds=optimize.Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
     if answer.x is None:
-        raise InputError(f"the solver found no plan of {size:,} bytes: {answer.message}")
+        raise InputError(f"the solver found no plan within {most:,.6g}: {answer.message}")
     return [flat[k][1] for k in sorted(numpy.flatnonzero(answer.x > 0.5).tolist(), key=lambda k: flat[k][0])]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,36 @@ from torchquant.types import Site
 
 __all__ = ["Report", "program_text", "proof_text", "report"]
 
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Reported(Protocol):
+    """A program, or what is known of one that is not loaded."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+    @property
+    def proof(self) -> Proof | None: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
 
 class Analyzed(Protocol):
     """What `analyze` returns."""
 
     def to_dict(self) -> dict[str, Any]:
         """As numbers, strings and lists."""
+
+
+class Profiled(Protocol):
+    """What `profile` returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As numbers, strings and lists, `site_ms` among them."""
 
 
 class Planned(Protocol):
@@ -49,17 +73,19 @@ class Report:
     """The sites of one graph and the programs that were lowered from it. `str()` gives a table for people.
 
     Args:
-        sites, weight_bytes: of the graph. programs: lowered from it.
+        sites, weight_bytes: of the graph; None bytes where they are not known. programs: lowered from it.
         edges: (site, site) by node: the one reads what the other made, through ops that are no sites or not.
         analysis: what `analyze` found. plans: of `search`, for the plot of the Pareto front.
+        profile: what `profile` measured: times of ops.
     """
 
     sites: tuple[Site, ...]
-    weight_bytes: int
-    programs: tuple[Program, ...] = ()
+    weight_bytes: int | None
+    programs: tuple[Reported, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
     analysis: Analyzed | None = None
     plans: tuple[Planned, ...] = ()
+    profile: Profiled | None = None
 
     def count(self, status: str, *, compute: bool | None = None) -> int:
         """How many sites have a status; `compute=True` counts convolutions, linears, matmuls ... only."""
@@ -79,13 +105,16 @@ class Report:
                 console.print(table)
         for program in self.programs:
             console.print(program_text(program), highlight=False, markup=False)
+        if self.profile is not None:
+            console.print(f"\n{self.profile}", highlight=False, markup=False)
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
 
     def summary(self) -> str:
         """One line: coverage, statuses, bytes."""
         counts = Counter(s.status for s in self.sites if s.compute)
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no compute ops"
-        return f"compute ops quantized: {self.coverage} ({statuses}); weights {self.weight_bytes:,} bytes"
+        size = "" if self.weight_bytes is None else f"; weights {self.weight_bytes:,} bytes"
+        return f"compute ops quantized: {self.coverage} ({statuses}){size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, as docs/report.schema.json says."""
@@ -100,6 +129,7 @@ class Report:
             "graph": {"nodes": [[name, *at] for name, at in place.items()], "edges": [list(e) for e in self.edges]},
             "programs": [_program(program) for program in self.programs],
             "analysis": None if self.analysis is None else self.analysis.to_dict(),
+            "profile": None if self.profile is None else self.profile.to_dict(),
             "plans": [dict(plan.about) for plan in self.plans],
             "versions": dict(versions()),
         }
@@ -128,22 +158,16 @@ class Report:
         return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _compute_table(self) -> Table:
-        table = Table(
-            "node",
-            "op",
-            "module",
-            "status",
-            "activation",
-            "weight",
-            "reason",
-            box=None,
-            pad_edge=False,
-            show_edge=False,
-        )
+        heads = ["node", "op", "module", "status", "activation", "weight", "reason"]
+        times: Mapping[str, float] = {} if self.profile is None else self.profile.to_dict()["site_ms"]
+        table = Table(*heads, *(["ms"] if times else []), box=None, pad_edge=False, show_edge=False)
         for s in self.sites:
             if s.compute:
                 activation, weight = (q.describe() if q else "float" for q in (s.activation, s.weight))
-                table.add_row(*map(Text, (s.node, s.op, s.module, s.status, activation, weight, s.reason)))
+                cells = [s.node, s.op, s.module, s.status, activation, weight, s.reason]
+                if times:
+                    cells.append(f"{times[s.node]:.4f}" if s.node in times else "")
+                table.add_row(*map(Text, cells))
         return table
 
     def _other_table(self) -> Table:
@@ -163,7 +187,43 @@ def _check_analysis(analysis: Analyzed, sites: Sequence[Site]) -> None:
         raise InputError(f"the analysis is of another graph: {', '.join(sorted(strangers)[:5])} are not in this one")
 
 
-def _program(program: Program) -> dict[str, Any]:
+def _check_profile(profile: Profiled, sites: Sequence[Site]) -> None:
+    """Raise InputError unless it is one, of a program with these sites."""
+    described = profile.to_dict() if callable(getattr(profile, "to_dict", None)) else {}
+    if "site_ms" not in described:
+        raise InputError(f"profile is what torchquant.profile returned, not {profile!r:.80}")
+    strangers = sorted(described["site_ms"].keys() - {s.node for s in sites})
+    if strangers:
+        raise InputError(f"the profile is of another graph: {', '.join(strangers[:5])} are not in this one")
+
+
+def _flat_programs(programs: Sequence[Any], sites: Sequence[Site]) -> tuple[Program, ...]:
+    """The programs, each checked to be one that was lowered from a graph with these sites."""
+    flat = [p for group in programs for p in (group if isinstance(group, (list, tuple)) else [group])]
+    present = {site.node: site for site in sites}
+    for program in flat:
+        if not isinstance(program, Program):
+            raise InputError(f"programs are what a backend's lower() or load() returned, not {program!r:.80}")
+        strange = [s.node for s in program.sites if s.node not in present or present[s.node].op != s.op]
+        known = {s.node for s in program.sites}
+        gone = [s.node for s in sites if s.compute and s.node not in known] if program.sites else []
+        if strange or gone:
+            what = f"{', '.join(strange[:5])} are not in this graph" if strange else f"{', '.join(gone[:5])} not in it"
+            raise InputError(f"the program for {program.target} was lowered from another graph: {what}")
+    return tuple(flat)
+
+
+def _checked_plans(plans: Any) -> tuple[Planned, ...]:
+    """Plans, or InputError."""
+    several = isinstance(plans, Iterable) and not isinstance(plans, (str, Mapping))
+    kept = list(plans) if several else [plans]
+    wrong = [plan for plan in kept if not isinstance(getattr(plan, "about", None), Mapping)]
+    if wrong or not several:
+        raise InputError(f"plans is a list of plans, as search(...).curve() gives, not {(wrong or kept)[0]!r:.80}")
+    return tuple(kept)
+
+
+def _program(program: Reported) -> dict[str, Any]:
     described: dict[str, Any] = {"target": program.target, "size_bytes": program.size_bytes, "outcome": "no proof"}
     proof = program.proof
     if proof is not None:
@@ -187,12 +247,12 @@ def _general(reason: str) -> str:
     return "fused into the op before it" if reason.startswith("fused into") else reason
 
 
-def program_text(program: Program) -> str:
+def program_text(program: Reported) -> str:
     """A program's size, kernels, proof, and what it runs in float."""
-    return proof_text(program.target, program.size_bytes, program.proof)
+    return proof_text(program.target, program.size_bytes, program.proof, program.facts)
 
 
-def proof_text(target: str, size_bytes: int, proof: Proof | None) -> str:
+def proof_text(target: str, size_bytes: int, proof: Proof | None, facts: Mapping[str, Any] = _NOTHING) -> str:
     """The same of what a file says of the program in it."""
     if proof is None:
         return f"\n{target}: {size_bytes:,} bytes (the file carries no proof; lower again to get one)"
@@ -205,6 +265,9 @@ def proof_text(target: str, size_bytes: int, proof: Proof | None) -> str:
         f"largest difference {proof.comparison.max_abs:.3g}",
         *([f"  proof: {proof.outcome}: {proof.reason}"] if proof.reason else []),
     ]
+    if race := facts.get("race_ms"):
+        timed = ", ".join(f"{name} {ms:.3g} ms" for name, ms in race.items())
+        lines.append(f"  a call, timed in turns when it was lowered: {timed}")
     lines += [f"  float: {op}: {why}" for op, why in sorted(proof.left_float.items())]
     return "\n".join(lines)
 
@@ -213,6 +276,7 @@ def report(
     graph: GraphModule,
     *programs: Program | Sequence[Program],
     analysis: Analyzed | None = None,
+    profile: Profiled | None = None,
     plans: Sequence[Planned] = (),
 ) -> Report:
     """Account for every op of a prepared or converted graph, whoever wrote the Quantizer.
@@ -220,17 +284,20 @@ def report(
     Args:
         graph: what `prepare_pt2e` or `convert_pt2e` returned.
         programs: what backends lowered from it, if any.
-        analysis: what `analyze` found in the prepared graph. plans: what `search(...).curve()` gave.
+        analysis: what `analyze` found in the prepared graph.
+        profile: what `profile` measured of a program.
+        plans: what `search(...).curve()` gave.
 
     Raises:
-        InputError: `graph` is no GraphModule.
+        InputError: `graph` is no GraphModule, or an analysis or a program is of another one.
     """
     if not isinstance(graph, GraphModule):
         raise InputError(f"report takes a prepared or converted GraphModule, not {type(graph).__name__}")
-    flat = [p for group in programs for p in (group if isinstance(group, (list, tuple)) else [group])]
     sites = tuple(read_sites(graph))
     if analysis is not None:
         _check_analysis(analysis, sites)
+    if profile is not None:
+        _check_profile(profile, sites)
     edges = tuple(site_edges(graph, sites))
-    programs_: tuple[Program, ...] = tuple(flat)  # type: ignore[arg-type]
-    return Report(sites, passes.weight_bytes(graph), programs_, edges, analysis, tuple(plans))
+    flat = _flat_programs(programs, sites)
+    return Report(sites, passes.weight_bytes(graph), flat, edges, analysis, _checked_plans(plans), profile)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from torchquant.calibration import batches as data
@@ -19,7 +17,7 @@ from torchquant.calibration.calibrate import recalibrate
 from torchquant.calibration.digests import digest_of
 from torchquant.calibration.parallel import agree, anywhere, everywhere, is_parallel, together
 from torchquant.calibration.stream import Stream, Task, given_to
-from torchquant.errors import InputError, TorchquantWarning
+from torchquant.errors import InputError
 from torchquant.fx import ops, patterns
 from torchquant.fx.batch_axes import lacks_batch_axis
 from torchquant.fx.blocks import Span, is_shared, weight_of
@@ -27,16 +25,16 @@ from torchquant.fx.passes import copy_graph
 from torchquant.fx.reading import observers
 from torchquant.solving.checkpoints import Checkpoints, Parts, read, write
 from torchquant.solving.contract import Algorithm, Clock, Judging, Measuring, Noting, Solver, Transform
+from torchquant.solving.judging import Figure, Judge, Score, note, split
 from torchquant.solving.progress import bar_of, peak_bytes
 from torchquant.solving.results import Optimization, SpanResult
 from torchquant.solving.solved import Solution, SolvedActivation, SolvedWeight, apply
 from torchquant.surroundings import own_modes
+from torchquant.types import check_whole
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "run"]
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-_JUDGED_EVERY = 4  # batches
-_JUDGED_BATCHES, _JUDGED_PLACES = 8, 1024  # at least so many batches, or two with so many samples and tokens
 
 
 @dataclass
@@ -64,6 +62,8 @@ def run(
     batches: Iterable[Any],
     algorithms: Sequence[Algorithm],
     *,
+    validation: Iterable[Any] | None = None,
+    score: Score | None = None,
     budget_s: float | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     checkpoint: str | Path | None = None,
@@ -71,51 +71,54 @@ def run(
     exclude: Sequence[str] = (),
     progress: bool = True,
 ) -> Optimization:
-    """See `torchquant.optimize`."""
+    """See `torchquant.optimize`; `score` is its metric, of a prepared graph."""
     with together("optimize"), own_modes():
+        _check(prepared, algorithms, budget_s)
+        check_whole(seed, "seed")
+        check_whole(memory_bytes, "memory_bytes")
         if is_parallel():
             agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
             agree(digest_of(prepared), "the graph that `optimize` is given")
-        return _run(prepared, batches, algorithms, budget_s, memory_bytes, checkpoint, seed, exclude, progress)
+        settings = _Settings(
+            math.inf if budget_s is None else budget_s,
+            memory_bytes,
+            None if checkpoint is None else Path(checkpoint),
+            seed,
+            frozenset(node.name for pattern in exclude for node in patterns.match(prepared, pattern)),
+            progress,
+        )
+        solved_on, held_out = list(data.checked(prepared, batches)), None
+        if validation is not None:
+            held_out = list(data.checked(prepared, validation))
+        elif algorithms:
+            solved_on, held_out = split(solved_on)
+        judge = Judge(prepared, solved_on, held_out, score, memory_bytes)
+        return _run(prepared, given_to(prepared, solved_on), algorithms, settings, judge)
 
 
 def _run(
     prepared: GraphModule,
-    batches: Iterable[Any],
+    kept: Sequence[data.Given],
     algorithms: Sequence[Algorithm],
-    budget_s: float | None,
-    memory_bytes: int,
-    checkpoint: str | Path | None,
-    seed: int,
-    exclude: Sequence[str],
-    progress: bool,
+    settings: _Settings,
+    judge: Judge,
 ) -> Optimization:
-    _check(prepared, algorithms, budget_s)
-    kept = given_to(prepared, list(data.checked(prepared, batches)))
-    settings = _Settings(
-        math.inf if budget_s is None else budget_s,
-        memory_bytes,
-        None if checkpoint is None else Path(checkpoint),
-        seed,
-        frozenset(node.name for pattern in exclude for node in patterns.match(prepared, pattern)),
-        progress,
-    )
-    result = Optimization()
-    result.steps.append(("as calibrated", _measured(prepared, kept, settings), True))
-    choices = (settings.seed, sorted(settings.excluded), budget_s)
+    result = Optimization(measured_on=judge.measured_on)
+    note(result, "as calibrated", judge.figure(prepared), True)
+    choices = (settings.seed, sorted(settings.excluded), None if math.isinf(settings.budget_s) else settings.budget_s)
     checkpoints = Checkpoints.open(settings.checkpoint, prepared, kept, algorithms, choices)
     original = copy_graph(prepared)
     try:
         with checkpoints.claimed():
             for number, algorithm in enumerate(algorithms):
                 if isinstance(algorithm, Solver):
-                    _solve(prepared, kept, algorithm, number, settings, checkpoints, result)
+                    _solve(prepared, kept, algorithm, number, settings, checkpoints, judge, result)
                 else:
-                    _transform(prepared, kept, algorithm, settings, result)
+                    _transform(prepared, kept, algorithm, settings, judge, result)
         if is_parallel():
             agree(digest_of(prepared), "what the algorithms made of the graph")
     except BaseException as error:
-        if checkpoint is not None or not isinstance(error, KeyboardInterrupt):
+        if settings.checkpoint is not None or not isinstance(error, KeyboardInterrupt):
             _become(prepared, original)
         prepared.recompile()
         raise
@@ -138,6 +141,10 @@ def _description(
 
 
 def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: float | None) -> None:
+    if isinstance(algorithms, str) or not isinstance(algorithms, Sequence):
+        name = algorithms.__name__ if isinstance(algorithms, type) else type(algorithms).__name__
+        hint = f": write [{name}()]" if isinstance(algorithms, (Solver, Transform)) else ""
+        raise InputError(f"algorithms is a list of algorithms, not a single {name}{hint}")
     solved = any(isinstance(o, (SolvedWeight, SolvedActivation)) for _, o in observers(prepared))
     for algorithm in algorithms:
         if isinstance(algorithm, type):
@@ -153,7 +160,7 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
                 f"{type(algorithm).__name__} changes float weights, so it must come before the algorithms that choose "
                 "codes and ranges for them"
             )
-    if budget_s is not None and not budget_s > 0:
+    if budget_s is not None and (isinstance(budget_s, (str, bool)) or not budget_s > 0):
         raise InputError(f"budget_s is {budget_s}; it must be above 0 seconds")
     elsewhere = {t.device.type for t in (*prepared.parameters(), *prepared.buffers())} - {"cpu"}
     if algorithms and elsewhere:
@@ -173,7 +180,12 @@ def _check(prepared: GraphModule, algorithms: Sequence[Algorithm], budget_s: flo
 
 
 def _transform(
-    prepared: GraphModule, batches: Sequence[Any], algorithm: Any, settings: _Settings, result: Optimization
+    prepared: GraphModule,
+    batches: Sequence[Any],
+    algorithm: Any,
+    settings: _Settings,
+    judge: Judge,
+    result: Optimization,
 ) -> None:
     """Rewrite a copy, calibrate it again, and keep it if its output is no worse."""
     name, trial = type(algorithm).__name__, copy_graph(prepared)
@@ -184,8 +196,7 @@ def _transform(
         return
     trial.recompile()
     recalibrate(trial, batches, progress=settings.progress)
-    _judge(name, _measured(trial, batches, settings), lambda: None, result)
-    if result.steps[-1][2]:
+    if judge.step(name, judge.figure(trial), lambda: None, result):
         _become(prepared, trial)
 
 
@@ -225,11 +236,12 @@ def _solve(
     number: int,
     settings: _Settings,
     checkpoints: Checkpoints,
+    judge: Judge,
     result: Optimization,
 ) -> None:
     name, kept = type(algorithm).__name__, dict[Span, _Kept]()
     spans = algorithm.spans(prepared, settings.excluded)
-    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes, judged_every=_judged_every(batches))
+    stream = Stream(prepared, batches, budget_bytes=settings.memory_bytes, judged_every=judge.walked_every)
     weights = [_cost(span) for span in spans]
     late = 0
     with closing(stream), bar_of(settings.progress) as bar:
@@ -249,11 +261,9 @@ def _solve(
     result.spilled_bytes += stream.store.spilled_bytes
     if late:
         result.notes.append(f"{name}: the time was up; {late} of {len(spans)} spans were left as they were")
-    after = _db(stream)
     shared = [span for span, answer in kept.items() if answer.solution is not None]
-    if shared:
-        after = _judge_shared(name, prepared, kept, shared, lambda: _measured(prepared, batches, settings), result)
-    _judge(name, after, lambda: _take_back(kept.values()), result)
+    after = _judge_shared(name, prepared, kept, shared, judge, result) if shared else judge.figure(prepared, stream)
+    judge.step(name, after, lambda: _take_back(kept.values()), result)
 
 
 def _judge_shared(
@@ -261,50 +271,25 @@ def _judge_shared(
     prepared: GraphModule,
     kept: dict[Span, _Kept],
     shared: Sequence[Span],
-    measured: Callable[[], float],
+    judge: Judge,
     result: Optimization,
-) -> float:
-    """Take back each answer for a weight that other ops read too, if that is better; returns the SQNR in dB.
+) -> Figure:
+    """Take back each answer for a weight that other ops read, too, if that is better; returns the best figure.
 
     The walk saw readers in front of a span (lookups in a table that is also the head) with what stood there before.
     """
-    best = measured()
+    best = judge.figure(prepared)
     for span in reversed(shared):
         kept[span].undo()
-        without = measured()
+        without = judge.figure(prepared)
         solution = kept[span].solution
-        if best >= without and solution is not None:
+        if solution is not None and everywhere(best.holds_against(without)):
             kept[span] = _Kept(solution, apply(prepared, solution))
         else:
             best = without
             del kept[span]
             result.notes.append(f"{name}: {span.name}: left as it was, for the sake of other readers of its weight")
     return best
-
-
-def _judged_every(batches: Sequence[data.Given]) -> int:
-    """Of how many batches one is judged: of four, where enough is left; each costs a run of the whole network."""
-    places = [max((_places(leaf) for leaf in batch.leaves), default=1) for batch in batches]
-    for every in range(_JUDGED_EVERY, 1, -1):
-        judged = places[::every]
-        if len(judged) >= _JUDGED_BATCHES or (len(judged) > 1 and sum(judged) >= _JUDGED_PLACES):
-            return every
-    return 1
-
-
-def _places(leaf: object) -> int:
-    """Samples of an input, and of integers (tokens) each of them."""
-    if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
-        return 1
-    return len(leaf) if leaf.is_floating_point() else leaf.numel()
-
-
-def _measured(prepared: GraphModule, batches: Sequence[Any], settings: _Settings) -> float:
-    """The SQNR in dB of a graph as it stands."""
-    stream = Stream(prepared, batches[:: _judged_every(batches)], budget_bytes=settings.memory_bytes)
-    for _ in stream.walk([]):
-        pass
-    return _db(stream)
 
 
 def _take_back(kept: Iterable[_Kept]) -> None:
@@ -339,22 +324,6 @@ def _solve_span(task: Task, algorithm: Solver, clock: Clock, path: Path | None, 
     return _Kept(solution if shared else None, undo) if kept else None
 
 
-def _judge(name: str, after: float, undo: Callable[[], None], result: Optimization) -> None:
-    """Note the SQNR after a step, and take the step back if it is below the last one kept."""
-    before = next(db for _, db, kept in reversed(result.steps) if kept)
-    kept = after >= before
-    result.steps.append((name, after, kept))
-    if kept:
-        return
-    undo()
-    warnings.warn(
-        f"{name} would lower the output's SQNR on the calibration data from {before:.2f} to {after:.2f} dB; "
-        "the plain result is kept",
-        TorchquantWarning,
-        stacklevel=5,
-    )
-
-
 def _cost(span: Span) -> float:
     """Relative time that a span takes: its weights, times their inputs."""
     cost = 1.0
@@ -363,11 +332,3 @@ def _cost(span: Span) -> float:
         shape = getattr(value, "shape", (1, 1))
         cost += math.prod(shape) * math.prod(shape[1:])
     return cost
-
-
-def _db(stream: Stream) -> float:
-    if stream.noise == 0:
-        return math.inf
-    if not math.isfinite(stream.noise):
-        return -math.inf
-    return 10 * math.log10(stream.signal / stream.noise) if stream.signal > 0 else -math.inf

@@ -7,9 +7,10 @@
   const analyzed = new Map(((data.analysis || {}).sites || []).map((s) => [s.site.node, s]));
   const decibels = (v) => (v === undefined ? "" : v === null ? "exact" : v.toFixed(1));
 
+  const times = (data.profile || {}).site_ms || {};
   const rows = data.sites.map((site) => {
     const a = analyzed.get(site.node);
-    return Object.assign({}, site, a ? { alone: a.alone_db, upto: a.cumulative_db, output: a.output_db, share: a.share } : {});
+    return Object.assign({ ms: times[site.node] }, site, a ? { alone: a.alone_db, upto: a.cumulative_db, output: a.output_db, share: a.share } : {});
   });
 
   // the table -----------------------------------------------------------------------------------------------------
@@ -29,6 +30,8 @@
       { title: "alone dB", field: "alone", sorter: "number", hozAlign: "right", responsive: 2, minWidth: 112, formatter: number(decibels) },
       { title: "so far dB", field: "upto", sorter: "number", hozAlign: "right", responsive: 3, minWidth: 112, formatter: number(decibels) });
   }
+  if (Object.keys(times).length) columns.push(
+    { title: "ms", field: "ms", sorter: "number", hozAlign: "right", responsive: 1, minWidth: 84, formatter: number((v) => (v === undefined ? "" : v.toFixed(4))) });
   columns.push(
     { title: "activation", field: "activation", formatter: text, responsive: 3, minWidth: 140, widthGrow: 2 },
     { title: "weight", field: "weight", formatter: text, responsive: 3, minWidth: 140, widthGrow: 2 },

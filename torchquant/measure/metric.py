@@ -1,0 +1,82 @@
+"""A metric of the user's own: a function of a model that says how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchquant.errors import InputError, TorchquantError
+from torchquant.fx.signature import Signature
+
+__all__ = ["Metric", "callable_model", "check_metric", "scored"]
+
+Metric = Callable[[Any], Any]  # metric(model): a number, higher is better
+
+
+class _Model(torch.nn.Module):
+    """A graph as a model: any order of keyword arguments, and `eval` and `train`, which exported graphs refuse."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__()
+        self._graph, self._signature = [graph], Signature.of(graph)  # in a list: no child that `train` would reach
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._signature.arguments(self._signature.leaves(args, kwargs))
+        return self._graph[0](*args, **kwargs)
+
+
+def callable_model(model: Any) -> Any:
+    """The model as metrics get it: a graph behind `eval` and `train`, anything else as it is."""
+    return _Model(model) if isinstance(model, GraphModule) else model
+
+
+def check_metric(metric: object) -> None:
+    """Raise InputError unless it can be called."""
+    if not callable(metric) or isinstance(metric, (type, torch.nn.Module)):
+        what = metric.__name__ if isinstance(metric, type) else f"{metric!r:.80}"
+        raise InputError(
+            f"metric is a function that takes a model and returns a number, higher is better, e.g. its accuracy on "
+            f"your data; {what} is none"
+        )
+
+
+def scored(metric: Metric, model: Any, of: str) -> float:
+    """What the metric says of a model, which it may call like the float one; without gradients.
+
+    Args:
+        metric: returns a number or a tensor of one element; higher is better.
+        model: a graph, a program or a module.
+        of: what the model is, for errors: `the quantized model`.
+
+    Raises:
+        InputError: the metric raises, or returns NaN or no number.
+    """
+    check_metric(metric)
+    try:
+        with torch.no_grad():
+            value = metric(callable_model(model))
+    except TorchquantError:
+        raise
+    except Exception as error:
+        raise InputError(f"the metric raised {type(error).__name__} on {of}: {error}") from error
+    number = _number(value)
+    if number is None:
+        raise InputError(f"the metric returned {value!r:.80} for {of}, which is no number; return e.g. an accuracy")
+    if math.isnan(number):
+        raise InputError(f"the metric is NaN for {of}: nothing can be decided by it. See which of its outputs is NaN")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A number, or what holds one: a tensor or array of one element."""
+    if isinstance(value, (str, bytes)) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None

@@ -1,0 +1,97 @@
+"""The parts of a call that torch's profiler sees, and the time of the whole under the same profiler."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+__all__ = ["Part", "Traced", "traced"]
+
+_WHOLE = "torchquant_call"
+_ROUNDS, _WARMUP = 20, 3
+_FULL = 0.9  # of the whole, that the parts cover for the trace to be called complete
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a call, in the order in which they run.
+
+    Args:
+        name: of the op, kernel or region.
+        sites: nodes of the graph that it computes, where that is known.
+        ms: median over the rounds.
+        first_size: elements of its first tensor, which tells plans of x86 regions apart; 0 if it has none.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    ms: float
+    first_size: int = 0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The parts of a call.
+
+    Args:
+        parts: in order. whole_ms: median time of the call they were seen in.
+        note: what is not in them, or why there are none.
+    """
+
+    parts: tuple[Part, ...]
+    whole_ms: float
+    note: str = ""
+
+    @property
+    def parts_ms(self) -> float:
+        """All parts together."""
+        return sum(part.ms for part in self.parts)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the parts make up the whole to within a tenth."""
+        return bool(self.parts) and self.whole_ms > 0 and _FULL <= self.parts_ms / self.whole_ms <= 2 - _FULL
+
+
+def traced(run: Callable[[], object], *, rounds: int = _ROUNDS) -> Traced:
+    """Run a call some times under torch's profiler, on one thread of the interpreter.
+
+    Parts are the ops and kernels that are directly in the call: what ops call in turn is in their time.
+    """
+    for _ in range(_WARMUP):
+        run()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        for _ in range(rounds):
+            with record_function(_WHOLE):
+                run()
+    calls = [event for event in seen.events() if event.name == _WHOLE]
+    whole = statistics.median(event.time_range.elapsed_us() for event in calls) / 1e3
+    children = [_in_order(event.cpu_children) for event in calls]
+    names = [[event.name for event in of] for of in children]
+    common = max(names, key=names.count)
+    alike = [of for of, found in zip(children, names, strict=True) if found == common]
+    parts = [
+        Part(
+            name.rpartition("::")[2] if name.startswith("torchquant_") else name,
+            (),
+            statistics.median(of[i].time_range.elapsed_us() for of in alike) / 1e3,
+            _size(alike[0][i]),
+        )
+        for i, name in enumerate(common)
+    ]
+    return Traced(tuple(parts), whole)
+
+
+def _in_order(events: Sequence[Any]) -> list[Any]:
+    return sorted(events, key=lambda event: event.time_range.start)
+
+
+def _size(event: Any) -> int:
+    first = (event.input_shapes or [[]])[0]
+    sizes = [s for s in first if isinstance(s, int)] if isinstance(first, (list, tuple)) else []
+    return int(torch.Size(sizes).numel()) if sizes else 0
