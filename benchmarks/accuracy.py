@@ -22,7 +22,7 @@ from peak import forget_peak, peak_bytes
 import torchquant as tq
 from torchquant.artifacts.program import Program
 
-KEY = ("network", "quantizer", "algorithm", "artefact")
+KEY = ("network", "quantizer", "algorithm", "artefact", "calibration_samples")
 MINE = ("x86", "x86_dynamic", "xnnpack", "xnnpack_static", "torchao_x86", "torchao_x86_nonstrict", "et_xnnpack")
 
 

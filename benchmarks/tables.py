@@ -199,7 +199,8 @@ def algorithms(results: Row) -> str:
     rows = [r for r in rows if (r["network"], r["quantizer"]) in tried]
     order = {key: i for i, key in enumerate(dict.fromkeys((r["network"], r["quantizer"]) for r in rows))}
     rows.sort(key=lambda r: (order[r["network"], r["quantizer"]], r["algorithm"] != "none"))
-    head = ["network", "Quantizer", "algorithms", "SQNR dB", "metric", "to float", "agreement %", "seconds", "peak GB"]
+    head = ["network", "Quantizer", "algorithms", "samples seen", "SQNR dB", "metric"]
+    head += ["to float", "agreement %", "seconds", "peak GB"]
     return markdown(head, [_algorithm_cells(r) for r in rows])
 
 
@@ -210,6 +211,7 @@ def _algorithm_cells(row: Row) -> list[str]:
         row["network"],
         row["quantizer"],
         row["algorithm"] + not_kept,
+        str(row["calibration_samples"]),
         _number(row["sqnr_db"], ".2f"),
         f"{row['metric']:.2f}",
         f"{row['delta']:+.2f}",

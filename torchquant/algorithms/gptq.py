@@ -125,15 +125,18 @@ def _rounded(
 
 
 def _inverse_factor(metric: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the inverse of a (k, k), and what had to be added; see `propagate`."""
+    """The upper Cholesky factor of the inverse of a (k, k), and what had to be added; see `propagate`.
+
+    A = R RT with R upper, which is the factor of A with its inputs in reverse, gives A^-1 = UT U with U = R^-1.
+    """
     wide = metric.double()
-    mean = wide.diagonal().mean().clamp(min=1e-12)
+    mean, unit = wide.diagonal().mean().clamp(min=1e-12), torch.eye(len(wide), dtype=wide.dtype)
     damp = 0.0
     while damp < _MOST_DAMP:
-        lower, failed = torch.linalg.cholesky_ex(wide + damp * mean * torch.eye(len(wide), dtype=wide.dtype))
+        reverse, failed = torch.linalg.cholesky_ex((wide + damp * mean * unit).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
+            upper = torch.linalg.solve_triangular(reverse.flip(0, 1), unit, upper=True)
+            if bool(upper.isfinite().all()):
                 return upper.float().contiguous(), damp
         damp = max(1e-6, 10 * damp)
     return torch.eye(len(wide)), math.inf

@@ -33,6 +33,8 @@ def descend(
         block: columns after which the slope of the others is brought up to date.
         slope: half the derivative at `codes`, (g, o, k), of an error whose curvature the problem's is; None: its own.
     """
+    if sweeps == 0:
+        return codes
     slope = problem.slope(problem.values(codes) - problem.target) if slope is None else slope
     descent = _Descent.of(problem, codes, slope)
     for _ in range(sweeps):
