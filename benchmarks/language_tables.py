@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_tables import Table
 
-__all__ = ["decoding", "perplexities", "reproduction"]
+__all__ = ["decoding", "encoders", "perplexities", "reproduction"]
 
 Row = dict[str, Any]
 _NEAREST = ("float", "nearest", "rotate_nearest", "hqq", "awq")
@@ -74,6 +74,34 @@ def _reproduced(row: tuple[str, str, str, str, float, float, float]) -> list[str
     return [*row[:4], *(f"{n:.2f}" for n in row[4:]), f"{100 * share:.0f} %"]
 
 
+def encoders(results: Row) -> Table:
+    """What few bits cost an encoder: rows of `accuracy.py` whose activations stay floats."""
+    kind = "WeightOnlyQuantizer "
+    rows = [r for r in results["rows"] if r["quantizer"].startswith(kind) and "metric" in r]
+    rows = list(
+        {
+            (r["quantizer"], r["algorithm"], r["algorithm"] != "none" and r["calibration_samples"]): r for r in rows
+        }.values()
+    )
+    rows.sort(key=lambda r: (-_width(r["quantizer"].removeprefix(kind)), r["quantizer"], r["algorithm"] != "none"))
+    head = ("network", "scheme", "method", "sentences seen", "SQNR dB", "metric", "value", "to float", "CPU seconds")
+    cells = [
+        [
+            r["network"],
+            f"`{r['quantizer'].removeprefix(kind)}`",
+            "nearest" if r["algorithm"] == "none" else r["algorithm"],
+            "" if r["algorithm"] == "none" else str(r["calibration_samples"]),
+            f"{r['sqnr_db']:.2f}",
+            r["metric_name"],
+            f"{r['metric']:.2f}",
+            f"{r['delta']:+.2f}",
+            f"{r['cpu_seconds']:.0f}",
+        ]
+        for r in rows
+    ]
+    return Table("Encoders", f"{results['cpu']}; {results['date']}" if rows else "", head, cells)
+
+
 def decoding(results: Row) -> Table:
     """Tokens a second of each runtime, medians and ranges."""
     head = (
@@ -101,7 +129,7 @@ def decoding(results: Row) -> Table:
             f"{row['bytes'] * row['decode_tokens_s'] / 1e9:.1f}",
             f"{row['load_before']:.1f}",
         ]
-        for row in results["rows"]
+        for row in sorted(results["rows"], key=lambda r: (r["model"] != "SmolLM2-135M", r["threads"], r["busy"]))
     ]
     return Table("Decoding", f"{results['cpu']}; {results['date']}" if rows else "", head, rows)
 
