@@ -120,6 +120,7 @@ def test_a_worse_result_is_not_kept_and_a_warning_says_so(monkeypatch):
     monkeypatch.setattr(tq.BiasCorrection, "solve", spoil)
     # each layer by itself looks no worse
     monkeypatch.setattr("torchquant.calibration.stream.Task.error", lambda task: 0.0)
+    monkeypatch.setattr("torchquant.calibration.stream.Task.error_passed_on", lambda task: 0.0)
     model, batches = nn.Sequential(nn.Linear(6, 5)).eval(), [torch.randn(4, 6)]
     prepared = calibrated(model, batches, X86Quantizer())
     with pytest.warns(tq.TorchquantWarning, match=r"BiasCorrection would lower .* the plain result is kept"):
