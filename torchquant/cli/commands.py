@@ -38,6 +38,7 @@ from torchquant.backends import names, target
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
 from torchquant.cli import output, sources
+from torchquant.cli.doctor import diagnose
 from torchquant.errors import InputError
 from torchquant.files import archive
 from torchquant.lowering.target import Target, brief
@@ -310,6 +311,16 @@ def targets() -> None:
         for row in of.capabilities:
             table.add_row(row.op, brief(row.schemes) or "float", row.reason)
         Console().print(table)
+
+
+def doctor(is_json: bool) -> bool:
+    """Say what is there and what is not; returns whether what is needed is."""
+    found = diagnose()
+    if is_json:
+        output.as_json(found.to_dict())
+    else:
+        found.show(Console())
+    return found.is_right
 
 
 def _target(name: str) -> Target:

@@ -1,4 +1,4 @@
-"""The `torchquant` command: quantize, report, analyze, search, compare, profile, run, targets."""
+"""The `torchquant` command: quantize, report, analyze, search, compare, profile, run, targets, doctor."""
 
 from __future__ import annotations
 
@@ -258,6 +258,13 @@ def run(
 ) -> None:
     """Run a saved artefact on inputs and print the shape and range of each output."""
     _commands().run(path, inputs, trust)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what this machine can do, and what is missing for the rest; exit code 2 if too much is."""
+    if not _commands().doctor(as_json):
+        raise typer.Exit(2)
 
 
 @app.command()
