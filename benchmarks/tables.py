@@ -1,4 +1,4 @@
-"""Write docs/results.md from the result files, and tables into README.md and pages of docs/.
+"""Write docs/results.md from the result files, and tables into pages of docs/.
 
 python benchmarks/tables.py
 """
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Write both files; README.md only where it has the markers."""
+    """Write all pages that have tables."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = ROOT / "docs" / "results.md"
     _write(
@@ -71,12 +71,8 @@ def main() -> None:
     text = _between(text, ENCODER_MARKERS, f"{_table(table)}\n\n{table.note}.")
     table = language_tables.decoding(records.read("decoding"))
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if all(marker in text for marker in MARKERS):
-        _write(readme, with_capabilities(text))
-    else:
-        print(f"README.md has no {' ... '.join(MARKERS)}: its table was not written")
+    page = ROOT / "docs" / "capabilities.md"
+    _write(page, with_capabilities(page.read_text(encoding="utf-8")))
 
 
 def _write(path: Path, text: str) -> None:
@@ -97,9 +93,9 @@ def _table(table: gpu_tables.Table) -> str:
 # capabilities -------------------------------------------------------------------------------------------------
 
 
-def with_capabilities(readme: str) -> str:
-    """The README with a fresh table between the markers."""
-    return _between(readme, MARKERS, capabilities())
+def with_capabilities(page: str) -> str:
+    """The page with a fresh table between the markers."""
+    return _between(page, MARKERS, capabilities())
 
 
 def _between(text: str, markers: tuple[str, str], table: str) -> str:

@@ -13,7 +13,7 @@ from torchquant.algorithms import awq
 from torchquant.algorithms.awq import AWQ, salience_factor
 from torchquant.calibration.calibrate import Recorder, recalibrate
 from torchquant.fx import passes
-from torchquant.quantizers import WeightOnlyQuantizer
+from torchquant.quantizers import WeightOnlyQuantizer, X86Quantizer
 
 
 class Gated(nn.Module):
@@ -231,3 +231,33 @@ def test_a_tensor_that_is_not_finite_is_left_as_it_is():
     algorithm = AWQ()
     assert algorithm.transform(prepared, batches) == 0
     assert any("it holds NaN, infinity" in note for note in algorithm.notes)
+
+
+class TiedTable(nn.Module):
+    """A decoder's ends: the head has the weight of the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.block, self.norm = nn.Embedding(50, 32), Gated(), nn.RMSNorm(32)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.table.weight
+        with torch.no_grad():
+            self.norm.weight[::8] *= 30
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.block(self.table(tokens))))
+
+
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(("algorithm", "scheme"), [(AWQ, "w3_g16"), (tq.SmoothQuant, None)])
+def test_a_table_that_is_also_the_head_stays_one(algorithm, scheme, explicit):
+    net, batches = TiedTable().eval(), [torch.randint(0, 50, (2, 24)) for _ in range(2)]
+    quantizer = WeightOnlyQuantizer(scheme) if scheme else X86Quantizer()
+    prepared = prepare_pt2e(torch.export.export(net, (batches[0],)).module(), quantizer)
+    tq.calibrate(prepared, batches, progress=False)
+    transform = algorithm(explicit=explicit)
+    changed = transform.transform(prepared, batches)
+    assert changed or algorithm is tq.SmoothQuant  # the block's own linears are scaled
+    assert any("is also the table of embedding" in note for note in transform.notes)
+    assert len({n.target for n in prepared.graph.nodes if n.op == "get_attr" and n.meta["val"].shape == (50, 32)}) == 1

@@ -99,6 +99,7 @@ def _group(prepared: GraphModule, tensor: Node, tensor_readers: list[Reader]) ->
     reason = "its readers take their channels from different axes" if len(axes) > 1 else ""
     axis = axes.pop()
     observers, layers = {r.observer for r in tensor_readers}, {r.layer for r in tensor_readers}
+    reason = reason or _tied_table(prepared, tensor_readers)
     read = dict.fromkeys((tensor, *(r.observer for r in tensor_readers)))
     others = [u for source in read for u in readers(source) if u not in observers | layers]
     producer = producer_of(prepared, tensor, axis)
@@ -111,6 +112,22 @@ def _group(prepared: GraphModule, tensor: Node, tensor_readers: list[Reader]) ->
         elif producer.repeat != 1:
             producer = f"several channels come from one of {producer.node.name}"
     return Group(tensor, axis, tensor_readers, producer, reason)
+
+
+def _tied_table(prepared: GraphModule, tensor_readers: list[Reader]) -> str:
+    """That a layer's weight is also a table of lookups: with a factor in it there would be two such tables."""
+    for reader in tensor_readers:
+        weight = ops.argument(reader.layer, 1)
+        while weight is not None and observer_of(prepared, weight) is not None:
+            weight = ops.argument(weight, 0)
+        if weight is None or weight.op != "get_attr":
+            continue
+        same = [n for n in prepared.graph.nodes if n.op == "get_attr" and n.target == weight.target]
+        for user in (user for node in same for user in readers(node)):
+            for node in readers(user) if observer_of(prepared, user) is not None else [user]:
+                if ops.op_name(node) == "embedding":
+                    return f"the weight of {reader.layer.name} is also the table of {node.name}"
+    return ""
 
 
 def _is_matrix(layer: Node) -> bool:
