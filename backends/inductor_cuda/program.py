@@ -148,8 +148,9 @@ def load(
         ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
         LoweringError: there is no GPU, and `device` names no other place.
     """
-    place, (stored, members) = device_of(device), archive.contents(path, TARGET.name)
+    stored, members = archive.contents(path, TARGET.name)
     about, graph = metadata_from(path, stored, members), graph_in(path, members)
+    place = device_of(device)
     return CudaProgram(graph, about, place, settings_of(place, cuda_graphs, freezing, options))
 
 

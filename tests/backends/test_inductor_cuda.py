@@ -598,3 +598,12 @@ def test_dynamo_reaches_the_same_lowering():
     wrong = torch.compile(graph, backend="torchquant_cuda", options={"tune": True})
     with pytest.raises(Exception, match=r"no options \['tune'\]"):
         wrong(x)
+
+
+def test_a_file_of_another_kind_is_told_before_a_missing_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "notes.pt2").write_text("not a program")
+    with pytest.raises(tq.ArtifactError, match=r"notes\.pt2"):
+        inductor_cuda.load(tmp_path / "notes.pt2")
+    with pytest.raises(tq.ArtifactError, match=r"no\.pt2"):
+        inductor_cuda.load(tmp_path / "no.pt2")

@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
     data = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
     np.savez(path / "data.npz", input=data.numpy())
     save_file({"input": data}, path / "data.safetensors")
+    np.savez(path / "other_names.npz", pixels=data.numpy())
     (path / "cut.npz").write_bytes((path / "data.npz").read_bytes()[:200])
     (path / "empty.npz").write_bytes(b"")
     np.savez(path / "words.npz", input=np.array(["a", "b"]))
@@ -228,6 +229,7 @@ ERRORS = {
     "no model": (["report", "--model", "users_net:nothing", "--calibration", "data.npz"], "not a torch.nn.Module"),
     "no batches": ([*REPORT, "users_net:tensor"], "not an iterable"),
     "no package": (["report", "--model", ".x:y", "--calibration", "data.npz"], "cannot be imported"),
+    "other names": ([*REPORT, "other_names.npz"], "the forward of users_net:model takes input"),
     "cut file": ([*REPORT, "cut.npz"], "truncated, damaged or not a .npz file"),
     "empty file": ([*REPORT, "empty.npz"], "truncated, damaged or not a .npz file"),
     "words": ([*REPORT, "words.npz"], "'input' is an array of <U1"),

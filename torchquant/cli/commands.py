@@ -107,7 +107,7 @@ def quantize(
     batches = sources.load_batches(calibration)
     held_out = None if validation is None else sources.load_batches(validation)
     shapes = _dynamic_first(batches[0], max_batch) if dynamic_batch or max_batch is not None else None
-    float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
+    float_model = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0], dynamic_shapes=shapes)
     quantizers = [_quantizer(name, scheme, exclude, plan) for name in backends]
     options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not _is_quiet()}
     if judge is not None and max_drop is not None:
@@ -167,7 +167,8 @@ def preview(
     as_json: bool,
 ) -> None:
     """Account for every op of a float model before any calibration."""
-    exported = flow.export(sources.load_model(model, trust=trust), sources.load_batches(calibration)[0])
+    batches = sources.load_batches(calibration)
+    exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
     prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
     output.show(make_report(prepared), out, as_json)
 
@@ -191,7 +192,7 @@ def analyze(
     judge = _metric(metric, max_drop)
     chosen, batches = _algorithms(algorithms), sources.load_batches(calibration)
     judged = batches if validation is None else sources.load_batches(validation)
-    exported = flow.export(sources.load_model(model, trust=trust), batches[0])
+    exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
     prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
     calibrate(prepared, batches, progress=not _is_quiet())
     if chosen:
@@ -232,7 +233,7 @@ def search(
     judge, quantizer = _metric(metric, None), _target(backend).quantizer_class()
     batches = sources.load_batches(calibration)
     held_out = None if validation is None else sources.load_batches(validation)
-    exported = flow.export(sources.load_model(model, trust=trust), batches[0])
+    exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
     options = {"exclude": exclude} if exclude else {}
     with output.status("searching", _is_quiet()):
         found = make_search(

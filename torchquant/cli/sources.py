@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -53,14 +54,16 @@ def resolve(reference: str) -> Any:
     return getattr(module, name)
 
 
-def load_model(reference: str, *, trust: bool = False) -> torch.nn.Module:
+def load_model(reference: str, *, trust: bool = False, inputs: Iterable[Any] = ()) -> torch.nn.Module:
     """A float model from `package.module:function` (called), `package.module:instance`, or an ExportedProgram file.
 
     Args:
         trust: let torch unpickle what it likes from the file, which runs whatever its writer put there.
+        inputs: batches that it will get.
 
     Raises:
-        InputError: the reference does not resolve to a module. ArtifactError: the file cannot be read, or not without
+        InputError: the reference does not resolve to a module, or a batch names an input that its forward does not
+            have. ArtifactError: the file cannot be read, or not without
             running what is in it.
     """
     if reference.endswith(".pt2"):
@@ -69,7 +72,23 @@ def load_model(reference: str, *, trust: bool = False) -> torch.nn.Module:
     model = source if isinstance(source, torch.nn.Module) else _called(source, reference)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{reference!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    _check_names(model, inputs, reference)
     return model
+
+
+def _check_names(model: torch.nn.Module, batches: Iterable[Any], reference: str) -> None:
+    """Raise InputError where a batch names an input that the model's forward does not have."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for batch in batches:
+        for name in batch if isinstance(batch, dict) else ():
+            if name not in known:
+                raise InputError(
+                    f"the data have an input {name!r}, and the forward of {reference} takes "
+                    f"{', '.join(known) or 'none'}: rename or drop it"
+                )
 
 
 def _called(function: Any, reference: str) -> Any:
