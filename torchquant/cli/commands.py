@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +107,7 @@ def quantize(
     shapes = _dynamic_first(batches[0], max_batch) if dynamic_batch or max_batch is not None else None
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
     quantizers = [_quantizer(name, scheme, exclude, plan) for name in backends]
-    options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not _is_quiet()}
+    options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not output.quiet}
     if judge is not None and max_drop is not None:
         controlled = [
             quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
@@ -192,11 +191,11 @@ def analyze(
     judged = batches if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust), batches[0])
     prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
-    calibrate(prepared, batches, progress=not _is_quiet())
+    calibrate(prepared, batches, progress=not output.quiet)
     if chosen:
         held_out = None if validation is None else judged
-        flow.optimize(prepared, batches, chosen, validation=held_out, progress=not _is_quiet())
-    with output.status("analyzing", _is_quiet()):
+        flow.optimize(prepared, batches, chosen, validation=held_out, progress=not output.quiet)
+    with output.status("analyzing"):
         analysis = make_analysis(prepared, judged)
     if report is not None:
         make_report(prepared, analysis=analysis).save(report)
@@ -233,7 +232,7 @@ def search(
     held_out = None if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust), batches[0])
     options = {"exclude": exclude} if exclude else {}
-    with output.status("searching", _is_quiet()):
+    with output.status("searching"):
         found = make_search(
             exported, batches, quantizer, schemes, validation=held_out, allow_float=allow_float, options=options
         )
@@ -283,7 +282,7 @@ def profile(
     """Measure what a program takes."""
     other = None if reference is None else _model_or_program(reference, trust)
     batch = sources.load_batches(inputs)[0]
-    with output.status("measuring", _is_quiet()):
+    with output.status("measuring"):
         measured = make_profile(_model_or_program(path, trust), batch, reference=other, callers=callers, rounds=rounds)
     output.show(measured, None, as_json)
 
@@ -350,10 +349,6 @@ def _model_or_program(reference: str, trust: bool) -> Any:
     return serialize.load(path) if serialize.is_graph(path) else _load(path, trust)
 
 
-def _is_quiet() -> bool:
-    return bool(os.environ.get("TORCHQUANT_QUIET"))
-
-
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
     """Where each artefact goes; folders that are missing are made."""
     is_folder = len(chosen) > 1 or out.is_dir()
@@ -379,7 +374,7 @@ def _lower(made_for: Target, graph: GraphModule, batch: Any) -> Program:
     options, said = made_for.here()
     if said:
         print(f"{made_for}: {said}", file=sys.stderr)
-    program: Program = made_for.backend().lower(graph, batch, **options, progress=not _is_quiet())
+    program: Program = made_for.backend().lower(graph, batch, **options, progress=not output.quiet)
     return program
 
 

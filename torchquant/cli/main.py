@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchquant.backends import names
+from torchquant.cli import output
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 from torchquant.files.archive import versions
 
@@ -68,8 +69,8 @@ def options(
     if version:
         print("\n".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
+    output.quiet = quiet
     if quiet:
-        os.environ["TORCHQUANT_QUIET"] = "1"
         warnings.filterwarnings("ignore", category=TorchquantWarning)
 
 

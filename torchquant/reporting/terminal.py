@@ -99,6 +99,8 @@ class Report:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=200, record=True, force_terminal=False)
         console.print(self.summary(), markup=False)
+        for line in self._finding_lines():
+            console.print(line, highlight=False, markup=False)
         for title, table in (("compute ops", self._compute_table()), ("other ops", self._other_table())):
             if table.row_count:
                 console.print(f"\n{title}", highlight=False)
@@ -108,6 +110,15 @@ class Report:
         if self.profile is not None:
             console.print(f"\n{self.profile}", highlight=False, markup=False)
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
+
+    def _finding_lines(self) -> list[str]:
+        """What the analysis found, the gravest first."""
+        found = [] if self.analysis is None else self.analysis.to_dict()["findings"]
+        lines = []
+        for f in found:
+            where = f" ({f['module']})" if f["module"] else ""
+            lines.append(f"{f['severity']}: {f['kind']}: {f['site']}{where}: {f['message']}\n  -> {f['remedy']}")
+        return lines
 
     def summary(self) -> str:
         """One line: coverage, statuses, bytes."""
