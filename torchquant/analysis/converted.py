@@ -155,8 +155,18 @@ def _exact(node: Node, values: torch.Tensor, floats: GraphModule, twins: dict[st
         if isinstance(read, Node) and ops.is_constant(read):
             exact = ops.constant_value(floats, read)
             if exact.shape == values.shape:
+                _refuse_unlike(user, values, exact)
                 return exact
     return None
+
+
+def _refuse_unlike(user: Node, values: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raise InputError if quantized values are no nearer to float ones than zeros are."""
+    if float((values.double() - exact.double()).square().sum()) >= float(exact.double().square().sum()) > 0:
+        raise InputError(
+            f"what {user.name} reads is not what it reads in the reference: the converted graph is not that of this "
+            "float model, or an algorithm rewrote its weights. Analyze the prepared graph before convert instead"
+        )
 
 
 def _mark_bias(graph: GraphModule, node: Node, floats: GraphModule, twin: Node | None) -> None:

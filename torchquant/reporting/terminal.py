@@ -24,6 +24,7 @@ from torchquant.files.whole import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import read_sites, site_edges
 from torchquant.reporting.html import fragment, page, positions
+from torchquant.reporting.node_data import node_data
 from torchquant.types import Site
 
 __all__ = ["Report", "program_text", "proof_text", "report"]
@@ -151,6 +152,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return fragment(self.to_dict())
+
+    def save_node_data(self, path: str | os.PathLike[str], measure: str = "share") -> Path:
+        """Write a figure of each op as node data of Google's Model Explorer (`.json`), to colour the graph by.
+
+        Args:
+            measure: `share`, `alone_db`, `cumulative_db` or `output_db` of the analysis, or `ms` of the profile.
+
+        Raises:
+            InputError: the report has no such figures.
+        """
+        text = json.dumps(node_data(self.to_dict(), measure), indent=1, allow_nan=False) + "\n"
+        return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report: as a page if the file's name ends in `.html`, as JSON in `.json`, as text in any other.
