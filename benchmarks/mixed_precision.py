@@ -27,7 +27,7 @@ SCHEMES = {
     "minilm": ["w8_g64", "w4_g64", "w3_g64", "w2_g64"],
 }
 UNIFORM = {"lite0": "w4", "minilm": "w4_g64"}
-JUDGED = 2  # batches of the search's own, held out from its calibration
+BATCH, JUDGED = 4, 4  # samples; batches of the search's own, held out from its calibration
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in options.network or NETWORKS:
-        network = load_network(name, options.calibration, options.samples)
+        network = load_network(name, options.calibration, options.samples).batched(BATCH)
         for seed in range(options.seeds):
             for row in _rows(name, network, seed):
                 records.write("mixed_precision", [row], KEY)

@@ -41,7 +41,7 @@ from torchquant.solving.run import DEFAULT_MEMORY_BYTES
 from torchquant.surroundings import own_modes
 from torchquant.types import Site, check_whole
 
-__all__ = ["Analysis", "analyze"]
+__all__ = ["Analysis", "analyze", "own_error"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _analyzed(
     spans = [Span((node,), (node,)) for node in nodes]
     with closing(stream):
         quantized = stream.evaluator("quantized")
-        felt = felt_errors(stream, nodes, lambda node, env: _own_error(quantized, graph, node, env), seed)
+        felt = felt_errors(stream, nodes, lambda node, env: own_error(quantized, graph, node, env), seed)
         measures = [_Measure(task, sites[task.span.nodes[0].name]) for task in stream.walk(spans)]
     costs = [felt.get(node) for node in nodes]
     total = sum(cost or 0.0 for cost in costs)
@@ -236,7 +236,7 @@ def _rounded(graph: GraphModule, node: Node, raw: Env) -> Env:
     return rounded
 
 
-def _own_error(quantized: Evaluator, graph: GraphModule, node: Node, env: Env) -> torch.Tensor | None:
+def own_error(quantized: Evaluator, graph: GraphModule, node: Node, env: Env) -> torch.Tensor | None:
     """What a node's own quantization adds to its value, the inputs before it being float."""
     exact = env[node]
     if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
