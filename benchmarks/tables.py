@@ -14,6 +14,7 @@ from typing import Any
 import gpu_tables
 import language_tables
 import records
+import study_tables
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.files.whole import write_whole
@@ -68,12 +69,26 @@ def main() -> None:
     text = _between(text, REPRODUCTION_MARKERS, _table(language_tables.reproduction(records.read("language"))))
     table = language_tables.decoding(records.read("decoding"))
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
+    _write_studies()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
         _write(readme, with_capabilities(text))
     else:
         print(f"README.md has no {' ... '.join(MARKERS)}: its table was not written")
+
+
+def _write_studies() -> None:
+    """Tables between `<!-- NAME -->` and `<!-- /NAME -->` of pages of docs/."""
+    for page, name, table in (
+        ("calibration.md", "calibration", study_tables.calibration(records.read("calibration_study"))),
+        ("robustness.md", "robustness", study_tables.robustness(records.read("robustness"))),
+        ("analysis.md", "mixed precision", study_tables.mixed_precision(records.read("mixed_precision"))),
+        ("analysis.md", "profiles", study_tables.profiles(records.read("program_profile"))),
+    ):
+        path = ROOT / "docs" / page
+        markers = f"<!-- {name} -->", f"<!-- /{name} -->"
+        _write(path, _between(path.read_text(encoding="utf-8"), markers, f"{_table(table)}\n\n{table.note}."))
 
 
 def _write(path: Path, text: str) -> None:

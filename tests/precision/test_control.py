@@ -50,8 +50,16 @@ def _closeness(model):
 def test_the_layer_that_ruins_the_metric_stays_float_alone() -> None:
     model, batches = Net().eval(), _batches()
     result = tq.quantize_within(
-        model, batches[0], batches, quantizer=_per_tensor(), metric=_closeness(model), max_drop=75, progress=False
+        model,
+        batches[0],
+        batches,
+        quantizer=_per_tensor(),
+        metric=_closeness(model),
+        max_drop=75,
+        progress=False,
+        validation=iter(_batches(2, seed=3)),
     )
+    assert result.ranked_on == "2 batches held out from calibration"
     assert [site.module for site in result.left_float] == ["layers.2"]
     assert result.full_metric < 25 <= result.metric
     assert result.is_least
