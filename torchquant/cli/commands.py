@@ -108,37 +108,51 @@ def quantize(
     float_model = flow.export(sources.load_model(model, trust=trust), batches[0], dynamic_shapes=shapes)
     quantizers = [_quantizer(name, scheme, exclude, plan) for name in backends]
     options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not output.quiet}
-    if judge is not None and max_drop is not None:
-        controlled = [
-            quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
-            for q in quantizers
-        ]
-        converted = [one.quantized for one in controlled]
-    else:
-        controlled = []
-        converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+    converted, told = _converted(float_model, batches, quantizers, judge, max_drop, options)
     judged = batches[:8] if held_out is None else held_out
     programs, rows = [], []
-    for i, (name, graph) in enumerate(zip(backends, converted, strict=True)):
+    for name, graph, about in zip(backends, converted, told, strict=True):
         program = _lower(_target(name), graph, batches[0])
         program.save(paths[name])
         programs.append(program)
-        level = compare_models(float_model, program, judged).sqnr_db
         row: dict[str, Any] = {"target": name, "path": str(paths[name]), "size_bytes": program.size_bytes}
-        row |= {"sqnr_db": level, "measured_on": f"{len(judged)} batches of {validation or 'the calibration data'}"}
-        if judge is not None:
-            row["metric"] = scored(judge, program, f"the program for {name}")
+        row["sqnr_db"] = compare_models(float_model, program, judged).sqnr_db
+        row["measured_on"] = f"{len(judged)} batches of {validation or 'the calibration data'}"
+        row |= {} if judge is None else {"metric": scored(judge, program, f"the program for {name}")}
         rows.append(row)
         if not as_json:
             print(make_report(graph, program))
-            told = f", metric {row['metric']:.6g}" if "metric" in row else ""
-            print(f"{name}: {level:.1f} dB against float on {row['measured_on']}{told}; written to {paths[name]}")
-            print(f"{controlled[i]}\n" if controlled else "")
+            print(_row_text(row), f"{about}\n", sep="\n")
     if report is not None:
         make_report(converted[0], programs).save(report)
     if as_json:
         output.as_json({"programs": rows})
     return min_sqnr is None or all(row["sqnr_db"] >= min_sqnr for row in rows)
+
+
+def _converted(
+    float_model: GraphModule,
+    batches: list[Any],
+    quantizers: list[Any],
+    judge: Any,
+    max_drop: float | None,
+    options: dict[str, Any],
+) -> tuple[list[GraphModule], list[str]]:
+    """The quantized graph for each Quantizer, and what is to be told of each."""
+    if judge is None or max_drop is None:
+        graphs = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+        return graphs, [""] * len(graphs)
+    controlled = [
+        quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
+        for q in quantizers
+    ]
+    return [one.quantized for one in controlled], [str(one) for one in controlled]
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    metric = f", metric {row['metric']:.6g}" if "metric" in row else ""
+    level = f"{row['sqnr_db']:.1f} dB against float on {row['measured_on']}"
+    return f"{row['target']}: {level}{metric}; written to {row['path']}"
 
 
 def report(path: Path, out: Path | None, as_json: bool) -> None:

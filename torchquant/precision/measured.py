@@ -71,6 +71,8 @@ class Bench:
         if key not in self._figures:
             graph = self.converted(plan)
             db = compare(passes.copy_graph(self._exported), graph, self._judged).sqnr_db
+            if metric is None and math.isnan(db):
+                raise InputError("the model returns no floats by which plans could be compared: give a metric")
             score = db if metric is None else scored(metric, graph, f"the plan of {plan.about.get('budget')}")
             self._figures[key] = score, db
         return self._figures[key]

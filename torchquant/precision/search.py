@@ -240,15 +240,7 @@ def search(
         InputError: no scheme, or nothing of the model can be quantized in any of them.
         SchemeError: the Quantizer has no such scheme.
     """
-    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
-        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
-        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
-    if not isinstance(exported, GraphModule) or is_prepared(exported):
-        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
-    fixed = sorted({"scheme", "overrides"} & set(options or {}))
-    if fixed:
-        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
+    _check(exported, quantizer, schemes, options or {})
     check_whole(seed, "seed")
     kept, schemes = data.listed(batches, "batches"), list(dict.fromkeys(schemes))
     judged = kept if validation is None else data.listed(validation, "validation")
@@ -275,6 +267,19 @@ def search(
             choices[names] = _together([costs[name] for name in names], numel * sizes[names[0]], allow_float)
     bench = Bench(exported, kept, judged, quantizer, options or {})
     return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
+
+
+def _check(exported: Any, quantizer: Any, schemes: Any, options: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments of `search` that make no sense."""
+    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
+        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
+    if not isinstance(exported, GraphModule) or is_prepared(exported):
+        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
+    fixed = sorted({"scheme", "overrides"} & set(options))
+    if fixed:
+        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
 
 
 def _add(
