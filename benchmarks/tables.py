@@ -14,6 +14,7 @@ from typing import Any
 import gpu_tables
 import language_tables
 import records
+import study_tables
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
 from torchquant.files.whole import write_whole
@@ -73,6 +74,20 @@ def main() -> None:
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
     page = ROOT / "docs" / "capabilities.md"
     _write(page, with_capabilities(page.read_text(encoding="utf-8")))
+    _write_studies()
+
+
+def _write_studies() -> None:
+    """Tables between `<!-- NAME -->` and `<!-- /NAME -->` of pages of docs/."""
+    for page, name, table in (
+        ("calibration.md", "calibration", study_tables.calibration(records.read("calibration_study"))),
+        ("robustness.md", "robustness", study_tables.robustness(records.read("robustness"))),
+        ("analysis.md", "mixed precision", study_tables.mixed_precision(records.read("mixed_precision"))),
+        ("analysis.md", "profiles", study_tables.profiles(records.read("program_profile"))),
+    ):
+        path = ROOT / "docs" / page
+        markers = f"<!-- {name} -->", f"<!-- /{name} -->"
+        _write(path, _between(path.read_text(encoding="utf-8"), markers, f"{_table(table)}\n\n{table.note}."))
 
 
 def _write(path: Path, text: str) -> None:

@@ -21,10 +21,12 @@ import torch
 from torchquant.artifacts.program import Metadata, Program, State, read_metadata, write_metadata
 from torchquant.backends.executorch_xnnpack.capabilities import TARGET
 from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
+from torchquant.calibration import batches as data
 from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import InputSpec, Signature
+from torchquant.measure.traced import Traced
 from torchquant.surroundings import own_modes
 
 __all__ = ["ExecutorchError", "Method", "XnnpackProgram", "executorch_modules", "load", "with_metadata"]
@@ -136,6 +138,14 @@ class XnnpackProgram(Program):
         values = self._method(*tensors, *self._state.values.values())
         with torch.no_grad():
             return self._finish(self._about, tensors, values)
+
+    def trace(self, inputs: Any) -> Traced:
+        """The ops of a call, those inside of the delegate too."""
+        args, kwargs = data.split(inputs)
+        tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
+        call = import_module("torchquant.backends.executorch_xnnpack.traces").traced_program
+        traced: Traced = call(self._buffer, [*tensors, *self._state.initial.values()])
+        return traced
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the `.pte`; any ExecuTorch runtime with the XNNPACK delegate runs it."""

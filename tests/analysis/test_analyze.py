@@ -260,5 +260,5 @@ def test_what_cannot_be_analyzed_is_refused(what: str) -> None:
         with pytest.raises(tq.CalibrationError, match="no calibration batch"):
             tq.analyze(prepared, [])
         return
-    with pytest.raises(tq.InputError, match="before convert_pt2e"):
+    with pytest.raises(tq.InputError, match=r"before convert_pt2e"):
         tq.analyze(tq.convert(prepared) if what == "converted" else Net(), batches)

@@ -372,4 +372,124 @@ def test_missing_folders_are_made_and_a_positional_export_is_calibrated_by_names
     )
     assert result.exit_code == 0, result.output
     assert out.is_file()
-    assert "on calibration data" in result.output
+    assert "the calibration data" in result.output
+
+
+# see and decide -------------------------------------------------------------------------------------------------------
+
+METRICS = """
+import torch
+import users_net
+
+def closeness(model):
+    held_out = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i + 50)) for i in range(2)]
+    wanted, got = (torch.cat([m(x) for x in held_out]) for m in (users_net.model(), model))
+    return -float((wanted - got).abs().max())
+
+def nan(model):
+    return float("nan")
+"""
+
+
+@pytest.fixture
+def metrics(folder):
+    (folder / "users_metrics.py").write_text(METRICS)
+
+
+def test_compare_holds_an_artefact_against_its_model(written, metrics):
+    out, _ = written
+    arguments = ["compare", "users_net:model", str(out / "executorch_xnnpack.pte"), "--inputs", "users_net:batches"]
+    result = run(*arguments, "--json", "--metric", "users_metrics:closeness")
+    assert result.exit_code == 0, result.output
+    read = json.loads(result.stdout)
+    assert read["sqnr_db"] > 20
+    assert read["first_metric"] == 0 > read["second_metric"]
+    assert run(*arguments, "--min-sqnr", "200").exit_code == 2
+    assert run(*arguments, "--metric", "users_metrics:closeness", "--max-drop", "0.0000001").exit_code == 2
+    assert run(*arguments, "--metric", "users_metrics:closeness", "--max-drop", "10").exit_code == 0
+    with pytest.raises(tq.InputError, match="give --metric"):
+        run(*arguments, "--max-drop", "1")
+
+
+def test_compare_does_not_run_code_that_nobody_vouched_for(written):
+    out, _ = written
+    arguments = ["compare", "users_net:model", str(out / "inductor_x86.pt2"), "--inputs", "users_net:batches"]
+    with pytest.raises(tq.InputError, match="--trust"):
+        run(*arguments)
+    assert "sqnr_db" in run(*arguments, "--trust").output
+
+
+def test_profile_prints_text_or_json(written):
+    out, _ = written
+    arguments = ["profile", str(out / "inductor_x86.pt2"), "--inputs", "users_net:batches", "--trust", "--rounds", "5"]
+    text = run(*arguments, "--reference", "users_net:model", "--callers", "1").output
+    assert "inductor_x86" in text
+    assert "reference" in text
+    read = json.loads(run(*arguments, "--json").stdout)
+    assert read["latency"]["median_ms"] > 0
+    assert read["int_operations"] == 2 * 4 * (8 * 16 + 16 * 4)
+
+
+def test_search_writes_a_plan_that_quantize_takes(folder, tmp_path):
+    plan, out = tmp_path / "plan.json", tmp_path / "model.pt2"
+    common = ["users_net:model", "--calibration", "users_net:batches"]
+    result = run(
+        "search", *common, "--budget", "11bpw", "--scheme", "w8", "--scheme", "w4", "--out", plan, "--json",
+        "--validation", "data.npz",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    read = json.loads(result.stdout)
+    assert read["measured_db"] >= read.get("uniform_db", read["measured_db"])
+    assert read["measured_on"].startswith("4 batches, 1 of them calibrated on")  # data.npz begins like users_net's
+    result = run("quantize", *common, "--plan", plan, "--out", out, "--algorithm", "none", "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["programs"]
+    assert row["sqnr_db"] == pytest.approx(read["measured_db"], abs=6)
+    with pytest.raises(tq.InputError, match="leave --scheme out"):
+        run("quantize", *common, "--plan", plan, "--scheme", "w8", "--out", out)
+    with pytest.raises(tq.InputError, match="is no size"):
+        run("search", *common, "--budget", "much", "--scheme", "w8", "--out", plan)
+
+
+def test_quantize_within_a_drop(metrics, tmp_path):
+    common = ["quantize", "users_net:model", "--calibration", "users_net:batches", "--algorithm", "none", "--out"]
+    result = run(*common, tmp_path / "a.pt2", "--metric", "users_metrics:closeness", "--max-drop", "5", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["programs"][0]["metric"] >= -5
+    assert run(*common, tmp_path / "b.pt2", "--min-sqnr", "200").exit_code == 2
+    with pytest.raises(tq.InputError, match="NaN for the float model"):
+        run(*common, tmp_path / "c.pt2", "--metric", "users_metrics:nan", "--max-drop", "5")
+    assert not (tmp_path / "c.pt2").exists()
+
+
+def test_analyze_fails_where_the_metric_loses_too_much(metrics):
+    arguments = ["analyze", "users_net:model", "--calibration", "users_net:batches"]
+    arguments += ["--metric", "users_metrics:closeness"]
+    assert run(*arguments, "--max-drop", "10").exit_code == 0
+    result = run(*arguments, "--max-drop", "0.0000001", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["metric"] < 0
+
+
+def test_a_saved_artefact_gives_its_whole_report_again(written, tmp_path):
+    out, _ = written
+    for artefact in out.iterdir():
+        read = json.loads(run("report", artefact, "--json").stdout)
+        assert read["coverage"] == "2/2"
+        assert read["graph"]["edges"]
+        assert [s["op"] for s in read["sites"] if s["compute"]] == ["linear", "linear"]
+        assert read["weight_bytes"] > 0
+        page = tmp_path / f"{artefact.stem}.html"
+        assert run("report", artefact, "--out", page).exit_code == 0
+        assert read["programs"][0]["target"] in page.read_text()
+
+
+def test_version_and_quiet(capsys, monkeypatch):
+    result = run("--version")
+    assert result.output.startswith("torchquant ")
+    code, out, err = main(
+        "--quiet", "report", "--model", "users_net:model", "--calibration", "data.npz", capsys=capsys,
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "2/2" in out

@@ -50,8 +50,16 @@ def _closeness(model):
 def test_the_layer_that_ruins_the_metric_stays_float_alone() -> None:
     model, batches = Net().eval(), _batches()
     result = tq.quantize_within(
-        model, batches[0], batches, quantizer=_per_tensor(), metric=_closeness(model), max_drop=75, progress=False
+        model,
+        batches[0],
+        batches,
+        quantizer=_per_tensor(),
+        metric=_closeness(model),
+        max_drop=75,
+        progress=False,
+        validation=iter(_batches(2, seed=3)),
     )
+    assert result.ranked_on == "2 batches held out from calibration"
     assert [site.module for site in result.left_float] == ["layers.2"]
     assert result.full_metric < 25 <= result.metric
     assert result.is_least
@@ -175,3 +183,51 @@ def test_metrics_that_decide_nothing_are_refused(metric, message: str) -> None:
 def test_quantizers_are_checked_before_the_work() -> None:
     with pytest.raises(tq.InputError, match="is a class"):
         tq.quantize_within(Net(), None, None, quantizer=X86Quantizer, metric=lambda m: 1, max_drop=1)
+
+
+class Branches(nn.Module):
+    """A value that two ops read, behind a BatchNorm and a ReLU, and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.last((x + self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:1 ops are annotated, yet XNNPACK computes them in float")  # the ReLU behind one
+@pytest.mark.parametrize("names", [["conv2d"], ["conv2d_1"], ["linear"], ["add"], ["conv2d", "conv2d_1"]])
+def test_what_is_left_float_lowers_where_outputs_are_given_quantized(names) -> None:
+    from torchquant.backends import executorch_xnnpack
+    from torchquant.quantizers import XnnpackQuantizer
+    from torchquant.solving.left_float import leave_float
+
+    model, batch = Branches().eval(), (torch.randn(1, 3, 8, 8),)
+    prepared = tq.prepare(tq.export(model, batch), XnnpackQuantizer("static_int8"))
+    tq.calibrate(prepared, [batch], progress=False)
+    leave_float(prepared, names, "by hand")
+    quantized = tq.convert(prepared)
+    program = executorch_xnnpack.lower(quantized, batch, progress=False)
+    compute = [name for name in names if name != "add"]
+    assert program.proof.fused == 3 - len(compute)
+    statuses = {s.node: s.status for s in tq.report(quantized, program).sites}
+    assert {statuses[name] for name in names} == {"excluded"}
+    assert tq.compare(model, program, [batch]).sqnr_db > 25
+
+
+def test_between_two_ops_that_are_left_float_nothing_is_rounded() -> None:
+    from torchquant.quantizers import XnnpackQuantizer
+    from torchquant.solving.left_float import leave_float
+
+    model, batch = Branches().eval(), (torch.randn(1, 3, 8, 8),)
+    prepared = tq.prepare(tq.export(model, batch), XnnpackQuantizer("static_int8"))
+    tq.calibrate(prepared, [batch], progress=False)
+    leave_float(prepared, ["conv2d", "conv2d_1", "add", "mean", "linear"], "by hand")
+    assert tq.compare(model, tq.convert(prepared), [batch]).sqnr_db > 40  # its input and output alone
+    from torchquant.fx.reading import observers
+
+    assert len(list(observers(prepared))) <= 2

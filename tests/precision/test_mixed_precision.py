@@ -415,5 +415,5 @@ def test_a_name_that_stands_twice_in_a_plan_is_refused(found) -> None:
 
 @pytest.mark.parametrize("options", [{"seed": "a"}, {"seed": -1}, {"seed": 1.5}, {"validation": []}, {"validation": 5}])
 def test_seeds_and_validation_are_checked(exported, batches, options) -> None:
-    with pytest.raises(tq.InputError, match=r"seed is|validation"):
+    with pytest.raises(tq.TorchquantError, match=r"seed is|validation"):
         tq.search(exported, batches, X86Quantizer, ["w8"], **options)

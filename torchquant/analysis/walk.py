@@ -17,8 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import GraphModule, Node
 
+from torchquant.analysis.converted import observed_again
 from torchquant.analysis.findings import Finding, SiteAnalysis, findings
+from torchquant.analysis.stages import Stage, stage_findings, stages_of
 from torchquant.analysis.tensors import TensorStatistics, decibels
+from torchquant.artifacts.program import Program
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import refuse_uncalibrated
 from torchquant.calibration.evaluator import Env, Evaluator
@@ -32,13 +35,13 @@ from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
 from torchquant.fx.grids import Grid, fake_quantizer, grid_of
 from torchquant.fx.passes import copy_graph
-from torchquant.fx.reading import GraphReading, is_prepared, observer_of
+from torchquant.fx.reading import GraphReading, is_converted, is_prepared, observer_of
 from torchquant.fx.sites import read_sites
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES
 from torchquant.surroundings import own_modes
 from torchquant.types import Site, check_whole
 
-__all__ = ["Analysis", "analyze"]
+__all__ = ["Analysis", "analyze", "own_error"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Analysis:
         batches: how many there were.
         versions: of what made it.
         measured_on: the data in words: whether they were calibrated on.
+        stages: float against quantized against lowered, where a float model was given.
     """
 
     sites: tuple[SiteAnalysis, ...]
@@ -60,6 +64,7 @@ class Analysis:
     batches: int
     versions: Mapping[str, str]
     measured_on: str = ""
+    stages: tuple[Stage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, as JSON has them: what is not finite is None."""
@@ -76,6 +81,10 @@ class Analysis:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160, record=True, force_terminal=False)
         console.print(f"output: {self.output_db:.1f} dB, all quantized, on {self.measured_on}", highlight=False)
+        for stage in self.stages:
+            beside = "" if math.isinf(stage.graph_db) else f", {stage.graph_db:.1f} dB against the quantized graph"
+            text = f"{stage.name}: {stage.float_db:.1f} dB against float{beside}, {stage.agreement:.1%} agree"
+            console.print(text, highlight=False, markup=False)
         for finding in self.findings:
             where = f" ({finding.module})" if finding.module else ""
             text = (
@@ -86,7 +95,8 @@ class Analysis:
         if without:
             text = f"{len(without)} ops that the output has no derivative by are in no share: {', '.join(without[:8])}"
             console.print(text, highlight=False, markup=False)
-        console.print(_table(self.sites))
+        if self.sites:
+            console.print(_table(self.sites))
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
 
 
@@ -111,42 +121,84 @@ def _table(sites: Sequence[SiteAnalysis]) -> Table:
 
 
 def analyze(
-    prepared: GraphModule,
+    graph: GraphModule | Program,
     batches: Iterable[Any],
     *,
+    reference: GraphModule | None = None,
+    programs: Sequence[Program] = (),
     seed: int = 0,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Analysis:
-    """Say where the error of a calibrated graph comes from, in one walk over the data.
+    """Say where the error of a quantized graph comes from, in one walk over the data.
 
     At each op: the SQNR of its output with only its own inputs and weight quantized, with each of them alone, and with
     all quantized that comes before it; what its error costs the network's output, by the derivatives of the float
     function; of each tensor that it reads how much the grid keeps.
 
     Args:
-        prepared: what `prepare_pt2e` returned (any Quantizer), calibrated, perhaps optimized. It stays as it is.
+        graph: what `prepare_pt2e` returned (any Quantizer), calibrated, perhaps optimized; or a converted graph with
+            its `reference`; or a program, of which the output alone is seen. It stays as it is.
         batches: as for `calibrate`; better not those that were calibrated on.
+        reference: the float graph that it was made from; the output is held against its, too.
+        programs: lowered from the graph, to be held against it and against the reference.
         seed: of the random projections of the output.
         memory_bytes: for what is kept between ops; the rest lies on disk.
 
     Raises:
-        InputError: no prepared graph, or a batch that does not fit.
+        InputError: no such graph, a batch that does not fit, or a converted graph whose float weights an algorithm has
+            rewritten.
         CalibrationError: no batch, or an observer that has not seen data.
     """
-    if not isinstance(prepared, GraphModule) or not is_prepared(prepared):
-        raise InputError(
-            "analyze takes a prepared and calibrated graph, whose observers know the grids: call it before convert_pt2e"
-            "; if this is one, it has no observers, and report says why"
-        )
-    refuse_uncalibrated(prepared)
     check_whole(seed, "seed")
+    kept = data.listed(batches, "batches")
+    if isinstance(programs, Program):
+        raise InputError("programs is a list of programs: write [program]")
+    _check_graph(graph, reference)
+    if isinstance(graph, Program):
+        assert reference is not None
+        stages = stages_of(reference, None, [graph, *programs], kept)
+        return Analysis((), (), stages[0].float_db, len(kept), versions(), f"{len(kept)} batches", stages)
     with own_modes():
-        graph = copy_graph(prepared)
-        sites = {site.node: site for site in read_sites(graph)}
-        functionalize(graph)
-        kept = list(data.checked(graph, batches))
-        analysis = _analyzed(graph, sites, given_to(graph, kept), seed, memory_bytes)
-        return dataclasses.replace(analysis, measured_on=data_used(prepared, kept))
+        prepared = graph
+        if reference is not None and not is_prepared(graph):
+            prepared = observed_again(graph, reference, kept)
+        refuse_uncalibrated(prepared)
+        analysis = _of_prepared(prepared, kept, seed, memory_bytes)
+    if reference is None:
+        if programs:
+            raise InputError("programs are held against the float model: give it as reference")
+        return analysis
+    measured = None if is_prepared(graph) else graph
+    stages = stages_of(reference, measured, programs, kept)
+    return dataclasses.replace(analysis, stages=stages, findings=(*stage_findings(stages), *analysis.findings))
+
+
+def _check_graph(graph: Any, reference: Any) -> None:
+    """Raise InputError for what cannot be analyzed."""
+    if reference is not None and not isinstance(reference, GraphModule):
+        raise InputError(f"reference is the float graph, from torchquant.export, not {reference!r:.80}")
+    if isinstance(graph, GraphModule) and is_prepared(graph):
+        return
+    if not isinstance(graph, Program) and not (isinstance(graph, GraphModule) and is_converted(graph)):
+        raise InputError(
+            "analyze takes a prepared and calibrated graph, whose observers know the grids, from before convert_pt2e; "
+            "or a converted one, or a program, with reference=. If this is one, nothing in it is quantized, and report "
+            "says why"
+        )
+    if reference is None:
+        raise InputError(
+            "of a converted graph or a program, analyze needs the float graph: reference=exported; or give the "
+            "prepared graph, from before convert_pt2e"
+        )
+
+
+def _of_prepared(prepared: GraphModule, batches: Sequence[Any], seed: int, memory_bytes: int) -> Analysis:
+    graph = copy_graph(prepared)
+    sites = {site.node: site for site in read_sites(graph)}
+    functionalize(graph)
+    kept = list(data.checked(graph, batches))
+    analysis = _analyzed(graph, sites, given_to(graph, kept), seed, memory_bytes)
+    return dataclasses.replace(analysis, measured_on=data_used(prepared, kept))
 
 
 def _analyzed(
@@ -157,7 +209,7 @@ def _analyzed(
     spans = [Span((node,), (node,)) for node in nodes]
     with closing(stream):
         quantized = stream.evaluator("quantized")
-        felt = felt_errors(stream, nodes, lambda node, env: _own_error(quantized, graph, node, env), seed)
+        felt = felt_errors(stream, nodes, lambda node, env: own_error(quantized, graph, node, env), seed)
         measures = [_Measure(task, sites[task.span.nodes[0].name]) for task in stream.walk(spans)]
     costs = [felt.get(node) for node in nodes]
     total = sum(cost or 0.0 for cost in costs)
@@ -184,7 +236,7 @@ def _rounded(graph: GraphModule, node: Node, raw: Env) -> Env:
     return rounded
 
 
-def _own_error(quantized: Evaluator, graph: GraphModule, node: Node, env: Env) -> torch.Tensor | None:
+def own_error(quantized: Evaluator, graph: GraphModule, node: Node, env: Env) -> torch.Tensor | None:
     """What a node's own quantization adds to its value, the inputs before it being float."""
     exact = env[node]
     if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():

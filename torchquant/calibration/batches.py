@@ -106,12 +106,16 @@ def checked(model: GraphModule, batches: Iterable[Any]) -> Iterator[Given | Step
 
 
 def listed(batches: Any, name: str) -> list[Any]:
-    """Batches that are looked at more than once; raises InputError unless `batches` is an iterable of some."""
+    """Batches that are looked at more than once.
+
+    Raises:
+        InputError: `batches` is no iterable of them. CalibrationError: there is none.
+    """
     if isinstance(batches, (torch.Tensor, dict, str, Steps)) or not isinstance(batches, Iterable):
         raise InputError(f"{name} is an iterable of batches, not a single {type(batches).__name__}; wrap it: [batch]")
     kept = list(batches)
     if not anywhere(bool(kept)):  # a process may be left without
-        raise InputError(f"{name} holds no batch: the iterable is empty (or was used up before)")
+        raise CalibrationError(f"{name} holds no calibration batch: the iterable is empty (or was used up before)")
     return kept
 
 

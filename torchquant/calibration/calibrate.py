@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchquant.calibration import batches as data
 from torchquant.calibration import merging, seen
 from torchquant.calibration.parallel import is_parallel, together
-from torchquant.errors import CalibrationError, TorchquantWarning
+from torchquant.errors import CalibrationError, InputError, TorchquantWarning
 from torchquant.fx import ops, passes
 from torchquant.fx.reading import is_observer, is_prepared, observers
 from torchquant.fx.signature import Signature
@@ -115,6 +115,8 @@ def _observe_constants(model: GraphModule) -> None:
 
 def refuse_uncalibrated(prepared: GraphModule) -> None:
     """Raise CalibrationError if a graph is not prepared, or an observer of it has not seen data."""
+    if not isinstance(prepared, GraphModule):
+        raise InputError(f"that takes the GraphModule from prepare_pt2e, not a {type(prepared).__name__}")
     if not is_prepared(prepared):
         raise CalibrationError("convert takes a prepared graph; this one has no observers")
     refuse_lost_writes(prepared)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -11,7 +11,7 @@ from torchquant.calibration.evaluator import Env
 from torchquant.calibration.metric import random_gradients
 from torchquant.calibration.stream import Stream
 
-__all__ = ["felt_errors"]
+__all__ = ["felt_errors", "felt_of_several"]
 
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWS = 4, 16, 32  # a batch, and of all batches together
 
@@ -31,24 +31,47 @@ def felt_errors(
         Without sites whose value is no float tensor, that the output has no derivative by, or whose derivative is zero
         throughout: a rounding in the network, an index made of it.
     """
+
+    def errors_of(node: Node, env: Env) -> dict[str, torch.Tensor]:
+        error = error_of(node, env)
+        return {} if error is None else {"": error}
+
+    return felt_of_several(stream, sites, errors_of, seed).get("", {})
+
+
+def felt_of_several(
+    stream: Stream, sites: Sequence[Node], errors_of: Callable[[Node, Env], Mapping[str, torch.Tensor]], seed: int
+) -> dict[str, dict[Node, float]]:
+    """The same of several errors of each site, by name: they share the passes backward.
+
+    Args:
+        errors_of: name -> error of a site's value, alike in shape, from the float values so far.
+    """
     generator = torch.Generator().manual_seed(seed)
     draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, -(-_DRAWS // max(stream.count, 1))))
-    felt, has_slope = dict[Node, float](), dict[Node, bool]()
+    felt: dict[str, dict[Node, float]] = {}
+    has_slope: dict[Node, bool] = {}
     for batch in range(stream.count):
-        errors: dict[Node, torch.Tensor] = {}
+        errors: dict[Node, Mapping[str, torch.Tensor]] = {}
 
-        def look(node: Node, env: Env, errors: dict[Node, torch.Tensor] = errors) -> None:
+        def look(node: Node, env: Env, errors: dict[Node, Mapping[str, torch.Tensor]] = errors) -> None:
             with torch.no_grad():
-                error = error_of(node, env)
-            if error is not None:
-                errors[node] = error
+                if found := errors_of(node, env):
+                    errors[node] = found
 
         measured, leaves = stream.float_with_gradients(batch, {}, dict.fromkeys(sites), look)
         kept = {node: value for node, value in measured.items() if node in errors}
         for _ in range(draws):
             for node, gradient in random_gradients(leaves, kept, generator):
-                moved = (gradient * errors[node]).double()
-                samples = moved.flatten(1).sum(1) if moved.ndim > 1 else moved
-                felt[node] = felt.get(node, 0.0) + float(samples.square().sum()) / draws
                 has_slope[node] = has_slope.get(node, False) or bool(gradient.any())
-    return {node: energy for node, energy in felt.items() if has_slope[node]}
+                for name, error in errors[node].items():
+                    of_name = felt.setdefault(name, {})
+                    of_name[node] = of_name.get(node, 0.0) + _energy(gradient * error) / draws
+    return {name: {node: e for node, e in of.items() if has_slope[node]} for name, of in felt.items()}
+
+
+def _energy(product: torch.Tensor) -> float:
+    """Of the sums over each sample."""
+    moved = product.double()
+    samples = moved.flatten(1).sum(1) if moved.ndim > 1 else moved
+    return float(samples.square().sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -109,38 +108,52 @@ def quantize(
     shapes = _dynamic_first(batches[0], max_batch) if dynamic_batch or max_batch is not None else None
     float_model = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0], dynamic_shapes=shapes)
     quantizers = [_quantizer(name, scheme, exclude, plan) for name in backends]
-    options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not _is_quiet()}
-    if judge is not None and max_drop is not None:
-        controlled = [
-            quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
-            for q in quantizers
-        ]
-        converted = [one.quantized for one in controlled]
-    else:
-        controlled = []
-        converted = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+    options: dict[str, Any] = {"algorithms": chosen, "validation": held_out, "progress": not output.quiet}
+    converted, told = _converted(float_model, batches, quantizers, judge, max_drop, options)
     judged = batches[:8] if held_out is None else held_out
     programs, rows = [], []
-    for i, (name, graph) in enumerate(zip(backends, converted, strict=True)):
+    for name, graph, about in zip(backends, converted, told, strict=True):
         program = _lower(_target(name), graph, batches[0])
         program.save(paths[name])
         programs.append(program)
-        level = compare_models(float_model, program, judged).sqnr_db
         row: dict[str, Any] = {"target": name, "path": str(paths[name]), "size_bytes": program.size_bytes}
-        row |= {"sqnr_db": level, "measured_on": f"{len(judged)} batches of {validation or 'the calibration data'}"}
-        if judge is not None:
-            row["metric"] = scored(judge, program, f"the program for {name}")
+        row["sqnr_db"] = compare_models(float_model, program, judged).sqnr_db
+        row["measured_on"] = f"{len(judged)} batches of {validation or 'the calibration data'}"
+        row |= {} if judge is None else {"metric": scored(judge, program, f"the program for {name}")}
         rows.append(row)
         if not as_json:
             print(make_report(graph, program))
-            told = f", metric {row['metric']:.6g}" if "metric" in row else ""
-            print(f"{name}: {level:.1f} dB against float on {row['measured_on']}{told}; written to {paths[name]}")
-            print(f"{controlled[i]}\n" if controlled else "")
+            print(_row_text(row), f"{about}\n", sep="\n")
     if report is not None:
         make_report(converted[0], programs).save(report)
     if as_json:
         output.as_json({"programs": rows})
     return min_sqnr is None or all(row["sqnr_db"] >= min_sqnr for row in rows)
+
+
+def _converted(
+    float_model: GraphModule,
+    batches: list[Any],
+    quantizers: list[Any],
+    judge: Any,
+    max_drop: float | None,
+    options: dict[str, Any],
+) -> tuple[list[GraphModule], list[str]]:
+    """The quantized graph for each Quantizer, and what is to be told of each."""
+    if judge is None or max_drop is None:
+        graphs = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+        return graphs, [""] * len(graphs)
+    controlled = [
+        quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)
+        for q in quantizers
+    ]
+    return [one.quantized for one in controlled], [str(one) for one in controlled]
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    metric = f", metric {row['metric']:.6g}" if "metric" in row else ""
+    level = f"{row['sqnr_db']:.1f} dB against float on {row['measured_on']}"
+    return f"{row['target']}: {level}{metric}; written to {row['path']}"
 
 
 def report(path: Path, out: Path | None, as_json: bool) -> None:
@@ -194,11 +207,11 @@ def analyze(
     judged = batches if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
     prepared = flow.prepare(exported, _quantizer(backend, scheme, exclude, None))
-    calibrate(prepared, batches, progress=not _is_quiet())
+    calibrate(prepared, batches, progress=not output.quiet)
     if chosen:
         held_out = None if validation is None else judged
-        flow.optimize(prepared, batches, chosen, validation=held_out, progress=not _is_quiet())
-    with output.status("analyzing", _is_quiet()):
+        flow.optimize(prepared, batches, chosen, validation=held_out, progress=not output.quiet)
+    with output.status("analyzing"):
         analysis = make_analysis(prepared, judged)
     if report is not None:
         make_report(prepared, analysis=analysis).save(report)
@@ -235,7 +248,7 @@ def search(
     held_out = None if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
     options = {"exclude": exclude} if exclude else {}
-    with output.status("searching", _is_quiet()):
+    with output.status("searching"):
         found = make_search(
             exported, batches, quantizer, schemes, validation=held_out, allow_float=allow_float, options=options
         )
@@ -285,7 +298,7 @@ def profile(
     """Measure what a program takes."""
     other = None if reference is None else _model_or_program(reference, trust)
     batch = sources.load_batches(inputs)[0]
-    with output.status("measuring", _is_quiet()):
+    with output.status("measuring"):
         measured = make_profile(_model_or_program(path, trust), batch, reference=other, callers=callers, rounds=rounds)
     output.show(measured, None, as_json)
 
@@ -362,10 +375,6 @@ def _model_or_program(reference: str, trust: bool) -> Any:
     return serialize.load(path) if serialize.is_graph(path) else _load(path, trust)
 
 
-def _is_quiet() -> bool:
-    return bool(os.environ.get("TORCHQUANT_QUIET"))
-
-
 def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
     """Where each artefact goes; folders that are missing are made."""
     is_folder = len(chosen) > 1 or out.is_dir()
@@ -391,7 +400,7 @@ def _lower(made_for: Target, graph: GraphModule, batch: Any) -> Program:
     options, said = made_for.here()
     if said:
         print(f"{made_for}: {said}", file=sys.stderr)
-    program: Program = made_for.backend().lower(graph, batch, **options, progress=not _is_quiet())
+    program: Program = made_for.backend().lower(graph, batch, **options, progress=not output.quiet)
     return program
 
 

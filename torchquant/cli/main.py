@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchquant.backends import names
+from torchquant.cli import output
 from torchquant.errors import InputError, TorchquantError, TorchquantWarning
 from torchquant.files.archive import versions
 
@@ -59,17 +60,22 @@ Trust = Annotated[
 ]
 
 
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print("\n".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="print the versions", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the versions", callback=_show_versions, is_eager=True)
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no warnings on stderr")] = False,
 ) -> None:
     """Quantize PyTorch models for any target, and see what that costs."""
-    if version:
-        print("\n".join(f"{name} {number}" for name, number in versions().items()))
-        raise typer.Exit
+    output.quiet = quiet
     if quiet:
-        os.environ["TORCHQUANT_QUIET"] = "1"
         warnings.filterwarnings("ignore", category=TorchquantWarning)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 __all__ = ["as_json", "show", "status"]
 
+quiet = False  # of the command that runs: no progress on stderr
 _console = Console(stderr=True)
 
 
@@ -38,9 +39,9 @@ def show(what: Shown, out: Path | None, is_json: bool) -> None:
         print(what)
 
 
-def status(text: str, is_quiet: bool) -> AbstractContextManager[Any]:
-    """Show what is being done while it lasts."""
-    return nullcontext() if is_quiet else _console.status(text)
+def status(text: str) -> AbstractContextManager[Any]:
+    """Show what is being done while it lasts, unless nothing is to be shown."""
+    return nullcontext() if quiet else _console.status(text)
 
 
 def _finite(value: Any) -> Any:

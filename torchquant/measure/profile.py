@@ -179,13 +179,7 @@ def profile(
     Raises:
         InputError: inputs that do not fit, or arguments that make no sense.
     """
-    check_whole(rounds, "rounds", 4, 100_000)
-    if not callable(program) or isinstance(program, type):
-        raise InputError(f"profile takes a program, a graph or a module, not {program!r:.80}")
-    if isinstance(callers, (int, str)) or not all(type(n) is int and 0 < n <= 256 for n in callers):
-        raise InputError(f"callers is a list of numbers of threads from 1 to 256, not {callers!r:.80}")
-    if compiled and reference is None:
-        raise InputError("compiled=True times torch.compile(reference): give the float model as reference")
+    _check(program, reference, compiled, callers, rounds)
     before = resident_bytes()
     candidates: dict[str, Any] = {_name(program): program}
     if reference is not None:
@@ -219,6 +213,17 @@ def profile(
         *_work(getattr(program, "facts", {}).get("work")),
         energy,
     )
+
+
+def _check(program: Any, reference: Any, compiled: bool, callers: Any, rounds: Any) -> None:
+    check_whole(rounds, "rounds", 4, 100_000)
+    for model in (program, *([] if reference is None else [reference])):
+        if not callable(model) or isinstance(model, type):
+            raise InputError(f"profile takes a program, a graph or a module, not {model!r:.80}")
+    if isinstance(callers, (int, str)) or not all(type(n) is int and 0 < n <= 256 for n in callers):
+        raise InputError(f"callers is a list of numbers of threads from 1 to 256, not {callers!r:.80}")
+    if compiled and reference is None:
+        raise InputError("compiled=True times torch.compile(reference): give the float model as reference")
 
 
 def _name(program: Any) -> str:

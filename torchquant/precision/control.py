@@ -102,19 +102,19 @@ def quantize_within(
     flow.check_quantizer(quantizer)
     _check_numbers(max_drop, max_evaluations)
     kept = data.listed(batches, "batches")
-    ranked_on = kept if validation is None else data.listed(validation, "validation")
+    held_out = None if validation is None else data.listed(validation, "validation")
     exported = flow.exported_of(model, example_inputs, dynamic_shapes)
     trials = _Trials(metric, max_drop, max_evaluations)
     trials.measure_float(exported)
     prepared = flow.prepare(exported, quantizer)
     calibrate(prepared, kept, progress=progress)
     if algorithms:
-        flow.optimize(prepared, kept, algorithms, validation=validation, progress=progress)
+        flow.optimize(prepared, kept, algorithms, validation=held_out, progress=progress)
     trials.prepared = prepared
     full = trials.convert(())
     if trials.holds(full):
         return trials.result(full, full, (), "nothing: all is quantized")
-    analysis = analyze(prepared, ranked_on)
+    analysis = analyze(prepared, kept if held_out is None else held_out)
     sites = {s.site.node: s.site for s in analysis.sites if s.site.status == "quantized" and _costs(s.alone_db)}
     cost = {s.site.node: s.share if s.output_db is not None else 2.0 - s.alone_db / 1e3 for s in analysis.sites}
     order = sorted(sites, key=lambda name: -cost[name])

@@ -18,6 +18,7 @@ from torchquant.calibration.calibrate import calibrate
 from torchquant.calibration.seen import data_used
 from torchquant.errors import InputError, SchemeError
 from torchquant.fx import passes
+from torchquant.fx.reading import observers
 from torchquant.measure.metric import Metric, scored
 from torchquant.measure.verify import compare
 from torchquant.precision.plan import Plan, weighted_sites
@@ -57,6 +58,8 @@ class Bench:
         prepared = flow.prepare(
             self._exported, self._quantizer(plan.scheme, overrides=dict(plan.schemes), **self._options)
         )
+        if next(observers(prepared), None) is None:  # all in float
+            return passes.copy_graph(self._exported)
         calibrate(prepared, self._batches, progress=False)
         self._names = _names(prepared)
         self.measured_on = data_used(prepared, list(data.checked(prepared, self._judged)))
@@ -68,6 +71,8 @@ class Bench:
         if key not in self._figures:
             graph = self.converted(plan)
             db = compare(passes.copy_graph(self._exported), graph, self._judged).sqnr_db
+            if metric is None and math.isnan(db):
+                raise InputError("the model returns no floats by which plans could be compared: give a metric")
             score = db if metric is None else scored(metric, graph, f"the plan of {plan.about.get('budget')}")
             self._figures[key] = score, db
         return self._figures[key]

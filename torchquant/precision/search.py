@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from torchquant import flow
-from torchquant.analysis.walk import analyze
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
 from torchquant.errors import InputError, MissingDependencyError, SchemeError
 from torchquant.fx.blocks import weight_grid, weight_of
-from torchquant.fx.reading import is_prepared
+from torchquant.fx.reading import is_prepared, observers
 from torchquant.measure.metric import Metric, check_metric
+from torchquant.precision.costs import noises
 from torchquant.precision.measured import Bench
 from torchquant.precision.plan import Plan, weighted_sites
 from torchquant.types import check_whole
@@ -224,7 +224,7 @@ def search(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Search:
-    """Measure what each scheme costs at each weight: for each scheme one calibration and one analysis.
+    """Measure what each scheme costs at each weight: with one calibration and the same passes backward for all.
 
     Args:
         exported: the float graph, from `export` or `export_causal_lm`.
@@ -234,21 +234,13 @@ def search(
         schemes: names of its schemes to choose from, e.g. `["w8", "w4_g64", "w3_g64"]`.
         allow_float: a weight may stay float too.
         options: further arguments of the class, e.g. `{"exclude": ["head"]}`.
-        seed: of the analysis.
+        seed: of the random projections of the output.
 
     Raises:
         InputError: no scheme, or nothing of the model can be quantized in any of them.
         SchemeError: the Quantizer has no such scheme.
     """
-    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
-        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
-        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
-    if not isinstance(exported, GraphModule) or is_prepared(exported):
-        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
-    fixed = sorted({"scheme", "overrides"} & set(options or {}))
-    if fixed:
-        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
+    _check(exported, quantizer, schemes, options or {})
     check_whole(seed, "seed")
     kept, schemes = data.listed(batches, "batches"), list(dict.fromkeys(schemes))
     judged = kept if validation is None else data.listed(validation, "validation")
@@ -256,10 +248,13 @@ def search(
     shared: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
-    for scheme in schemes:
-        prepared = flow.prepare(exported, quantizer(scheme, **(options or {})))
-        calibrate(prepared, kept, progress=False)
-        _measure(prepared, judged, scheme, seed, costs, shared, shapes, sizes)
+    prepared = {scheme: flow.prepare(exported, quantizer(scheme, **(options or {}))) for scheme in schemes}
+    watched = {scheme: graph for scheme, graph in prepared.items() if next(observers(graph), None) is not None}
+    if watched:
+        calibrate(list(watched.values()), kept, progress=False)
+    measured = noises(watched, judged, seed) if watched else {}
+    for scheme, graph in prepared.items():
+        _add(graph, measured.get(scheme, {}), scheme, costs, shared, shapes, sizes)
     if not costs:
         raise InputError(f"{quantizer.__name__} quantizes no weight of this model in {', '.join(schemes)}")
     choices: dict[tuple[str, ...], tuple[Choice, ...]] = {}
@@ -274,26 +269,35 @@ def search(
     return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
 
 
-def _measure(
+def _check(exported: Any, quantizer: Any, schemes: Any, options: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments of `search` that make no sense."""
+    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
+        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
+    if not isinstance(exported, GraphModule) or is_prepared(exported):
+        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
+    fixed = sorted({"scheme", "overrides"} & set(options))
+    if fixed:
+        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
+
+
+def _add(
     prepared: GraphModule,
-    batches: Sequence[Any],
+    measured: Mapping[str, float],
     scheme: str,
-    seed: int,
     costs: dict[str, dict[str, Choice]],
     shared: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
     sizes: dict[str, int],
 ) -> None:
     """Add what one scheme costs at each op that it quantizes, and which weight, of which shape and bytes, it reads."""
-    analyzed = {site.site.node: site for site in analyze(prepared, batches, seed=seed).sites}
     for name, (node, shape, source) in weighted_sites(prepared).items():
-        weight, site = weight_of(prepared, node), analyzed.get(node.name)
+        weight = weight_of(prepared, node)
         shapes[name], sizes[name] = shape, source.meta["val"].element_size()
-        if weight is None or site is None:
+        if weight is None or node.name not in measured:
             continue
-        level = site.alone_db if site.output_db is None else site.output_db
-        noise = 0.0 if math.isinf(level) and level > 0 else 10 ** (-level / 10)
-        costs.setdefault(name, {})[scheme] = Choice(scheme, _bytes(prepared, node, shape), noise)
+        costs.setdefault(name, {})[scheme] = Choice(scheme, _bytes(prepared, node, shape), measured[node.name])
         shared[name] = str(source.target if source.op == "get_attr" else source)
 
 

@@ -24,6 +24,7 @@ from torchquant.files.whole import write_whole
 from torchquant.fx import passes
 from torchquant.fx.sites import read_sites, site_edges
 from torchquant.reporting.html import fragment, page, positions
+from torchquant.reporting.node_data import node_data
 from torchquant.types import Site
 
 __all__ = ["Report", "program_text", "proof_text", "report"]
@@ -99,6 +100,8 @@ class Report:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=200, record=True, force_terminal=False)
         console.print(self.summary(), markup=False)
+        for line in self._finding_lines():
+            console.print(line, highlight=False, markup=False)
         for title, table in (("compute ops", self._compute_table()), ("other ops", self._other_table())):
             if table.row_count:
                 console.print(f"\n{title}", highlight=False)
@@ -108,6 +111,15 @@ class Report:
         if self.profile is not None:
             console.print(f"\n{self.profile}", highlight=False, markup=False)
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
+
+    def _finding_lines(self) -> list[str]:
+        """What the analysis found, the gravest first."""
+        found = [] if self.analysis is None else self.analysis.to_dict()["findings"]
+        lines = []
+        for f in found:
+            where = f" ({f['module']})" if f["module"] else ""
+            lines.append(f"{f['severity']}: {f['kind']}: {f['site']}{where}: {f['message']}\n  -> {f['remedy']}")
+        return lines
 
     def summary(self) -> str:
         """One line: coverage, statuses, bytes."""
@@ -140,6 +152,18 @@ class Report:
 
     def _repr_html_(self) -> str:
         return fragment(self.to_dict())
+
+    def save_node_data(self, path: str | os.PathLike[str], measure: str = "share") -> Path:
+        """Write a figure of each op as node data of Google's Model Explorer (`.json`), to colour the graph by.
+
+        Args:
+            measure: `share`, `alone_db`, `cumulative_db` or `output_db` of the analysis, or `ms` of the profile.
+
+        Raises:
+            InputError: the report has no such figures.
+        """
+        text = json.dumps(node_data(self.to_dict(), measure), indent=1, allow_nan=False) + "\n"
+        return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report: as a page if the file's name ends in `.html`, as JSON in `.json`, as text in any other.

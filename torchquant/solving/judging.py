@@ -16,7 +16,6 @@ from torchquant.calibration.parallel import everywhere
 from torchquant.calibration.seen import data_used
 from torchquant.calibration.stream import Stream, given_to
 from torchquant.errors import TorchquantWarning
-from torchquant.files.shelf import is_open
 from torchquant.solving.results import Optimization
 
 __all__ = ["Figure", "Judge", "Score", "split"]
@@ -47,10 +46,9 @@ class Figure:
 def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     """Batches to solve with, and one of eight, evenly spread, to judge by; None where there are fewer than sixteen.
 
-    One alone says too little, and of few batches none can be spared. Of a graph that is larger than memory none: each
-    look at it is a walk over the disk.
+    One alone says too little, and of few batches none can be spared.
     """
-    if is_open() or not everywhere(len(batches) >= _LEAST):
+    if not everywhere(len(batches) >= _LEAST):
         return list(batches), None
     held = range(_HELD_OUT // 2, len(batches), _HELD_OUT)
     return [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in held]

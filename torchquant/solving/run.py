@@ -75,7 +75,8 @@ def run(
     with together("optimize"), own_modes():
         _check(prepared, algorithms, budget_s)
         check_whole(seed, "seed")
-        check_whole(memory_bytes, "memory_bytes")
+        if isinstance(exclude, str):
+            raise InputError(f"exclude is a list of patterns: write [{exclude!r}]")
         if is_parallel():
             agree(_description(algorithms, budget_s, checkpoint, seed, exclude), "what `optimize` is to do")
             agree(digest_of(prepared), "the graph that `optimize` is given")

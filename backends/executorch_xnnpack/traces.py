@@ -1,0 +1,53 @@
+"""The time of each op of a `.pte`, as ExecuTorch's own event tracer sees it."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cpu_lines
+from torchquant.files.owned import OwnFolder
+from torchquant.measure.traced import Part, Traced
+
+__all__ = ["traced_program"]
+
+_ROUNDS, _WARMUP = 20, 3
+_WHOLE = ("DELEGATE_CALL", "Method::execute", "OPERATOR_CALL")  # what holds other events
+_EXECUTE = "Method::execute"
+
+
+def traced_program(buffer: bytes, tensors: Sequence[torch.Tensor]) -> Traced:
+    """The ops of a call, those inside of the delegate too; none, with the reason, where the runtime has no tracer."""
+    try:
+        with undisturbed():
+            runtime: Any = import_module("executorch.extension.pybindings.portable_lib")
+            inspector: Any = import_module("executorch.devtools").Inspector
+    except ImportError as error:
+        return Traced((), 0.0, f"ExecuTorch's devtools are not installed: {error}")
+    inputs = [t.detach().contiguous() for t in tensors]
+    with OwnFolder("torchquant-etdump-") as folder, without_cpu_lines(), undisturbed():
+        module = runtime._load_for_executorch_from_buffer(buffer, enable_etdump=True)
+        if not module.has_etdump():
+            return Traced((), 0.0, "this ExecuTorch was built without its event tracer: the whole alone is timed")
+        for _ in range(_WARMUP + _ROUNDS):
+            module.forward(inputs)
+        file = folder / "trace.etdp"
+        module.write_etdump_result_to_file(str(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what was not asked for
+            blocks = inspector(etdump_path=str(file)).event_blocks
+    events = [event for block in blocks if block.name == "Execute" for event in block.events]
+    whole = [_median(event) for event in events if event.name == _EXECUTE]
+    parts = tuple(Part(event.name, (), _median(event)) for event in events if event.name not in _WHOLE)
+    return Traced(parts, whole[0] if whole else 0.0, "; by ExecuTorch's event tracer")
+
+
+def _median(event: Any) -> float:
+    """Milliseconds, without the first runs."""
+    raw = list(event.perf_data.raw) if event.perf_data is not None else []
+    return statistics.median(raw[_WARMUP:] or raw or [0.0])

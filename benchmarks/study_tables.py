@@ -1,0 +1,128 @@
+"""Tables of docs/calibration.md, docs/robustness.md and docs/analysis.md, from what the studies measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gpu_tables import Table
+
+__all__ = ["calibration", "mixed_precision", "profiles", "robustness"]
+
+Row = Mapping[str, Any]
+
+
+def calibration(results: Row) -> Table:
+    """For each network, kind of data and count: mean and range over the seeds."""
+    head = ["network", "calibrated on", "samples", "seeds", "SQNR dB", "metric", "to float"]
+    rows = []
+    for (network, data, count), group in _groups(results["rows"], ("network", "data", "samples")):
+        deltas = [row["metric"] - row["float_metric"] for row in group]
+        rows.append(
+            [
+                network,
+                data,
+                str(count),
+                str(len(group)),
+                _spread([float(row["sqnr_db"]) for row in group], ".1f"),
+                f"{_mean(row['metric'] for row in group):.2f} {group[0]['metric_name']}",
+                _spread(deltas, "+.2f"),
+            ]
+        )
+    return Table("Calibration", _about(results), head, rows)
+
+
+def robustness(results: Row) -> Table:
+    """For each network, change and strength: metric and agreement of each model."""
+    models = ("float", "int8", "4 bits")
+    head = [
+        "network", "change", "strength", *(f"metric, {m}" for m in models), "agreement, int8", "agreement, 4 bits",
+        *(f"calibration error, {m}" for m in models),
+    ]  # fmt: skip
+    rows = []
+    for (network, change, strength), group in _groups(results["rows"], ("network", "change", "strength")):
+        by = {row["model"]: row for row in group}
+        if set(by) != set(models):
+            continue
+        rows.append(
+            [
+                network,
+                change,
+                "" if change == "none" else f"{strength:g}",
+                *(f"{by[m]['metric']:.1f}" for m in models),
+                *(f"{by[m]['agreement']:.1f} %" for m in models[1:]),
+                *(f"{by[m]['calibration_error']:.1f} %" if "calibration_error" in by[m] else "" for m in models),
+            ]
+        )
+    return Table("Robustness", _about(results), head, rows)
+
+
+def mixed_precision(results: Row) -> Table:
+    """For each network and seed: the uniform plan and the mixed one."""
+    head = ["network", "seed", "bytes, uniform", "bytes, mixed", "dB, uniform", "dB, mixed", "metric, uniform",
+            "metric, mixed", "float"]  # fmt: skip
+    rows = []
+    for (network, seed), group in _groups(results["rows"], ("network", "seed")):
+        by = {row["plan"]: row for row in group}
+        if set(by) != {"uniform", "mixed"}:
+            continue
+        one, two = by["uniform"], by["mixed"]
+        rows.append(
+            [
+                network,
+                str(seed),
+                f"{one['weight_bytes']:,}",
+                f"{two['weight_bytes']:,}" + (" (uniform kept)" if two["kept"] else ""),
+                f"{float(one['sqnr_db']):.2f}",
+                f"{float(two['sqnr_db']):.2f}",
+                f"{one['metric']:.2f}",
+                f"{two['metric']:.2f}",
+                f"{one['float_metric']:.2f}",
+            ]
+        )
+    return Table("Mixed precision", _about(results), head, rows)
+
+
+def profiles(results: Row) -> Table:
+    """For each network and program: time, and how much of it the parts that were measured make up."""
+    head = ["network", "program", "median ms", "p99 ms", "float ms", "parts of the whole", "int8 GOP", "float GOP",
+            "CPU s a call"]  # fmt: skip
+    rows = [
+        [
+            row["network"],
+            row["program"],
+            f"{row['median_ms']:.2f}",
+            f"{row['p99_ms']:.2f}",
+            f"{row['float_ms']:.2f}",
+            f"{row['parts_ms']:.2f} of {row['whole_ms']:.2f} ms ({row['parts_ms'] / row['whole_ms']:.0%})",
+            f"{row['int_operations'] / 1e9:.2f}",
+            f"{row['float_operations'] / 1e9:.2f}",
+            f"{row['cpu_seconds']:.4f}",
+        ]
+        for row in results["rows"]
+    ]
+    return Table("Profiles", _about(results), head, rows)
+
+
+def _groups(rows: Sequence[Row], fields: Sequence[str]) -> list[tuple[tuple[Any, ...], list[Row]]]:
+    """Rows with the same values of the fields, in the order in which these first come."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[field] for field in fields), []).append(row)
+    return list(groups.items())
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """The mean, and the least and the most."""
+    if len(values) == 1:
+        return format(values[0], form)
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _about(results: Row) -> str:
+    return f"{results['cpu']}; {results['date']}" if results["rows"] else "not measured yet"
