@@ -171,7 +171,7 @@ def check_steps(prepared: GraphModule, when: str = "") -> None:
             if not bool((value > 0).all() & value.isfinite().all()):
                 worst = float(value.detach().nan_to_num(-torch.inf).min())
                 raise TrainingError(
-                    f"the learned {name} of {getattr(fake, 'site', 'a tensor')} is {worst:.3g}{when}, and it must be "
+                    f"the learned {name} of {fake.site} is {worst:.3g}{when}, and it must be "
                     "positive: take a lower learning rate for it (step_lr of torchquant.qat.parameters), no weight "
                     "decay, and an earlier checkpoint"
                 )

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.fx import ops, passes
-from torchquant.fx.blocks import SOLVABLE
+from torchquant.fx.blocks import SOLVABLE, data_order
 from torchquant.training.converting import check_trained
 from torchquant.training.copies import own_tensors
 from torchquant.training.norms import TrainedNorm
@@ -139,12 +139,16 @@ class Distillation:
         return errors
 
 
+_UNKNOWN = torch.zeros(())  # of nodes that carry no value, such as observers
+
+
 def cut_points(prepared: GraphModule) -> list[Node]:
     """Nodes behind which one value of the data alone goes on to all that follows, in graph order.
 
-    Observers, norms and taps belong to the node in front of them; reshapes are no points of their own.
+    Observers, norms and taps belong to the node in front of them; reshapes are no points of their own, and sizes are no
+    values.
     """
-    order = [n for n in prepared.graph.nodes if n.op not in ("get_attr", "output") and not ops.is_constant(n)]
+    order = [n for n in data_order(prepared) if isinstance(n.meta.get("val", _UNKNOWN), Tensor)]
     place = {node: i for i, node in enumerate(order)}
     last = [max((place.get(user, len(order)) for user in node.users), default=-1) for node in order]
     points, reach, computed = [], -1, False

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchquant.errors import InputError
 from torchquant.training.fakes import Fake
 from torchquant.training.lsq import LSQ, LearnedStep, step_gradient
-from torchquant.training.rounding import Cells, Saved
+from torchquant.training.rounding import Cells, Saved, passed
 
 __all__ = ["EWGS", "ewgs"]
 
@@ -29,7 +29,7 @@ def ewgs(saved: Saved, delta: float, codes: int, g: float) -> tuple[Tensor, Tens
     Args:
         codes: the largest code less the least.
     """
-    straight = saved.grad * saved.inside
+    straight = passed(saved)
     extent = _spread(saved.scale, saved) * codes
     dx = straight * (1 + delta * saved.grad.sign() * (saved.x - saved.x_hat) / extent)
     return dx, step_gradient(saved, straight) * g if saved.learns[0] else None, None

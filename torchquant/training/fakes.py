@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase
 
 from torchquant.errors import CalibrationError, InputError
+from torchquant.fx import ops
 from torchquant.fx.grids import Grid, fake_quantizer, grid_of
+from torchquant.fx.reading import observers
 from torchquant.observers.minmax import check_finite, reset
 from torchquant.training.rounding import Cells, Rule, as_computed, rounded, straight_through
 from torchquant.types import DTYPE_RANGE
 
-__all__ = ["Fake", "fakes", "has_grid"]
+__all__ = ["DerivedFake", "Fake", "fakes", "has_grid", "named_fakes"]
 
-_SHARED = ("dtype", "qscheme", "ch_axis", "granularity", "format", "eps", "per_token", "site")
+_SHARED = ("dtype", "qscheme", "ch_axis", "granularity", "format", "eps", "per_token")
 
 
 def has_grid(observer: Any) -> bool:
@@ -46,6 +49,7 @@ class Fake(FakeQuantizeBase):
     """
 
     rule: Rule = staticmethod(straight_through)
+    site = "a tensor"
     scale: Tensor
     zero_point: Tensor
     dtype: Any
@@ -114,7 +118,7 @@ class Fake(FakeQuantizeBase):
         """Let the observer see a tensor, and take the grid that it now gives."""
         observer = self.activation_post_process
         if self.is_weight:
-            check_finite(x, str(getattr(self, "site", "a weight")))
+            check_finite(x, self.site)
             if not isinstance(getattr(observer, "grid", None), Grid):
                 reset(observer, "a weight")
         observer(x.float() if x.dtype in (torch.bfloat16, torch.float16) and self.has_grid else x)
@@ -181,9 +185,7 @@ class Fake(FakeQuantizeBase):
     def require_data(self) -> None:
         """Raise CalibrationError if the range must come from data and none has been seen."""
         if self.is_waiting:
-            raise CalibrationError(
-                f"{getattr(self, 'site', 'a tensor')} never saw data: run torchquant.calibrate(prepared, batches) first"
-            )
+            raise CalibrationError(f"{self.site} never saw data: run torchquant.calibrate(prepared, batches) first")
 
     # formats that are no affine grid, and scales chosen at run time ----------------------------------------------
 
@@ -222,7 +224,7 @@ class Fake(FakeQuantizeBase):
         others = [f"{key} {known.get(key)} there, {own[key]} here" for key in own if known.get(key) != own[key]]
         if others:
             raise InputError(
-                f"the checkpoint is of another training: {getattr(self, 'site', 'a tensor')} has {'; '.join(others)}. "
+                f"the checkpoint is of another training: {self.site} has {'; '.join(others)}. "
                 "Prepare the model with the same Quantizer, bits and methods before loading it"
             )
         self.rounds, self.observes = bool(state["rounds"]), bool(state["observes"])
@@ -238,6 +240,32 @@ class Fake(FakeQuantizeBase):
         self._function = None
 
 
+class DerivedFake(Fake):
+    """Of a tensor whose grid follows from those of others, as an int32 bias from its op's input and weight."""
+
+    def __init__(self, observer: Any) -> None:
+        super().__init__(observer)
+        self.has_grid = False
+
+    def _as_emitted(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.activation_post_process.calculate_qparams()
+        cells = Cells(axis=int(self.ch_axis) if scale.numel() > 1 else None)
+        return rounded(x, scale.detach().float(), zero_point.detach(), cells, self.quant_min, self.quant_max)
+
+
 def fakes(model: torch.nn.Module) -> list[Fake]:
     """Each fake quantizer once, in order."""
     return list(dict.fromkeys(module for module in model.modules() if isinstance(module, Fake)))
+
+
+def named_fakes(model: GraphModule) -> list[tuple[Node, Fake]]:
+    """Each fake quantizer once, with the first node that calls it; its `site` then says where it stands."""
+    first: dict[Fake, Node] = {}
+    for node, module in observers(model):
+        if isinstance(module, Fake):
+            first.setdefault(module, node)
+    for fake, node in first.items():
+        readers = ", ".join(ops.module_path(user) or user.name for user in node.users)
+        fake.site = f"{node.args[0]}, read by {readers}"
+        fake.activation_post_process.site = fake.site
+    return [(node, fake) for fake, node in first.items()]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, FixedQParamsObserver
 
 from torchquant.calibration.calibrate import calibrate
 from torchquant.errors import InputError
@@ -18,10 +19,10 @@ from torchquant.observers.ranges import ActivationMSE
 from torchquant.solving.solved import put_observer
 from torchquant.surroundings import unchanged
 from torchquant.training.converting import check_trained
-from torchquant.training.fakes import Fake, fakes
+from torchquant.training.fakes import Fake, fakes, named_fakes
 from torchquant.training.lsq import LSQ
 
-__all__ = ["Method", "learn_steps", "parameters", "sites"]
+__all__ = ["Method", "learn_steps", "parameters"]
 
 
 class Method(Protocol):
@@ -75,23 +76,9 @@ def learn_steps(
         else:
             new = method.activation(fake)
         new.train(fake.training)
-        if hasattr(fake, "site"):
-            new.site = fake.site
+        new.site = fake.site
         put_observer(prepared, str(node.target), fake, new)
     return len(chosen)
-
-
-def sites(prepared: GraphModule) -> list[tuple[Node, Fake]]:
-    """Each fake quantizer once, with the first node that calls it; its `site` says where it stands."""
-    first: dict[Fake, Node] = {}
-    for node, module in observers(prepared):
-        if isinstance(module, Fake):
-            first.setdefault(module, node)
-    for fake, node in first.items():
-        if not isinstance(getattr(fake, "site", None), str) or not hasattr(fake.activation_post_process, "site"):
-            readers = ", ".join(ops.module_path(user) or user.name for user in node.users)
-            fake.site = f"{node.args[0]}, read by {readers}"
-    return [(node, fake) for fake, node in first.items()]
 
 
 def _chosen(
@@ -103,7 +90,7 @@ def _chosen(
         if isinstance(module, Fake):
             readers.setdefault(module, set()).update(node.users)
     chosen = []
-    for node, fake in sites(prepared):
+    for node, fake in named_fakes(prepared):
         method = weights if fake.is_weight else activations
         if method is not None and fake.has_grid and not readers[fake] & kept and not _is_fixed(fake):
             chosen.append((node, fake, method))
@@ -113,10 +100,10 @@ def _chosen(
 
 
 def _is_fixed(fake: Fake) -> bool:
+    """Whether a grid is the Quantizer's to choose: fixed qparams, and activations that torchao cuts into blocks."""
     inner = fake.activation_post_process
-    return (
-        not fake.is_weight and not hasattr(inner, "min_val") and hasattr(inner, "scale") and hasattr(inner, "_is_fixed")
-    )
+    blocks = isinstance(inner, AffineQuantizedObserverBase) and not fake.is_weight
+    return blocks or isinstance(inner, FixedQParamsObserver)
 
 
 def _search_ranges(prepared: GraphModule, chosen: Sequence[Fake], batches: Iterable[Any]) -> None:
@@ -135,7 +122,7 @@ def _search_ranges(prepared: GraphModule, chosen: Sequence[Fake], batches: Itera
     finally:
         for fake, inner in standing.items():
             search, fake.activation_post_process = fake.activation_post_process, inner
-            if not isinstance(inner, torch.nn.Module) or search.min_val.isfinite().all():
+            if bool(search.min_val.isfinite().all()):
                 fake.take_qparams(*search.calculate_qparams())
 
 

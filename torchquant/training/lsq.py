@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchquant.fx.grids import Grid
 from torchquant.observers.minmax import least_scale
 from torchquant.training.fakes import Fake
-from torchquant.training.rounding import Saved
+from torchquant.training.rounding import Saved, passed
 
 __all__ = ["LSQ", "LearnedStep", "lsq", "mean_step", "step_gradient"]
 
@@ -35,7 +35,7 @@ def step_gradient(saved: Saved, dx: Tensor) -> Tensor:
 
 def lsq(saved: Saved, g: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Straight through for x, eq. 3 times g for s."""
-    dx = saved.grad * saved.inside
+    dx = passed(saved)
     return dx, step_gradient(saved, dx) * g if saved.learns[0] else None, None
 
 
@@ -71,7 +71,7 @@ class LearnedStep(Fake):
     @property
     def learned(self) -> dict[str, nn.Parameter]:
         """What must stay positive, by what it is called."""
-        return {"step": self._parameters["scale"]}  # type: ignore[dict-item]
+        return {"step": self._parameters["scale"]}
 
     def gradient_scale(self, saved: Saved) -> float:
         """g: 1 / sqrt(N Q_P)."""

@@ -20,8 +20,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.errors import InputError
 from torchquant.training.converting import check_trained
-from torchquant.training.fakes import Fake
-from torchquant.training.learning import sites
+from torchquant.training.fakes import Fake, named_fakes
 
 __all__ = ["Freezing", "dampening"]
 
@@ -30,7 +29,7 @@ def _weights(prepared: GraphModule) -> list[tuple[Any, Fake]]:
     """Each trained weight that has an integer grid."""
     check_trained(prepared)
     pairs = []
-    for node, fake in sites(prepared):
+    for node, fake in named_fakes(prepared):
         source = node.args[0]
         if fake.is_weight and fake.has_grid and isinstance(source, Node) and source.op == "get_attr":
             pairs.append((operator.attrgetter(str(source.target))(prepared), fake))

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torchquant.errors import SchemeError
 from torchquant.training.fakes import Fake
 from torchquant.training.lsq import LSQ, LearnedStep
-from torchquant.training.rounding import Saved
+from torchquant.training.rounding import Saved, passed
 
 __all__ = ["PACT", "LearnedClip", "pact"]
 
 
 def pact(saved: Saved) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Straight through for x; eq. 3 by s = alpha / (2^k - 1): what was clipped gives its code, which is 0 below."""
-    dx = saved.grad * saved.inside
+    dx = passed(saved)
     if not saved.learns[0]:
         return dx, None, None
     cells = saved.cells

@@ -23,7 +23,7 @@ from torchquant.solving.solved import SolvedActivation, SolvedWeight, put_observ
 from torchquant.surroundings import unchanged
 from torchquant.training.bits import narrow
 from torchquant.training.copies import own_tensors
-from torchquant.training.fakes import Fake, fakes
+from torchquant.training.fakes import DerivedFake, Fake, fakes, named_fakes
 from torchquant.training.switching import insert_dropouts, insert_norms, lift_dropouts
 
 __all__ = ["notes", "prepare"]
@@ -73,6 +73,7 @@ def prepare(
     elif weights is not None or activations is not None or exclude:
         raise InputError("a prepared graph has its bits: call torchquant.qat.narrow(prepared, ...) before calibration")
     remarks += _swap(model)
+    named_fakes(model)
     _see_weights(model)
     _refuse_two_formats(model)
     remarks += insert_norms(model)
@@ -96,7 +97,7 @@ def _check(graph: object, quantizer: object) -> None:
         raise InputError(f"prepare takes an exported graph, e.g. of torchquant.export, not {type(graph).__name__}")
     if is_converted(graph):
         raise InputError("the graph is converted: its weights are codes, which cannot be trained; take the float graph")
-    if any(isinstance(module, Fake) for module in graph.modules()):
+    if _NOTES in graph.meta:
         raise InputError("the graph is prepared for training already; go on with it, or take the float graph")
     prepared = is_prepared(graph)
     if prepared and quantizer is not None:
@@ -207,9 +208,7 @@ def _swap(model: GraphModule) -> list[str]:
     replaced: dict[str, int] = {}
     places: dict[int, tuple[str, Any, bool]] = {}
     for node, observer in observers(model):
-        if hasattr(observer, "obs_or_fqs"):  # derived from others: a bias, which stays float until convert
-            continue
-        weight = ops.is_constant(node.args[0])  # type: ignore[arg-type]
+        weight = ops.is_constant(node.args[0]) and not hasattr(observer, "obs_or_fqs")  # type: ignore[arg-type]
         target, _, known = places.get(id(observer), (str(node.target), observer, False))
         places[id(observer)] = target, observer, known or weight
         if isinstance(observer, (SolvedWeight, SolvedActivation)):
@@ -228,6 +227,8 @@ def _swap(model: GraphModule) -> list[str]:
 
 def _fake_for(observer: Any) -> Fake:
     inner = getattr(observer, "activation_post_process", observer)
+    if hasattr(inner, "obs_or_fqs"):
+        return DerivedFake(inner)
     fake = Fake(inner)
     if fake.has_grid and not fake.is_waiting and not fake.is_weight:
         scale, zero_point = inner.calculate_qparams()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cells", "Rule", "Saved", "as_computed", "rounded", "straight_through"]
+__all__ = ["Cells", "Rule", "Saved", "as_computed", "passed", "rounded", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,14 @@ class Saved:
 Rule = Callable[[Saved], tuple[Tensor, Tensor | None, Tensor | None]]  # gradients by x, s and z
 
 
+def passed(saved: Saved) -> Tensor:
+    """The gradient where nothing was clipped, and zero elsewhere."""
+    return torch.where(saved.inside, saved.grad, 0.0)
+
+
 def straight_through(saved: Saved) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient passes where nothing was clipped (Bengio et al. 2013); the grid stays."""
-    return saved.grad * saved.inside, None, None
+    return passed(saved), None, None
 
 
 def rounded(
@@ -115,23 +120,18 @@ class _Rounding(torch.autograd.Function):
 def _quantized(
     x: Tensor, scale: Tensor, zero_point: Tensor, cells: Cells, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
-    """The values, and where codes were not clipped; by torch's own kernels, which take one pass, where they can."""
-    x = x.contiguous()
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not _is_within(zero_point, low, high):
-        s, z = cells.spread(scale, x.ndim), cells.spread(zero_point, x.ndim)
-        codes = torch.round(x * (1.0 / s)) + z
-        kept = codes.clamp(low, high)
-        return (kept - z) * s, kept == codes
-    points = zero_point.to(torch.int32)
-    if cells.axis is None:
-        enabled = torch.ones(1, dtype=torch.int64)
-        one_pass = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
-        return one_pass(x, scale, points, enabled, low, high)
-    return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, scale, points, cells.axis, low, high)
-
-
-def _is_within(zero_point: Tensor, low: int, high: int) -> bool:
-    return bool((zero_point >= low).all()) and bool((zero_point <= high).all())
+    """The values, and where codes were not clipped; in few passes over the tensor."""
+    inverse, points = 1.0 / scale, zero_point.to(torch.float32)
+    if cells.axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        point = float(points)
+        steps = (x * inverse).round_()
+        kept = steps.clamp(low - point, high - point)
+    else:
+        steps = (x * cells.spread(inverse, x.ndim)).round_()
+        by_cell = cells.spread(points, x.ndim)
+        kept = torch.minimum(torch.maximum(steps, low - by_cell), high - by_cell)
+    inside = kept == steps
+    return kept.mul_(cells.spread(scale, x.ndim)), inside
 
 
 class _AsComputed(torch.autograd.Function):

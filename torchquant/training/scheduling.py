@@ -32,8 +32,8 @@ class Schedule:
         when = f" in step {self.done + 1}"
         if loss is not None and not bool(loss.detach().isfinite().all()):
             raise TrainingError(f"the loss is {float(loss.detach().float().mean())}{when}{self._culprit()}")
-        _check_gradients(self.prepared, when)
         check_steps(self.prepared, when)
+        _check_gradients(self.prepared, when)
         self.done += 1
         self._apply()
 
