@@ -18,7 +18,7 @@ from torchquant.fx.reading import observer_of, observers
 from torchquant.solving.solved import SolvedActivation, SolvedWeight, put_observer
 from torchquant.training.copies import own_tensors
 from torchquant.training.fakes import Fake, fakes
-from torchquant.training.norms import TrainedNorm, norms
+from torchquant.training.norms import TrainedNorm, norms, scale_channels
 from torchquant.training.switching import fold_now, remove_transparent
 
 __all__ = ["check_steps", "check_trained", "convert", "evaluate", "finish"]
@@ -119,24 +119,14 @@ def _fold_norms(model: GraphModule, answers: Answers) -> None:
         if norm.folded:
             fake = observer_of(model, conv.args[1])  # type: ignore[arg-type]
             assert isinstance(fake, Fake)
+            assert fake.folding is not None
             factor = fold_now(model, conv, norm)
-            answers[fake] = _scaled(*answers[fake], factor, ops.kind_of(conv).axis)  # type: ignore[union-attr]
+            answers[fake] = scale_channels(*answers[fake], factor, fake.folding.axis)
             node.replace_all_uses_with(conv)
         else:
             node.replace_all_uses_with(_as_op(model, node, norm))
         model.graph.erase_node(node)
         model.delete_submodule(str(node.target))
-
-
-def _scaled(codes: torch.Tensor, grid: Grid, factor: torch.Tensor, axis: int) -> tuple[torch.Tensor, Grid]:
-    """The same codes with a factor (channels,) in their scales; those of channels that vanish become zeros."""
-    counts = [n // b for n, b in zip(codes.shape, grid.block, strict=True)]
-    spread = factor.reshape([-1 if i == axis else 1 for i in range(len(counts))]).expand(counts).reshape(-1)
-    scale = grid.scale * spread
-    least = scale.max() * 2.0**-16
-    scaled = grid.with_scale(torch.where(scale > 0, scale, least if bool(least > 0) else torch.ones(())))
-    vanished = (scale <= 0)[grid.cells(codes.shape)]
-    return torch.where(vanished, scaled.expand(codes.shape)[1].float(), codes), scaled
 
 
 def _as_op(model: GraphModule, node: Node, norm: TrainedNorm) -> Node:

@@ -33,6 +33,7 @@ class _Squeezing(Fake):
         super().__init__(fake.activation_post_process)
         self.is_weight, self.rounds, self.observes = True, fake.rounds, True
         self.quant_min, self.quant_max, self._block = fake.quant_min, fake.quant_max, fake._block
+        self.folding = fake.folding
         self.take_qparams(fake.scale, fake.zero_point)
 
     def values_of(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torchquant.fx import ops
 from torchquant.fx.grids import Grid, fake_quantizer, grid_of
 from torchquant.fx.reading import observers
 from torchquant.observers.minmax import check_finite, reset
+from torchquant.training.norms import Folding
 from torchquant.training.rounding import Cells, Rule, as_computed, rounded, straight_through
 from torchquant.types import DTYPE_RANGE
 
@@ -99,12 +100,17 @@ class Fake(FakeQuantizeBase):
         x = self.values_of(x)
         if self.observes and (self.training or not self.rounds):
             self.observe(x.detach())
-        if not self.rounds or not x.is_floating_point():
-            return x
-        if not self.has_grid:
+        rounds = self.rounds and x.is_floating_point()
+        if rounds and not self.has_grid:
             return self._as_emitted(x)
-        scale, zero_point = self.qparams()
-        return rounded(x, scale, zero_point, self.cells(), int(self.quant_min), int(self.quant_max), self.rule)
+        if rounds:
+            scale, zero_point = self.qparams()
+            x = rounded(x, scale, zero_point, self.cells(), int(self.quant_min), int(self.quant_max), self.rule)
+        if self.folding is not None:
+            return self.folding.weight(x, self.grid_now(x.shape) if rounds and not self.folding.norm.moves else None)
+        return x
+
+    folding: Folding | None = None  # of a BatchNorm into this weight
 
     # the grid -----------------------------------------------------------------------------------------------------
 
@@ -177,10 +183,14 @@ class Fake(FakeQuantizeBase):
     @torch.no_grad()
     def solved(self, weight: Tensor) -> tuple[Tensor, Grid]:
         """The codes of a weight and their grid, as in the last forward."""
-        template = self.grid_over(weight.shape)
-        scale, zero_point = self.qparams()
-        grid = template.with_scale(scale.detach().clone(), zero_point.detach().int())
+        grid = self.grid_now(weight.shape)
         return grid.encode(self.values_of(weight).float()), grid
+
+    @torch.no_grad()
+    def grid_now(self, shape: torch.Size) -> Grid:
+        """What a tensor of a shape is rounded to."""
+        scale, zero_point = self.qparams()
+        return self.grid_over(shape).with_scale(scale.detach().clone(), zero_point.detach().int())
 
     def require_data(self) -> None:
         """Raise CalibrationError if the range must come from data and none has been seen."""

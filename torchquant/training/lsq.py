@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchquant.formats.groups import storable
 from torchquant.fx.grids import Grid
 from torchquant.observers.minmax import least_scale
 from torchquant.training.fakes import Fake
-from torchquant.training.rounding import Saved, passed
+from torchquant.training.rounding import Saved, as_computed, passed
 
 __all__ = ["LSQ", "LearnedStep", "lsq", "mean_step", "step_gradient"]
 
@@ -59,7 +60,7 @@ class LearnedStep(Fake):
     def __init__(self, fake: Fake, scale: Tensor) -> None:
         super().__init__(fake.activation_post_process)
         self.is_weight, self.quant_min, self.quant_max = fake.is_weight, fake.quant_min, fake.quant_max
-        self._block, self.rounds, self.observes = fake._block, fake.rounds, False
+        self._block, self.rounds, self.observes, self.folding = fake._block, fake.rounds, False, fake.folding
         self.take_qparams(fake.scale, fake.zero_point)
         self.register_buffer("least", torch.tensor(max(least_scale(fake.activation_post_process), 2.0**-100)))
         del self._buffers["scale"]
@@ -85,7 +86,11 @@ class LearnedStep(Fake):
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """The step, not below what the target's integers take, and the zero point."""
-        return torch.maximum(self.scale, self.least), self.zero_point
+        scale = torch.maximum(self.scale, self.least)
+        stored_as = getattr(self.activation_post_process, "stored_as", None)
+        if stored_as is not None:
+            scale = as_computed(scale, storable(scale.detach(), stored_as))
+        return scale, self.zero_point
 
 
 @dataclass(frozen=True)

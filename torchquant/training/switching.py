@@ -14,7 +14,7 @@ from torchquant.fx import ops, passes
 from torchquant.fx.blocks import SOLVABLE
 from torchquant.fx.reading import observer_of
 from torchquant.training.fakes import Fake
-from torchquant.training.norms import TrainedDropout, TrainedNorm, turn_signs
+from torchquant.training.norms import FoldedBias, Folding, TrainedDropout, TrainedNorm, turn_signs
 
 __all__ = ["Dropped", "fold_now", "insert_dropouts", "insert_norms", "lift_dropouts", "remove_transparent"]
 
@@ -133,12 +133,23 @@ def _replace_norm(model: GraphModule, node: Node, norm: TrainedNorm, conv: Node 
         kind, bias = ops.kind_of(conv), _bias_of(model, conv)
         assert kind is not None
         turn_signs(_value(model, conv.args[1].args[0]), bias, norm, kind.axis)  # type: ignore[union-attr, arg-type]
+        fake: Any = observer_of(model, conv.args[1])  # type: ignore[arg-type]
+        fake.folding = Folding(norm, kind.axis)
+        _fold_bias(model, conv, norm)
     name = passes.fresh_name(model, f"{node.name}_norm")
     model.add_submodule(name, norm)
     with model.graph.inserting_before(node):
         call = model.graph.call_module(name, (node.args[0],))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
+
+
+def _fold_bias(model: GraphModule, conv: Node, norm: TrainedNorm) -> None:
+    name = passes.fresh_name(model, f"{conv.name}_bias")
+    model.add_submodule(name, FoldedBias(norm))
+    with model.graph.inserting_before(conv):
+        call = model.graph.call_module(name, (ops.argument(conv, 2),))
+    conv.args = (*conv.args[:2], call, *conv.args[3:])
 
 
 def _convolution_of(model: GraphModule, norm: Node, reads: Counter[str]) -> Node | None:
@@ -183,6 +194,12 @@ def _bias_of(model: GraphModule, conv: Node) -> Any:
 @torch.no_grad()
 def fold_now(model: GraphModule, conv: Node, norm: TrainedNorm) -> torch.Tensor:
     """Multiply a norm into the weight and bias of the op in front of it; returns the factor (channels,)."""
+    folded = ops.argument(conv, 2)
+    is_call = folded is not None and folded.op == "call_module"
+    if is_call and isinstance(model.get_submodule(str(folded.target)), FoldedBias):  # type: ignore[union-attr]
+        conv.update_arg(2, folded.args[0])  # type: ignore[union-attr]
+        model.graph.erase_node(folded)  # type: ignore[arg-type]
+        model.delete_submodule(str(folded.target))  # type: ignore[union-attr]
     kind, node = ops.kind_of(conv), _bias_node(conv)
     assert kind is not None
     weight = _value(model, conv.args[1].args[0])  # type: ignore[union-attr, arg-type]
