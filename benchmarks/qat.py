@@ -1,8 +1,8 @@
 """Quantization-aware training of ResNet-20 on CIFAR-10 images, beside PTQ and a float control trained the same steps.
 
-python benchmarks/qat.py --steps 50 --seeds 3
+python benchmarks/qat.py --bits 3,3 --bits 4,4
 
-1,000 images (random crops and flips) are trained on, the other 1,000 judge. The network was trained on other images of
+999 images (random crops and flips) are trained on, the other 1,000 judge. The network was trained on other images of
 CIFAR-10. The first and the last layer keep 8 bits. Every training has the same batches for the same seed.
 """
 
@@ -24,9 +24,9 @@ import torchquant as tq
 from torchquant import qat
 from torchquant.quantizers import X86Quantizer
 
-BITS = ((4, 4), (3, 3), (2, 4))
 ENDS = ("conv1", "linear")
 KEY = ("network", "weights", "activations", "method", "seed", "steps")
+METHODS = ["float control", "fake quantization", "LSQ", "LSQ with distillation"]
 LR, STEP_LR = 1e-3, 3e-3
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -35,7 +35,7 @@ class Images:
     """The images in two halves, drawn once."""
 
     def __init__(self) -> None:
-        network = networks.resnet20(calibration=0)
+        network = networks.resnet20(calibration=1)
         inputs = torch.cat([batch[0] for batch in network.held_out])
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
         labels = network.metric.args[0]
@@ -120,7 +120,7 @@ def quantized(
         chosen = qat.LSQPlus() if method == "LSQ+" else qat.LSQ()
         qat.learn_steps(graph, chosen, chosen, batches=images.calibration(), exclude=ENDS)
     with qat.evaluate(graph):
-        before = images.accuracy(graph)
+        before = images.accuracy(graph) if seed == 0 else None
     loss: Loss = labels_loss
     if "distillation" in method:
         teacher = qat.Distillation(graph, exported, temperature=2.0)
@@ -169,10 +169,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--methods", nargs="*", default=["fake quantization", "LSQ", "LSQ with distillation"])
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--bits", action="append", help="of weights and activations, e.g. 3,3 (the default)")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--only", choices=["training", "ptq", "overhead"])
     options = parser.parse_args()
+    widths = [tuple(map(int, pair.split(","))) for pair in options.bits or ["3,3"]]
     torch.set_num_threads(1)
     images = Images()
     exported = tq.export(images.model, images.train[:8], dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -184,17 +186,19 @@ def main() -> None:
         records.write("qat", [row], KEY)
 
     if options.only in (None, "ptq"):
-        for weights, activations in BITS:
+        for weights, activations in widths:
             for method in ("RangeSearch", "AdaRound"):
                 measured = rounded_to_nearest_or_solved(images, exported, (weights, activations), method)
                 keep(weights, activations, method, 0, 0, measured)
     if options.only in (None, "training"):
         for seed in range(options.seeds):
-            keep(32, 32, "float control", seed, options.steps, control(images, seed, options.steps, options.batch))
-            for bits in BITS:
+            for bits in widths:
                 for method in options.methods:
-                    measured = quantized(images, exported, bits, method, seed, options.steps, options.batch)
-                    keep(*bits, method, seed, options.steps, measured)
+                    if method == "float control":
+                        measured = control(images, seed, options.steps, options.batch)
+                    else:
+                        measured = quantized(images, exported, bits, method, seed, options.steps, options.batch)
+                    keep(*((32, 32) if method == "float control" else bits), method, seed, options.steps, measured)
     if options.only in (None, "overhead"):
         keep(4, 4, "step time", 0, 0, overhead(images, exported, options.batch))
 

@@ -20,7 +20,7 @@ from torchquant.fx.grids import Grid, fake_quantizer, grid_of
 from torchquant.fx.reading import observers
 from torchquant.observers.minmax import check_finite, reset
 from torchquant.training.norms import Folding
-from torchquant.training.rounding import Cells, Rule, as_computed, rounded, straight_through
+from torchquant.training.rounding import Cells, Rule, as_computed, rounded, straight_everywhere, straight_through
 from torchquant.types import DTYPE_RANGE
 
 __all__ = ["DerivedFake", "Fake", "fakes", "has_grid", "named_fakes"]
@@ -71,6 +71,8 @@ class Fake(FakeQuantizeBase):
         self.is_dynamic = bool(getattr(made, "is_dynamic", False))
         self.is_weight = bool(getattr(made, "observes_weight", False))
         self.has_grid, self.rounds, self.observes = has_grid(made), True, True
+        if getattr(made, "passes_clipped", False):
+            self.rule = straight_everywhere
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         if callable(getattr(made, "convert", None)):  # torchao asks whether there is one

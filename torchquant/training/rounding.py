@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cells", "Rule", "Saved", "as_computed", "passed", "rounded", "straight_through"]
+__all__ = ["Cells", "Rule", "Saved", "as_computed", "passed", "rounded", "straight_everywhere", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ def passed(saved: Saved) -> Tensor:
 def straight_through(saved: Saved) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient passes where nothing was clipped (Bengio et al. 2013); the grid stays."""
     return passed(saved), None, None
+
+
+def straight_everywhere(saved: Saved) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient passes, clipped or not; the grid stays."""
+    return saved.grad, None, None
 
 
 def rounded(
