@@ -27,7 +27,7 @@ from torchquant.quantizers import X86Quantizer
 ENDS = ("conv1", "linear")
 KEY = ("network", "weights", "activations", "method", "seed", "steps")
 METHODS = ["float control", "fake quantization", "LSQ", "LSQ with distillation"]
-LR, STEP_LR = 1e-3, 3e-3
+LR, STEP_LR = 3e-4, 3e-3
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 

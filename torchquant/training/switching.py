@@ -220,12 +220,11 @@ def fold_now(model: GraphModule, conv: Node, norm: TrainedNorm) -> torch.Tensor:
 def _drop_counters(model: GraphModule) -> None:
     """`num_batches_tracked += 1` of a graph exported in training mode."""
     for node in [n for n in model.graph.nodes if n.op == "get_attr" and str(n.target).endswith("num_batches_tracked")]:
-        for user in list(node.users):
-            for last in [*user.users, user]:
-                if not last.users:
-                    model.graph.erase_node(last)
-        if not node.users:
-            model.graph.erase_node(node)
+        readers = [user for user in node.users if ops.op_name(user) in ("add", "copy_")]
+        behind = [last for user in readers for last in user.users]
+        for last in dict.fromkeys([*behind, *readers, node]):
+            if not last.users:
+                model.graph.erase_node(last)
 
 
 def _value(model: GraphModule, node: Node) -> Any:
