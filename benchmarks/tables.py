@@ -13,6 +13,7 @@ from typing import Any
 
 import gpu_tables
 import language_tables
+import qat_tables
 import records
 
 from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
@@ -29,6 +30,7 @@ CODE_MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 PERPLEXITY_MARKERS = ("<!-- perplexity -->", "<!-- /perplexity -->")
 DECODING_MARKERS = ("<!-- decoding -->", "<!-- /decoding -->")
 REPRODUCTION_MARKERS = ("<!-- reproduction -->", "<!-- /reproduction -->")
+QAT_MARKERS = ("<!-- qat -->", "<!-- /qat -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
@@ -68,6 +70,9 @@ def main() -> None:
     text = _between(text, REPRODUCTION_MARKERS, _table(language_tables.reproduction(records.read("language"))))
     table = language_tables.decoding(records.read("decoding"))
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
+    page, table = ROOT / "docs" / "qat.md", qat_tables.training(records.read("qat"))
+    text = page.read_text(encoding="utf-8")
+    _write(page, _between(text, QAT_MARKERS, f"{_table(table)}\n\n{table.note}."))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if all(marker in text for marker in MARKERS):
