@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from foreign import SpecQuantizer, per_channel
 from torch import nn
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -82,6 +82,16 @@ def test_learning_and_converting_before_calibration():
             call(prepared(calibrate=False))
 
 
+@pytest.mark.parametrize("convert", [tq.convert, convert_pt2e])
+def test_a_plain_convert_of_what_is_trained(convert):
+    graph = prepared("x86")
+    qat.learn_steps(graph)
+    with pytest.raises(tq.InputError, match=r"convert it with torchquant.qat.convert"):
+        convert(graph)
+    with pytest.raises(tq.InputError, match=r"torchquant.qat.finish"):
+        tq.optimize(prepared("x86"), [images()], [tq.AdaRound(2)], progress=False)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -122,6 +132,13 @@ def test_bits_that_a_format_does_not_have():
     tq.optimize(calibrated, [images()], [tq.AdaRound(2)], progress=False)
     with pytest.raises(tq.SchemeError, match=r"narrow before tq.optimize"):
         qat.narrow(calibrated, weights=4)
+
+
+def test_bits_of_what_is_learned_already():
+    graph = prepared("x86")
+    qat.learn_steps(graph)
+    with pytest.raises(tq.SchemeError, match=r"narrow before torchquant.qat.learn_steps"):
+        qat.narrow(graph, weights=4)
 
 
 # numbers ----------------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ def _narrow_one(prepared: GraphModule, observer: Any, bits: int, node: Node, is_
         return 0
     if hasattr(inner, "grid"):
         raise SchemeError(f"{_readers(node)}: an algorithm has chosen its codes already; narrow before tq.optimize")
+    if isinstance(observer, Fake) and observer.learned:
+        raise SchemeError(f"{_readers(node)}: its step is learned already; narrow before torchquant.qat.learn_steps")
     low, high = int(inner.quant_min), int(inner.quant_max)
     if bits_of(low, high) < bits:
         raise SchemeError(f"{_readers(node)}: its codes go from {low} to {high}, which is less than {bits} bits")

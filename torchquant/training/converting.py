@@ -107,6 +107,7 @@ def _range_of(fake: Fake) -> torch.nn.Module:
         return inner
     scale, zero_point = fake.calculate_qparams()
     if scale.numel() > 1:
+        del fake.convert  # torchao's own, by scale and zero point
         return fake
     return SolvedActivation(float(scale), int(zero_point), inner)
 

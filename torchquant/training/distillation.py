@@ -22,6 +22,7 @@ from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.fx import ops, passes
 from torchquant.fx.blocks import SOLVABLE, data_order
+from torchquant.fx.states import hidden_states
 from torchquant.training.converting import check_trained
 from torchquant.training.copies import own_tensors
 from torchquant.training.norms import TrainedNorm
@@ -66,7 +67,7 @@ class Distillation:
         feature_weight: of the mean over the cut points; 0: outputs alone. At most `max_cuts` of them, evenly spread.
 
     Raises:
-        InputError: options out of range, or a teacher without the student's cut points.
+        InputError: options out of range, a teacher in training mode, or one without the student's cut points.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Distillation:
             raise InputError(f'outputs is "kl", "mse", or None with a feature_weight over 0; not {outputs!r}')
         if not temperature > 0 or output_weight < 0 or feature_weight < 0:
             raise InputError("temperature is over 0, weights are 0 or more")
+        _check_teacher(teacher)
         self.outputs, self.temperature = outputs, temperature
         self.output_weight, self.feature_weight = output_weight, feature_weight
         self.names: list[str] = []
@@ -137,6 +139,18 @@ class Distillation:
             errors.append(relative_error(student.value, teacher.value))
             student.value = teacher.value = None
         return errors
+
+
+def _check_teacher(teacher: nn.Module) -> None:
+    if isinstance(teacher, GraphModule):
+        moves = bool(hidden_states(teacher)) or any(ops.draws_numbers(node) for node in teacher.graph.nodes)
+    else:
+        moves = teacher.training
+    if moves:
+        raise InputError(
+            "the teacher is in training mode: its dropout and BatchNorm would make other targets each time; give it in "
+            "evaluation (torchquant.export, or teacher.eval())"
+        )
 
 
 _UNKNOWN = torch.zeros(())  # of nodes that carry no value, such as observers

@@ -114,6 +114,16 @@ class Fake(FakeQuantizeBase):
 
     folding: Folding | None = None  # of a BatchNorm into this weight
 
+    def keep_for_training(self) -> None:
+        """Refuse a plain convert from now on: it knows neither learned steps nor BatchNorm in training."""
+        self.convert = self._refuse
+
+    def _refuse(self, model: GraphModule, node: Node) -> None:
+        raise InputError(
+            "the graph is prepared for training: convert it with torchquant.qat.convert(prepared), and give algorithms "
+            "and analysis what torchquant.qat.finish(prepared) returns"
+        )
+
     # the grid -----------------------------------------------------------------------------------------------------
 
     @property

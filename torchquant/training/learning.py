@@ -77,6 +77,7 @@ def learn_steps(
             new = method.activation(fake)
         new.train(fake.training)
         new.site = fake.site
+        new.keep_for_training()
         put_observer(prepared, str(node.target), fake, new)
     return len(chosen)
 

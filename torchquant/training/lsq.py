@@ -44,8 +44,8 @@ def mean_step(v: Tensor, grid: Grid) -> Tensor:
     """2 mean|v| / sqrt(Q_P) of each cell of a weight, (cells,)."""
     cells = grid.cells(v.shape).expand(v.shape).reshape(-1)
     ones = torch.zeros(grid.scale.numel()).index_add(0, cells, torch.ones(cells.numel()))
-    total = torch.zeros_like(ones).index_add(0, cells, v.detach().float().abs().reshape(-1))
-    return 2 * total / ones / math.sqrt(max(grid.quant_max, 1))
+    total = torch.zeros_like(ones).index_add(0, cells, v.detach().float().cpu().abs().reshape(-1))
+    return (2 * total / ones / math.sqrt(max(grid.quant_max, 1))).to(v.device)
 
 
 class LearnedStep(Fake):
@@ -62,7 +62,8 @@ class LearnedStep(Fake):
         self.is_weight, self.quant_min, self.quant_max = fake.is_weight, fake.quant_min, fake.quant_max
         self._block, self.rounds, self.observes, self.folding = fake._block, fake.rounds, False, fake.folding
         self.take_qparams(fake.scale, fake.zero_point)
-        self.register_buffer("least", torch.tensor(max(least_scale(fake.activation_post_process), 2.0**-100)))
+        least = max(least_scale(fake.activation_post_process), 2.0**-100)
+        self.register_buffer("least", torch.tensor(least, device=scale.device))
         del self._buffers["scale"]
         self.scale = nn.Parameter(torch.maximum(scale.detach().float(), self.least))
 

@@ -30,12 +30,12 @@ __all__ = ["LSQPlus", "LearnedOffset", "spread_step"]
 def spread_step(v: Tensor, grid: Grid) -> Tensor:
     """Eq. 10 for each cell of a weight, (cells,)."""
     cells = grid.cells(v.shape).expand(v.shape).reshape(-1)
-    values, zeros = v.detach().float().reshape(-1), torch.zeros(grid.scale.numel())
+    values, zeros = v.detach().float().cpu().reshape(-1), torch.zeros(grid.scale.numel())
     count = zeros.index_add(0, cells, torch.ones_like(values))
     mean = zeros.index_add(0, cells, values) / count
     deviation = (zeros.index_add(0, cells, (values - mean[cells]).square()) / count).sqrt()
     widest = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
-    return widest / 2 ** (bits_of(grid.quant_min, grid.quant_max) - 1)
+    return (widest / 2 ** (bits_of(grid.quant_min, grid.quant_max) - 1)).to(v.device)
 
 
 class LearnedOffset(LearnedStep):

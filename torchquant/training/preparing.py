@@ -79,6 +79,8 @@ def prepare(
     remarks += insert_norms(model)
     _see_weights(model)  # again: norms are folded
     _check_trainable(model, graph)
+    for fake in fakes(model):
+        fake.keep_for_training()
     _unlock(model)
     model.meta[_NOTES] = remarks
     return model
