@@ -13,6 +13,7 @@ from typing import Any
 
 import gpu_tables
 import language_tables
+import qat_tables
 import records
 import study_tables
 
@@ -31,6 +32,7 @@ PERPLEXITY_MARKERS = ("<!-- perplexity -->", "<!-- /perplexity -->")
 ENCODER_MARKERS = ("<!-- encoders -->", "<!-- /encoders -->")
 DECODING_MARKERS = ("<!-- decoding -->", "<!-- /decoding -->")
 REPRODUCTION_MARKERS = ("<!-- reproduction -->", "<!-- /reproduction -->")
+QAT_MARKERS = ("<!-- qat -->", "<!-- /qat -->")
 SCHEME_MARKERS = ("<!-- schemes -->", "<!-- /schemes -->")
 TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
@@ -74,6 +76,9 @@ def main() -> None:
     _write(page, _between(text, DECODING_MARKERS, f"{_table(table)}\n\n{table.note}."))
     page = ROOT / "docs" / "capabilities.md"
     _write(page, with_capabilities(page.read_text(encoding="utf-8")))
+    page, table = ROOT / "docs" / "qat.md", qat_tables.training(records.read("qat"))
+    text = page.read_text(encoding="utf-8")
+    _write(page, _between(text, QAT_MARKERS, f"{_table(table)}\n\n{table.note}."))
     _write_studies()
 
 

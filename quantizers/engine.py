@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -35,11 +34,11 @@ from torchquant.observers.minmax import (
     DynamicActivation,
     GroupWeight,
     MovingActivation,
-    MovingWeight,
     PerChannelWeight,
     PerTokenActivation,
 )
 from torchquant.observers.scaled import ScaledActivation, ScaledDynamicActivation, ScaledTensorWeight, ScaledWeight
+from torchquant.training.fakes import Fake
 from torchquant.types import Capability, Scheme, TensorSpec
 
 __all__ = ["CapabilityQuantizer", "has_quantized_output", "is_annotated"]
@@ -52,11 +51,11 @@ class CapabilityQuantizer(Quantizer):
         scheme: name of the scheme for the whole model; the target's default if None.
         exclude: patterns (see `torchquant.fx.patterns.match`) of what shall stay float.
         overrides: pattern -> scheme name, or None to exclude; later entries win.
-        is_qat: insert fake quantizers, for `prepare_qat_pt2e`.
+        is_qat: insert fake quantizers, for `torchquant.qat.prepare` and `prepare_qat_pt2e`.
         observer: constructor of the static activation observer.
 
     Raises:
-        SchemeError: an unknown scheme, or with `is_qat` one that has no fake quantizer.
+        SchemeError: an unknown scheme.
         PatternError: a pattern matches nothing (raised by `prepare_pt2e`).
     """
 
@@ -91,11 +90,10 @@ class CapabilityQuantizer(Quantizer):
         self.overrides: dict[str, str | None] = {**dict.fromkeys(exclude), **(overrides or {})}
         self.is_qat = is_qat
         for name in (self.scheme, *self.overrides.values()):
-            if name is not None and is_qat and not _trainable(self.schemes[self._known(name)]):
-                raise SchemeError(f"{name} has no fake quantizer, so it cannot be trained; quantize after training")
             if name is not None:
                 self._known(name)
         self.observer = observer
+        self._fakes: dict[tuple[TensorSpec, int, bool], Any] = {}
         self._rows = {row.op: row for row in self.capabilities}
 
     def _known(self, scheme: str) -> str:
@@ -284,7 +282,7 @@ class CapabilityQuantizer(Quantizer):
         own_chain = by_token or (tensor.dynamic and tensor.symmetric)
         return QuantizationSpec(
             dtype=tensor.format.dtype,
-            observer_or_fake_quant_ctr=self._observer(tensor, axis, is_weight),
+            observer_or_fake_quant_ctr=self._constructor(tensor, axis, is_weight),
             quant_min=tensor.format.quant_min,
             quant_max=tensor.format.quant_max,
             qscheme=tensor.qscheme,
@@ -293,8 +291,16 @@ class CapabilityQuantizer(Quantizer):
             is_dynamic=tensor.dynamic and not own_chain,  # torchao's passes know one form of dynamic chain only
         )
 
+    def _constructor(self, tensor: TensorSpec, axis: int, is_weight: bool) -> Any:
+        """Constructor of the observer, or of the fake quantizer around it: one for like specs, which torchao shares."""
+        observer = self._observer(tensor, axis, is_weight)
+        if not self.is_qat:
+            return observer
+        channels = {"ch_axis": axis} if is_weight and tensor.granularity == "channel" else {}
+        return self._fakes.setdefault((tensor, axis, is_weight), Fake.with_args(observer=observer, **channels))
+
     def _observer(self, tensor: TensorSpec, axis: int, is_weight: bool) -> Any:
-        """Constructor of the observer or fake quantizer."""
+        """Constructor of the observer."""
         per_channel, is_float = tensor.granularity == "channel", tensor.format.is_float
         if isinstance(tensor.format, EncodedFormat):
             axis_of_cells = axis if per_channel else None
@@ -311,9 +317,10 @@ class CapabilityQuantizer(Quantizer):
         if tensor.granularity == "group":
             options = {"symmetric": tensor.symmetric, "stored_as": tensor.scale_dtype}
             return GroupWeight.with_args(group_size=tensor.group_size, **options)
-        if self.is_qat:
-            return _fake_quantizer(per_channel, axis)
-        return PerChannelWeight if per_channel else self.observer
+        if per_channel:
+            return PerChannelWeight
+        moves = self.is_qat and self.observer is ActivationMinMax  # extremes of a training only grow
+        return MovingActivation if moves else self.observer
 
 
 def _has_tokens(node: Node, row: Capability, tensor: TensorSpec) -> bool:
@@ -322,20 +329,6 @@ def _has_tokens(node: Node, row: Capability, tensor: TensorSpec) -> bool:
         return True
     kernel = ops.shape_of(node.args[1])[2:] if row.op.startswith("conv") else ()  # type: ignore[arg-type,index]
     return tensor.symmetric and (not kernel or window_of(node, kernel).one_pixel)  # type: ignore[arg-type]
-
-
-def _fake_quantizer(per_channel: bool, axis: int) -> Any:
-    """Constructor of a fake quantizer. torch's fused kernel trains per channel along the first axis only."""
-    if not per_channel:
-        return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingActivation)
-    constructor = FusedMovingAvgObsFakeQuantize if axis == 0 else FakeQuantize
-    return constructor.with_args(observer=MovingWeight, ch_axis=axis)
-
-
-def _trainable(scheme: Scheme) -> bool:
-    """Whether torchao has fake quantizers for a scheme: integers per tensor and per channel."""
-    specs = [s for s in (scheme.activation, scheme.weight) if s is not None]
-    return all(s.format.is_affine and s.granularity != "group" for s in specs)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -154,3 +154,13 @@ def test_gptq_without_a_text_is_refused_before_anything_is_read(llm, tmp_path, c
 def test_a_text_that_is_too_short_is_named(llm, small_llama):
     with pytest.raises(SystemExit, match="tokens, fewer than 2048"):
         llm([str(small_llama), "--text", str(small_llama / "text.txt"), "--cache", "512"])
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_in_few_bits_and_lowered(data_folder, tmp_path):
+    main = runpy.run_path(str(EXAMPLES / "qat_cnn.py"))["main"]
+    files = [str(data_folder / name) for name in ("resnet20.safetensors", "cifar10_2000.zip")]
+    accuracy = main([*files, "--steps", "20", "--out", str(tmp_path / "cnn.pt2")])
+    assert accuracy["few bits, trained"] > accuracy["few bits, before training"]
+    assert accuracy["the program"] == pytest.approx(accuracy["few bits, trained"], abs=1.0)
+    assert inductor_x86.load(tmp_path / "cnn.pt2")(torch.zeros(3, 3, 32, 32)).shape == (3, 10)

@@ -25,7 +25,8 @@ LAYERS = [
     ["analysis"],
     ["algorithms"],
     ["flow"],
-    ["language", "precision"],
+    ["language", "precision", "training"],
+    ["qat"],
     ["cli", "__init__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchquant import qat as qat
     from torchquant.algorithms.adaquant import AdaQuant
     from torchquant.algorithms.adaround import AdaRound
     from torchquant.algorithms.auto_round import AutoRound
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         SchemeError,
         TorchquantError,
         TorchquantWarning,
+        TrainingError,
     )
     from torchquant.flow import convert, export, optimize, prepare, quantize
     from torchquant.fx.storing import pack_weights, unpack_weights
@@ -96,6 +98,7 @@ _HOMES = {
         "SchemeError",
         "TorchquantError",
         "TorchquantWarning",
+        "TrainingError",
     ),
     "flow": (
         "convert",
@@ -132,6 +135,7 @@ _HOMES = {
         "sqnr_db",
     ),
 }
+_PAGES = ("qat",)  # modules that are a page of their own
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -180,6 +184,7 @@ __all__ = [
     "TensorAnalysis",
     "TorchquantError",
     "TorchquantWarning",
+    "TrainingError",
     "analyze",
     "calibrate",
     "compare",
@@ -195,6 +200,7 @@ __all__ = [
     "pack_weights",
     "prepare",
     "profile",
+    "qat",
     "quantize",
     "quantize_checkpoint",
     "quantize_within",
@@ -208,6 +214,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PAGES:
+        return import_module(f"torchquant.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'torchquant' has no attribute {name!r}")
     value = getattr(import_module(f"torchquant.{_HOME_OF[name]}"), name)

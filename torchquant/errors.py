@@ -33,6 +33,10 @@ class SchemeError(TorchquantError, ValueError):
     """A scheme or format that is unknown, malformed, or that a target does not run."""
 
 
+class TrainingError(TorchquantError):
+    """Training went where it cannot go on: a loss or gradients that are no numbers, a step that is not positive."""
+
+
 class ParallelError(TorchquantError):
     """Under `torchrun`: another process failed, ended, or did something else; its message is in this one's."""
 

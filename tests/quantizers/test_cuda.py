@@ -270,8 +270,8 @@ def test_a_range_search_has_nothing_to_do_where_no_activation_has_a_range(scheme
     tq.optimize(prepared, [x], [RangeSearch()], progress=False)
 
 
-@pytest.mark.parametrize("scheme", ["static_int8", "dynamic_int8", "w8a16"])
-def test_integers_per_channel_can_be_trained(scheme):
+@pytest.mark.parametrize("scheme", ["static_int8", "dynamic_int8", "w8a16", "w4a16_g32", "static_fp8"])
+def test_every_kind_of_scheme_can_be_trained(scheme):
     torch.manual_seed(0)
     x = torch.randn(16, 32)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).train()
@@ -289,11 +289,3 @@ def test_integers_per_channel_can_be_trained(scheme):
     graph = convert_pt2e(prepared)
     assert tq.report(graph).coverage == "2/2"
     assert tq.sqnr_db(trained, graph(x)) > 25
-
-
-@pytest.mark.parametrize("scheme", ["w4a16", "static_fp8"])
-def test_schemes_without_fake_quantizers_refuse_training(scheme):
-    with pytest.raises(SchemeError, match=f"{scheme} has no fake quantizer"):
-        CudaQuantizer(scheme, is_qat=True)
-    with pytest.raises(SchemeError, match=f"{scheme} has no fake quantizer"):
-        CudaQuantizer("static_int8", overrides={"0": scheme}, is_qat=True)

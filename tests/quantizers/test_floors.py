@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
 import torchquant as tq
 from torchquant.observers import ranges
-from torchquant.observers.minmax import ActivationHistogram, ActivationMinMax, Floor, MovingWeight, least_scale
+from torchquant.observers.minmax import ActivationHistogram, ActivationMinMax, Floor, PerChannelWeight, least_scale
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 from torchquant.solving.solved import SolvedActivation
 
@@ -167,7 +167,7 @@ def test_a_solved_activation_below_the_floor_gets_it_with_the_same_low_end():
 
 
 def test_a_closed_channel_in_training_gets_no_scale_far_below_the_others():
-    observer = MovingWeight(dtype=torch.int8, qscheme=torch.per_channel_symmetric, ch_axis=0)
+    observer = PerChannelWeight(dtype=torch.int8, qscheme=torch.per_channel_symmetric, ch_axis=0)
     observer(torch.tensor([[1.0], [0.0]]))
     scale = observer.calculate_qparams()[0]
     assert float(scale[1] / scale[0]) == pytest.approx(2**-16)

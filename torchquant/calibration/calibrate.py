@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from rich.progress import track
 from torch.fx import GraphModule, Interpreter, Node
+from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from torchquant.calibration import batches as data
 from torchquant.calibration import merging, seen
@@ -70,6 +71,8 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
     try:
         with torch.no_grad(), ExitStack() as stack:
             initial = [stack.enter_context(restored(model)) for model in models]
+            for model in models:
+                stack.enter_context(_watching_floats(model))
             count, watched = 0, [not _sees_weights_alone(model) for model in models]
             for count, batch in enumerate(shown, start=1):
                 for model, state, is_watched in zip(models, initial, watched, strict=True):
@@ -86,6 +89,29 @@ def _calibrate(models: Sequence[GraphModule], batches: Iterable[Any], progress: 
         merging.merge(models, reached)
     for model in models:
         _check_reached(model, reached)
+
+
+@contextmanager
+def _watching_floats(model: GraphModule) -> Iterator[None]:
+    """Let fake quantizers watch the float function instead of rounding, in evaluation whatever the graph's mode."""
+    modes = {module: module.training for module in model.modules()}
+    rounding = [m for m in modes if isinstance(m, FakeQuantizeBase) and bool(m.fake_quant_enabled[0])]
+    blind = [m for m in modes if isinstance(m, FakeQuantizeBase) and not bool(m.observer_enabled[0])]
+    try:
+        for module in rounding:
+            module.disable_fake_quant()
+        for module in blind:
+            module.enable_observer()
+        for module in modes if rounding else ():
+            module.training = False
+        yield
+    finally:
+        for module in rounding:
+            module.enable_fake_quant()
+        for module in blind:
+            module.disable_observer()
+        for module, training in modes.items():
+            module.training = training
 
 
 def _sees_weights_alone(model: GraphModule) -> bool:

@@ -7,6 +7,7 @@ from torchquant.formats.integer import (
     INT4,
     INT8,
     INT8_NARROW,
+    TERNARY,
     UINT7,
     UINT8,
     broadcast,
@@ -14,4 +15,17 @@ from torchquant.formats.integer import (
     encode,
 )
 
-__all__ = ["FLOAT8", "INT2", "INT3", "INT4", "INT8", "INT8_NARROW", "UINT7", "UINT8", "broadcast", "decode", "encode"]
+__all__ = [
+    "FLOAT8",
+    "INT2",
+    "INT3",
+    "INT4",
+    "INT8",
+    "INT8_NARROW",
+    "TERNARY",
+    "UINT7",
+    "UINT8",
+    "broadcast",
+    "decode",
+    "encode",
+]

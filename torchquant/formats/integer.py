@@ -15,6 +15,7 @@ UINT7 = Format("uint7", torch.uint8, 0, 127)
 INT4 = Format("int4", torch.int8, -8, 7)
 INT3 = Format("int3", torch.int8, -4, 3)
 INT2 = Format("int2", torch.int8, -2, 1)
+TERNARY = Format("ternary", torch.int8, -1, 1)
 FLOAT8 = Format("float8_e4m3", torch.float8_e4m3fn, -448.0, 448.0)
 
 

@@ -19,7 +19,6 @@ from torchao.quantization.pt2e.observer import (
     MappingType,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "Floor",
     "GroupWeight",
     "MovingActivation",
-    "MovingWeight",
     "PerChannelWeight",
     "PerTokenActivation",
     "check_finite",
@@ -217,14 +215,6 @@ class PerChannelWeight(Checked, PerChannelMinMaxObserver):
 
 class MovingActivation(Floored, MovingAverageMinMaxObserver):
     """Per-tensor range of an activation in training: moving averages of the smallest and the largest value."""
-
-
-class MovingWeight(Floored, MovingAveragePerChannelMinMaxObserver):
-    """Per-channel range of a weight in training, no scale under 2**-16 of the largest, as `PerChannelWeight` has it."""
-
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, zero_point = super().calculate_qparams()
-        return torch.maximum(scale, scale.max() * 2**-16), zero_point
 
 
 class GroupWeight(Checked, AffineQuantizedMinMaxObserver):

@@ -20,7 +20,7 @@ from torchquant.fx.grids import Grid
 from torchquant.fx.storing import pack_weight
 from torchquant.observers.minmax import least_scale
 
-__all__ = ["Solution", "SolvedActivation", "SolvedWeight", "apply"]
+__all__ = ["Solution", "SolvedActivation", "SolvedWeight", "apply", "put_observer"]
 
 _QDQ = torch.ops.quantized_decomposed
 
@@ -204,11 +204,12 @@ def _origin(observer: torch.nn.Module) -> Any:
 def _exchange(prepared: GraphModule, target: str, new: torch.nn.Module) -> Callable[[], None]:
     """Replace an observer, also where a derived spec (an int32 bias) refers to it."""
     old = prepared.get_submodule(target)
-    _replace(prepared, target, old, new)
-    return lambda: _replace(prepared, target, new, old)
+    put_observer(prepared, target, old, new)
+    return lambda: put_observer(prepared, target, new, old)
 
 
-def _replace(prepared: GraphModule, target: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
+def put_observer(prepared: GraphModule, target: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Put `new` in the place of the observer `old` under all of its names, and where a derived spec refers to it."""
     names = [name for name, module in prepared.named_modules(remove_duplicate=False) if module is old]
     for name in {target, *(n for n in names if ".original" not in n)}:
         owner, _, leaf = name.rpartition(".")
