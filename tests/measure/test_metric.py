@@ -194,3 +194,17 @@ def _copy(prepared):
     from torchquant.fx.passes import copy_graph
 
     return copy_graph(prepared)
+
+
+def test_a_metric_may_ask_any_model_for_its_device_and_mode(exported) -> None:
+    batches = [{"x": torch.randn(2, 8), "scale": torch.randn(2, 1)} for _ in range(2)]
+    quantized = tq.quantize(exported, batches[0], batches, quantizer=X86Quantizer(), progress=False)
+
+    def metric(model):
+        model.eval()
+        device = next(model.parameters()).device
+        model.to(device)
+        return float(model(**{name: value.to(device) for name, value in batches[0].items()}).mean())
+
+    for model in (exported, quantized):
+        assert math.isfinite(scored(metric, model, "the model"))

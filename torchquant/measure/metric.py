@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ class _Model(torch.nn.Module):
     def __init__(self, graph: GraphModule) -> None:
         super().__init__()
         self._graph, self._signature = [graph], Signature.of(graph)  # in a list: no child that `train` would reach
+        self._none = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
         self.training = False
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those of the graph; of a graph without any, a constant, since metrics ask the first one for its device."""
+        named = list(self._graph[0].named_parameters(*args, **kwargs))
+        return iter(named or [("none", self._none)])
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of the graph."""
+        return self._graph[0].named_buffers(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._signature.arguments(self._signature.leaves(args, kwargs))
