@@ -196,6 +196,7 @@ def _copy(prepared):
     return copy_graph(prepared)
 
 
+@pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
 def test_a_metric_may_ask_any_model_for_its_device_and_mode(exported) -> None:
     batches = [{"x": torch.randn(2, 8), "scale": torch.randn(2, 1)} for _ in range(2)]
     quantized = tq.quantize(exported, batches[0], batches, quantizer=X86Quantizer(), progress=False)
