@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import warnings
 from typing import Any
 
@@ -70,6 +71,7 @@ def _row(network: Network, name: str) -> dict[str, Any]:
         "joules": profile.energy.joules,
         "cpu_seconds": profile.energy.cpu_seconds,
         "meter": profile.energy.meter,
+        "load": os.getloadavg()[0],  # processes of others that wanted the cores, too
     }
 
 

@@ -87,7 +87,7 @@ def mixed_precision(results: Row) -> Table:
 def profiles(results: Row) -> Table:
     """For each network and program: time, and how much of it the parts that were measured make up."""
     head = ["network", "program", "median ms", "p99 ms", "float ms", "parts of the whole", "int8 GOP", "float GOP",
-            "CPU s a call"]  # fmt: skip
+            "CPU s a call", "load average"]  # fmt: skip
     rows = [
         [
             row["network"],
@@ -99,6 +99,7 @@ def profiles(results: Row) -> Table:
             f"{row['int_operations'] / 1e9:.2f}",
             f"{row['float_operations'] / 1e9:.2f}",
             f"{row['cpu_seconds']:.4f}",
+            f"{row['load']:.1f}",
         ]
         for row in results["rows"]
     ]

@@ -289,6 +289,8 @@ def _quantize(
         raise InputError("quantize needs a Quantizer, e.g. quantizer=X86Quantizer()")
     for one in quantizers:
         check_quantizer(one)
+    if not algorithms and (metric is not None or validation is not None):
+        raise InputError("metric and validation say which algorithms are kept, and algorithms is empty: leave them out")
     exported = graph()
     prepared = [prepare(exported, q) for q in quantizers]
     if algorithms and not isinstance(batches, (list, torch.Tensor, dict, str)) and isinstance(batches, Iterable):

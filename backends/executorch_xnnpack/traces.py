@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -42,12 +41,14 @@ def traced_program(buffer: bytes, tensors: Sequence[torch.Tensor]) -> Traced:
             warnings.simplefilter("ignore", UserWarning)  # of what was not asked for
             blocks = inspector(etdump_path=str(file)).event_blocks
     events = [event for block in blocks if block.name == "Execute" for event in block.events]
-    whole = [_median(event) for event in events if event.name == _EXECUTE]
-    parts = tuple(Part(event.name, (), _median(event)) for event in events if event.name not in _WHOLE)
-    return Traced(parts, whole[0] if whole else 0.0, "; by ExecuTorch's event tracer")
-
-
-def _median(event: Any) -> float:
-    """Milliseconds, without the first runs."""
-    raw = list(event.perf_data.raw) if event.perf_data is not None else []
-    return statistics.median(raw[_WARMUP:] or raw or [0.0])
+    times = {id(event): list(event.perf_data.raw) for event in events if event.perf_data is not None}
+    whole = next((times[id(event)] for event in events if event.name == _EXECUTE), [])
+    if len(whole) <= _WARMUP:
+        return Traced((), 0.0, "ExecuTorch's event tracer saw no call")
+    fastest = min(range(_WARMUP, len(whole)), key=whole.__getitem__)
+    parts = tuple(
+        Part(event.name, (), times[id(event)][fastest])
+        for event in events
+        if event.name not in _WHOLE and len(times.get(id(event), ())) == len(whole)
+    )
+    return Traced(parts, whole[fastest], "; by ExecuTorch's event tracer")

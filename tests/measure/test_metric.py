@@ -186,6 +186,15 @@ def test_empty_and_single_validation_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize("options", [{"metric": lambda model: 1}, {"validation": [torch.randn(2, 16)]}])
+def test_what_judges_algorithms_needs_some(options) -> None:
+    batches = _batches(2)
+    with pytest.raises(tq.InputError, match="algorithms is empty"):
+        tq.quantize(
+            nn.Linear(16, 4), batches[0], batches, quantizer=X86Quantizer(), algorithms=(), progress=False, **options
+        )
+
+
 def _bias():
     return tq.BiasCorrection()
 

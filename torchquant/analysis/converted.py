@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
+from torchquant.calibration import batches as data
 from torchquant.calibration.evaluator import FLOAT_BIAS
 from torchquant.errors import InputError
 from torchquant.fx import ops, passes
@@ -99,7 +100,7 @@ def observed_again(converted: GraphModule, reference: GraphModule, batches: Sequ
 
 
 def _refuse_rewritten(graph: GraphModule, reference: GraphModule, batches: Sequence[Any]) -> None:
-    from_observers = compare(passes.copy_graph(reference), _float_function(graph), batches[:1]).sqnr_db
+    from_observers = compare(passes.copy_graph(reference), _float_function(graph), [next(data.each(batches))]).sqnr_db
     if from_observers < _SAME_DB:
         raise InputError(
             f"the converted graph is not that of this float model, or an algorithm rewrote its weights (SmoothQuant, "

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from torchquant.analysis.findings import Finding
 from torchquant.artifacts.program import Program
+from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.fx.passes import copy_graph
 from torchquant.measure.verify import compare
@@ -47,13 +48,18 @@ def stages_of(
     for program in programs:
         if not isinstance(program, Program):
             raise InputError(f"programs are what a backend's lower() or load() returned, not {program!r:.80}")
-    float_model = copy_graph(reference) if isinstance(reference, GraphModule) else reference  # it may keep state
     models: dict[str, Any] = {} if graph is None else {"quantized": copy_graph(graph)}
     models |= {program.target: program for program in programs}
     stages = []
     for name, model in models.items():
-        compared = compare(float_model, model, batches)
-        beside = None if graph is None or name == "quantized" else compare(copy_graph(graph), model, batches).sqnr_db
+        if isinstance(model, Program):
+            model.reset()  # to the state that the float graph is in
+        twin = copy_graph(reference) if isinstance(reference, GraphModule) else reference  # it may keep state
+        compared = compare(twin, model, data.each(batches))
+        beside = None
+        if graph is not None and isinstance(model, Program):
+            model.reset()
+            beside = compare(copy_graph(graph), model, data.each(batches)).sqnr_db
         level = float("inf") if beside is None else beside
         stages.append(Stage(name, compared.sqnr_db, level, compared.agreement))
     return tuple(stages)

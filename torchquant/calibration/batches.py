@@ -119,6 +119,12 @@ def listed(batches: Any, name: str) -> list[Any]:
     return kept
 
 
+def each(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, those of `Steps` one after the other."""
+    for batch in batches:
+        yield from batch.batches if isinstance(batch, Steps) else [batch]
+
+
 def _finite(batch: Given, name: str) -> Given:
     # infinity is refused where it is observed: a mask of minus infinity is a legitimate input
     for value in batch.leaves:

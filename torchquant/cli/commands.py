@@ -141,7 +141,8 @@ def _converted(
 ) -> tuple[list[GraphModule], list[str]]:
     """The quantized graph for each Quantizer, and what is to be told of each."""
     if judge is None or max_drop is None:
-        graphs = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, metric=judge, **options)
+        judging = {"metric": judge} if options["algorithms"] else {"validation": None}
+        graphs = flow.quantize(float_model, batches[0], batches, quantizer=quantizers, **(options | judging))
         return graphs, [""] * len(graphs)
     controlled = [
         quantize_within(float_model, batches[0], batches, quantizer=q, metric=judge, max_drop=max_drop, **options)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ class Part:
     Args:
         name: of the op, kernel or region.
         sites: nodes of the graph that it computes, where that is known.
-        ms: median over the rounds.
+        ms: in the fastest of the rounds, so that the parts and the whole are of one call.
         first_size: elements of its first tensor, which tells plans of x86 regions apart; 0 if it has none.
     """
 
@@ -39,7 +38,7 @@ class Traced:
     """The parts of a call.
 
     Args:
-        parts: in order. whole_ms: median time of the call they were seen in.
+        parts: in order. whole_ms: of the call they were seen in.
         note: what is not in them, or why there are none.
     """
 
@@ -70,25 +69,17 @@ def traced(run: Callable[[], object], *, rounds: int = _ROUNDS) -> Traced:
             with record_function(_WHOLE):
                 run()
     calls = [event for event in seen.events() if event.name == _WHOLE]
-    whole = statistics.median(event.time_range.elapsed_us() for event in calls) / 1e3
-    children = [_in_order(event.cpu_children) for event in calls]
-    names = [[event.name for event in of] for of in children]
-    common = max(names, key=names.count)
-    alike = [of for of, found in zip(children, names, strict=True) if found == common]
+    fastest = min(calls, key=lambda event: event.time_range.elapsed_us())
     parts = [
         Part(
-            name.rpartition("::")[2] if name.startswith("torchquant_") else name,
+            event.name.rpartition("::")[2] if event.name.startswith("torchquant_") else event.name,
             (),
-            statistics.median(of[i].time_range.elapsed_us() for of in alike) / 1e3,
-            _size(alike[0][i]),
+            event.time_range.elapsed_us() / 1e3,
+            _size(event),
         )
-        for i, name in enumerate(common)
+        for event in sorted(fastest.cpu_children, key=lambda event: event.time_range.start)
     ]
-    return Traced(tuple(parts), whole)
-
-
-def _in_order(events: Sequence[Any]) -> list[Any]:
-    return sorted(events, key=lambda event: event.time_range.start)
+    return Traced(tuple(parts), fastest.time_range.elapsed_us() / 1e3)
 
 
 def _size(event: Any) -> int:

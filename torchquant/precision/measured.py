@@ -46,7 +46,7 @@ class Bench:
         options: Mapping[str, Any],
     ) -> None:
         self._exported, self._batches, self._judged = exported, batches, judged
-        self._quantizer, self._options = quantizer, dict(options)
+        self._quantizer, self._options, self._timed = quantizer, dict(options), next(data.each(judged))
         self._figures: dict[Any, tuple[float, float]] = {}
         self._times: dict[str | None, dict[str, float]] = {}
         self._fixed_ms: float | None = None
@@ -70,7 +70,7 @@ class Bench:
         key = (plan.scheme, tuple(sorted(plan.schemes.items(), key=str)), metric)
         if key not in self._figures:
             graph = self.converted(plan)
-            db = compare(passes.copy_graph(self._exported), graph, self._judged).sqnr_db
+            db = compare(passes.copy_graph(self._exported), graph, data.each(self._judged)).sqnr_db
             if metric is None and math.isnan(db):
                 raise InputError("the model returns no floats by which plans could be compared: give a metric")
             score = db if metric is None else scored(metric, graph, f"the plan of {plan.about.get('budget')}")
@@ -86,21 +86,21 @@ class Bench:
         name = None if plan is None else str(plan.about["budget"])
         if name not in self._times:
             graph = self._exported if plan is None else self.converted(plan)  # their nodes have the same names
-            times = self._backend("op_ms")(graph, self._judged[0])
+            times = self._backend("op_ms")(graph, self._timed)
             self._times[name] = {pattern: times.get(node, math.nan) for pattern, node in self._names.items()}
         return self._times[name]
 
     def program_ms(self, plan: Plan) -> float:
         """Median milliseconds of a call of the program that a plan's graph is lowered to."""
         graph = self.converted(plan)
-        program = self._backend("lower")(graph, self._judged[0], progress=False)
+        program = self._backend("lower")(graph, self._timed, progress=False)
         times = []
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             for _ in range(_CALLS + 1):
                 start = time.perf_counter()
-                data.call(program, self._judged[0])
+                data.call(program, self._timed)
                 times.append((time.perf_counter() - start) * 1e3)
         finally:
             torch.set_num_threads(threads)
