@@ -107,12 +107,7 @@ def insert_norms(model: GraphModule) -> list[str]:
         conv = _convolution_of(model, node, reads) if own else None
         by_output = conv is not None and _has_scale_by_output(model, conv)
         tensors: list[Any] = [None if n is None else _value(model, n) for n in (weight, bias, mean, var)]
-        norm = TrainedNorm(
-            *tensors,
-            momentum=float(momentum),
-            eps=float(eps),
-            folded=by_output,
-        )
+        norm = TrainedNorm(*tensors, momentum=float(momentum), eps=float(eps), folded=by_output)
         if conv is not None and not by_output:
             fold_now(model, conv, norm)
             node.replace_all_uses_with(conv)
