@@ -76,10 +76,34 @@ def test_graphs_that_are_something_else():
             call(graph)
 
 
-def test_learning_and_converting_before_calibration():
-    for call in (qat.learn_steps, qat.convert):
+def test_learning_evaluating_and_converting_before_calibration():
+    for call in (
+        qat.learn_steps,
+        qat.convert,
+        lambda g: qat.evaluate(g).__enter__(),
+        lambda g: qat.schedule(g, 3, observers_off=0),
+    ):
         with pytest.raises(tq.CalibrationError, match="never saw data"):
             call(prepared(calibrate=False))
+
+
+def test_steps_that_cannot_be_learned_leave_the_graph_as_it_was():
+    graph = prepared(calibrate=False)
+    before = fakes(graph)
+    with pytest.raises(tq.CalibrationError, match="never saw data"):
+        qat.learn_steps(graph)
+    assert fakes(graph) == before
+    tq.calibrate(graph, [images()], progress=False)
+    with pytest.raises(tq.SchemeError, match="take another method for activations"):
+        qat.learn_steps(graph, qat.LSQ(), qat.DoReFa())
+    assert fakes(graph) == before
+
+
+def test_freezing_of_weights_that_a_method_moves():
+    graph = prepared()
+    qat.learn_steps(graph, qat.DoReFa(), None)
+    with pytest.raises(tq.SchemeError, match="DoReFa moves it"):
+        qat.Freezing(graph)
 
 
 @pytest.mark.parametrize("convert", [tq.convert, convert_pt2e])
@@ -169,6 +193,39 @@ def test_a_weight_that_is_no_number_is_refused_where_it_is_rounded():
         dict(graph.named_parameters())["head.weight"][0, 0] = torch.nan
     with pytest.raises(tq.CalibrationError, match=r"head.*NaN"):
         graph(images())
+
+
+@pytest.mark.parametrize("quantizer", ["x86", "torchao's x86"])
+def test_a_batch_that_holds_nan_is_refused_and_leaves_no_trace_in_ranges(quantizer):
+    graph, x = prepared(quantizer), images()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(tq.CalibrationError, match=r"stem.*holds NaN"):
+        graph(x)
+    assert bool(graph(images()).isfinite().all())
+    assert all(bool(fake.scale.isfinite().all()) for fake in fakes(graph))
+
+
+class Looked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8, sparse=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.table(x)).mean(1)
+
+
+def test_sparse_gradients_are_checked_as_others():
+    x = torch.randint(0, 9, (4, 3))
+    graph = qat.prepare(tq.export(Looked(), x, dynamic_shapes=BATCH), X86Quantizer(is_qat=True))
+    tq.calibrate(graph, [x], progress=False)
+    schedule, loss = qat.schedule(graph, 4), graph(x).sum()
+    loss.backward()
+    schedule.step(loss)
+    gradient = dict(graph.named_parameters())["table.weight"].grad
+    assert gradient.is_sparse
+    gradient._values()[0] = torch.inf
+    with pytest.raises(tq.TrainingError, match="gradient of table.weight"):
+        schedule.step(loss)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, torch.nan])

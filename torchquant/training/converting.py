@@ -29,10 +29,13 @@ def evaluate(prepared: GraphModule) -> Iterator[GraphModule]:
     """The graph in evaluation, as it will be converted: no range moves, no dropout, BatchNorm by running statistics.
 
     Raises:
+        CalibrationError: a range was never seen.
         TrainingError: a learned step is no longer a positive number.
     """
     check_trained(prepared)
     check_steps(prepared)
+    for fake in fakes(prepared):
+        fake.require_data()
     modes = {module: module.training for module in prepared.modules()}
     rounds = {fake: fake.rounds for fake in fakes(prepared)}
     try:
