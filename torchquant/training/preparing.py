@@ -24,7 +24,7 @@ from torchquant.surroundings import unchanged
 from torchquant.training.bits import narrow
 from torchquant.training.copies import own_tensors
 from torchquant.training.fakes import DerivedFake, Fake, fakes, named_fakes
-from torchquant.training.switching import insert_dropouts, insert_norms, lift_dropouts, stop_dice
+from torchquant.training.switching import insert_dropouts, insert_norms, lift_dropouts, remove_attention_dropouts
 
 __all__ = ["notes", "prepare"]
 
@@ -63,11 +63,11 @@ def prepare(
     own_tensors(model)
     if quantizer is not None:
         trainable = {id(p) for p in model.parameters()}
-        dropouts, dice = lift_dropouts(model), stop_dice(model)
+        dropouts, lost = lift_dropouts(model), remove_attention_dropouts(model)
         model = _annotated(model, quantizer)
         for parameter in model.parameters():  # a weight that the Quantizer transposed
             parameter.requires_grad_(parameter.requires_grad or id(parameter) not in trainable)
-        remarks += insert_dropouts(model, dropouts) + dice
+        remarks += insert_dropouts(model, dropouts) + lost
         if weights is not None or activations is not None or exclude:
             narrow(model, weights=weights, activations=activations, exclude=exclude)
     elif weights is not None or activations is not None or exclude:

@@ -16,7 +16,15 @@ from torchquant.fx.reading import observer_of
 from torchquant.training.fakes import Fake
 from torchquant.training.norms import FoldedBias, Folding, TrainedDropout, TrainedNorm, turn_signs
 
-__all__ = ["Dropped", "fold_now", "insert_dropouts", "insert_norms", "lift_dropouts", "remove_transparent", "stop_dice"]
+__all__ = [
+    "Dropped",
+    "fold_now",
+    "insert_dropouts",
+    "insert_norms",
+    "lift_dropouts",
+    "remove_transparent",
+    "remove_attention_dropouts",
+]
 
 aten = torch.ops.aten
 _DROPOUTS: dict[str, Any] = {
@@ -50,8 +58,8 @@ def _dropout_of(node: Node) -> Any:
     return _DROPOUTS.get(ops.overload_of(node).partition(".")[0])
 
 
-def stop_dice(model: GraphModule) -> list[str]:
-    """Take out the dropout inside attention, which knows no evaluation; returns remarks, on other dice too."""
+def remove_attention_dropouts(model: GraphModule) -> list[str]:
+    """Take out the dropout inside attention, which knows no evaluation; returns remarks, also on other random ops."""
     remarks = []
     for node in [n for n in model.graph.nodes if ops.draws_numbers(n) and _dropout_of(n) is None]:
         p = ops.arguments(node).get("dropout_p")
