@@ -224,7 +224,7 @@ def test_sparse_gradients_are_checked_as_others():
     gradient = dict(graph.named_parameters())["table.weight"].grad
     assert gradient.is_sparse
     gradient._values()[0] = torch.inf
-    with pytest.raises(tq.TrainingError, match="gradient of table.weight"):
+    with pytest.raises(tq.TrainingError, match=r"gradient of table\.weight"):
         schedule.step(loss)
 
 

@@ -22,8 +22,8 @@ __all__ = [
     "insert_dropouts",
     "insert_norms",
     "lift_dropouts",
-    "remove_transparent",
     "remove_attention_dropouts",
+    "remove_transparent",
 ]
 
 aten = torch.ops.aten
