@@ -59,6 +59,19 @@ def test_batch_norm_that_torchao_has_written_as_arithmetic():
         qat.prepare(graph)
 
 
+@pytest.mark.parametrize("kind", ["decomposed", "instance"])
+def test_a_normalization_whose_mode_cannot_be_switched(kind):
+    norm = nn.BatchNorm2d(4) if kind == "decomposed" else nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    program = torch.export.export(model.train(), (images(),), dynamic_shapes=BATCH)
+    if kind == "decomposed":
+        program = program.run_decompositions()
+    with pytest.raises(tq.InputError, match=r"norm.* in training mode .*export the model in evaluation"):
+        qat.prepare(program.module(), X86Quantizer(is_qat=True))
+    graph = exported(model.eval())
+    assert qat.prepare(graph, X86Quantizer(is_qat=True)) is not graph
+
+
 def test_graphs_that_are_something_else():
     graph = exported()
     for arguments, match in (
