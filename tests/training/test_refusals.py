@@ -218,6 +218,20 @@ def test_a_batch_that_holds_nan_is_refused_and_leaves_no_trace_in_ranges(quantiz
     assert all(bool(fake.scale.isfinite().all()) for fake in fakes(graph))
 
 
+def test_statistics_that_hold_nan_are_named_before_they_are_evaluated_or_converted():
+    graph, x = prepared(), images()
+    qat.learn_steps(graph)
+    schedule = qat.schedule(graph, 10)
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(tq.TrainingError, match="the loss is nan in step 1"):
+        schedule.step(graph(x).sum())
+    loss = graph(images()).sum()  # by the statistics of a sound batch
+    loss.backward()
+    for call in (lambda: schedule.step(loss), lambda: qat.evaluate(graph).__enter__(), lambda: qat.convert(graph)):
+        with pytest.raises(tq.TrainingError, match=r"statistics of BatchNorm .* hold NaN"):
+            call()
+
+
 class Looked(nn.Module):
     def __init__(self):
         super().__init__()
