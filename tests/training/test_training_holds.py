@@ -201,6 +201,18 @@ def test_dropout_and_batch_norm_keep_what_the_model_says(in_training_mode):
         assert held_db(trained) >= 60
 
 
+@pytest.mark.parametrize("in_training_mode", [False, True])
+def test_dropout_of_a_prepared_graph_switches_too(in_training_mode):
+    x, model = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 5))
+    graph = torch.export.export(model.train(in_training_mode), (x,), dynamic_shapes=BATCH).module()
+    calibrated = tq.prepare(graph, X86Quantizer())
+    tq.calibrate(calibrated, [x], progress=False)
+    trained = qat.prepare(calibrated)
+    assert [m.p for m in trained.modules() if isinstance(m, TrainedDropout)] == [0.5]
+    assert not torch.equal(trained(x), trained(x))
+    assert held_db(trained, x) >= 60
+
+
 def test_batch_norm_is_that_of_the_model_in_training():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3)), images()

@@ -72,6 +72,8 @@ def prepare(
             narrow(model, weights=weights, activations=activations, exclude=exclude)
     elif weights is not None or activations is not None or exclude:
         raise InputError("a prepared graph has its bits: call torchquant.qat.narrow(prepared, ...) before calibration")
+    else:
+        remarks += remove_attention_dropouts(model) + insert_dropouts(model, [])
     remarks += _swap(model)
     named_fakes(model)
     _see_weights(model)
