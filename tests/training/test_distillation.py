@@ -1,5 +1,7 @@
 """Distillation: the papers' formulas, cut points without names, and what it does to the student."""
 
+import copy
+
 import nets
 import pytest
 import torch
@@ -56,6 +58,38 @@ def test_a_residual_networks_cuts_lie_between_its_blocks():
     inside = [n.name for n in teacher.graph.nodes if "expand" in str(n.meta.get("nn_module_stack", ""))]
     assert names
     assert not set(names) & set(inside)
+
+
+def test_a_student_with_taps_is_converted_and_copied_after_a_forward_with_gradients():
+    teacher = exported()
+    graph = prepared("x86", 4)
+    distillation = qat.Distillation(graph, teacher, feature_weight=1.0)
+    outputs = graph(images())
+    qat.convert(graph)
+    copy.deepcopy(graph)
+    assert float(distillation(outputs, images()).detach()) > 0
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return {"a": x.mean((2, 3)), "b": x.mean((2, 3))}
+
+
+@pytest.mark.parametrize("outputs", ["kl", "mse"])
+def test_a_teacher_with_other_outputs_is_refused(outputs):
+    graph, x = prepared(), images()
+    narrow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 1)).eval()
+    for teacher in (narrow, Pair().eval()):
+        with pytest.raises(tq.InputError, match=r"other outputs: float tensors of \[\(8, 5\)\] and of"):
+            qat.Distillation(graph, teacher, outputs=outputs)(graph(x), x)
+
+
+def test_a_teacher_of_which_a_part_is_in_training_mode_is_refused():
+    model = Depthwise().eval()
+    model.drop.train()
+    for teacher in (model, prepared()):
+        with pytest.raises(tq.InputError, match="training mode"):
+            qat.Distillation(prepared(), teacher)
 
 
 def test_taps_leave_nothing_behind():

@@ -149,6 +149,22 @@ def test_steps_start_at_the_least_squared_error_on_given_batches():
     assert (searched - x).square().sum() < (observed - x).square().sum()
 
 
+@pytest.mark.parametrize("first", [qat.LSQ(), qat.LSQPlus(), qat.PACT(), qat.EWGS()], ids=lambda m: type(m).__name__)
+def test_a_second_method_starts_at_the_grid_that_the_first_has_learned(first):
+    graph = prepared("xnnpack", 4)
+    weights = None if isinstance(first, qat.PACT) else first
+    qat.learn_steps(graph, weights, first)
+    with torch.no_grad():
+        for fake in fakes(graph):
+            for parameter in fake.parameters(recurse=False):
+                parameter.mul_(1.5)
+    before = [fake.calculate_qparams() for fake in fakes(graph)]
+    qat.learn_steps(graph, qat.LSQ(start="grid"), qat.LSQ())
+    for fake, (scale, zero_point) in zip(fakes(graph), before, strict=True):
+        assert torch.allclose(fake.calculate_qparams()[0], scale)
+        assert torch.equal(fake.calculate_qparams()[1], zero_point)
+
+
 def test_excluded_layers_keep_their_observers():
     graph = prepared("x86", 4)
     qat.learn_steps(graph, exclude=["stem", "head"])
@@ -306,6 +322,18 @@ def test_dampening_pulls_weights_to_their_codes():
         qat.dampening(graph).backward()
         optimizer.step()
     assert float(qat.dampening(graph).detach()) < before / 10
+
+
+def test_dampening_is_of_the_weights_that_are_rounded():
+    graph = prepared("x86", 8)
+    with torch.no_grad():
+        for parameter in graph.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    qat.learn_steps(graph, qat.DoReFa(), None)
+    graph(images())
+    count = sum(p.numel() for p in graph.parameters() if p.ndim > 1)
+    widest = max(float(fake.scale.max()) for fake in fakes(graph) if fake.is_weight)
+    assert float(qat.dampening(graph).detach()) <= count * (widest / 2) ** 2
 
 
 def test_a_compiled_graph_computes_and_learns_the_same():

@@ -59,6 +59,19 @@ def test_batch_norm_that_torchao_has_written_as_arithmetic():
         qat.prepare(graph)
 
 
+@pytest.mark.parametrize("kind", ["decomposed", "instance"])
+def test_a_normalization_whose_mode_cannot_be_switched(kind):
+    norm = nn.BatchNorm2d(4) if kind == "decomposed" else nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    program = torch.export.export(model.train(), (images(),), dynamic_shapes=BATCH)
+    if kind == "decomposed":
+        program = program.run_decompositions()
+    with pytest.raises(tq.InputError, match=r"norm.* in training mode .*export the model in evaluation"):
+        qat.prepare(program.module(), X86Quantizer(is_qat=True))
+    graph = exported(model.eval())
+    assert qat.prepare(graph, X86Quantizer(is_qat=True)) is not graph
+
+
 def test_graphs_that_are_something_else():
     graph = exported()
     for arguments, match in (
@@ -76,10 +89,34 @@ def test_graphs_that_are_something_else():
             call(graph)
 
 
-def test_learning_and_converting_before_calibration():
-    for call in (qat.learn_steps, qat.convert):
+def test_learning_evaluating_and_converting_before_calibration():
+    for call in (
+        qat.learn_steps,
+        qat.convert,
+        lambda g: qat.evaluate(g).__enter__(),
+        lambda g: qat.schedule(g, 3, observers_off=0),
+    ):
         with pytest.raises(tq.CalibrationError, match="never saw data"):
             call(prepared(calibrate=False))
+
+
+def test_steps_that_cannot_be_learned_leave_the_graph_as_it_was():
+    graph = prepared(calibrate=False)
+    before = fakes(graph)
+    with pytest.raises(tq.CalibrationError, match="never saw data"):
+        qat.learn_steps(graph)
+    assert fakes(graph) == before
+    tq.calibrate(graph, [images()], progress=False)
+    with pytest.raises(tq.SchemeError, match="take another method for activations"):
+        qat.learn_steps(graph, qat.LSQ(), qat.DoReFa())
+    assert fakes(graph) == before
+
+
+def test_freezing_of_weights_that_a_method_moves():
+    graph = prepared()
+    qat.learn_steps(graph, qat.DoReFa(), None)
+    with pytest.raises(tq.SchemeError, match="DoReFa moves it"):
+        qat.Freezing(graph)
 
 
 @pytest.mark.parametrize("convert", [tq.convert, convert_pt2e])
@@ -169,6 +206,53 @@ def test_a_weight_that_is_no_number_is_refused_where_it_is_rounded():
         dict(graph.named_parameters())["head.weight"][0, 0] = torch.nan
     with pytest.raises(tq.CalibrationError, match=r"head.*NaN"):
         graph(images())
+
+
+@pytest.mark.parametrize("quantizer", ["x86", "torchao's x86"])
+def test_a_batch_that_holds_nan_is_refused_and_leaves_no_trace_in_ranges(quantizer):
+    graph, x = prepared(quantizer), images()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(tq.CalibrationError, match=r"stem.*holds NaN"):
+        graph(x)
+    assert bool(graph(images()).isfinite().all())
+    assert all(bool(fake.scale.isfinite().all()) for fake in fakes(graph))
+
+
+def test_statistics_that_hold_nan_are_named_before_they_are_evaluated_or_converted():
+    graph, x = prepared(), images()
+    qat.learn_steps(graph)
+    schedule = qat.schedule(graph, 10)
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(tq.TrainingError, match="the loss is nan in step 1"):
+        schedule.step(graph(x).sum())
+    loss = graph(images()).sum()  # by the statistics of a sound batch
+    loss.backward()
+    for call in (lambda: schedule.step(loss), lambda: qat.evaluate(graph).__enter__(), lambda: qat.convert(graph)):
+        with pytest.raises(tq.TrainingError, match=r"statistics of BatchNorm .* hold NaN"):
+            call()
+
+
+class Looked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8, sparse=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.table(x)).mean(1)
+
+
+def test_sparse_gradients_are_checked_as_others():
+    x = torch.randint(0, 9, (4, 3))
+    graph = qat.prepare(tq.export(Looked(), x, dynamic_shapes=BATCH), X86Quantizer(is_qat=True))
+    tq.calibrate(graph, [x], progress=False)
+    schedule, loss = qat.schedule(graph, 4), graph(x).sum()
+    loss.backward()
+    schedule.step(loss)
+    gradient = dict(graph.named_parameters())["table.weight"].grad
+    assert gradient.is_sparse
+    gradient._values()[0] = torch.inf
+    with pytest.raises(tq.TrainingError, match=r"gradient of table\.weight"):
+        schedule.step(loss)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, torch.nan])

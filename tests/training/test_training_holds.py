@@ -201,6 +201,18 @@ def test_dropout_and_batch_norm_keep_what_the_model_says(in_training_mode):
         assert held_db(trained) >= 60
 
 
+@pytest.mark.parametrize("in_training_mode", [False, True])
+def test_dropout_of_a_prepared_graph_switches_too(in_training_mode):
+    x, model = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 5))
+    graph = torch.export.export(model.train(in_training_mode), (x,), dynamic_shapes=BATCH).module()
+    calibrated = tq.prepare(graph, X86Quantizer())
+    tq.calibrate(calibrated, [x], progress=False)
+    trained = qat.prepare(calibrated)
+    assert [m.p for m in trained.modules() if isinstance(m, TrainedDropout)] == [0.5]
+    assert not torch.equal(trained(x), trained(x))
+    assert held_db(trained, x) >= 60
+
+
 def test_batch_norm_is_that_of_the_model_in_training():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3)), images()
@@ -254,6 +266,62 @@ def test_layers_of_all_kinds_are_trained(name, quantizer):
     losses = train(graph, loss=lambda g, x: (g(x) - 1).square().mean(), steps=8)
     assert losses[-1] < losses[0]
     assert held_db(graph) >= 60
+
+
+@pytest.mark.parametrize("outputs", [4, 6])
+def test_batch_norm_over_another_axis_than_the_outputs_stays_an_op(outputs):
+    """BatchNorm1d takes the second axis; behind a linear with three axes that is not the last one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, outputs), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(outputs, 5))
+    with torch.no_grad():
+        model[1].weight.uniform_(-2, 2)
+        model[1].running_mean.uniform_(-1, 1)
+        model[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(8, 6, 8)
+    graph = tq.export(model, x, dynamic_shapes=BATCH)
+    trained = qat.prepare(graph, X86Quantizer(is_qat=True))
+    tq.calibrate(trained, [x], progress=False)
+    with torch.no_grad(), qat.evaluate(trained):
+        assert tq.sqnr_db(graph(x), trained(x)) > 35
+    train(trained, x, loss=lambda g, x: (g(x) - 1).square().mean())
+    assert held_db(trained, x) >= 60
+
+
+def test_a_gamma_of_zero_is_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    nn.init.zeros_(model[1].weight)
+    trained = qat.prepare(exported(model), X86Quantizer(is_qat=True))
+    norm = next(m for m in trained.modules() if isinstance(m, TrainedNorm))
+    (trained(images()) * torch.randn(8, 4, 10, 10)).sum().backward()
+    assert norm.weight.grad.all()
+    train(trained, loss=lambda g, x: (g(x) - x[:, :1, 1:-1, 1:-1]).square().mean())
+    assert held_db(trained) >= 60
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, x):
+        query, key, value = self.inner(x).chunk(3, -1)
+        p = 0.5 if self.training else 0.0
+        return self.outer(F.scaled_dot_product_attention(query, key, value, dropout_p=p))
+
+
+def test_attention_of_a_graph_exported_in_training_mode_is_still_in_evaluation():
+    x = torch.randn(4, 6, 8)
+    graph = torch.export.export(Attention().train(), (x,), dynamic_shapes=BATCH).module()
+    trained = qat.prepare(graph, X86Quantizer(is_qat=True))
+    tq.calibrate(trained, [x], progress=False)
+    assert any("dropout of 0.5 inside" in remark for remark in qat.notes(trained))
+    assert held_db(trained, x) >= 60
+
+
+def test_a_batch_norm_without_momentum_says_that_its_statistics_stay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None))
+    assert any("momentum 0" in remark for remark in qat.notes(qat.prepare(exported(model), X86Quantizer(is_qat=True))))
 
 
 @pytest.mark.filterwarnings("ignore:the Quantizer left")

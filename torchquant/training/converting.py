@@ -29,10 +29,13 @@ def evaluate(prepared: GraphModule) -> Iterator[GraphModule]:
     """The graph in evaluation, as it will be converted: no range moves, no dropout, BatchNorm by running statistics.
 
     Raises:
-        TrainingError: a learned step is no longer a positive number.
+        CalibrationError: a range was never seen.
+        TrainingError: a learned step is no longer a positive number, or BatchNorm's statistics hold NaN.
     """
     check_trained(prepared)
     check_steps(prepared)
+    for fake in fakes(prepared):
+        fake.require_data()
     modes = {module: module.training for module in prepared.modules()}
     rounds = {fake: fake.rounds for fake in fakes(prepared)}
     try:
@@ -54,7 +57,7 @@ def convert(prepared: GraphModule) -> GraphModule:
     Raises:
         InputError: a graph that is not prepared for training.
         CalibrationError: a range was never seen.
-        TrainingError: a learned step is no longer a positive number.
+        TrainingError: a learned step is no longer a positive number, or BatchNorm's statistics hold NaN.
     """
     return flow.convert(finish(prepared))
 
@@ -156,7 +159,7 @@ def check_trained(prepared: object) -> None:
 
 
 def check_steps(prepared: GraphModule, when: str = "") -> None:
-    """Raise TrainingError if a learned step is not a positive number."""
+    """Raise TrainingError if a learned step is not a positive number, or a statistic of BatchNorm is no number."""
     for fake in fakes(prepared):
         for name, value in fake.learned.items():
             if not bool((value > 0).all() & value.isfinite().all()):
@@ -166,3 +169,9 @@ def check_steps(prepared: GraphModule, when: str = "") -> None:
                     "positive: take a lower learning rate for it (step_lr of torchquant.qat.parameters), no weight "
                     "decay, and an earlier checkpoint"
                 )
+    for node, norm in norms(prepared):
+        if not bool((norm.running_mean + norm.running_var).isfinite().all()):
+            raise TrainingError(
+                f"the running statistics of BatchNorm {node.target} hold NaN or infinity{when}, as a batch did: "
+                "load an earlier checkpoint"
+            )

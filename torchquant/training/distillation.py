@@ -25,7 +25,8 @@ from torchquant.fx.blocks import SOLVABLE, data_order
 from torchquant.fx.states import hidden_states
 from torchquant.training.converting import check_trained
 from torchquant.training.copies import own_tensors
-from torchquant.training.norms import TrainedNorm
+from torchquant.training.fakes import Fake
+from torchquant.training.norms import TrainedDropout, TrainedNorm
 
 __all__ = ["Distillation", "kl_divergence", "relative_error"]
 
@@ -54,6 +55,10 @@ class _Tap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.value = x
         return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds no value, which belongs to one forward and its gradients."""
+        return {**vars(self), "value": None}
 
 
 class Distillation:
@@ -114,11 +119,7 @@ class Distillation:
         """The loss of the student's `outputs` for `inputs`, a batch as for `calibrate`."""
         with torch.no_grad():
             wanted = data.call(self.teacher, inputs)
-        pairs = [
-            (s, t)
-            for s, t in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
-            if isinstance(s, Tensor) and s.is_floating_point()
-        ]
+        pairs = _pairs(outputs, wanted)
         loss = outputs_loss = torch.zeros((), device=pairs[0][0].device)
         if self.outputs is not None:
             terms = [
@@ -141,11 +142,27 @@ class Distillation:
         return errors
 
 
+def _pairs(outputs: Any, wanted: Any) -> list[tuple[Tensor, Tensor]]:
+    """The float outputs of the student, each with the teacher's."""
+    student, teacher = (_floats(values) for values in (outputs, wanted))
+    shapes = [[tuple(value.shape) for value in values] for values in (student, teacher)]
+    if not student or shapes[0] != shapes[1]:
+        raise InputError(f"student and teacher have other outputs: float tensors of {shapes[0]} and of {shapes[1]}")
+    return list(zip(student, teacher, strict=True))
+
+
+def _floats(values: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def _check_teacher(teacher: nn.Module) -> None:
     if isinstance(teacher, GraphModule):
-        moves = bool(hidden_states(teacher)) or any(ops.draws_numbers(node) for node in teacher.graph.nodes)
+        switched = any(m.training for m in teacher.modules() if isinstance(m, (Fake, TrainedNorm, TrainedDropout)))
+        draws = any(ops.draws_numbers(node) for node in teacher.graph.nodes)
+        moves = switched or draws or bool(hidden_states(teacher))
     else:
-        moves = teacher.training
+        moves = any(module.training for module in teacher.modules())
     if moves:
         raise InputError(
             "the teacher is in training mode: its dropout and BatchNorm would make other targets each time; give it in "

@@ -34,7 +34,7 @@ class _Squeezing(Fake):
         self.is_weight, self.rounds, self.observes = True, fake.rounds, True
         self.quant_min, self.quant_max, self._block = fake.quant_min, fake.quant_max, fake._block
         self.folding = fake.folding
-        self.take_qparams(fake.scale, fake.zero_point)
+        self.take_qparams(*fake.calculate_qparams())
 
     def values_of(self, x: Tensor) -> Tensor:
         return squeezed(x, self.cells().axis)

@@ -77,4 +77,4 @@ class EWGS:
 
     def activation(self, fake: Fake) -> Fake:
         """Learn the step of an activation."""
-        return _Scaled(fake, fake.scale, self.delta)
+        return _Scaled(fake, fake.calculate_qparams()[0], self.delta)

@@ -135,10 +135,9 @@ class Fake(FakeQuantizeBase):
     def observe(self, x: Tensor) -> None:
         """Let the observer see a tensor, and take the grid that it now gives."""
         observer = self.activation_post_process
-        if self.is_weight:
-            check_finite(x, self.site)
-            if not isinstance(getattr(observer, "grid", None), Grid):
-                reset(observer, "a weight")
+        check_finite(x, self.site)  # before a moving average holds it for ever
+        if self.is_weight and not isinstance(getattr(observer, "grid", None), Grid):
+            reset(observer, "a weight")
         observer(x.float() if x.dtype in (torch.bfloat16, torch.float16) and self.has_grid else x)
         self._function = None
         if self.has_grid:
@@ -206,7 +205,7 @@ class Fake(FakeQuantizeBase):
 
     def require_data(self) -> None:
         """Raise CalibrationError if the range must come from data and none has been seen."""
-        if self.is_waiting:
+        if self.is_waiting and not self.is_dynamic:
             raise CalibrationError(f"{self.site} never saw data: run torchquant.calibrate(prepared, batches) first")
 
     # formats that are no affine grid, and scales chosen at run time ----------------------------------------------

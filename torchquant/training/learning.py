@@ -69,17 +69,21 @@ def learn_steps(
     chosen = _chosen(prepared, weights, activations, exclude)
     if batches is not None:
         _search_ranges(prepared, [fake for _, fake, method in chosen if not fake.is_weight], batches)
-    for node, fake, method in chosen:
+    for _, fake, _ in chosen:
         fake.require_data()
-        if fake.is_weight:
-            new = method.weight(fake, ops.constant_value(prepared, node.args[0]))  # type: ignore[arg-type]
-        else:
-            new = method.activation(fake)
-        new.train(fake.training)
-        new.site = fake.site
-        new.keep_for_training()
+    learned = [_learned(prepared, node, fake, method) for node, fake, method in chosen]
+    for (node, fake, _), new in zip(chosen, learned, strict=True):  # only now, when no method has refused
         put_observer(prepared, str(node.target), fake, new)
     return len(chosen)
+
+
+def _learned(prepared: GraphModule, node: Node, fake: Fake, method: Method) -> Fake:
+    value = ops.constant_value(prepared, node.args[0]) if fake.is_weight else None  # type: ignore[arg-type]
+    new = method.activation(fake) if value is None else method.weight(fake, value)
+    new.train(fake.training)
+    new.site = fake.site
+    new.keep_for_training()
+    return new
 
 
 def _chosen(

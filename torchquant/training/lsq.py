@@ -61,7 +61,7 @@ class LearnedStep(Fake):
         super().__init__(fake.activation_post_process)
         self.is_weight, self.quant_min, self.quant_max = fake.is_weight, fake.quant_min, fake.quant_max
         self._block, self.rounds, self.observes, self.folding = fake._block, fake.rounds, False, fake.folding
-        self.take_qparams(fake.scale, fake.zero_point)
+        self.take_qparams(*fake.calculate_qparams())
         least = max(least_scale(fake.activation_post_process), 2.0**-100)
         self.register_buffer("least", torch.tensor(least, device=scale.device))
         del self._buffers["scale"]
@@ -109,8 +109,8 @@ class LSQ:
         """Learn the steps of a weight."""
         grid = fake.grid_over(weight.shape)
         keeps = self.start == "grid" or isinstance(getattr(fake.activation_post_process, "grid", None), Grid)
-        return LearnedStep(fake, fake.scale if keeps else mean_step(weight, grid))
+        return LearnedStep(fake, fake.calculate_qparams()[0] if keeps else mean_step(weight, grid))
 
     def activation(self, fake: Fake) -> Fake:
         """Learn the step of an activation."""
-        return LearnedStep(fake, fake.scale)
+        return LearnedStep(fake, fake.calculate_qparams()[0])

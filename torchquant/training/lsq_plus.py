@@ -43,7 +43,7 @@ class LearnedOffset(LearnedStep):
 
     def __init__(self, fake: Fake, scale: Tensor) -> None:
         super().__init__(fake, scale)
-        points = fake.zero_point.detach().float()
+        points = self.zero_point.float()
         self.offset = nn.Parameter((int(self.quant_min) - points) * self.scale.detach())
 
     def qparams(self) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,11 @@ class LSQPlus:
         """Learn the steps of a weight; one whose codes an algorithm chose keeps its scale to start from."""
         grid = fake.grid_over(weight.shape)
         solved = isinstance(getattr(fake.activation_post_process, "grid", None), Grid)
-        return LearnedStep(fake, fake.scale if solved else spread_step(weight, grid))
+        return LearnedStep(fake, fake.calculate_qparams()[0] if solved else spread_step(weight, grid))
 
     def activation(self, fake: Fake) -> Fake:
         """Learn step and offset of an activation."""
         symmetric = getattr(fake, "qscheme", None) in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-        plain = symmetric or fake.scale.numel() > 1
-        return LearnedStep(fake, fake.scale) if plain else LearnedOffset(fake, fake.scale)
+        scale, _ = fake.calculate_qparams()
+        plain = symmetric or scale.numel() > 1
+        return LearnedStep(fake, scale) if plain else LearnedOffset(fake, scale)

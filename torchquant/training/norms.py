@@ -58,7 +58,9 @@ class TrainedNorm(nn.Module):
         return self.training and not self.frozen
 
     def _gamma(self) -> Tensor | None:
-        return self.weight.abs() if self.folded and self.weight is not None else self.weight
+        if not self.folded or self.weight is None:
+            return self.weight
+        return torch.where(self.weight < 0, -self.weight, self.weight)  # abs has no gradient at 0, and would stay there
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (samples, channels, ...); nothing is left to do where that is in the weight in front."""

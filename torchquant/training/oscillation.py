@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torchquant.errors import InputError
+from torchquant.errors import InputError, SchemeError
 from torchquant.training.converting import check_trained
 from torchquant.training.fakes import Fake, named_fakes
 
@@ -42,7 +42,7 @@ def dampening(prepared: GraphModule) -> Tensor:
     for weight, fake in _weights(prepared):
         codes, grid = fake.solved(weight)
         low, high = (grid.decode(torch.full_like(codes, float(code))) for code in (grid.quant_min, grid.quant_max))
-        clipped = torch.minimum(torch.maximum(weight.float(), low), high)
+        clipped = torch.minimum(torch.maximum(fake.values_of(weight).float(), low), high)
         total = total + (grid.decode(codes) - clipped).square().sum()
     return total
 
@@ -64,6 +64,10 @@ class Freezing:
     Args:
         threshold: of the frequency, or a function of the number of steps done (the paper anneals 0.04 to 0.01).
         momentum: m of the moving averages.
+
+    Raises:
+        InputError: the momentum is out of range.
+        SchemeError: a method moves the weights before they are rounded (DoReFa).
     """
 
     def __init__(self, prepared: GraphModule, threshold: Any = 0.02, *, momentum: float = 0.01) -> None:
@@ -73,6 +77,10 @@ class Freezing:
         self.momentum, self.done = momentum, 0
         self._watched = []
         for weight, fake in _weights(prepared):
+            if type(fake).values_of is not Fake.values_of:
+                raise SchemeError(
+                    f"{fake.site}: Freezing puts a weight on its grid, and {fake.describe()['method']} moves it"
+                )
             codes, _ = fake.solved(weight)
             zeros = torch.zeros_like(codes)
             self._watched.append(_Watched(weight, fake, codes, codes.clone(), zeros, zeros.clone(), zeros.bool()))

@@ -39,7 +39,7 @@ class LearnedClip(LearnedStep):
 
     def __init__(self, fake: Fake, scale: Tensor) -> None:
         super().__init__(fake, scale)
-        self.steps = int(self.quant_max) - int(fake.zero_point)
+        self.steps = int(self.quant_max) - int(self.zero_point)
         start = self.scale.detach() * self.steps
         del self._parameters["scale"]
         self.alpha = nn.Parameter(start)
@@ -69,5 +69,6 @@ class PACT:
 
     def activation(self, fake: Fake) -> Fake:
         """Learn the clip of an activation."""
-        one = fake.scale.numel() == 1 and int(fake.zero_point) == int(fake.quant_min)
-        return LearnedClip(fake, fake.scale) if one else LSQ().activation(fake)
+        scale, zero_point = fake.calculate_qparams()
+        one = scale.numel() == 1 and int(zero_point) == int(fake.quant_min)
+        return LearnedClip(fake, scale) if one else LSQ().activation(fake)

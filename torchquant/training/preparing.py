@@ -24,7 +24,7 @@ from torchquant.surroundings import unchanged
 from torchquant.training.bits import narrow
 from torchquant.training.copies import own_tensors
 from torchquant.training.fakes import DerivedFake, Fake, fakes, named_fakes
-from torchquant.training.switching import insert_dropouts, insert_norms, lift_dropouts
+from torchquant.training.switching import insert_dropouts, insert_norms, lift_dropouts, remove_attention_dropouts
 
 __all__ = ["notes", "prepare"]
 
@@ -63,15 +63,17 @@ def prepare(
     own_tensors(model)
     if quantizer is not None:
         trainable = {id(p) for p in model.parameters()}
-        dropouts = lift_dropouts(model)
+        dropouts, lost = lift_dropouts(model), remove_attention_dropouts(model)
         model = _annotated(model, quantizer)
         for parameter in model.parameters():  # a weight that the Quantizer transposed
             parameter.requires_grad_(parameter.requires_grad or id(parameter) not in trainable)
-        remarks += insert_dropouts(model, dropouts)
+        remarks += insert_dropouts(model, dropouts) + lost
         if weights is not None or activations is not None or exclude:
             narrow(model, weights=weights, activations=activations, exclude=exclude)
     elif weights is not None or activations is not None or exclude:
         raise InputError("a prepared graph has its bits: call torchquant.qat.narrow(prepared, ...) before calibration")
+    else:
+        remarks += remove_attention_dropouts(model) + insert_dropouts(model, [])
     remarks += _swap(model)
     named_fakes(model)
     _see_weights(model)
@@ -108,6 +110,7 @@ def _check(graph: object, quantizer: object) -> None:
         if quantizer is None:
             raise InputError("a float graph needs a Quantizer: prepare(exported, X86Quantizer(is_qat=True))")
         check_quantizer(quantizer)
+        _refuse_fixed_modes(graph)
     if prepared and hidden_states(graph):
         raise InputError(
             "prepare_qat_pt2e has written this graph's BatchNorm as arithmetic, and lost its momentum and eps; give "
@@ -119,6 +122,27 @@ def _check(graph: object, quantizer: object) -> None:
             "the graph was exported with a batch of 1, which is a constant of it, so that it cannot be trained on "
             "batches: export with two samples or more and dynamic_shapes={'x': {0: torch.export.Dim('batch')}}"
         )
+
+
+_FIXED_MODES = (
+    "_batch_norm_with_update",
+    "_batch_norm_with_update_functional",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "instance_norm",
+    "native_batch_norm",
+)
+
+
+def _refuse_fixed_modes(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        name, arguments = ops.overload_of(node).partition(".")[0], ops.arguments(node)
+        training = arguments.get("training", arguments.get("use_input_stats", "with_update" in name))
+        if name in _FIXED_MODES and training and arguments.get("running_mean") is not None:
+            raise InputError(
+                f"{node.name} ({name}) is a normalization in training mode that no evaluation switches, so that what "
+                "is converted would depend on the batch: export the model in evaluation, without run_decompositions"
+            )
 
 
 def _check_trainable(model: GraphModule, graph: GraphModule) -> None:

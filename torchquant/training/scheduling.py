@@ -41,6 +41,7 @@ class Schedule:
         if self.done >= self._observers_off:
             for fake in fakes(self.prepared):
                 if not fake.is_weight and fake.observes:
+                    fake.require_data()
                     fake.disable_observer()
         if self.done >= self._norms_frozen:
             for _, norm in norms(self.prepared):
@@ -78,6 +79,7 @@ def schedule(prepared: GraphModule, steps: int, *, observers_off: float = 0.5, n
 
     Raises:
         InputError: not a graph of `torchquant.qat.prepare`, or numbers out of range.
+        CalibrationError: ranges would stay from the start on, and one was never seen.
     """
     check_trained(prepared)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -89,7 +91,8 @@ def schedule(prepared: GraphModule, steps: int, *, observers_off: float = 0.5, n
 
 
 def _check_gradients(prepared: nn.Module, when: str) -> None:
-    named = [(name, p.grad) for name, p in prepared.named_parameters() if p.grad is not None]
+    gradients = [(name, p.grad) for name, p in prepared.named_parameters() if p.grad is not None]
+    named = [(name, g.coalesce().values() if g.is_sparse else g) for name, g in gradients]
     if not named:
         raise TrainingError(f"no parameter has a gradient{when}: call schedule.step after loss.backward()")
     norms_of = torch._foreach_norm([gradient for _, gradient in named], torch.inf)

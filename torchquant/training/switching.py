@@ -16,7 +16,15 @@ from torchquant.fx.reading import observer_of
 from torchquant.training.fakes import Fake
 from torchquant.training.norms import FoldedBias, Folding, TrainedDropout, TrainedNorm, turn_signs
 
-__all__ = ["Dropped", "fold_now", "insert_dropouts", "insert_norms", "lift_dropouts", "remove_transparent"]
+__all__ = [
+    "Dropped",
+    "fold_now",
+    "insert_dropouts",
+    "insert_norms",
+    "lift_dropouts",
+    "remove_attention_dropouts",
+    "remove_transparent",
+]
 
 aten = torch.ops.aten
 _DROPOUTS: dict[str, Any] = {
@@ -48,6 +56,28 @@ def lift_dropouts(model: GraphModule) -> list[Dropped]:
 
 def _dropout_of(node: Node) -> Any:
     return _DROPOUTS.get(ops.overload_of(node).partition(".")[0])
+
+
+def remove_attention_dropouts(model: GraphModule) -> list[str]:
+    """Take out the dropout inside attention, which knows no evaluation; returns remarks, also on other random ops."""
+    remarks = []
+    for node in [n for n in model.graph.nodes if ops.draws_numbers(n) and _dropout_of(n) is None]:
+        p = ops.arguments(node).get("dropout_p")
+        if p is None:
+            remarks.append(f"{node.name} ({ops.op_name(node)}) draws random numbers in evaluation too")
+            continue
+        node.args = tuple(0.0 if name == "dropout_p" else node.args[i] for i, name in _names(node))
+        node.kwargs = {name: 0.0 if name == "dropout_p" else value for name, value in node.kwargs.items()}
+        remarks.append(f"the dropout of {p} inside {node.name} is lost: a graph cannot switch it off in evaluation")
+    model.recompile()
+    return remarks
+
+
+def _names(node: Node) -> list[tuple[int, str]]:
+    """Position and schema name of each positional argument."""
+    schema = ops.schema_of(node)
+    assert schema is not None
+    return [(i, argument.name) for i, argument in enumerate(schema.arguments[: len(node.args)])]
 
 
 def insert_dropouts(model: GraphModule, lifted: list[Dropped]) -> list[str]:
@@ -107,6 +137,11 @@ def insert_norms(model: GraphModule) -> list[str]:
         conv = _convolution_of(model, node, reads) if own else None
         by_output = conv is not None and _has_scale_by_output(model, conv)
         tensors: list[Any] = [None if n is None else _value(model, n) for n in (weight, bias, mean, var)]
+        if not momentum:
+            remarks.append(
+                f"BatchNorm {node.name} has momentum 0, as which export also writes None (an average over all "
+                "batches): its running statistics stay in training"
+            )
         norm = TrainedNorm(*tensors, momentum=float(momentum), eps=float(eps), folded=by_output)
         if conv is not None and not by_output:
             fold_now(model, conv, norm)
@@ -152,6 +187,9 @@ def _convolution_of(model: GraphModule, norm: Node, reads: Counter[str]) -> Node
     source = norm.args[0]
     if not isinstance(source, Node) or ops.op_name(source) not in SOLVABLE or len(source.users) != 1:
         return None
+    value = source.meta.get("val")
+    if ops.op_name(source) == "linear" and not (isinstance(value, torch.Tensor) and value.ndim == 2):
+        return None  # its outputs are the last axis, and BatchNorm's channels the second
     observed = ops.argument(source, 1)
     weight = observed.args[0] if observed is not None and observer_of(model, observed) is not None else None
     if not isinstance(weight, Node) or weight.op != "get_attr" or reads[str(weight.target)] != 1:
