@@ -210,3 +210,28 @@ def test_a_trace_names_what_runs() -> None:
     trace = traced(lambda: torch.relu(a @ a))
     assert [part.name for part in trace.parts] == ["aten::matmul", "aten::relu"]
     assert trace.parts[0].first_size == 512 * 512
+
+
+class Counting(nn.Module):
+    """State that each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1.0)
+        return self.linear(x) + self.calls
+
+
+def test_states_are_as_they_were() -> None:
+    batch = torch.randn(2, 8)
+    exported = tq.export(Counting(), batch)
+    prepared = tq.prepare(exported, X86Quantizer())
+    tq.calibrate(prepared, [batch], progress=False)
+    quantized = tq.convert(prepared)
+    program = inductor_x86.lower(quantized, batch, progress=False)
+    program(batch)
+    tq.profile(program, batch, reference=exported, graph=quantized, rounds=4, callers=())
+    assert [float(v) for v in (program.state["calls"], exported.calls, quantized.calls)] == [1.0, 0.0, 0.0]

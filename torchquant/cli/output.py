@@ -16,7 +16,8 @@ from rich.console import Console
 
 __all__ = ["alone", "as_json", "show", "status"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 quiet = False  # of the command that runs: no progress on stderr
 _stdout: TextIO | None = None  # for JSON, where all else goes to stderr
