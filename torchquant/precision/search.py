@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ from torchquant.measure.metric import Metric, check_metric
 from torchquant.precision.costs import noises
 from torchquant.precision.measured import Bench
 from torchquant.precision.plan import Plan, weighted_sites
-from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.types import check_whole
 
 __all__ = ["Choice", "Search", "search"]
@@ -272,11 +272,17 @@ def search(
     return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
 
 
+def _takes_schemes(quantizer: type) -> bool:
+    """Whether a Quantizer's class is told a scheme for each op, as those of torchquant are."""
+    parameters = inspect.signature(quantizer).parameters.values()
+    return any(p.name == "overrides" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _check(exported: Any, quantizer: Any, schemes: Any, options: Mapping[str, Any]) -> None:
     """Raise InputError for arguments of `search` that make no sense."""
     if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
         raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    if not (isinstance(quantizer, type) and issubclass(quantizer, CapabilityQuantizer)):
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer) and _takes_schemes(quantizer)):
         raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
     if not isinstance(exported, GraphModule) or is_prepared(exported):
         raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
