@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,11 +13,12 @@ from torchquant.backends.executorch_xnnpack.quiet import undisturbed, without_cp
 from torchquant.files.owned import OwnFolder
 from torchquant.measure.traced import Part, Traced
 
-__all__ = ["traced_program"]
+__all__ = ["parts_of", "traced_program"]
 
 _ROUNDS, _WARMUP = 20, 3
-_WHOLE = ("DELEGATE_CALL", "Method::execute", "OPERATOR_CALL")  # what holds other events
-_EXECUTE = "Method::execute"
+_EXECUTE, _DELEGATE = "Method::execute", "DELEGATE_CALL"
+_WHOLE = (_DELEGATE, _EXECUTE, "OPERATOR_CALL")  # what holds other events, which come before it
+_BESIDE = "delegate, beside its ops"
 
 
 def traced_program(buffer: bytes, tensors: Sequence[torch.Tensor]) -> Traced:
@@ -46,9 +47,27 @@ def traced_program(buffer: bytes, tensors: Sequence[torch.Tensor]) -> Traced:
     if len(whole) <= _WARMUP:
         return Traced((), 0.0, "ExecuTorch's event tracer saw no call")
     fastest = min(range(_WARMUP, len(whole)), key=whole.__getitem__)
-    parts = tuple(
-        Part(event.name, (), times[id(event)][fastest])
+    rows = [
+        (event.name, times[id(event)][fastest], bool(event.is_delegated_op))
         for event in events
-        if event.name not in _WHOLE and len(times.get(id(event), ())) == len(whole)
-    )
-    return Traced(parts, whole[fastest], "; by ExecuTorch's event tracer")
+        if len(times.get(id(event), ())) == len(whole)
+    ]
+    return Traced(tuple(parts_of(rows)), whole[fastest], "; by ExecuTorch's event tracer")
+
+
+def parts_of(rows: Iterable[tuple[str, float, bool]]) -> Iterator[Part]:
+    """The parts of one call: ops, and of each call of the delegate what it takes beside its ops.
+
+    XNNPACK counts its ops in whole microseconds and drops the rest of each; ExecuTorch times the call that holds them.
+
+    Args:
+        rows: name, milliseconds and whether it is an op in the delegate, of each event, what holds others behind them.
+    """
+    inside = 0.0
+    for name, ms, is_delegated in rows:
+        if name == _DELEGATE:
+            yield Part(_BESIDE, (), max(0.0, ms - inside))
+            inside = 0.0
+        elif name not in _WHOLE:
+            inside += ms if is_delegated else 0.0
+            yield Part(name, (), ms)

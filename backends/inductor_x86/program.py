@@ -21,7 +21,7 @@ from torchquant.errors import ArtifactError
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import reading, write_whole
 from torchquant.fx.signature import Signature
-from torchquant.measure.traced import Traced, traced
+from torchquant.measure.traced import Traced, stage, traced
 from torchquant.ops.x86 import cpu, exactness, forks, native
 from torchquant.surroundings import own_modes
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # to import it takes time
 
 __all__ = ["X86Program", "load", "run_package"]
 
-_NOT_SEEN = "; the rest is the call, and Inductor's kernels, which lower(..., named_kernels=True) names"
+_PACKAGE = "package"  # stage of a call
+_BESIDE = "; beside its ops: Inductor's calls, and its kernels unless lower(..., named_kernels=True) named them"
 _RUNNERS = max(1, min(8, os.cpu_count() or 1))  # calls of one program that may run at once
 
 
@@ -63,13 +64,17 @@ class X86Program(Program):
         self._run = run_package(package)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors, taken = self._taken(args, kwargs)
+        with torch.no_grad():
+            return self._finish(self._about, tensors, self._run(*taken))
+
+    def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The inputs of a call, and all that the package takes: they, and the state."""
         # The package itself checks nothing: a wrong batch size would read memory that is not its own.
         forks.survive()
-        tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
+        tensors = list(self._about.signature.tensors_of(args, kwargs, "cpu"))
         before = [v if n in self._in_place else self._own(v) for n, v in self._state.values.items()]
-        with torch.no_grad():
-            values = self._run(*map(self._own, tensors), *before)
-            return self._finish(self._about, tensors, values)
+        return tensors, [*map(self._own, tensors), *before]
 
     def _own(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor as the package wants it: contiguous, and a copy if the package writes into it."""
@@ -78,7 +83,18 @@ class X86Program(Program):
 
     def trace(self, inputs: Any) -> Traced:
         """The parts of a call, regions with the ops that they compute."""
-        seen = traced(lambda: data.call(self, inputs))
+        args, kwargs = data.split(inputs)
+
+        def run() -> None:  # as `__call__`
+            with stage("arguments"):
+                tensors, taken = self._taken(args, kwargs)
+            with torch.no_grad():
+                with stage(_PACKAGE):
+                    values = self._run(*taken)
+                with stage("outputs"):
+                    self._finish(self._about, tensors, values)
+
+        seen = traced(run, opened=_PACKAGE)
         left = [(size, sites) for size, sites in self.facts.get("regions", ())]
         parts = []
         for part in seen.parts:
@@ -86,8 +102,7 @@ class X86Program(Program):
             if match is not None:
                 left.remove(match)
             parts.append(part if match is None else replace(part, sites=tuple(name for name in match[1] if name)))
-        note = "" if seen.is_complete else _NOT_SEEN
-        return replace(seen, parts=tuple(parts), note=note)
+        return replace(seen, parts=tuple(parts), note=_BESIDE)
 
     def op_ms(self, graph: GraphModule, inputs: Any) -> dict[str, float]:
         """Node -> milliseconds of each product in our regions, measured one by one on one thread.

@@ -493,3 +493,56 @@ def test_version_and_quiet(capsys, monkeypatch):
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "2/2" in out
+
+
+# what a program reads -------------------------------------------------------------------------------------------------
+
+TALKATIVE = """
+import torch
+
+print("imported")
+
+def model():
+    print("made")
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 4)
+
+def batches():
+    print("read")
+    return [torch.ones(2, 8)]
+
+def metric(model):
+    print("asked")
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("command", ["analyze", "compare", "report"])
+def test_json_is_alone_on_stdout_whatever_a_users_code_prints(folder, monkeypatch, command: str) -> None:
+    (folder / "talkative.py").write_text(TALKATIVE)
+    monkeypatch.delitem(sys.modules, "talkative", raising=False)
+    model, batches, metric = (f"talkative:{name}" for name in ("model", "batches", "metric"))
+    arguments = {
+        "analyze": [model, "--calibration", batches, "--metric", metric, "--algorithm", "none"],
+        "compare": [model, model, "--inputs", batches, "--metric", metric],
+        "report": ["--model", model, "--calibration", batches, "--out", folder / "a report.html"],
+    }[command]
+    result = run(command, *arguments, "--json")
+    assert isinstance(json.loads(result.stdout), dict)
+    assert "made" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["nowhere/file.json", "."])
+@pytest.mark.parametrize("command", ["analyze", "search"])
+def test_places_that_cannot_be_written_are_refused_before_the_work(command: str, place: str) -> None:
+    """The model is not even looked for."""
+    option = {"analyze": ["--report"], "search": ["--scheme", "w8", "--budget", "8bpw", "--out"]}[command]
+    with pytest.raises(tq.InputError, match="cannot write"):
+        run(command, "no_module:model", "--calibration", "no_module:data", *option, place)
+
+
+@pytest.mark.parametrize("command", ["analyze", "compare"])
+def test_a_drop_below_nothing_is_refused(command: str) -> None:
+    data = ["--calibration"] if command == "analyze" else ["users_net:model", "--inputs"]
+    with pytest.raises(tq.InputError, match="--max-drop"):
+        run(command, "users_net:model", *data, "users_net:batches", "--metric", "users_net:model", "--max-drop", "-1")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import torchquant as tq
+from torchquant.backends import inductor_x86
 from torchquant.measure.metric import scored
 from torchquant.quantizers import X86Quantizer
 
@@ -27,13 +28,14 @@ def exported():
 
 
 @pytest.mark.parametrize(
-    "value", [1, 0.5, True, torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.array(0.5), math.inf]
+    "value",
+    [1, 0.5, True, torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.array(0.5), np.array([[0.5]]), math.inf],
 )
 def test_numbers_and_what_holds_one_are_taken(value) -> None:
-    assert scored(lambda model: value, nn.Identity(), "the model") == float(value)
+    assert scored(lambda model: value, nn.Identity(), "the model") == np.asarray(value).item()
 
 
-@pytest.mark.parametrize("value", [None, "0.5", torch.randn(3), {"top1": 0.5}, [0.5], 1j])
+@pytest.mark.parametrize("value", [None, "0.5", torch.randn(3), {"top1": 0.5}, [0.5], 1j, np.ones(2)])
 def test_what_is_no_number_is_refused(value) -> None:
     with pytest.raises(tq.InputError, match="which is no number"):
         scored(lambda model: value, nn.Identity(), "the model")
@@ -128,6 +130,13 @@ def test_figures_say_what_they_were_measured_on() -> None:
     apart = tq.optimize(_prepared(few), few, [_bias()], validation=(b for b in other), progress=False)
     assert apart.measured_on == "2 batches held out from calibration, not shown to the algorithms"
     assert f"measured on {apart.measured_on}" in str(apart)
+    assert _measured_on(few, validation=few) == "4 batches of the calibration data, which the algorithms fit"
+    partly = _measured_on(few, validation=[*other, few[1]])
+    assert partly == "3 batches, 1 of them calibrated on, 1 of which the algorithms fit"
+
+
+def _measured_on(batches: list, **data) -> str:
+    return tq.optimize(_prepared(batches), batches, [_bias()], progress=False, **data).measured_on
 
 
 @pytest.mark.filterwarnings("ignore::torchquant.errors.TorchquantWarning")
@@ -218,3 +227,24 @@ def test_a_metric_may_ask_any_model_for_its_device_and_mode(exported) -> None:
 
     for model in (exported, quantized):
         assert math.isfinite(scored(metric, model, "the model"))
+
+
+def test_a_metric_may_ask_for_the_device(exported) -> None:
+    """As of a model of transformers."""
+    assert scored(lambda model: model.device == torch.device("cpu"), exported, "the model") == 1.0
+    assert scored(lambda model: model.device.type == "cpu", tq.export(nn.ReLU(), torch.randn(2)), "the model") == 1.0
+
+
+def test_a_metric_may_treat_a_program_like_a_model() -> None:
+    """As the commands give it one: with `eval`, parameters and a device."""
+    x = torch.randn(2, 8)
+    quantized = tq.quantize(nn.Linear(8, 4), x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
+    program = inductor_x86.lower(quantized, x, progress=False)
+
+    def metric(model):
+        model.eval()
+        device = next(model.parameters()).device
+        assert device == model.device
+        return model(input=x.to(device)).shape[-1]
+
+    assert scored(metric, program, "the program") == 4

@@ -50,6 +50,32 @@ def test_the_parts_make_up_the_whole(wide) -> None:
     ]
 
 
+def test_the_parts_of_a_small_program_make_up_the_whole() -> None:
+    """Where the call takes as long as the ops, it has parts of its own."""
+    batch = torch.randn(2, 16)
+    quantized = tq.quantize(
+        nn.Linear(16, 8).eval(), batch, [batch], quantizer=X86Quantizer(), algorithms=(), progress=False
+    )
+    program = inductor_x86.lower(quantized, batch, progress=False)
+    traces = [program.trace(batch) for _ in range(5)]
+    assert any(trace.is_complete for trace in traces), [(t.parts_ms, t.whole_ms) for t in traces]
+    names = [part.name for part in traces[0].parts]
+    assert (names[0], names[-1]) == ("arguments", "outputs")
+    assert "x86_region" in names
+    assert all(trace.parts_ms <= trace.whole_ms for trace in traces)
+
+
+def test_what_a_delegate_takes_beside_its_ops_is_a_part() -> None:
+    """XNNPACK counts whole microseconds: of three ops of 1.6 us each it says 1 us."""
+    parts = pytest.importorskip("torchquant.backends.executorch_xnnpack.traces").parts_of
+    call = [("a", 0.001, True), ("b", 0.001, True), ("DELEGATE_CALL", 0.005, False)]
+    own = [("copy", 0.002, False), ("OPERATOR_CALL", 0.003, False)]
+    rows = [*call, *own, *call, ("Method::execute", 0.014, False)]
+    beside = [part.ms for part in parts(rows) if part.name == "delegate, beside its ops"]
+    assert beside == pytest.approx([0.003, 0.003])
+    assert sum(part.ms for part in parts(rows)) == pytest.approx(0.012)
+
+
 def test_ops_have_times_of_their_own_where_the_graph_is_given(wide) -> None:
     exported, quantized, program, batch = wide
     profile = tq.profile(program, batch, reference=exported, graph=quantized, rounds=8)
@@ -184,3 +210,28 @@ def test_a_trace_names_what_runs() -> None:
     trace = traced(lambda: torch.relu(a @ a))
     assert [part.name for part in trace.parts] == ["aten::matmul", "aten::relu"]
     assert trace.parts[0].first_size == 512 * 512
+
+
+class Counting(nn.Module):
+    """State that each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1.0)
+        return self.linear(x) + self.calls
+
+
+def test_states_are_as_they_were() -> None:
+    batch = torch.randn(2, 8)
+    exported = tq.export(Counting(), batch)
+    prepared = tq.prepare(exported, X86Quantizer())
+    tq.calibrate(prepared, [batch], progress=False)
+    quantized = tq.convert(prepared)
+    program = inductor_x86.lower(quantized, batch, progress=False)
+    program(batch)
+    tq.profile(program, batch, reference=exported, graph=quantized, rounds=4, callers=())
+    assert [float(v) for v in (program.state["calls"], exported.calls, quantized.calls)] == [1.0, 0.0, 0.0]

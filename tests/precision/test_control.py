@@ -231,3 +231,30 @@ def test_between_two_ops_that_are_left_float_nothing_is_rounded() -> None:
     from torchquant.fx.reading import observers
 
     assert len(list(observers(prepared))) <= 2
+
+
+class Counting(nn.Module):
+    """State that each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1.0)
+        return self.linear(x) + self.calls
+
+
+def test_a_metric_leaves_no_state_behind() -> None:
+    x = torch.randn(2, 8)
+    result = tq.quantize_within(
+        Counting(),
+        x,
+        [x],
+        quantizer=X86Quantizer(),
+        metric=lambda m: float(m(x).mean()) * 0,
+        max_drop=1,
+        progress=False,
+    )
+    assert float(result.quantized.calls) == 0.0

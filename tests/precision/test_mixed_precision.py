@@ -2,15 +2,19 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 import torchquant as tq
 from torchquant.precision.plan import weighted_sites
+from torchquant.precision.search import Choice, Search
 from torchquant.quantizers import MixedPrecisionQuantizer, WeightOnlyQuantizer, X86Quantizer
 
 SCHEMES = ["w8", "w4_g32", "w2_g32"]
@@ -178,6 +182,40 @@ def test_a_plan_for_another_quantizer_is_refused(found) -> None:
         MixedPrecisionQuantizer(WeightOnlyQuantizer, found.plan("4bpw"))
     with pytest.raises(tq.InputError, match="is a class"):
         MixedPrecisionQuantizer(X86Quantizer(), found.plan("4bpw"))
+
+
+@pytest.mark.parametrize(
+    "budget", ["5000", " 5 kB", "0.005 MB", "5000b", 5000.0, np.int64(5000), np.float32(5000)], ids=repr
+)
+def test_a_budget_may_be_written_in_several_ways(found, budget) -> None:
+    """As a number of NumPy's, or as text without a unit, which is all that a command line has."""
+    plan = found.plan(budget, measure=False)
+    assert plan.schemes == found.plan(5000, measure=False).schemes
+    assert json.loads(plan.to_json())["about"]["weight_bytes"] <= 5000
+
+
+@pytest.mark.parametrize("left", [0, -1, -500, -1000, -1100])
+def test_large_budgets_are_kept_to_the_byte(left: int) -> None:
+    """Within the solver's own tolerance, too, a millionth: of 3 GB that is 3,000 bytes."""
+    large = (Choice("w8", 3_000_000_000, 0.1), Choice("w4", 1_000_000_000, 0.2))
+    small = (Choice("w8", 10_000, 0.1), Choice("w4", 9_000, 0.2))
+    search = Search("X86Quantizer", "w8", {("a",): large, ("b",): small}, {}, 6_000_000)
+    plan = search.plan(3_000_010_000 + left, measure=False)
+    wanted = ("w8", "w8") if left == 0 else ("w8", "w4") if left >= -1000 else ("w4", "w8")
+    assert tuple(plan.schemes.values()) == wanted
+
+
+def test_a_plan_whose_metric_is_infinite_is_still_json(found) -> None:
+    def fail(name: str) -> None:
+        raise ValueError(name)
+
+    text = found.plan("5bpw", metric=lambda model: -math.inf).to_json()
+    assert json.loads(text, parse_constant=fail)["about"]["metric"] is None
+
+
+def test_a_quantizer_of_another_make_is_refused(exported, batches) -> None:
+    with pytest.raises(tq.InputError, match=r"torchquant\.quantizers"):
+        tq.search(exported, batches, X86InductorQuantizer, ["w8"])
 
 
 @pytest.mark.parametrize("budget", ["four", "4 parsecs", -3, float("nan"), True, "", "1bpw"])

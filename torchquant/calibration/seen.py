@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from torchquant.calibration.batches import Given, Steps
 
-__all__ = ["data_used", "forget", "remember"]
+__all__ = ["data_used", "forget", "remember", "shared"]
 
 _SEEN = "torchquant_seen"  # key in graph.meta: digests of the batches
 _ELEMENTS = 1 << 16  # of a tensor that go into its digest, evenly spread
@@ -37,6 +37,12 @@ def data_used(prepared: GraphModule, batches: Iterable[Given | Steps]) -> str:
     if not known:
         return f"{count} held out from calibration"
     return f"{count} of the calibration data" if known == len(digests) else f"{count}, {known} of them calibrated on"
+
+
+def shared(batches: Iterable[Given | Steps], others: Iterable[Given | Steps]) -> tuple[int, int]:
+    """(how many of the batches are among the others, how many there are)."""
+    known, digests = set(map(_digest, _each(others))), [_digest(batch) for batch in _each(batches)]
+    return sum(digest in known for digest in digests), len(digests)
 
 
 def _each(batches: Iterable[Given | Steps]) -> Iterator[Given]:

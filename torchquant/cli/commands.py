@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +81,7 @@ def _algorithms(names: list[str]) -> list[Any]:
     return [ALGORITHMS[name]() for name in names]
 
 
+@output.alone
 def quantize(
     model: str,
     calibration: str,
@@ -101,6 +104,7 @@ def quantize(
     """Quantize, prove and write; whether each output's SQNR is what was asked for. See `torchquant quantize --help`."""
     for name in backends:
         _target(name)
+    _check_places(report)
     chosen, judge = _algorithms(algorithms), _metric(metric, max_drop)
     paths = _outputs(out, backends)
     batches = sources.load_batches(calibration)
@@ -157,6 +161,7 @@ def _row_text(row: dict[str, Any]) -> str:
     return f"{row['target']}: {level}{metric}; written to {row['path']}"
 
 
+@output.alone
 def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Account for every op of a saved artefact or graph."""
     if serialize.is_graph(path):
@@ -170,6 +175,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
         output.show(saved_report(_load(path, trust=False)), out, as_json)
 
 
+@output.alone
 def preview(
     model: str,
     calibration: str,
@@ -187,6 +193,7 @@ def preview(
     output.show(make_report(prepared), out, as_json)
 
 
+@output.alone
 def analyze(
     model: str,
     calibration: str,
@@ -203,6 +210,7 @@ def analyze(
     trust: bool,
 ) -> bool:
     """Say where the error comes from; whether the output's SQNR and the metric are what was asked for."""
+    _check_places(report)
     judge = _metric(metric, max_drop)
     chosen, batches = _algorithms(algorithms), sources.load_batches(calibration)
     judged = batches if validation is None else sources.load_batches(validation)
@@ -229,6 +237,7 @@ def analyze(
     return kept and (min_sqnr is None or analysis.output_db >= min_sqnr)
 
 
+@output.alone
 def search(
     model: str,
     calibration: str,
@@ -244,6 +253,7 @@ def search(
     trust: bool,
 ) -> None:
     """Search a plan and write it."""
+    _check_places(out)
     judge, quantizer = _metric(metric, None), _target(backend).quantizer_class()
     batches = sources.load_batches(calibration)
     held_out = None if validation is None else sources.load_batches(validation)
@@ -262,6 +272,7 @@ def search(
         print(f"written to {out}")
 
 
+@output.alone
 def compare(
     first: str,
     second: str,
@@ -293,6 +304,7 @@ def compare(
     return kept and (min_sqnr is None or compared.sqnr_db >= min_sqnr)
 
 
+@output.alone
 def profile(
     path: str, inputs: str, reference: str | None, callers: list[int], rounds: int, as_json: bool, trust: bool
 ) -> None:
@@ -361,6 +373,8 @@ def _metric(reference: str | None, max_drop: float | None) -> Any:
         if max_drop is not None:
             raise InputError("--max-drop bounds what a metric loses: give --metric package.module:function, too")
         return None
+    if max_drop is not None and not 0 <= max_drop < math.inf:
+        raise InputError(f"--max-drop is how much the metric may lose, a number from 0 on, not {max_drop}")
     metric = sources.resolve(reference)
     check_metric(metric)
     return metric
@@ -386,6 +400,13 @@ def _outputs(out: Path, chosen: list[str]) -> dict[str, Path]:
         text = f"{folder} cannot be made a folder for the artefacts ({error}); choose another --out"
         raise InputError(text) from error
     return {name: out / f"{name}{_target(name).suffix}" for name in chosen} if is_folder else {chosen[0]: out}
+
+
+def _check_places(*files: Path | None) -> None:
+    """Raise InputError before the work where what is asked for could not be written after it."""
+    for file in files:
+        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK)):
+            raise InputError(f"cannot write {file}: its folder is not there or not writable, or it is a folder itself")
 
 
 def _dynamic_first(batch: Any, most: int | None) -> Any:

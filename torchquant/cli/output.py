@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 
-__all__ = ["as_json", "show", "status"]
+__all__ = ["alone", "as_json", "show", "status"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 quiet = False  # of the command that runs: no progress on stderr
+_stdout: TextIO | None = None  # for JSON, where all else goes to stderr
 _console = Console(stderr=True)
 
 
@@ -23,16 +31,38 @@ class Shown(Protocol):
         """As numbers, strings and lists."""
 
 
+def alone(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose JSON is alone on stdout where `as_json` asks for it; what a user's code prints goes to stderr."""
+    signature = inspect.signature(command)
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        global _stdout
+        if not signature.bind(*args, **kwargs).arguments["as_json"]:
+            return command(*args, **kwargs)
+        _stdout = sys.stdout
+        try:
+            with redirect_stdout(sys.stderr):
+                return command(*args, **kwargs)
+        finally:
+            _stdout = None
+
+    return run
+
+
 def as_json(values: Any) -> None:
     """Print as JSON; numbers that are not finite become null."""
-    print(json.dumps(_finite(values), indent=1, allow_nan=False))
+    print(json.dumps(_finite(values), indent=1, allow_nan=False), file=_stdout or sys.stdout)
 
 
 def show(what: Shown, out: Path | None, is_json: bool) -> None:
     """Print it, or write it to a file by its own `save`."""
     if out is not None:
         what.save(out)  # type: ignore[attr-defined]
-        print(f"written to {out}")
+        if is_json:
+            as_json({"path": str(out)})
+        else:
+            print(f"written to {out}")
     elif is_json:
         as_json(what.to_dict())
     else:

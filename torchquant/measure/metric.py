@@ -9,40 +9,52 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from torchquant.artifacts.program import Program
 from torchquant.errors import InputError, TorchquantError
 from torchquant.fx.signature import Signature
 
 __all__ = ["Metric", "callable_model", "check_metric", "scored"]
 
+_CPU = torch.device("cpu")
 Metric = Callable[[Any], Any]  # metric(model): a number, higher is better
 
 
 class _Model(torch.nn.Module):
-    """A graph as a model: any order of keyword arguments, and `eval` and `train`, which exported graphs refuse."""
+    """A graph or program as a model: with `eval`, `train`, `device`, and of graphs any order of keyword arguments."""
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, held: GraphModule | Program) -> None:
         super().__init__()
-        self._graph, self._signature = [graph], Signature.of(graph)  # in a list: no child that `train` would reach
-        self._none = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+        self._held = [held]  # in a list: no child that `train` would reach
+        self._graph = [held] if isinstance(held, GraphModule) else []
+        self._signature = Signature.of(held) if isinstance(held, GraphModule) else None
+        place = _CPU if isinstance(held, GraphModule) else getattr(held, "device", _CPU)
+        self._none = torch.nn.Parameter(torch.zeros((), device=place), requires_grad=False)
         self.training = False
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those of the graph; of a graph without any, a constant, since metrics ask the first one for its device."""
-        named = list(self._graph[0].named_parameters(*args, **kwargs))
+        """Those of the graph; where there are none, a constant, since metrics ask the first one for its device."""
+        named = [pair for graph in self._graph for pair in graph.named_parameters(*args, **kwargs)]
         return iter(named or [("none", self._none)])
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """Those of the graph."""
-        return self._graph[0].named_buffers(*args, **kwargs)
+        return (pair for graph in self._graph for pair in graph.named_buffers(*args, **kwargs))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's weights are, as models of transformers say it."""
+        values = (*self.parameters(), *self.buffers())
+        return next((value.device for value in values if value is not self._none), self._none.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._signature.arguments(self._signature.leaves(args, kwargs))
-        return self._graph[0](*args, **kwargs)
+        if self._signature is not None:
+            args, kwargs = self._signature.arguments(self._signature.leaves(args, kwargs))
+        return self._held[0](*args, **kwargs)
 
 
 def callable_model(model: Any) -> Any:
-    """The model as metrics get it: a graph behind `eval` and `train`, anything else as it is."""
-    return _Model(model) if isinstance(model, GraphModule) else model
+    """The model as metrics get it: a graph or a program behind `eval` and `train`, anything else as it is."""
+    return _Model(model) if isinstance(model, (GraphModule, Program)) else model
 
 
 def check_metric(metric: object) -> None:
@@ -87,6 +99,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, (str, bytes)) or value is None:
         return None
     try:
-        return float(value)
+        return float(value.item() if getattr(value, "size", None) == 1 else value)  # NumPy's arrays have axes still
     except (TypeError, ValueError, RuntimeError):
         return None

@@ -8,16 +8,18 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from torchquant.artifacts.program import Program
 from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
+from torchquant.fx.passes import copy_graph
 from torchquant.measure.benchmark import Latency, interleaved
 from torchquant.measure.resources import Energy, forget_peak, measure_energy, peak_bytes, resident_bytes
 from torchquant.measure.traced import Traced, traced
@@ -165,7 +167,7 @@ def profile(
     callers: Sequence[int] = (1, 2),
     rounds: int = 50,
 ) -> Profile:
-    """Measure what a program takes on one batch, on this machine as it is now.
+    """Measure what a program takes on one batch, on this machine as it is now. States of programs and graphs stay.
 
     Args:
         program: what a backend's `lower` or `load` returned; a graph or module will do, with less to tell.
@@ -181,6 +183,39 @@ def profile(
     """
     _check(program, reference, compiled, callers, rounds)
     before = resident_bytes()
+    with _as_it_was(program), _as_it_was(reference):
+        return _measured(
+            _with_own_state(program), inputs, _with_own_state(reference), compiled, _with_own_state(graph), callers,
+            rounds, before,
+        )  # fmt: skip
+
+
+def _with_own_state(model: Any) -> Any:
+    """A graph whose state calls may move; anything else as it is."""
+    return copy_graph(model) if isinstance(model, torch.fx.GraphModule) else model
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Give a program back the state of this thread, which the calls move."""
+    state = model.state if isinstance(model, Program) else {}
+    try:
+        yield
+    finally:
+        if state:
+            model.state = state
+
+
+def _measured(
+    program: Any,
+    inputs: Any,
+    reference: Any,
+    compiled: bool,
+    graph: torch.fx.GraphModule | None,
+    callers: Sequence[int],
+    rounds: int,
+    before: int | None,
+) -> Profile:
     candidates: dict[str, Any] = {_name(program): program}
     if reference is not None:
         candidates["reference"] = reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def quantize_within(
 
 
 def _check_numbers(max_drop: object, max_evaluations: object) -> None:
-    if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0 <= max_drop < math.inf:
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf:
         raise InputError(f"max_drop is how much the metric may lose, a number from 0 on, not {max_drop!r:.40}")
     if type(max_evaluations) is not int or max_evaluations < 6:
         raise InputError(f"max_evaluations is a number from 6 on, not {max_evaluations!r:.40}")
@@ -179,7 +180,8 @@ class _Trials:
         graph = passes.copy_graph(self.prepared)
         leave_float(graph, names, _REASON)
         graph = flow.convert(graph)
-        return _Trial(names, graph, self._score(graph, f"the quantized model with {len(names)} ops left float"))
+        asked = passes.copy_graph(graph)  # the metric moves its state
+        return _Trial(names, graph, self._score(asked, f"the quantized model with {len(names)} ops left float"))
 
     def holds(self, trial: _Trial) -> bool:
         """Whether the metric loses no more than is allowed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -44,7 +45,9 @@ class Plan:
 
     def to_json(self) -> str:
         """As `from_json` reads it."""
-        return json.dumps({"kind": _KIND, "version": _VERSION, **asdict(self)}, indent=1) + "\n"
+        about = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.about.items()}
+        fields = {"kind": _KIND, "version": _VERSION, **asdict(self), "about": about}
+        return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str, where: str = "the text") -> Plan:

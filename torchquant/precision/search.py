@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
 from torch.fx import GraphModule
@@ -27,6 +29,7 @@ from torchquant.types import check_whole
 __all__ = ["Choice", "Search", "search"]
 
 _MOST_POINTS = 1000
+_FINE = 1e5  # the solver keeps limits to within 1e-6
 Cost = Callable[["Choice"], float]
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -125,7 +128,7 @@ class Search:
     def _never_below_uniform(self, plan: Plan, budget: Any, metric: Metric | None, cost: Cost, most: float) -> Plan:
         """The plan, or the uniform one that fits and that measures better."""
         assert self.bench is not None
-        fitting = {s: picks for s in self._known() if sum(map(cost, picks := self._picks(s))) <= most * (1 + 1e-9)}
+        fitting = {s: picks for s in self._known() if sum(map(cost, picks := self._picks(s))) <= most}
         measured = {"": (self.bench.figure(plan, metric), plan)}
         for scheme, picks in fitting.items():
             uniform = self._written(picks, budget)
@@ -203,7 +206,7 @@ class Search:
         schemes = {name: pick.scheme for names, pick in zip(self.choices, picks, strict=True) for name in names}
         size, noise = sum(pick.size_bytes for pick in picks), sum(pick.noise for pick in picks)
         about = {
-            "budget": budget,
+            "budget": float(budget) if isinstance(budget, Real) and not isinstance(budget, int) else budget,
             "weight_bytes": size,
             "bits_per_weight": round(8 * size / max(self.weights, 1), 4),
             "expected_db": round(-10 * math.log10(noise), 2) if noise > 0 else None,
@@ -269,11 +272,17 @@ def search(
     return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
 
 
+def _takes_schemes(quantizer: type) -> bool:
+    """Whether a Quantizer's class is told a scheme for each op, as those of torchquant are."""
+    parameters = inspect.signature(quantizer).parameters.values()
+    return any(p.name == "overrides" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _check(exported: Any, quantizer: Any, schemes: Any, options: Mapping[str, Any]) -> None:
     """Raise InputError for arguments of `search` that make no sense."""
     if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
         raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer) and _takes_schemes(quantizer)):
         raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
     if not isinstance(exported, GraphModule) or is_prepared(exported):
         raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
@@ -320,10 +329,10 @@ def _together(costs: Sequence[Mapping[str, Choice]], float_bytes: int, allow_flo
 
 
 def _parsed(budget: str | float, weights: int) -> int:
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and math.isfinite(budget) and budget > 0:
+    if isinstance(budget, Real) and not isinstance(budget, bool) and math.isfinite(budget) and budget > 0:
         return int(budget)
-    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", budget) if isinstance(budget, str) else None
-    unit = "" if read is None else read[2].lower()
+    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", budget) if isinstance(budget, str) else None
+    unit = "" if read is None else read[2].lower() or "b"
     if read is None or unit not in (*_UNITS, "bpw"):
         raise InputError(f'budget {budget!r} is no size: write "4.5bpw", "3MB", "500KiB", "2ms", or a number of bytes')
     return int(float(read[1]) * (weights / 8 if unit == "bpw" else _UNITS[unit]))
@@ -344,7 +353,20 @@ def _milliseconds(budget: str | float) -> float | None:
 
 
 def _solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice]:
-    """One choice each, with the least noise in all, of at most so many bytes or milliseconds."""
+    """One choice each, with the least noise in all, of at most so many bytes or milliseconds.
+
+    Where the solver went beyond the limit, within its tolerance, it gets one that is lower by as much.
+    """
+    limit, smallest = most, [min(options, key=cost) for options in choices]
+    while (taken := sum(map(cost, picks := _nearly_solved(choices, limit, cost) or smallest))) > most:
+        if picks is smallest:
+            raise InputError(f"no plan fits into {most:,.6g}: the smallest takes {taken:,.6g}")
+        limit -= max(taken - most, 1e-9 * most)
+    return picks
+
+
+def _nearly_solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice] | None:
+    """What the solver finds; None where it finds nothing."""
     try:
         optimize: Any = import_module("scipy.optimize")
         numpy: Any = import_module("numpy")
@@ -360,12 +382,12 @@ def _solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> lis
         noise / scale + 1e-12 * sizes / max(float(sizes.max()), 1e-30),  # of equal ones the smaller
         constraints=[
             optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sizes[None, :] / max(most, 1e-9), -numpy.inf, 1 + 1e-12),
+            optimize.LinearConstraint(_FINE * sizes[None, :] / max(most, 1e-9), -numpy.inf, _FINE * (1 + 1e-12)),
         ],
         integrality=numpy.ones(len(flat)),
         bounds=optimize.Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
     if answer.x is None:
-        raise InputError(f"the solver found no plan within {most:,.6g}: {answer.message}")
+        return None
     return [flat[k][1] for k in sorted(numpy.flatnonzero(answer.x > 0.5).tolist(), key=lambda k: flat[k][0])]

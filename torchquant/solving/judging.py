@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from torchquant.calibration.batches import Given
 from torchquant.calibration.parallel import everywhere
-from torchquant.calibration.seen import data_used
+from torchquant.calibration.seen import data_used, shared
 from torchquant.calibration.stream import Stream, given_to
 from torchquant.errors import TorchquantWarning
 from torchquant.solving.results import Optimization
@@ -78,7 +78,9 @@ class Judge:
         every = 1 if self.has_own_data else _judged_every(given)
         self.walked_every = None if self.has_own_data else every
         self._batches, self._score, self._memory_bytes = given[::every], score, memory_bytes
-        self.measured_on = data_used(prepared, chosen) + _how(self.has_own_data, every)
+        self.measured_on = data_used(prepared, chosen) + (
+            _how(every) if held_out is None else _shown(*shared(held_out, solved_on))
+        )
 
     def figure(self, prepared: GraphModule, stream: Stream | None = None) -> Figure:
         """Of a graph as it stands.
@@ -129,10 +131,15 @@ def _places(leaf: object) -> int:
     return len(leaf) if leaf.is_floating_point() else leaf.numel()
 
 
-def _how(has_own_data: bool, every: int) -> str:
-    """What the algorithms know of the data, and how many of them are looked at."""
-    if has_own_data:
+def _shown(known: int, count: int) -> str:
+    """How much of the data that others judge by the algorithms know."""
+    if known == 0:
         return ", not shown to the algorithms"
+    return ", which the algorithms fit" if known == count else f", {known} of which the algorithms fit"
+
+
+def _how(every: int) -> str:
+    """That the algorithms know the data, and how many of them are looked at."""
     return ", which the algorithms fit" + (f" (one of {every} is measured)" if every > 1 else "")
 
 
