@@ -36,9 +36,7 @@ def main() -> None:
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
     console.print(table)
-    prepared = tq.prepare(exported, X86Quantizer())
-    tq.calibrate(prepared, images)
-    analysis = tq.analyze(prepared, unseen)
+    analysis = tq.analyze(converted[0], unseen, reference=exported, programs=programs[:1])
     tq.report(converted[0], programs, analysis=analysis).save(OUT / "report.html")
     console.print(f"artefacts and reports: {OUT}/")
 
