@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchquant.artifacts.program import Program
 from torchquant.errors import InputError, TorchquantError
 from torchquant.fx.signature import Signature
 
@@ -22,7 +21,7 @@ Metric = Callable[[Any], Any]  # metric(model): a number, higher is better
 class _Model(torch.nn.Module):
     """A graph or program as a model: with `eval`, `train`, `device`, and of graphs any order of keyword arguments."""
 
-    def __init__(self, held: GraphModule | Program) -> None:
+    def __init__(self, held: Any) -> None:
         super().__init__()
         self._held = [held]  # in a list: no child that `train` would reach
         self._graph = [held] if isinstance(held, GraphModule) else []
@@ -54,7 +53,8 @@ class _Model(torch.nn.Module):
 
 def callable_model(model: Any) -> Any:
     """The model as metrics get it: a graph or a program behind `eval` and `train`, anything else as it is."""
-    return _Model(model) if isinstance(model, (GraphModule, Program)) else model
+    is_program = isinstance(getattr(model, "target", None), str) and not isinstance(model, torch.nn.Module)
+    return _Model(model) if is_program or isinstance(model, GraphModule) else model
 
 
 def check_metric(metric: object) -> None:

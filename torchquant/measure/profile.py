@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from torchquant.artifacts.program import Program
 from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
@@ -198,7 +197,7 @@ def _with_own_state(model: Any) -> Any:
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Give a program back the state of this thread, which the calls move."""
-    state = model.state if isinstance(model, Program) else {}
+    state = getattr(model, "state", {}) if isinstance(getattr(model, "target", None), str) else {}
     try:
         yield
     finally:
