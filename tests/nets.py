@@ -271,3 +271,16 @@ def pairs(first: Iterable[Any], second: Iterable[Any], of_each: int = 1) -> list
         for i, a in enumerate(first)
         for j, b in enumerate(second)
     ]
+
+
+class Counting(nn.Module):
+    """State that each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1.0)
+        return self.linear(x) + self.calls

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from nets import Counting
 from torch import nn
 
 import torchquant as tq
@@ -210,19 +211,6 @@ def test_a_trace_names_what_runs() -> None:
     trace = traced(lambda: torch.relu(a @ a))
     assert [part.name for part in trace.parts] == ["aten::matmul", "aten::relu"]
     assert trace.parts[0].first_size == 512 * 512
-
-
-class Counting(nn.Module):
-    """State that each call moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 4)
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1.0)
-        return self.linear(x) + self.calls
 
 
 def test_states_are_as_they_were() -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from foreign import SpecQuantizer, per_channel, per_tensor
+from nets import Counting
 from torch import nn
 
 import torchquant as tq
@@ -231,19 +232,6 @@ def test_between_two_ops_that_are_left_float_nothing_is_rounded() -> None:
     from torchquant.fx.reading import observers
 
     assert len(list(observers(prepared))) <= 2
-
-
-class Counting(nn.Module):
-    """State that each call moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 4)
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1.0)
-        return self.linear(x) + self.calls
 
 
 def test_a_metric_leaves_no_state_behind() -> None:

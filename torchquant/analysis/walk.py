@@ -39,7 +39,7 @@ from torchquant.fx.reading import GraphReading, is_converted, is_prepared, obser
 from torchquant.fx.sites import read_sites
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES
 from torchquant.surroundings import own_modes
-from torchquant.types import Site, check_whole
+from torchquant.types import Site, as_plain, check_whole
 
 __all__ = ["Analysis", "analyze", "own_error"]
 
@@ -71,7 +71,7 @@ class Analysis:
         fields = dataclasses.asdict(self)
         for entry, site in zip(fields["sites"], self.sites, strict=True):
             entry["site"] = site.site.to_dict()
-        plain: dict[str, Any] = _finite(fields)
+        plain: dict[str, Any] = as_plain(fields)
         return plain
 
     def to_json(self, indent: int | None = None) -> str:
@@ -98,14 +98,6 @@ class Analysis:
         if self.sites:
             console.print(_table(self.sites))
         return "\n".join(line.rstrip() for line in console.export_text().rstrip().splitlines())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(sites: Sequence[SiteAnalysis]) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TextIO, TypeVar
 
 from rich.console import Console
+
+from torchquant.types import as_plain
 
 __all__ = ["alone", "as_json", "show", "status"]
 
@@ -52,7 +53,7 @@ def alone(command: Callable[P, R]) -> Callable[P, R]:
 
 def as_json(values: Any) -> None:
     """Print as JSON; numbers that are not finite become null."""
-    print(json.dumps(_finite(values), indent=1, allow_nan=False), file=_stdout or sys.stdout)
+    print(json.dumps(as_plain(values), indent=1, allow_nan=False), file=_stdout or sys.stdout)
 
 
 def show(what: Shown, out: Path | None, is_json: bool) -> None:
@@ -72,11 +73,3 @@ def show(what: Shown, out: Path | None, is_json: bool) -> None:
 def status(text: str) -> AbstractContextManager[Any]:
     """Show what is being done while it lasts, unless nothing is to be shown."""
     return nullcontext() if quiet else _console.status(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

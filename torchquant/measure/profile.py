@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 import threading
 import time
@@ -22,7 +21,7 @@ from torchquant.fx.passes import copy_graph
 from torchquant.measure.benchmark import Latency, interleaved
 from torchquant.measure.resources import Energy, forget_peak, measure_energy, peak_bytes, resident_bytes
 from torchquant.measure.traced import Traced, traced
-from torchquant.types import check_whole
+from torchquant.types import as_plain, check_whole
 
 __all__ = ["Concurrent", "Profile", "profile"]
 
@@ -90,7 +89,7 @@ class Profile:
         """Everything as numbers, strings and lists, as JSON has them."""
         fields = dataclasses.asdict(self)
         fields["trace"] |= {"parts_ms": self.trace.parts_ms, "is_complete": self.trace.is_complete}
-        plain: dict[str, Any] = _finite({**fields, "site_ms": self.site_ms})
+        plain: dict[str, Any] = as_plain({**fields, "site_ms": self.site_ms})
         return plain
 
     def to_json(self, indent: int | None = None) -> str:
@@ -146,14 +145,6 @@ def _sites_text(sites: Sequence[str]) -> str:
     if not sites:
         return ""
     return f": {sites[0]}" if len(sites) == 1 else f": {sites[0]} .. {sites[-1]} ({len(sites)} ops)"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def profile(
