@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -234,12 +233,3 @@ def check_whole(value: Any, name: str, least: int = 0, most: int | None = None) 
     if type(value) is not int or value < least or (most is not None and value > most):
         bounds = f"from {least} on" if most is None else f"from {least} to {most:,}"
         raise InputError(f"{name} is a whole number {bounds}, not {value!r:.40}")
-
-
-def as_plain(value: Any) -> Any:
-    """Dicts and lists as JSON has them: numbers that are not finite are None, keys are text."""
-    if isinstance(value, dict):
-        return {str(key): as_plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

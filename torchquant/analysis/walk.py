@@ -30,6 +30,7 @@ from torchquant.calibration.seen import data_used
 from torchquant.calibration.stream import Stream, Task, given_to
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
+from torchquant.files.plain import as_plain
 from torchquant.fx import ops
 from torchquant.fx.blocks import Span, data_order
 from torchquant.fx.functional import functionalize
@@ -39,7 +40,7 @@ from torchquant.fx.reading import GraphReading, is_converted, is_prepared, obser
 from torchquant.fx.sites import read_sites
 from torchquant.solving.run import DEFAULT_MEMORY_BYTES
 from torchquant.surroundings import own_modes
-from torchquant.types import Site, as_plain, check_whole
+from torchquant.types import Site, check_whole
 
 __all__ = ["Analysis", "analyze", "own_error"]
 

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 
-from torchquant.types import as_plain
+from torchquant.files.plain import as_plain
 
 __all__ = ["alone", "as_json", "show", "status"]
 

@@ -17,11 +17,12 @@ import torch
 from torchquant.calibration import batches as data
 from torchquant.errors import InputError
 from torchquant.files.archive import versions
+from torchquant.files.plain import as_plain
 from torchquant.fx.passes import copy_graph
 from torchquant.measure.benchmark import Latency, interleaved
 from torchquant.measure.resources import Energy, forget_peak, measure_energy, peak_bytes, resident_bytes
 from torchquant.measure.traced import Traced, traced
-from torchquant.types import as_plain, check_whole
+from torchquant.types import check_whole
 
 __all__ = ["Concurrent", "Profile", "profile"]
 
