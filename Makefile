@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench wheel clean
+.PHONY: demo test check bench docs wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/tables.py
+
+docs: .venv/docs.stamp
+	$(BIN)/sphinx-build --quiet --fail-on-warning docs build/docs
 
 wheel: .venv/dev.stamp
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -28,6 +28,10 @@ class CudaQuantizer(CapabilityQuantizer):
     `observer` is). They need a GPU of compute capability 8.9 or more.
 
     Models may be float32, bfloat16 or float16.
+
+    Args:
+        scheme: one of those above; None: the default.
+        exclude, overrides, is_qat, observer: see `CapabilityQuantizer`.
     """
 
     target = TARGET

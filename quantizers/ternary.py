@@ -31,6 +31,10 @@ class TernaryQuantizer(CapabilityQuantizer):
     Schemes: `ternary` is for `torchquant.backends.inductor_x86`, whose kernels multiply weights of 2 bits with
     activations of 8 bits that have a scale for each row. `ternary_xnnpack` is for
     `torchquant.backends.executorch_xnnpack`, which has no kernel of 2 bits: the weights are stored and multiplied in 8.
+
+    Args:
+        scheme: one of those above; None: the default.
+        exclude, overrides, is_qat, observer: see `CapabilityQuantizer`.
     """
 
     target = TARGET

@@ -40,7 +40,7 @@ class WeightOnlyQuantizer(CapabilityQuantizer):
             features; without `_g...`: for each output channel (of an embedding: for each row); `w4_symmetric_g64` and
             the like: no zero points. A weight whose inputs are no whole groups gets the largest smaller group that
             fits, or one scale a channel, and the report says so.
-        exclude, overrides, is_qat: see `CapabilityQuantizer`. Other bits for some layers, say for embeddings:
+        exclude, overrides, is_qat, observer: see `CapabilityQuantizer`. Other bits for some layers, say for embeddings:
             `overrides={"op:embedding": "w8"}`.
 
     Models may be float32, bfloat16 or float16.

@@ -20,6 +20,10 @@ class X86Quantizer(CapabilityQuantizer):
     points. Activations stay floats; in `w4a8_g32` and the like those of linears have 8 bits and a scale for each row,
     chosen at run time. A weight whose inputs are no whole groups gets the largest smaller group that fits, and the
     report says so.
+
+    Args:
+        scheme: one of those above; None: the default.
+        exclude, overrides, is_qat, observer: see `CapabilityQuantizer`.
     """
 
     target = TARGET

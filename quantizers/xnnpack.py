@@ -45,6 +45,10 @@ class XnnpackQuantizer(CapabilityQuantizer):
     `w4a8_symmetric_g32`. Tables of lookups then have 4 bits too; `overrides={"op:embedding": "w8"}` and the like (`w8`,
     `w4_g32`, `w4_symmetric_g64` ...) choose for them, with any scheme. A weight whose inputs are no whole groups gets
     the largest smaller group that fits, or one scale for each output, and the report says so.
+
+    Args:
+        scheme: one of those above; None: the default.
+        options: `exclude`, `overrides`, `is_qat`, `observer`, see `CapabilityQuantizer`.
     """
 
     target = TARGET

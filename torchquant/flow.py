@@ -60,6 +60,7 @@ def export(model: torch.nn.Module, example_inputs: Any, *, dynamic_shapes: Any =
         dynamic_shapes: as for `torch.export.export`.
 
     Raises:
+        InputError: no module, or a graph that is prepared or converted.
         ExportError: torch cannot capture the model; carries torch's reason and the line.
     """
     if isinstance(model, GraphModule) and (is_prepared(model) or is_converted(model)):
@@ -125,6 +126,10 @@ def _first_lines(error: Exception, limit: int = 1500) -> str:
 def prepare(exported: GraphModule, quantizer: Quantizer) -> GraphModule:
     """torchao's `prepare_pt2e` on a copy, so that one export serves several Quantizers.
 
+    Args:
+        exported: a float graph of `export`; it is not changed.
+        quantizer: any Quantizer of torchao, ours or others.
+
     Raises:
         PrepareError: a Quantizer of another make fails on this graph, or torchao on what it asked for.
     """
@@ -158,6 +163,9 @@ def convert(prepared: GraphModule) -> GraphModule:
 
     Weights become codes one after the other, so that no more than one of them is there in both forms but for what the
     caller holds.
+
+    Args:
+        prepared: a calibrated graph of `prepare`, or of torchao's `prepare_pt2e`.
 
     Raises:
         CalibrationError: a static observer of any make never saw data (torchao would use scale 1.0).
@@ -260,9 +268,14 @@ def quantize(
         quantizer: a Quantizer, or several.
         algorithms, validation, metric: see `optimize`; no algorithm leaves what the observers chose. To bound how much
             the metric may lose, see `quantize_within`.
+        progress: show a progress bar on stderr.
 
     Returns:
         The converted GraphModule, or a list of them in the order of the Quantizers.
+
+    Raises:
+        InputError: no Quantizer, or an argument that the others make pointless.
+        TorchquantError: one of those of `export`, `prepare`, `calibrate`, `optimize` and `convert`.
     """
     with together("quantize"):
         graph = partial(exported_of, model, example_inputs, dynamic_shapes)
@@ -340,7 +353,8 @@ def optimize(
         budget_s: seconds to spend; what is not solved by then stays as it was.
         memory_bytes: activations kept in memory between layers; the rest lies on disk while this runs.
         checkpoint: folder that keeps answers: the same call goes on where a run was stopped. Delete it afterwards.
-        seed: of everything drawn at random. progress: show a progress bar on stderr.
+        seed: of everything drawn at random.
+        progress: show a progress bar on stderr.
         exclude: patterns of modules and ops to leave as they are (see `fx/patterns.py`).
 
     Raises:

@@ -213,6 +213,10 @@ def _buffer(edge: Any) -> bytes:
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same rewrites and delegate, and its bytes: what to compare with.
 
+    Args:
+        exported: a float graph of `export`.
+        example_inputs: one batch; the sizes to build for where they are fixed.
+
     Raises:
         MissingDependencyError, LoweringError: as `lower`.
     """

@@ -175,6 +175,9 @@ def load(path: str | os.PathLike[str]) -> XnnpackProgram:
     not write has neither digest nor report: it takes tensors by position, of the sizes that the runtime reports, and
     what is wrong in it ExecuTorch may notice late or never. A `.pte` holds no machine code.
 
+    Args:
+        path: of a `.pte`, of torchquant's or another's writing.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, or not a program that this ExecuTorch loads.
     """

@@ -203,6 +203,7 @@ def dynamo_backend(
     Lowers at the first call, and again for each new set of input sizes.
 
     Args:
+        graph, example_inputs: what Dynamo hands over.
         options: `allow_float`, `min_sqnr_db`, `device`, `cuda_graphs` and `freezing`, as for `lower`.
 
     Raises:

@@ -144,6 +144,10 @@ def load(
     Nothing that the file says is run: see `torchquant.artifacts.exported`. What `CudaProgram.package` wrote is another
     matter: that is a shared library.
 
+    Args:
+        path: of what `CudaProgram.save` wrote.
+        device, cuda_graphs, freezing, options: as for `lower`.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
         LoweringError: there is no GPU, and `device` names no other place.

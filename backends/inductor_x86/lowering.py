@@ -205,6 +205,10 @@ def _sites_in(graph: GraphModule, names: set[str]) -> set[str]:
 def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..., Any], int]:
     """The float graph through the same compiler and the same packing, and its bytes: what to compare with.
 
+    Args:
+        exported: a float graph of `export`.
+        example_inputs: one batch; the sizes to build for where they are fixed.
+
     Raises:
         LoweringError: Inductor cannot compile it.
     """
@@ -371,6 +375,7 @@ def dynamo_backend(
     Lowers at the first call, and again for each new set of input sizes.
 
     Args:
+        graph, example_inputs: what Dynamo hands over.
         options: `allow_float`, `min_sqnr_db`, `own_kernels`, `tune` and `compare_float`, as for `lower`.
 
     Raises:

@@ -72,6 +72,10 @@ def op_ms(graph: GraphModule, batch: Any) -> dict[str, float]:
     Products in our regions are timed inside of them. Linears that read the same rows are one product, of whose time
     each gets the share of its outputs. Ops that our kernels do not run take the time of torch's own.
 
+    Args:
+        graph: as `lower` takes it, or a float one of `export`.
+        batch: as `example_inputs` of `export`.
+
     Raises:
         LoweringError: the kernels cannot be built here.
     """

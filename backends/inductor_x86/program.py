@@ -129,6 +129,9 @@ def load(path: str | os.PathLike[str]) -> X86Program:
     The file holds shared libraries, which are mapped and run: load none whose writer you do not trust. Before anything
     is mapped, every member is held against the digest that was recorded when it was written: that shows damage alone.
 
+    Args:
+        path: of what `save` wrote.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, foreign, for another target or of another format.
     """

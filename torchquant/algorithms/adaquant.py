@@ -26,8 +26,10 @@ class AdaQuant:
     """Weights, scales, input steps and biases of one layer after the other.
 
     Args:
-        iterations: for each layer. lr: Adam's step size for weights, in steps of their scale. scale_lr: for
-            logarithms of scales and input steps. bias_lr: for biases.
+        iterations: for each layer.
+        lr: Adam's step size for weights, in steps of their scale.
+        scale_lr: for logarithms of scales and input steps.
+        bias_lr: for biases.
     """
 
     def __init__(

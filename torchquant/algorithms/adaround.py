@@ -32,11 +32,14 @@ class AdaRound(RowRounding):
     """Learned rounding of each layer's weight, in the order of the graph, for any Quantizer's grids.
 
     Args:
-        iterations: of the relaxation. lr: Adam's step size. lam: weight of the rounding term
-            against the data term, which is 1 for a weight at round-to-nearest.
-        beta: first and last exponent b. warm_up: share of the iterations without the rounding term.
+        iterations: of the relaxation.
+        lr: Adam's step size.
+        lam: weight of the rounding term against the data term, which is 1 for a weight at round-to-nearest.
+        beta: first and last exponent b.
+        warm_up: share of the iterations without the rounding term.
         search: choose each scale by the layer's output error first.
-        sweeps: of coordinate descent. refits: how often scale and codes are improved in turn.
+        sweeps: of coordinate descent.
+        refits: how often scale and codes are improved in turn.
         correct_bias, compensate, damp, sensitive: see `Layerwise`; `sensitive` costs one pass backward per batch.
     """
 

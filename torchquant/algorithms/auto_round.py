@@ -1,7 +1,7 @@
 """AutoRound: learn how each weight is rounded, and how far its grid reaches, by the signs of gradients.
 
 Cheng, Zhang, Shen, Cai, He, Lv, Liu: "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
-LLMs", arXiv 2309.05516, section 3; the best iterate is kept as in the authors' code.
+LLMs", Findings of EMNLP 2024, arXiv 2309.05516, section 3; the best iterate is kept as in the authors' code.
 
     W                the weight        V (like W)  in [-0.5, 0.5]   alpha, beta (cells,)  in [0, 1]
     s  = (alpha max W - beta min W) / (2^bits - 1),   z = round(n - beta min W / s)

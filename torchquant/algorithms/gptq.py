@@ -37,8 +37,8 @@ class GPTQ(RowRounding):
         act_order: round inputs of the largest second moment first.
         search: choose each scale (and zero point, of an affine grid) by the layer's output error first; without,
             they are the observer's.
-        sweeps: of coordinate descent on the codes afterwards, 0 for the paper's method. refits: how often scales and
-            codes are improved in turn then.
+        sweeps: of coordinate descent on the codes afterwards, 0 for the paper's method.
+        refits: how often scales and codes are improved in turn then.
         correct_bias, compensate, damp, sensitive, weigh_places: see `Layerwise`; without a bias none is added, as
             decoders and their checkpoints have none. The paper's method is `GPTQ(search=False, sweeps=0, refits=0,
             correct_bias=False, compensate=False, damp=0.01)`.

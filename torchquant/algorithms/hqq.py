@@ -79,7 +79,7 @@ class HQQ:
         return Solution(weights={site.name: (layout.tensor(answer.codes), floored(grid, answer))})
 
     def choose(self, problem: Problem) -> Answer:
-        """For each cell the iterate of least |W - s (Q - z)|_p^p with an integer z; the grid as it is among them."""
+        """For each cell the iterate of least `|W - s (Q - z)|_p^p` with an integer z; the grid as it is among them."""
         factor, zero_point = torch.ones(problem.count), by_cell(problem, problem.zero_point)
         least = _error(problem, self.p)
         for trial, zero in iterates(problem, self.p, self.beta, self.kappa, self.iterations, scales=self.scales):

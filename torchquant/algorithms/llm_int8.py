@@ -55,7 +55,7 @@ class LLMInt8:
     quantized output, and those without outliers or with too many.
 
     Args:
-        threshold: of |x|, from which a channel is an outlier; the paper's is 6.0.
+        threshold: of `|x|`, from which a channel is an outlier; the paper's is 6.0.
         share: of the channels that may be outliers at most.
 
     Raises:

@@ -1,8 +1,8 @@
 """SeqMSE: for each weight scale the candidate with the least error of the layer's output, layer after layer.
 
 "Sequential MSE" as in AIMET and Qualcomm's ExecuTorch passes: candidates are shares of the min-max range, each judged
-by |W x - Q(W) x|^2 on inputs from the quantized prefix. That error is a quadratic form in E[x xT] (see `gram`), so the
-candidates cost no pass over the data.
+by `|W x - Q(W) x|^2` on inputs from the quantized prefix. That error is a quadratic form in E[x xT] (see `gram`), so
+the candidates cost no pass over the data.
 """
 
 from __future__ import annotations

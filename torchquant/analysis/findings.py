@@ -29,9 +29,11 @@ class Finding:
 
     Args:
         severity: `error` (it is wrong), `warning` (it costs accuracy), `note`.
-        site: name of the node. module: its module path.
+        site: name of the node.
+        module: its module path.
         kind: a word for what it is, the same for all findings of that kind.
-        message: in plain words, with the figures. remedy: what to do, as arguments where that is possible.
+        message: in plain words, with the figures.
+        remedy: what to do, as arguments where that is possible.
     """
 
     severity: Severity

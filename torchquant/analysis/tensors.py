@@ -19,7 +19,8 @@ class TensorAnalysis:
     """What quantization does to one tensor.
 
     Args:
-        name: of the node whose value it is. grid: how it is quantized, in words.
+        name: of the node whose value it is.
+        grid: how it is quantized, in words.
         sqnr_db: 10 log10(sum x^2 / sum (x - q)^2), over the finite elements.
         lost: share of the elements, zeros left out, that are off by half of themselves or more.
         clipped: share of the elements that lie outside of what a static grid can hold, by more than half a step.
@@ -59,7 +60,8 @@ class TensorStatistics:
     """What `TensorAnalysis` says, on the way.
 
     Args:
-        name, grid: as there. static: the grid, where it is known before run time.
+        name, grid: as there.
+        static: the grid, where it is known before run time.
         axis: of the channels, or None.
     """
 

@@ -104,6 +104,9 @@ def load(path: str | os.PathLike[str]) -> GraphModule:
 
     Nothing that the file says is run: see `torchquant.artifacts.exported`.
 
+    Args:
+        path: of what `save` wrote.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, foreign, of another version, with a number format that is not
             imported, or torch cannot read it.

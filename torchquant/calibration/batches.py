@@ -23,6 +23,9 @@ class Steps:
     """Batches that follow one another in time, for a model with state: it starts anew before the first of them.
 
     Each other batch starts from the state that the model was exported with.
+
+    Args:
+        batches: in the order of time, each as `example_inputs` of `export`.
     """
 
     batches: Sequence[Any]

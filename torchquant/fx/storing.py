@@ -170,6 +170,9 @@ def unpack_weights(converted: GraphModule) -> int:
 
     For what looks for plain constants: our lowerings, which do so on a copy, and tools of others (ExecuTorch's
     partitioners, torchao's passes) that are handed what `torchquant.convert` or `quantize` returned.
+
+    Args:
+        converted: a graph of `torchquant.convert`, or one of which `pack_weights` packed the weights.
     """
     done, names = 0, dict[str, str]()
     for node in [n for n in converted.graph.nodes if is_packed(n) and ops.is_constant(n)]:

@@ -35,7 +35,8 @@ class Concurrent:
     """Several threads that call at once.
 
     Args:
-        callers: how many. p50_ms, p99_ms: of one call. calls_per_s: of all together.
+        callers: how many. p50_ms, p99_ms: of one call.
+        calls_per_s: of all together.
     """
 
     callers: int
@@ -50,7 +51,8 @@ class Profile:
 
     Args:
         name: of the target, or of the model's class.
-        threads: of torch, in one call. sizes: of the inputs.
+        threads: of torch, in one call.
+        sizes: of the inputs.
         latency: of the program; `others`: of what was timed in turns with it.
         trace: the parts of a call, with the whole as it was under the profiler, which adds to it.
         op_ms: node -> milliseconds, of single ops, where they can be told apart.
@@ -59,7 +61,8 @@ class Profile:
         resident_bytes, peak_bytes: of the whole process before, and at most during calls; None if unknown.
         weight_bytes, activation_bytes: of the matrix products: their codes, and all that they read and write.
         int_operations, float_operations: of the matrix products, two for a multiplication and an addition.
-        energy: of one call. versions: of what made it.
+        energy: of one call.
+        versions: of what made it.
     """
 
     name: str

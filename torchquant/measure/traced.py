@@ -40,7 +40,8 @@ class Traced:
     """The parts of a call.
 
     Args:
-        parts: in order. whole_ms: of the call they were seen in.
+        parts: in order.
+        whole_ms: of the call they were seen in.
         note: what is not in them, or why there are none.
     """
 

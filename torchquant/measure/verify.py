@@ -63,9 +63,13 @@ class Comparison:
 
 
 def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
-    """Signal to quantization noise in dB: 10 log10(|ref|^2 / |ref - out|^2), infinite if equal.
+    """Signal to quantization noise in dB: `10 log10(|ref|^2 / |ref - out|^2)`, infinite if equal.
 
     NaN and infinities must stand in the same places, else it is minus infinity. They may lie on different devices.
+
+    Args:
+        reference: (...) of any dtype.
+        output: of the same shape.
 
     Raises:
         InputError: the shapes differ.
@@ -81,6 +85,11 @@ def compare(reference: Callable[..., Any], candidate: Callable[..., Any], batche
     """Run both on every batch and compare all outputs that are tensors or numbers.
 
     Each gets its own copy of the batch, so that a model that writes into its inputs changes nothing.
+
+    Args:
+        reference: called as `reference(*args)`; what the other is held against.
+        candidate: a model, graph or program that takes the same.
+        batches: what both are called with, each as `example_inputs` of `export`.
 
     Raises:
         InputError: no batch, or outputs of different structure, shape or type.

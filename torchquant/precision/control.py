@@ -95,6 +95,7 @@ def quantize_within(
         max_drop: how much less than the float model's, in the metric's own unit.
         validation: batches to put the ops in order with; the calibration batches if None.
         max_evaluations: how often the metric may be asked, six times at least.
+        progress: show a progress bar on stderr.
 
     Raises:
         InputError: a metric that raises or is not finite; or even with all ops but one in float it loses more.

@@ -56,7 +56,8 @@ class Search:
     """What each scheme costs at each weight, and the plans that follow from it.
 
     Args:
-        quantizer: name of the Quantizer's class. scheme: of ops without a weight.
+        quantizer: name of the Quantizer's class.
+        scheme: of ops without a weight.
         choices: patterns of the ops that share a weight -> what they may get.
         shapes: pattern -> shape of its weight.
         weights: how many there are, each once.

@@ -74,9 +74,11 @@ class Report:
     """The sites of one graph and the programs that were lowered from it. `str()` gives a table for people.
 
     Args:
-        sites, weight_bytes: of the graph; None bytes where they are not known. programs: lowered from it.
+        sites, weight_bytes: of the graph; None bytes where they are not known.
+        programs: lowered from it.
         edges: (site, site) by node: the one reads what the other made, through ops that are no sites or not.
-        analysis: what `analyze` found. plans: of `search`, for the plot of the Pareto front.
+        analysis: what `analyze` found.
+        plans: of `search`, for the plot of the Pareto front.
         profile: what `profile` measured: times of ops.
     """
 

@@ -28,6 +28,9 @@ __all__ = ["check_steps", "check_trained", "convert", "evaluate", "finish"]
 def evaluate(prepared: GraphModule) -> Iterator[GraphModule]:
     """The graph in evaluation, as it will be converted: no range moves, no dropout, BatchNorm by running statistics.
 
+    Args:
+        prepared: a graph of `torchquant.qat.prepare`.
+
     Raises:
         CalibrationError: a range was never seen.
         TrainingError: a learned step is no longer a positive number, or BatchNorm's statistics hold NaN.

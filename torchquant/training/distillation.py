@@ -68,7 +68,8 @@ class Distillation:
         prepared: the student; where features are compared, taps are put into it.
         teacher: the float exported graph that it was prepared from, or any module with the same outputs.
         outputs: "kl" for logits along the last axis, "mse" for anything else, None: not compared.
-        temperature: T. output_weight: of the outputs' loss.
+        temperature: T.
+        output_weight: of the outputs' loss.
         feature_weight: of the mean over the cut points; 0: outputs alone. At most `max_cuts` of them, evenly spread.
 
     Raises:

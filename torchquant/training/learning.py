@@ -140,6 +140,7 @@ def parameters(
     gets one in proportion to itself. For SGD, whose updates are in proportion to gradients, make groups of your own.
 
     Args:
+        prepared: a graph of `torchquant.qat.prepare`.
         lr: of weights, biases and norms.
         step_lr: of learned steps, clips and offsets: the part of itself by which an update moves a step.
         weight_decay: of weights of two axes and more.

@@ -52,7 +52,8 @@ class LearnedStep(Fake):
     """A grid whose step is a parameter; the observer no longer moves it.
 
     Args:
-        fake: the calibrated fake quantizer whose place it takes. scale: where the step starts (cells,).
+        fake: the calibrated fake quantizer whose place it takes.
+        scale: where the step starts (cells,).
     """
 
     least: Tensor

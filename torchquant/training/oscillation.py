@@ -37,7 +37,11 @@ def _weights(prepared: GraphModule) -> list[tuple[Any, Fake]]:
 
 
 def dampening(prepared: GraphModule) -> Tensor:
-    """Eq. 5, summed over all weights: add it to the loss, times a factor that grows in the training (1e-3 .. 1e-1)."""
+    """Eq. 5, summed over all weights: add it to the loss, times a factor that grows in the training (1e-3 .. 1e-1).
+
+    Args:
+        prepared: a graph of `torchquant.qat.prepare`.
+    """
     total = torch.zeros(())
     for weight, fake in _weights(prepared):
         codes, grid = fake.solved(weight)
@@ -62,6 +66,7 @@ class Freezing:
     """Freezes weights whose codes flip too often; call `step()` after each `optimizer.step()`.
 
     Args:
+        prepared: a graph of `torchquant.qat.prepare`.
         threshold: of the frequency, or a function of the number of steps done (the paper anneals 0.04 to 0.01).
         momentum: m of the moving averages.
 

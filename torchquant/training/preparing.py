@@ -89,7 +89,11 @@ def prepare(
 
 
 def notes(prepared: GraphModule) -> list[str]:
-    """What `prepare` did that the user should know: fake quantizers replaced, BatchNorm folded."""
+    """What `prepare` did that the user should know: fake quantizers replaced, BatchNorm folded.
+
+    Args:
+        prepared: a graph of `torchquant.qat.prepare`.
+    """
     return list(prepared.meta.get(_NOTES, []))
 
 

@@ -15,7 +15,11 @@ __all__ = ["Schedule", "schedule"]
 
 
 class Schedule:
-    """Counts the steps of a training; see `schedule`."""
+    """Counts the steps of a training; see `schedule`.
+
+    Args:
+        prepared, steps, observers_off, norms_frozen: as for `schedule`.
+    """
 
     def __init__(self, prepared: GraphModule, steps: int, observers_off: float, norms_frozen: float) -> None:
         self.prepared, self.steps, self.done = prepared, steps, 0
@@ -74,6 +78,7 @@ def schedule(prepared: GraphModule, steps: int, *, observers_off: float = 0.5, n
     the last part of a training is for what the converted graph has: fixed ones.
 
     Args:
+        prepared: a graph of `torchquant.qat.prepare`.
         steps: of the whole training; epochs times batches.
         observers_off, norms_frozen: parts of the training after which ranges and statistics stay; 1 for never.
 
