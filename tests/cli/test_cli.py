@@ -449,6 +449,21 @@ def test_search_writes_a_plan_that_quantize_takes(folder, tmp_path):
         run("quantize", *common, "--plan", plan, "--scheme", "w8", "--out", out)
     with pytest.raises(tq.InputError, match="is no size"):
         run("search", *common, "--budget", "much", "--scheme", "w8", "--out", plan)
+    for budgets in ([], ["--budget", "8bpw", "--max-drop", "1"]):
+        with pytest.raises(tq.InputError, match="one of them"):
+            run("search", *common, *budgets, "--scheme", "w8", "--out", plan)
+
+
+def test_search_finds_the_fewest_bytes_that_a_metric_allows(metrics, tmp_path):
+    plan, schemes = tmp_path / "plan.json", ["--scheme", "w8", "--scheme", "w4", "--scheme", "w2"]
+    common = ["search", "users_net:model", "--calibration", "users_net:batches", *schemes, "--out", plan, "--json"]
+    result = run(*common, "--metric", "users_metrics:closeness", "--max-drop", "15")
+    assert result.exit_code == 0, result.output
+    about = json.loads(result.stdout)
+    assert about["float_metric"] - about["metric"] <= 15
+    assert plan.is_file()
+    with pytest.raises(tq.InputError, match="give --metric"):
+        run(*common, "--max-drop", "15")
 
 
 def test_quantize_within_a_drop(metrics, tmp_path):

@@ -455,3 +455,66 @@ def test_a_name_that_stands_twice_in_a_plan_is_refused(found) -> None:
 def test_seeds_and_validation_are_checked(exported, batches, options) -> None:
     with pytest.raises(tq.TorchquantError, match=r"seed is|validation"):
         tq.search(exported, batches, X86Quantizer, ["w8"], **options)
+
+
+def _closeness(exported, batches, asked=None):
+    """dB against the float graph, at most 100, so that it is finite for the float graph itself."""
+
+    def metric(model):
+        if asked is not None:
+            asked.append(model)
+        return min(100.0, tq.compare(exported, model, batches).sqnr_db)
+
+    return metric
+
+
+@pytest.mark.parametrize("drop", [60, 75, 85])
+def test_the_smallest_plan_with_which_a_metric_holds(found, exported, batches, drop) -> None:
+    asked = []
+    metric = _closeness(exported, batches, asked)
+    plan = found.within(metric, drop, max_evaluations=100)
+    about = plan.about
+    assert about["float_metric"] - about["metric"] <= drop
+    assert _closeness(exported, batches)(_converted(exported, plan, batches)) == pytest.approx(
+        about["metric"], abs=1e-4
+    )
+    assert found.least_bytes < about["weight_bytes"] < found.most_bytes
+    smaller = _converted(exported, found.plan(about["weight_bytes"] - 1, measure=False), batches)
+    assert 100 - metric(smaller) > drop, "one byte less loses too much"
+    assert json.loads(plan.to_json())["about"]["evaluations"] == about["evaluations"] >= len(asked) - 1
+
+
+def test_a_drop_that_anything_keeps_takes_the_smallest_plan_at_once(found, exported, batches) -> None:
+    plan = found.within(_closeness(exported, batches), 1e3)
+    assert plan.about["weight_bytes"] == found.least_bytes
+    assert plan.about["evaluations"] == 3
+
+
+def test_a_drop_that_nothing_keeps_is_refused_with_the_figures(found, exported, batches) -> None:
+    with pytest.raises(tq.InputError, match=r"100 for the float model and [\d.]+ with the largest plan.*allow_float"):
+        found.within(_closeness(exported, batches), 0.5)
+    with_float = tq.search(exported, batches, X86Quantizer, SCHEMES, allow_float=True)
+    assert with_float.within(_closeness(exported, batches), 0).about["metric"] == 100
+
+
+def test_few_evaluations_give_a_plan_that_holds(found, exported, batches) -> None:
+    plan = found.within(_closeness(exported, batches), 75, max_evaluations=3)
+    assert plan.about["evaluations"] == 3
+    assert plan.about["metric"] >= 25
+
+
+@pytest.mark.parametrize(
+    ("drop", "options", "message"),
+    [
+        (-1, {}, "max_drop is how much"),
+        (True, {}, "max_drop is how much"),
+        (math.nan, {}, "max_drop is how much"),
+        (1, {"max_evaluations": 2}, "max_evaluations"),
+        (1, {"max_evaluations": 3.0}, "max_evaluations"),
+    ],
+)
+def test_what_a_metric_may_lose_is_checked(found, exported, batches, drop, options, message) -> None:
+    with pytest.raises(tq.InputError, match=message):
+        found.within(_closeness(exported, batches), drop, **options)
+    with pytest.raises(tq.InputError, match="inf for the float model"):
+        found.within(lambda _: math.inf, 1)

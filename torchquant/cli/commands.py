@@ -241,7 +241,8 @@ def analyze(
 def search(
     model: str,
     calibration: str,
-    budget: str,
+    budget: str | None,
+    max_drop: float | None,
     schemes: list[str],
     out: Path,
     validation: str | None,
@@ -253,8 +254,12 @@ def search(
     trust: bool,
 ) -> None:
     """Search a plan and write it."""
+    if (budget is None) == (max_drop is None):
+        raise InputError(
+            "search takes a budget (--budget 4.5bpw) or what a metric may lose (--max-drop 0.5), one of them"
+        )
     _check_places(out)
-    judge, quantizer = _metric(metric, None), _target(backend).quantizer_class()
+    judge, quantizer = _metric(metric, max_drop), _target(backend).quantizer_class()
     batches = sources.load_batches(calibration)
     held_out = None if validation is None else sources.load_batches(validation)
     exported = flow.export(sources.load_model(model, trust=trust, inputs=batches), batches[0])
@@ -263,7 +268,12 @@ def search(
         found = make_search(
             exported, batches, quantizer, schemes, validation=held_out, allow_float=allow_float, options=options
         )
-        plan = found.plan(budget, metric=judge)
+        if budget is not None:
+            plan = found.plan(budget, metric=judge)
+        else:
+            assert judge is not None
+            assert max_drop is not None
+            plan = found.within(judge, max_drop)
     plan.save(out)
     if as_json:
         output.as_json({"path": str(out), **plan.about})

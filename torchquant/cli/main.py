@@ -196,9 +196,15 @@ def analyze(
 def search(
     model: Model,
     calibration: Calibration,
-    budget: Annotated[str, typer.Option("--budget", help="4.5bpw (bits a weight), 3MB, 500KiB, or 2ms (measured)")],
     scheme: Annotated[list[str], typer.Option("--scheme", help="a scheme to choose from; repeatable")],
     out: Annotated[Path, typer.Option("--out", help="file for the plan (.json), which quantize --plan takes")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="4.5bpw (bits a weight), 3MB, 500KiB, or 2ms (measured)")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="instead of a budget: the fewest bytes with which --metric loses less"),
+    ] = None,
     validation: Validation = None,
     metric: MetricName = None,
     backend: Annotated[str, typer.Option("--backend", help=f"one of: {', '.join(TARGETS)}")] = _DEFAULT,
@@ -207,11 +213,12 @@ def search(
     as_json: AsJson = False,
     trust: Trust = False,
 ) -> None:
-    """Choose a scheme for each weight: the least error under a budget, never worse than one scheme for all."""
+    """Choose a scheme for each weight: the least error under a budget, or the fewest bytes that a metric allows."""
     _commands().search(
         model,
         calibration,
         budget,
+        max_drop,
         scheme,
         out,
         validation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 from torchquant.errors import InputError, TorchquantError
 from torchquant.fx.signature import Signature
 
-__all__ = ["Metric", "callable_model", "check_metric", "scored"]
+__all__ = ["Metric", "callable_model", "check_drop", "check_metric", "scored"]
 
 _CPU = torch.device("cpu")
 Metric = Callable[[Any], Any]  # metric(model): a number, higher is better
@@ -65,6 +66,12 @@ def check_metric(metric: object) -> None:
             f"metric is a function that takes a model and returns a number, higher is better, e.g. its accuracy on "
             f"your data; {what} is none"
         )
+
+
+def check_drop(max_drop: object) -> None:
+    """Raise InputError unless it is how much a metric may lose."""
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf:
+        raise InputError(f"max_drop is how much the metric may lose, a number from 0 on, not {max_drop!r:.40}")
 
 
 def scored(metric: Metric, model: Any, of: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
 from torchquant.errors import InputError
 from torchquant.fx import ops, passes
-from torchquant.measure.metric import Metric, check_metric, scored
+from torchquant.measure.metric import Metric, check_drop, check_metric, scored
 from torchquant.solving.contract import Algorithm
 from torchquant.solving.left_float import leave_float
 from torchquant.types import Site
@@ -126,8 +125,7 @@ def quantize_within(
 
 
 def _check_numbers(max_drop: object, max_evaluations: object) -> None:
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf:
-        raise InputError(f"max_drop is how much the metric may lose, a number from 0 on, not {max_drop!r:.40}")
+    check_drop(max_drop)
     if type(max_evaluations) is not int or max_evaluations < 6:
         raise InputError(f"max_evaluations is a number from 6 on, not {max_evaluations!r:.40}")
 

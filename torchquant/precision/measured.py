@@ -77,6 +77,13 @@ class Bench:
             self._figures[key] = score, db
         return self._figures[key]
 
+    def float_score(self, metric: Metric) -> float:
+        """What a metric says of the float model; raises InputError unless that is finite."""
+        score = scored(metric, passes.copy_graph(self._exported), "the float model")
+        if math.isinf(score):
+            raise InputError(f"the metric is {score} for the float model, from which no drop can be counted")
+        return score
+
     def op_ms(self, plan: Plan | None) -> dict[str, float]:
         """Pattern of each weighted op -> milliseconds with a uniform plan, or in float.
 

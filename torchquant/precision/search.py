@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from numbers import Real
 from typing import Any
 
@@ -17,38 +14,19 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchquant import flow
 from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
-from torchquant.errors import InputError, MissingDependencyError, SchemeError
-from torchquant.fx.blocks import weight_grid, weight_of
-from torchquant.fx.reading import is_prepared, observers
-from torchquant.measure.metric import Metric, check_metric
+from torchquant.errors import InputError, SchemeError
+from torchquant.fx.reading import observers
+from torchquant.measure.metric import Metric, check_drop, check_metric
+from torchquant.precision.choices import add_choices, check_search, together
 from torchquant.precision.costs import noises
 from torchquant.precision.measured import Bench
-from torchquant.precision.plan import Plan, weighted_sites
+from torchquant.precision.plan import Plan
+from torchquant.precision.solver import Choice, Cost, parsed_bytes, parsed_ms, size_of, solved, time_of
 from torchquant.types import check_whole
 
 __all__ = ["Choice", "Search", "search"]
 
 _MOST_POINTS = 1000
-_FINE = 1e5  # the solver keeps limits to within 1e-6
-Cost = Callable[["Choice"], float]
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One scheme for the ops that share one weight.
-
-    Args:
-        scheme: its name, None for float.
-        size_bytes: of the codes, scales and zero points.
-        noise: what it adds to the output's error, as a share of the output's energy; estimated by second order.
-        ms: what it takes in a call, where that was measured.
-    """
-
-    scheme: str | None
-    size_bytes: int
-    noise: float
-    ms: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class Search:
         Raises:
             InputError: it is none of these, or less than the smallest plan.
         """
-        size = _parsed(budget, self.weights)
+        size = parsed_bytes(budget, self.weights)
         if size < self.least_bytes:
             least = 8 * self.least_bytes / max(self.weights, 1)
             raise InputError(
@@ -116,15 +94,57 @@ class Search:
         """
         if metric is not None:
             check_metric(metric)
-        limit = _milliseconds(budget)
+        limit = parsed_ms(budget)
         search = self if limit is None else self._timed()
-        cost, most = _size, float(self.bytes_of(budget)) if limit is None else 0.0
+        cost, most = size_of, float(self.bytes_of(budget)) if limit is None else 0.0
         if limit is not None:
-            cost, most = _time, search._left_ms(limit)
-        best = search._written(_solved(list(search.choices.values()), most, cost), budget)
+            cost, most = time_of, search._left_ms(limit)
+        best = search._written(solved(list(search.choices.values()), most, cost), budget)
         if measure and search.bench is not None:
             best = search._never_below_uniform(best, budget, metric, cost, most)
         return best
+
+    def within(self, metric: Metric, max_drop: float, *, max_evaluations: int = 12) -> Plan:
+        """The smallest plan found with which a metric loses at most `max_drop`: higher bits only where they are needed.
+
+        Budgets between the smallest and the largest plan are bisected; each is spent at the least estimated error, and
+        the metric decides. `about` says what it was for the float model and for the plan, and how often it was asked.
+
+        Args:
+            metric: `metric(model)`, a number, higher is better, on data that nothing else has seen.
+            max_drop: how much less than the float model's, in the metric's own unit.
+            max_evaluations: how often the metric may be asked, three times at least.
+
+        Raises:
+            InputError: even the largest plan loses more; or the metric raises or is not finite for the float model.
+        """
+        check_drop(max_drop)
+        check_whole(max_evaluations, "max_evaluations", 3, _MOST_POINTS)
+        if self.bench is None:
+            raise InputError("this search has no graph to measure: search again")
+        exact = self.bench.float_score(metric)
+        best, score = self._measured(self.most_bytes, metric)
+        if score < exact - max_drop:
+            raise InputError(
+                f"the metric is {exact:.6g} for the float model and {score:.6g} with the largest plan: more than "
+                f"{max_drop:g} is lost. Offer schemes of more bits, or allow_float=True"
+            )
+        asked, size, low = 2, self.least_bytes, self.least_bytes - 1
+        while asked < max_evaluations and low < size < best.about["weight_bytes"]:
+            plan, score = self._measured(size, metric)
+            asked += 1
+            best, low = (plan, low) if score >= exact - max_drop else (best, size)
+            size = (low + int(best.about["weight_bytes"])) // 2
+        about = {"budget": f"a metric at most {max_drop:g} lower", "float_metric": exact, "evaluations": asked}
+        return replace(best, about={**best.about, **about})
+
+    def _measured(self, size: int, metric: Metric) -> tuple[Plan, float]:
+        """The plan of so many bytes, and what the metric says of it."""
+        assert self.bench is not None
+        plan = self.plan(size, measure=False)
+        score, db = self.bench.figure(plan, metric)
+        about = {"metric": score, "measured_db": _rounded(db), "measured_on": self.bench.measured_on}
+        return replace(plan, about={**plan.about, **about}), score
 
     def _never_below_uniform(self, plan: Plan, budget: Any, metric: Metric | None, cost: Cost, most: float) -> Plan:
         """The plan, or the uniform one that fits and that measures better."""
@@ -138,14 +158,14 @@ class Search:
         (score, db), best = measured[name]
         about = {
             **best.about,
-            "measured_db": round(db, 2) if math.isfinite(db) else None,
+            "measured_db": _rounded(db),
             "measured_on": self.bench.measured_on,
             **({"metric": score} if metric is not None else {}),
         }
         if fitting:
             scheme = max(fitting, key=lambda s: measured[s][0])
             (other, other_db), _ = measured[scheme]
-            about |= {"uniform": scheme, "uniform_db": round(other_db, 2) if math.isfinite(other_db) else None}
+            about |= {"uniform": scheme, "uniform_db": _rounded(other_db)}
             about |= {"uniform_metric": other} if metric is not None else {}
         return replace(best, about=about | ({"kept": f"uniform {name}, which measures better"} if name else {}))
 
@@ -244,7 +264,7 @@ def search(
         InputError: no scheme, or nothing of the model can be quantized in any of them.
         SchemeError: the Quantizer has no such scheme.
     """
-    _check(exported, quantizer, schemes, options or {})
+    check_search(exported, quantizer, schemes, options or {})
     check_whole(seed, "seed")
     kept, schemes = data.listed(batches, "batches"), list(dict.fromkeys(schemes))
     judged = kept if validation is None else data.listed(validation, "validation")
@@ -258,7 +278,7 @@ def search(
         calibrate(list(watched.values()), kept, progress=False)
     measured = noises(watched, judged, seed) if watched else {}
     for scheme, graph in prepared.items():
-        _add(graph, measured.get(scheme, {}), scheme, costs, shared, shapes, sizes)
+        add_choices(graph, measured.get(scheme, {}), scheme, costs, shared, shapes, sizes)
     if not costs:
         raise InputError(f"{quantizer.__name__} quantizes no weight of this model in {', '.join(schemes)}")
     choices: dict[tuple[str, ...], tuple[Choice, ...]] = {}
@@ -268,127 +288,10 @@ def search(
         if names:
             numel = math.prod(shapes[names[0]])
             weights += numel
-            choices[names] = _together([costs[name] for name in names], numel * sizes[names[0]], allow_float)
+            choices[names] = together([costs[name] for name in names], numel * sizes[names[0]], allow_float)
     bench = Bench(exported, kept, judged, quantizer, options or {})
     return Search(quantizer.__name__, schemes[0], choices, shapes, weights, bench)
 
 
-def _takes_schemes(quantizer: type) -> bool:
-    """Whether a Quantizer's class is told a scheme for each op, as those of torchquant are."""
-    parameters = inspect.signature(quantizer).parameters.values()
-    return any(p.name == "overrides" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _check(exported: Any, quantizer: Any, schemes: Any, options: Mapping[str, Any]) -> None:
-    """Raise InputError for arguments of `search` that make no sense."""
-    if isinstance(schemes, str) or not schemes or not all(isinstance(s, str) for s in schemes):
-        raise InputError(f'schemes is a list of names, such as ["w8", "w4_g64"], not {schemes!r}')
-    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer) and _takes_schemes(quantizer)):
-        raise InputError(f"quantizer is a class of torchquant.quantizers, e.g. X86Quantizer, not {quantizer!r:.80}")
-    if not isinstance(exported, GraphModule) or is_prepared(exported):
-        raise InputError("search takes the float graph, from torchquant.export; it prepares it itself")
-    fixed = sorted({"scheme", "overrides"} & set(options))
-    if fixed:
-        raise InputError(f"options cannot hold {' and '.join(fixed)}: that is what is searched")
-
-
-def _add(
-    prepared: GraphModule,
-    measured: Mapping[str, float],
-    scheme: str,
-    costs: dict[str, dict[str, Choice]],
-    shared: dict[str, str],
-    shapes: dict[str, tuple[int, ...]],
-    sizes: dict[str, int],
-) -> None:
-    """Add what one scheme costs at each op that it quantizes, and which weight, of which shape and bytes, it reads."""
-    for name, (node, shape, source) in weighted_sites(prepared).items():
-        weight = weight_of(prepared, node)
-        shapes[name], sizes[name] = shape, source.meta["val"].element_size()
-        if weight is None or node.name not in measured:
-            continue
-        costs.setdefault(name, {})[scheme] = Choice(scheme, _bytes(prepared, node, shape), measured[node.name])
-        shared[name] = str(source.target if source.op == "get_attr" else source)
-
-
-def _bytes(prepared: GraphModule, node: Any, shape: tuple[int, ...]) -> int:
-    """Codes of as many bits as they need, a scale (16 bits for groups, else 32) and a zero point for each cell."""
-    grid = weight_grid(prepared, node)
-    bits = (grid.quant_max - grid.quant_min).bit_length()
-    cells = grid.scale.numel()
-    scale = 2 if grid.dialect == "block" else 4
-    return math.ceil(math.prod(shape) * bits / 8) + cells * (scale + (0 if grid.symmetric else 1))
-
-
-def _together(costs: Sequence[Mapping[str, Choice]], float_bytes: int, allow_float: bool) -> tuple[Choice, ...]:
-    """What several ops that read one weight may all get: they share its codes, and their errors add up."""
-    common = [scheme for scheme in costs[0] if all(scheme in cost for cost in costs)]
-    picks = [Choice(s, costs[0][s].size_bytes, sum(cost[s].noise for cost in costs)) for s in common]
-    if allow_float or not picks:
-        picks.append(Choice(None, float_bytes, 0.0))
-    return tuple(picks)
-
-
-def _parsed(budget: str | float, weights: int) -> int:
-    if isinstance(budget, Real) and not isinstance(budget, bool) and math.isfinite(budget) and budget > 0:
-        return int(budget)
-    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", budget) if isinstance(budget, str) else None
-    unit = "" if read is None else read[2].lower() or "b"
-    if read is None or unit not in (*_UNITS, "bpw"):
-        raise InputError(f'budget {budget!r} is no size: write "4.5bpw", "3MB", "500KiB", "2ms", or a number of bytes')
-    return int(float(read[1]) * (weights / 8 if unit == "bpw" else _UNITS[unit]))
-
-
-def _size(choice: Choice) -> float:
-    return float(choice.size_bytes)
-
-
-def _time(choice: Choice) -> float:
-    return choice.ms
-
-
-def _milliseconds(budget: str | float) -> float | None:
-    """A budget of time; None if it is one of bytes."""
-    read = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*ms\s*", budget.lower()) if isinstance(budget, str) else None
-    return None if read is None else float(read[1])
-
-
-def _solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice]:
-    """One choice each, with the least noise in all, of at most so many bytes or milliseconds.
-
-    Where the solver went beyond the limit, within its tolerance, it gets one that is lower by as much.
-    """
-    limit, smallest = most, [min(options, key=cost) for options in choices]
-    while (taken := sum(map(cost, picks := _nearly_solved(choices, limit, cost) or smallest))) > most:
-        if picks is smallest:
-            raise InputError(f"no plan fits into {most:,.6g}: the smallest takes {taken:,.6g}")
-        limit -= max(taken - most, 1e-9 * most)
-    return picks
-
-
-def _nearly_solved(choices: Sequence[Sequence[Choice]], most: float, cost: Cost) -> list[Choice] | None:
-    """What the solver finds; None where it finds nothing."""
-    try:
-        optimize: Any = import_module("scipy.optimize")
-        numpy: Any = import_module("numpy")
-    except ImportError as error:
-        raise MissingDependencyError("a plan is found by SciPy: pip install 'torchquant[search]'") from error
-    flat = [(i, choice) for i, options in enumerate(choices) for choice in options]
-    noise = numpy.array([choice.noise for _, choice in flat])
-    sizes = numpy.array([cost(choice) for _, choice in flat])
-    one_each = numpy.zeros((len(choices), len(flat)))
-    one_each[[i for i, _ in flat], range(len(flat))] = 1
-    scale = max(float(noise.max()), 1e-30)
-    answer = optimize.milp(
-        noise / scale + 1e-12 * sizes / max(float(sizes.max()), 1e-30),  # of equal ones the smaller
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(_FINE * sizes[None, :] / max(most, 1e-9), -numpy.inf, _FINE * (1 + 1e-12)),
-        ],
-        integrality=numpy.ones(len(flat)),
-        bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6},
-    )
-    if answer.x is None:
-        return None
-    return [flat[k][1] for k in sorted(numpy.flatnonzero(answer.x > 0.5).tolist(), key=lambda k: flat[k][0])]
+def _rounded(db: float) -> float | None:
+    return round(db, 2) if math.isfinite(db) else None
