@@ -13,6 +13,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 import torchquant as tq
+from torchquant.backends import inductor_x86
 from torchquant.precision.plan import weighted_sites
 from torchquant.precision.search import Choice, Search
 from torchquant.quantizers import MixedPrecisionQuantizer, WeightOnlyQuantizer, X86Quantizer
@@ -398,6 +399,28 @@ def test_ops_and_the_rest_of_a_call_are_timed(deep) -> None:
     assert plan.about["expected_ms"] == pytest.approx(total + timed.fixed_ms, abs=1e-3)
     with pytest.raises(tq.InputError, match=r"too little: the fastest plan is expected to take"):
         deep.plan("0.0001ms")
+
+
+def test_times_of_ops_are_remembered_until_their_file_is_damaged(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TORCHQUANT_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(inductor_x86, "op_ms", lambda graph, _: calls.append(graph) or {"linear": 1.5, "linear_1": 2})
+
+    def times(batch):
+        found = tq.search(tq.export(Deep(), (batch,)), [(batch,)], X86Quantizer, ["w8", "w4_g64"])
+        assert found.bench is not None
+        return [found.bench.op_ms(found.uniform(scheme)) for scheme in ("w8", "w4_g64")]
+
+    first = times(torch.randn(1, 512))
+    assert len(calls) == 2
+    assert times(torch.randn(1, 512)) == first
+    assert len(calls) == 2, "the same graphs on the same machine"
+    times(torch.randn(3, 512))
+    assert len(calls) == 4, "other sizes are timed anew"
+    (tmp_path / "op-times.json").write_text('{"a": {"linear": "fast"}}')
+    with pytest.warns(tq.TorchquantWarning, match=r"op-times\.json"):
+        assert times(torch.randn(1, 512)) == first
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize(("limit", "floats", "eights"), [(3.11, 3, 0), (2.7, 2, 1), (1.61, 0, 3), (1.2, 0, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
@@ -17,10 +18,13 @@ from torchquant.calibration import batches as data
 from torchquant.calibration.calibrate import calibrate
 from torchquant.calibration.seen import data_used
 from torchquant.errors import InputError, SchemeError
+from torchquant.files.archive import versions
 from torchquant.fx import passes
 from torchquant.fx.reading import observers
 from torchquant.measure.metric import Metric, scored
 from torchquant.measure.verify import compare
+from torchquant.ops import builds
+from torchquant.ops.remembered import cpu_name, read_table, write_table
 from torchquant.precision.plan import Plan, weighted_sites
 
 __all__ = ["Bench"]
@@ -87,15 +91,31 @@ class Bench:
     def op_ms(self, plan: Plan | None) -> dict[str, float]:
         """Pattern of each weighted op -> milliseconds with a uniform plan, or in float.
 
+        Times are remembered in the cache folder by CPU, versions, threads, graph and sizes: delete `op-times.json`
+        there to measure them again.
+
         Raises:
             SchemeError: nothing here can time single ops for the target.
         """
         name = None if plan is None else str(plan.about["budget"])
         if name not in self._times:
             graph = self._exported if plan is None else self.converted(plan)  # their nodes have the same names
-            times = self._backend("op_ms")(graph, self._timed)
+            times = self._remembered(graph)
             self._times[name] = {pattern: times.get(node, math.nan) for pattern, node in self._names.items()}
         return self._times[name]
+
+    def _remembered(self, graph: GraphModule) -> dict[str, float]:
+        """Node -> milliseconds: what was measured of an equal graph on this machine, or now."""
+        measure, file = self._backend("op_ms"), builds.cache_folder() / "op-times.json"
+        sizes = [tuple(t.shape) for t in data.flatten(self._timed) if isinstance(t, torch.Tensor)]
+        shapes = {name: (tuple(t.shape), str(t.dtype)) for name, t in graph.state_dict().items()}
+        about = (self._quantizer.__name__, cpu_name(), versions(), str(graph.graph), sizes, sorted(shapes.items()))
+        key = hashlib.sha256(repr(about).encode()).hexdigest()
+        known = read_table(file, _is_times, "milliseconds by op")
+        if key not in known:
+            known[key] = measure(graph, self._timed)
+            write_table(file, known)
+        return {node: float(ms) for node, ms in known[key].items()}
 
     def program_ms(self, plan: Plan) -> float:
         """Median milliseconds of a call of the program that a plan's graph is lowered to."""
@@ -130,6 +150,11 @@ class Bench:
                 f"single ops cannot be timed for {target}: give the budget in bytes or bits a weight (4.5bpw, 3MB)"
             )
         return call
+
+
+def _is_times(value: object) -> bool:
+    numbers = value.values() if isinstance(value, dict) else [math.nan]
+    return all(isinstance(ms, (int, float)) and not isinstance(ms, bool) and 0 <= ms < math.inf for ms in numbers)
 
 
 def _names(graph: GraphModule) -> dict[str, str]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
-from torchquant.errors import ArtifactError
-from torchquant.files.whole import reading, warn_ignored, write_whole
 from torchquant.ops import builds
+from torchquant.ops.remembered import cpu_name, read_table, write_table
 from torchquant.ops.x86 import native
 from torchquant.ops.x86.plan import Step
 from torchquant.ops.x86.translation import Built
@@ -42,7 +38,7 @@ def tune(run: Callable[[], object], regions: Sequence[Built], sizes: str) -> Non
                     timings.setdefault(key, {}).setdefault(panel, 0.0)
                     timings[key][panel] += us
         known |= {key: _best(us) for key, us in timings.items()}
-        _write(known)
+        write_table(_file(), known)
     for region, row in zip(regions, keys, strict=True):
         for i, key in enumerate(row):
             if key:
@@ -73,20 +69,9 @@ def _key(step: Step, sizes: str) -> str:
     n, output = step.numbers, step.writes()[0]
     window = [n.get(k, 1) for k in ("kh", "kw", "sh", "sw", "dh", "dw")]
     stores = [v is not None for v in (step.out_byte, step.out_float, step.other)]
-    parts = [_cpu(), native.instruction_sets()[0], sizes, output.h, output.w, n["depth"], n["channels"]]
+    parts = [cpu_name(), native.instruction_sets()[0], sizes, output.h, output.w, n["depth"], n["channels"]]
     parts += [*window, *map(int, stores), n.get("before", ""), n.get("after", "")]
     return " ".join(str(p) for p in parts)
-
-
-@cache
-def _cpu() -> str:
-    """Name, family and model of the CPU, as Linux tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return "unknown"
-    fields = dict(part.split(":", 1) for part in (line.replace("\t", "") for line in lines) if ":" in part)
-    return ",".join(fields.get(k, "").strip() for k in ("model name", "cpu family", "model", "cache size"))
 
 
 def _file() -> Path:
@@ -94,27 +79,9 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, int]:
-    """The stored choices, key -> panel; those that the kernels do not know are left out, with a warning."""
-    file = _file()
-    if not file.exists():
-        return {}
-    try:
-        with reading(file, "a table of measurements"):
-            table = json.loads(file.read_text(encoding="utf-8"))
-    except ArtifactError as error:
-        warn_ignored(file, str(error.__cause__ or error))
-        return {}
-    known = {k: v for k, v in table.items() if type(v) is int and v in (0, *_PANELS)} if isinstance(table, dict) else {}
-    if known != table:
-        warn_ignored(file, f"it holds other panels than {(0, *_PANELS)}")
-    return known
+    """The stored choices, key -> panel."""
+    return read_table(_file(), _is_panel, f"panels {(0, *_PANELS)}")
 
 
-def _write(known: dict[str, int]) -> None:
-    """Remember for the next lowering; a folder that cannot be written costs only the time to measure again."""
-    try:
-        write_whole(
-            _file(), lambda part: part.write_text(json.dumps(known, indent=0, sort_keys=True), encoding="utf-8")
-        )
-    except ArtifactError:
-        logging.getLogger(__name__).info("the choices of %s could not be written", _file())
+def _is_panel(value: object) -> bool:
+    return type(value) is int and value in (0, *_PANELS)
