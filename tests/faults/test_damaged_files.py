@@ -201,7 +201,7 @@ def test_a_table_of_panels_keeps_what_is_right(tmp_path, monkeypatch):
     (tmp_path / "panels.json").write_text('{"a": 3, "b": 7, "c": 0}')
     monkeypatch.setattr(tuning, "_file", lambda: tmp_path / "panels.json")
     warn_ignored.cache_clear()
-    with pytest.warns(tq.TorchquantWarning, match="other panels"):
+    with pytest.warns(tq.TorchquantWarning, match="other values than panels"):
         assert tuning._read() == {"a": 3, "c": 0}
 
 

@@ -29,6 +29,7 @@ _EXTRAS = {
     "llm": "language models: checkpoints and GGUF files in and out",
     "search": "mixed precision: tq.search",
     "report": "the report as a page",
+    "docs": "these pages as a site: make docs",
     "harness": "lm-evaluation-harness on quantized models",
 }
 
