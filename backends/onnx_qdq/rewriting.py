@@ -1,0 +1,354 @@
+"""A converted graph of any Quantizer, in the ops of `dialect` and the forms that run in integers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchquant.backends.onnx_qdq.dialect import OPS
+from torchquant.backends.onnx_qdq.windows import absorb_pads, fold_clamps, pool_globally
+from torchquant.errors import LoweringError
+from torchquant.fx import ops, passes
+from torchquant.fx.reading import GraphReading, Quantized
+
+__all__ = ["rewrite"]
+
+aten = torch.ops.aten
+_BYTES = ((torch.uint8, 0, 255), (torch.int8, -128, 127))
+_CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.float8_e4m3fn)
+
+
+def rewrite(graph: GraphModule) -> None:
+    """Write the graph, in place, such that each node of it is one that ONNX has.
+
+    ReLUs and clamps that a quantize op implies go; zeros padded in front of an integer convolution become its own; a
+    linear with stored codes becomes MatMul with a weight [inputs, outputs] and Add; what quantizes by the tensor at run
+    time becomes DynamicQuantizeLinear, by the row arithmetic and MatMulInteger.
+
+    Raises:
+        LoweringError: something is quantized in a way that ONNX has no op for.
+    """
+    absorb_pads(graph, GraphReading(graph))
+    fold_clamps(graph, GraphReading(graph))
+    pool_globally(graph)
+    writer = _Writer(graph, GraphReading(graph))
+    for node in list(graph.graph.nodes):
+        if ops.op_name(node) == "linear":
+            writer.linear(node)
+        elif ops.op_name(node) == "embedding":
+            writer.embedding(node)
+    passes.finished(graph, 1)
+    for node in list(graph.graph.nodes):
+        if not node._erased and ops.is_dequantize(node):
+            writer.dequantize(node)
+    passes.finished(graph, 1)
+    for node in list(graph.graph.nodes):
+        if ops.is_quantize(node):
+            writer.quantize(node)
+    passes.finished(graph, 1)
+    passes.remove_dead_weights(graph)
+
+
+class _Writer:
+    """Puts ops of the dialect in the place of those of a converted graph."""
+
+    def __init__(self, graph: GraphModule, reading: GraphReading) -> None:
+        self.graph, self.reading = graph, reading
+        self._at = next(iter(graph.graph.nodes))
+        self._quantized: dict[Node, tuple[Node, Node, Node]] = {}  # quantize op -> codes, scale, zero point
+
+    # each kind of node ----------------------------------------------------------------------------------------
+
+    def linear(self, node: Node) -> None:
+        """MatMul with [inputs, outputs] codes; MatMulInteger where each row of the input has its scale."""
+        x, weight, bias = (ops.argument(node, i) for i in range(3))
+        stored = None if weight is None else self._stored(weight)
+        if x is None or weight is None or stored is None or stored.qparams.axis not in (None, 0):
+            return
+        self._at = node
+        rows = self.reading.op(x) if ops.is_dequantize(x) else None
+        if rows is not None and _by_row(rows) and _is_plain(stored, self._codes(stored)):
+            product = self._integer_product(node, rows, stored)
+        else:
+            product = self._call(aten.matmul.default, node, x, self._weight(stored, transposed=True))
+        self._replace(node, product if bias is None else self._biased(node, product, bias))
+
+    def _biased(self, node: Node, product: Node, bias: Node) -> Node:
+        """The product and a bias: of matrices as a difference, for ONNX Runtime makes MatMul and Add a Gemm, and has
+        no integer one with a float bias and a float output.
+        """
+        is_matrix = len(ops.shape_of(node) or ()) == 2 and not all(map(ops.is_quantize, node.users))
+        if not is_matrix or not ops.is_constant(bias):
+            return self._call(aten.add.Tensor, node, product, bias)
+        negated = self._constant(f"{node.name}_minus_bias", -ops.constant_value(self.graph, bias).detach())
+        return self._call(aten.sub.Tensor, node, product, negated)
+
+    def embedding(self, node: Node) -> None:
+        """Look up codes and scales, then decode the rows, where a row has a scale and codes are bytes."""
+        weight, indices = ops.argument(node, 0), ops.argument(node, 1)
+        stored = None if weight is None else self._stored(weight)
+        if stored is None or indices is None or "embedding_bag" in ops.overload_of(node) or _bits(stored):
+            return
+        codes, scale, zero_point = self._codes(stored), stored.qparams.scale, stored.qparams.zero_point
+        if scale is None or stored.qparams.axis != 0 or stored.qparams.group_size or codes.dtype.is_floating_point:
+            return
+        self._at = node
+        rows = [self._constant(f"{node.name}_codes", codes), self._constant(f"{node.name}_scale", _column(scale))]
+        values, factors = (self._call(aten.embedding.default, node, r, indices) for r in rows)
+        values = self._call(aten.to.dtype, node, values, torch.float32)
+        if zero_point is not None and bool(zero_point.any()):
+            zeros = self._constant(f"{node.name}_zero_point", _column(zero_point))
+            zeros = self._call(aten.embedding.default, node, zeros, indices)
+            values = self._call(aten.sub.Tensor, node, values, zeros)
+        self._replace(node, self._in_dtype(stored, node, self._call(aten.mul.Tensor, node, values, factors)))
+
+    def dequantize(self, node: Node) -> None:
+        quantized = self.reading.op(node)
+        if quantized is None:
+            raise _unknown(node)
+        self._at = node
+        if quantized.source is None:
+            codes = quantized.codes
+            if codes is None or not ops.is_constant(codes):
+                raise _unknown(node)
+            values = self._weight(quantized)
+        else:
+            codes, scale, zero_point = self._chain(node.args[0])  # type: ignore[arg-type]
+            values = self._values(node, codes, scale, zero_point, quantized)
+        self._replace(node, self._in_dtype(quantized, node, values))
+
+    def quantize(self, node: Node) -> None:
+        """A quantize op whose codes are read as they are."""
+        codes, _, _ = self._chain(node)
+        quantized = self.reading.op(node)
+        dtype = None if quantized is None else quantized.qparams.dtype
+        self._at = node
+        self._replace(node, self._call(aten.to.dtype, node, codes, dtype) if self._shifted(node) else codes)
+
+    # parts of them --------------------------------------------------------------------------------------------
+
+    def _chain(self, node: Node) -> tuple[Node, Node, Node]:
+        """Codes, scale and zero point of what a quantize op quantizes."""
+        if node not in self._quantized:
+            quantized = self.reading.op(node)
+            if quantized is None or quantized.source is None or quantized.qparams.dtype not in _CODES:
+                raise _unknown(node)
+            before, self._at = self._at, node
+            x, choice = self._float(node, node.args[0]), quantized.choice  # type: ignore[arg-type]
+            if quantized.qparams.dynamic:
+                if choice is None:
+                    raise _unknown(node)
+                is_bytes = choice.axis is None and not choice.symmetric and _grid(quantized) in _BYTES
+                self._quantized[node] = self._bytes(node, x) if is_bytes else self._counted(node, x, quantized)
+            else:
+                self._quantized[node] = self._static(node, x, quantized)
+            self._at = before
+        return self._quantized[node]
+
+    def _shifted(self, node: Node) -> bool:
+        """Whether the codes of a quantize op have become another dtype than it says."""
+        quantized = self.reading.op(node)
+        return quantized is not None and quantized.qparams.dynamic
+
+    def _static(self, node: Node, x: Node, quantized: Quantized) -> tuple[Node, Node, Node]:
+        q = quantized.qparams
+        if q.scale is None or q.group_size:
+            raise _unknown(node)
+        zeros = torch.zeros(q.scale.shape) if q.zero_point is None else q.zero_point
+        scale = self._constant(f"{node.name}_scale", q.scale.to(torch.float32))
+        zero_point = self._constant(f"{node.name}_zero_point", zeros.to(q.dtype))
+        codes = self._call(OPS.quantize.default, node, x, scale, zero_point, q.axis or 0)
+        if not q.dtype.is_floating_point and _grid(quantized)[1:] != _limits(q.dtype):
+            codes = self._call(aten.clamp.default, node, codes, int(q.quant_min), int(q.quant_max))
+        return codes, scale, zero_point
+
+    def _bytes(self, node: Node, x: Node) -> tuple[Node, Node, Node]:
+        """By the range of the tensor: signed codes and their zero point both move by 128, which changes no value."""
+        whole = self._call(OPS.dynamic_quantize.default, node, x)
+        codes, scale, zero_point = (self._call(operator.getitem, node, whole, i) for i in range(3))
+        return codes, scale, zero_point
+
+    def _counted(self, node: Node, x: Node, quantized: Quantized) -> tuple[Node, Node, Node]:
+        """By the range of the tensor or of each row, in arithmetic: float codes, as whole numbers."""
+        choice, q = quantized.choice, quantized.qparams
+        assert choice is not None
+        low, high = float(q.quant_min), float(q.quant_max)
+        if q.dtype.is_floating_point:
+            raise _unknown(node)
+        dims = [] if choice.axis is None else [choice.axis]
+        eps = torch.finfo(torch.float32).eps if choice.eps is None else choice.eps
+        call = self._call
+        if choice.symmetric:
+            reach = call(aten.amax.default, node, call(aten.abs.default, node, x), dims, bool(dims))
+            scale = call(aten.clamp.default, node, call(aten.div.Tensor, node, reach, (high - low) / 2), eps)
+            zero_point = self._constant(f"{node.name}_zero_point", torch.tensor(0.0 if low < 0 else 128.0))
+        else:
+            least = call(aten.clamp.default, node, call(aten.amin.default, node, x, dims, bool(dims)), None, 0.0)
+            most = call(aten.clamp.default, node, call(aten.amax.default, node, x, dims, bool(dims)), 0.0)
+            reach = call(aten.sub.Tensor, node, most, least)
+            scale = call(aten.clamp.default, node, call(aten.div.Tensor, node, reach, high - low), eps)
+            below = call(aten.round.default, node, call(aten.div.Tensor, node, least, scale))
+            zero_point = call(aten.rsub.Scalar, node, below, low)
+            zero_point = call(aten.clamp.default, node, zero_point, low, high)
+        codes = call(aten.round.default, node, call(aten.div.Tensor, node, x, scale))
+        codes = call(aten.clamp.default, node, call(aten.add.Tensor, node, codes, zero_point), low, high)
+        return codes, scale, zero_point
+
+    def _values(self, node: Node, codes: Node, scale: Node, zero_point: Node, quantized: Quantized) -> Node:
+        if codes.target is aten.clamp.default and quantized.qparams.dynamic:  # whole numbers in floats
+            return self._call(aten.mul.Tensor, node, self._call(aten.sub.Tensor, node, codes, zero_point), scale)
+        zeros = None if quantized.qparams.dtype.is_floating_point else zero_point
+        return self._call(OPS.dequantize.default, node, codes, scale, zeros, quantized.qparams.axis or 0, 0, 0)
+
+    def _integer_product(self, node: Node, rows: Quantized, stored: Quantized) -> Node:
+        """Rows by MatMulInteger: (codes - zero point) W = codes W - zero point * (sums of W's columns)."""
+        assert stored.qparams.scale is not None
+        codes, scale, zero_point = self._chain(rows.node.args[0])  # type: ignore[arg-type]
+        weight, call = self._codes(stored).T.contiguous(), self._call
+        shift = 0 if rows.qparams.quant_min >= 0 else 128
+        moved = call(aten.add.Tensor, node, codes, float(shift)) if shift else codes
+        moved = call(aten.to.dtype, node, moved, torch.uint8)
+        by = self._constant(f"{node.name}_codes", weight)
+        zero = self._constant(f"{node.name}_shift", torch.tensor(shift, dtype=torch.uint8))
+        sums = call(aten.to.dtype, node, call(OPS.matmul_integer.default, node, moved, by, zero), torch.float32)
+        if rows.choice is None or not rows.choice.symmetric or rows.qparams.quant_min >= 0:
+            columns = self._constant(f"{node.name}_sums", weight.sum(0, dtype=torch.int32).to(torch.float32))
+            sums = call(aten.sub.Tensor, node, sums, call(aten.mul.Tensor, node, zero_point, columns))
+        factors = self._constant(f"{node.name}_scale", stored.qparams.scale.to(torch.float32))
+        return call(aten.mul.Tensor, node, sums, call(aten.mul.Tensor, node, scale, factors))
+
+    def _weight(self, stored: Quantized, *, transposed: bool = False) -> Node:
+        """DequantizeLinear of stored codes; `transposed` those of a linear, as (inputs, outputs)."""
+        q, node = stored.qparams, stored.node
+        codes, scale = self._codes(stored), q.scale
+        if scale is None or q.format or codes.dtype not in _CODES or not stored.integer_zero_point:
+            raise _unknown(node)
+        zeros = torch.zeros(scale.shape, dtype=torch.int32) if q.zero_point is None else q.zero_point
+        axis, block = q.axis or 0, q.group_size or 0
+        if block:
+            scale, zeros, axis = _by_groups(scale, codes), _by_groups(zeros, codes), 1
+        if transposed:
+            codes, axis = codes.T.contiguous(), 1 - axis
+            scale, zeros = (v.T.contiguous() if v.ndim > 1 else v for v in (scale, zeros))
+        bits = _bits(stored) if _holds(zeros, stored) else 0
+        is_float = codes.dtype.is_floating_point
+        if not is_float and not _fits(zeros, codes.dtype):
+            raise _unknown(node)
+        args = (
+            self._constant(f"{node.name}_codes", codes),
+            self._constant(f"{node.name}_scale", scale.to(torch.float32)),
+            None
+            if is_float or _needless(zeros, block)
+            else self._constant(f"{node.name}_zero_point", zeros.to(codes.dtype)),
+        )
+        values = self._call(OPS.dequantize.default, node, *args, axis, block, bits)
+        return self._in_dtype(stored, node, values) if transposed else values
+
+    # small things ---------------------------------------------------------------------------------------------
+
+    def _stored(self, node: Node) -> Quantized | None:
+        quantized = self.reading.op(node) if ops.is_dequantize(node) else None
+        known = quantized is not None and quantized.codes is not None and ops.is_constant(quantized.codes)
+        return quantized if known else None
+
+    def _codes(self, stored: Quantized) -> torch.Tensor:
+        assert stored.codes is not None
+        return ops.constant_value(self.graph, stored.codes).detach()
+
+    def _float(self, node: Node, x: Node) -> Node:
+        value = x.meta.get("val")
+        is_other = isinstance(value, torch.Tensor) and value.dtype != torch.float32
+        return self._call(aten.to.dtype, node, x, torch.float32) if is_other else x
+
+    def _in_dtype(self, quantized: Quantized, node: Node, values: Node) -> Node:
+        dtype = quantized.output_dtype
+        return values if dtype in (None, torch.float32) else self._call(aten.to.dtype, node, values, dtype)
+
+    def _constant(self, name: str, value: torch.Tensor) -> Node:
+        with self.graph.graph.inserting_before(self._at):
+            return passes.add_buffer(self.graph, name, value.contiguous())
+
+    def _call(self, target: Any, like: Node, *args: Any) -> Node:
+        with self.graph.graph.inserting_before(self._at):
+            node = self.graph.graph.call_function(target, args)
+        node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
+        return node
+
+    def _replace(self, node: Node, by: Node) -> None:
+        if "val" in node.meta:
+            by.meta.setdefault("val", node.meta["val"])
+        node.replace_all_uses_with(by)
+        self.graph.graph.erase_node(node)
+
+
+# questions ----------------------------------------------------------------------------------------------------------
+
+
+def _unknown(node: Node) -> LoweringError:
+    return LoweringError(
+        f"onnx_qdq: {ops.qdq_name(node)} {node.name} quantizes in a way that ONNX has no op for. Exclude it, "
+        " or name that in allow_float=[...] to have it decoded."
+    )
+
+
+def _grid(quantized: Quantized) -> tuple[Any, Any, Any]:
+    q = quantized.qparams
+    return q.dtype, q.quant_min, q.quant_max
+
+
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+def _by_row(rows: Quantized) -> bool:
+    choice = rows.choice
+    bytes_wide = not rows.qparams.dtype.is_floating_point and rows.qparams.quant_max - rows.qparams.quant_min <= 255
+    return choice is not None and not (choice.axis is None and not choice.symmetric) and bytes_wide
+
+
+def _is_plain(stored: Quantized, codes: torch.Tensor) -> bool:
+    """Whether a weight is one byte a code, a scale an output or one for all, and no zero points."""
+    q = stored.qparams
+    zeros = q.zero_point is None or not bool(q.zero_point.any())
+    return codes.dtype == torch.int8 and not _bits(stored) and not q.group_size and not q.format and zeros
+
+
+def _bits(stored: Quantized) -> int:
+    """4 or 2 where a code takes no more, else 0: codes stay bytes."""
+    q = stored.qparams
+    if q.dtype.is_floating_point or q.quant_min is None or q.quant_max is None:
+        return 0
+    for bits in (2, 4):
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if q.dtype == torch.int8 else (0, (1 << bits) - 1)
+        if low <= q.quant_min and q.quant_max <= high:
+            return bits
+    return 0
+
+
+def _holds(zeros: torch.Tensor, stored: Quantized) -> bool:
+    """Whether the zero points are codes too."""
+    bits = _bits(stored)
+    low = -(1 << bits - 1) if bits and stored.qparams.dtype == torch.int8 else 0
+    return not bits or (low <= int(zeros.min()) and int(zeros.max()) < low + (1 << bits))
+
+
+def _fits(zeros: torch.Tensor, dtype: torch.dtype) -> bool:
+    low, high = _limits(dtype)
+    return low <= int(zeros.min()) and int(zeros.max()) <= high
+
+
+def _needless(zeros: torch.Tensor, block: int) -> bool:
+    """Of groups, zero points that are all 0 take room; of channels ONNX Runtime asks for them."""
+    return bool(block) and not bool(zeros.any())
+
+
+def _by_groups(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return values.reshape(codes.shape[0], -1)
+
+
+def _column(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32).reshape(-1, 1)
