@@ -70,7 +70,7 @@ def _why(site: Site, nodes: Sequence[Any]) -> str:
     if site.op.startswith("conv_transpose"):
         return "ONNX Runtime has no integer transposed convolution on CPUs"
     if site.op == "embedding":
-        return "ONNX Runtime decodes the whole table in each call"
+        return "the whole table is decoded in each call"
     if site.activation is None and site.op.startswith("conv"):
         return "ONNX Runtime has no convolution with codes as weights alone: it decodes them"
     if site.activation is not None and site.activation.dtype.is_floating_point:
@@ -79,4 +79,4 @@ def _why(site: Site, nodes: Sequence[Any]) -> str:
         return "its output is not quantized, and ONNX Runtime's integer convolution returns codes"
     if not nodes:
         return "ONNX Runtime computed it in advance, or with its neighbours in one float kernel"
-    return f"ONNX Runtime keeps it as {', '.join(sorted(kinds))}"
+    return f"ONNX Runtime runs it as {', '.join(sorted(kinds))}, in float: a weight that several ops read, or odd sizes"

@@ -59,6 +59,8 @@ class _Writer:
         self.graph, self.reading = graph, reading
         self._at = next(iter(graph.graph.nodes))
         self._quantized: dict[Node, tuple[Node, Node, Node]] = {}  # quantize op -> codes, scale, zero point
+        # ONNX Runtime makes some signed codes unsigned on x86, and then has no kernel that takes both
+        self._unsigned = any(_has_zero_point(reading.op(n)) for n in graph.graph.nodes if ops.is_quantize(n))
 
     # each kind of node ----------------------------------------------------------------------------------------
 
@@ -77,33 +79,63 @@ class _Writer:
         self._replace(node, product if bias is None else self._biased(node, product, bias))
 
     def _biased(self, node: Node, product: Node, bias: Node) -> Node:
-        """The product and a bias: of matrices as a difference, for ONNX Runtime makes MatMul and Add a Gemm, and has
-        no integer one with a float bias and a float output.
+        """The product and a bias; as a difference where ONNX Runtime would make a Gemm of MatMul and Add.
+
+        It does so with matrices and with sizes that it knows, and has no integer Gemm from a float bias to floats.
         """
-        is_matrix = len(ops.shape_of(node) or ()) == 2 and not all(map(ops.is_quantize, node.users))
-        if not is_matrix or not ops.is_constant(bias):
+        shape = ops.shape_of(node) or ()
+        becomes_gemm = len(shape) == 2 or all(isinstance(size, int) for size in shape)
+        if not becomes_gemm or all(map(ops.is_quantize, node.users)) or not ops.is_constant(bias):
             return self._call(aten.add.Tensor, node, product, bias)
         negated = self._constant(f"{node.name}_minus_bias", -ops.constant_value(self.graph, bias).detach())
         return self._call(aten.sub.Tensor, node, product, negated)
 
     def embedding(self, node: Node) -> None:
-        """Look up codes and scales, then decode the rows, where a row has a scale and codes are bytes."""
+        """Look up the codes of rows and their scales, then decode them: the table itself is never decoded."""
         weight, indices = ops.argument(node, 0), ops.argument(node, 1)
         stored = None if weight is None else self._stored(weight)
-        if stored is None or indices is None or "embedding_bag" in ops.overload_of(node) or _bits(stored):
+        if stored is None or indices is None or "embedding_bag" in ops.overload_of(node):
             return
-        codes, scale, zero_point = self._codes(stored), stored.qparams.scale, stored.qparams.zero_point
-        if scale is None or stored.qparams.axis != 0 or stored.qparams.group_size or codes.dtype.is_floating_point:
+        codes, q = self._codes(stored), stored.qparams
+        if q.scale is None or not (q.axis == 0 or q.group_size) or q.format or codes.dtype.is_floating_point:
             return
         self._at = node
-        rows = [self._constant(f"{node.name}_codes", codes), self._constant(f"{node.name}_scale", _column(scale))]
-        values, factors = (self._call(aten.embedding.default, node, r, indices) for r in rows)
-        values = self._call(aten.to.dtype, node, values, torch.float32)
-        if zero_point is not None and bool(zero_point.any()):
-            zeros = self._constant(f"{node.name}_zero_point", _column(zero_point))
-            zeros = self._call(aten.embedding.default, node, zeros, indices)
-            values = self._call(aten.sub.Tensor, node, values, zeros)
-        self._replace(node, self._in_dtype(stored, node, self._call(aten.mul.Tensor, node, values, factors)))
+        values = self._looked_up_codes(node, codes, _bits(stored), indices)
+        groups = codes.shape[1] // (q.group_size or codes.shape[1])
+        values = self._call(aten.unflatten.int, node, values, -1, [groups, codes.shape[1] // groups])
+        if q.zero_point is not None and bool(q.zero_point.any()):
+            values = self._call(
+                aten.sub.Tensor, node, values, self._looked_up(node, "zero_point", q.zero_point, indices)
+            )
+        values = self._call(aten.mul.Tensor, node, values, self._looked_up(node, "scale", q.scale, indices))
+        values = self._call(aten.flatten.using_ints, node, values, -2, -1)
+        self._replace(node, self._in_dtype(stored, node, values))
+
+    def _looked_up_codes(self, node: Node, codes: torch.Tensor, bits: int, indices: Node) -> Node:
+        """Rows of codes as floats; those of few bits lie in bytes, for ONNX Runtime looks up nothing smaller."""
+        each = 8 // bits if bits else 1
+        if each == 1 or codes.shape[1] % each:
+            rows = self._call(aten.embedding.default, node, self._constant(f"{node.name}_codes", codes), indices)
+            return self._call(aten.to.dtype, node, rows, torch.float32)
+        low = int(codes.min())
+        low = -(1 << bits - 1) if low < 0 else 0
+        digits = (codes.to(torch.int16) - low).unflatten(1, (-1, each))
+        packed = sum(digits[..., i] << (bits * i) for i in range(each)).to(torch.uint8)
+        rows = self._call(aten.embedding.default, node, self._constant(f"{node.name}_codes", packed), indices)
+        rest, parts = self._call(aten.to.dtype, node, rows, torch.float32), []
+        for _ in range(each - 1):
+            higher = self._call(aten.floor.default, node, self._call(aten.div.Tensor, node, rest, float(1 << bits)))
+            parts.append(self._call(aten.sub.Tensor, node, rest, self._call(aten.mul.Tensor, node, higher, 1 << bits)))
+            rest = higher
+        whole = self._call(
+            aten.flatten.using_ints, node, self._call(aten.stack.default, node, [*parts, rest], -1), -2, -1
+        )
+        return self._call(aten.add.Tensor, node, whole, float(low)) if low else whole
+
+    def _looked_up(self, node: Node, name: str, values: torch.Tensor, indices: Node) -> Node:
+        """What each group of a row has, as (..., groups, 1)."""
+        table = self._constant(f"{node.name}_{name}", values.to(torch.float32).reshape(values.shape[0], -1))
+        return self._call(aten.unsqueeze.default, node, self._call(aten.embedding.default, node, table, indices), -1)
 
     def dequantize(self, node: Node) -> None:
         quantized = self.reading.op(node)
@@ -158,11 +190,13 @@ class _Writer:
         if q.scale is None or q.group_size:
             raise _unknown(node)
         zeros = torch.zeros(q.scale.shape) if q.zero_point is None else q.zero_point
+        shift = 128 if self._unsigned and q.dtype == torch.int8 and all(map(ops.is_dequantize, node.users)) else 0
+        dtype = torch.uint8 if shift else q.dtype
         scale = self._constant(f"{node.name}_scale", q.scale.to(torch.float32))
-        zero_point = self._constant(f"{node.name}_zero_point", zeros.to(q.dtype))
+        zero_point = self._constant(f"{node.name}_zero_point", (zeros + shift).to(dtype))
         codes = self._call(OPS.quantize.default, node, x, scale, zero_point, q.axis or 0)
-        if not q.dtype.is_floating_point and _grid(quantized)[1:] != _limits(q.dtype):
-            codes = self._call(aten.clamp.default, node, codes, int(q.quant_min), int(q.quant_max))
+        if not dtype.is_floating_point and _grid(quantized)[1:] != _limits(q.dtype):
+            codes = self._call(aten.clamp.default, node, codes, int(q.quant_min) + shift, int(q.quant_max) + shift)
         return codes, scale, zero_point
 
     def _bytes(self, node: Node, x: Node) -> tuple[Node, Node, Node]:
@@ -290,7 +324,7 @@ class _Writer:
 def _unknown(node: Node) -> LoweringError:
     return LoweringError(
         f"onnx_qdq: {ops.qdq_name(node)} {node.name} quantizes in a way that ONNX has no op for. Exclude it, "
-        " or name that in allow_float=[...] to have it decoded."
+        "or name that in allow_float=[...] to have it decoded."
     )
 
 
@@ -302,6 +336,11 @@ def _grid(quantized: Quantized) -> tuple[Any, Any, Any]:
 def _limits(dtype: torch.dtype) -> tuple[int, int]:
     info = torch.iinfo(dtype)
     return info.min, info.max
+
+
+def _has_zero_point(quantized: Quantized | None) -> bool:
+    zeros = None if quantized is None else quantized.qparams.zero_point
+    return zeros is not None and bool(zeros.any())
 
 
 def _by_row(rows: Quantized) -> bool:
@@ -348,7 +387,3 @@ def _needless(zeros: torch.Tensor, block: int) -> bool:
 
 def _by_groups(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return values.reshape(codes.shape[0], -1)
-
-
-def _column(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.float32).reshape(-1, 1)
