@@ -17,7 +17,7 @@ import qat_tables
 import records
 import study_tables
 
-from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86, onnx_qdq
 from torchquant.files.whole import write_whole
 from torchquant.lowering.target import brief
 from torchquant.types import Capability
@@ -38,6 +38,7 @@ TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
     "NVIDIA GPUs (Inductor)": inductor_cuda.CAPABILITIES,
     "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES,
+    "ONNX Runtime (CPU)": onnx_qdq.CAPABILITIES,
 }
 Row = dict[str, Any]
 

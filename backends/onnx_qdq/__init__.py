@@ -6,13 +6,14 @@ What writes them is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchquant.backends.onnx_qdq import tensorrt
 from torchquant.backends.onnx_qdq.capabilities import CAPABILITIES, SCHEMES, TARGET
 from torchquant.backends.onnx_qdq.program import OnnxProgram, load
 
 if TYPE_CHECKING:
     from torchquant.backends.onnx_qdq.lowering import lower
 
-__all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "OnnxProgram", "load", "lower"]
+__all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "OnnxProgram", "load", "lower", "tensorrt"]
 
 
 def __getattr__(name: str) -> Any:

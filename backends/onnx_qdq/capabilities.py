@@ -65,12 +65,11 @@ def _two_tensors(node: Node, scheme: str) -> str | None:
 def is_global_pool(node: Node) -> bool:
     """Whether an op averages each channel of images (n, c, h, w) to one pixel."""
     name, arguments, rank = ops.op_name(node), ops.arguments(node), len(ops.shape_of(node) or ())
-    if rank != 4 or arguments.get("dtype") is not None:
-        return False
     if name == "adaptive_avg_pool2d":
-        return list(arguments["output_size"]) == [1, 1]
-    dims = arguments.get("dim") or ()
-    return name == "mean" and bool(arguments.get("keepdim")) and sorted(d % 4 for d in dims) == [2, 3]
+        return rank == 4 and list(arguments["output_size"]) == [1, 1]
+    if name != "mean" or arguments.get("dtype") is not None or rank != (4 if arguments.get("keepdim") else 2):
+        return False
+    return sorted(d % 4 for d in arguments.get("dim") or ()) == [2, 3]
 
 
 def _pooled(node: Node, scheme: str) -> str | None:

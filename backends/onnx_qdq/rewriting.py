@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.onnx_qdq.dialect import OPS
-from torchquant.backends.onnx_qdq.windows import absorb_pads, fold_clamps, pool_globally
+from torchquant.backends.onnx_qdq.windows import absorb_pads, fold_clamps, pool_globally, shield_clamps
 from torchquant.errors import LoweringError
 from torchquant.fx import ops, passes
 from torchquant.fx.reading import GraphReading, Quantized
@@ -33,6 +33,7 @@ def rewrite(graph: GraphModule) -> None:
     """
     absorb_pads(graph, GraphReading(graph))
     fold_clamps(graph, GraphReading(graph))
+    shield_clamps(graph, GraphReading(graph))
     pool_globally(graph)
     writer = _Writer(graph, GraphReading(graph))
     for node in list(graph.graph.nodes):
@@ -227,7 +228,8 @@ class _Writer:
             below = call(aten.round.default, node, call(aten.div.Tensor, node, least, scale))
             zero_point = call(aten.rsub.Scalar, node, below, low)
             zero_point = call(aten.clamp.default, node, zero_point, low, high)
-        codes = call(aten.round.default, node, call(aten.div.Tensor, node, x, scale))
+        inverse = call(aten.reciprocal.default, node, scale)  # as the quantize ops do
+        codes = call(aten.round.default, node, call(aten.mul.Tensor, node, x, inverse))
         codes = call(aten.clamp.default, node, call(aten.add.Tensor, node, codes, zero_point), low, high)
         return codes, scale, zero_point
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.onnx_qdq.capabilities import is_global_pool
@@ -10,8 +11,9 @@ from torchquant.fx import ops, passes
 from torchquant.fx.reading import GraphReading, stored_shape
 from torchquant.fx.windows import is_spatial_pad, window_of
 
-__all__ = ["absorb_pads", "fold_clamps", "pool_globally"]
+__all__ = ["absorb_pads", "fold_clamps", "pool_globally", "shield_clamps"]
 
+aten = torch.ops.aten
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
@@ -24,6 +26,29 @@ def fold_clamps(graph: GraphModule, reading: GraphReading) -> int:
             node.replace_all_uses_with(node.args[0])
             done += 1
     return passes.finished(graph, done)
+
+
+def shield_clamps(graph: GraphModule, reading: GraphReading) -> int:
+    """Write a ReLU in front of float8 codes as a maximum: ONNX Runtime drops ReLUs in front of zero points of 0."""
+    done = 0
+    for node in [n for n in graph.graph.nodes if ops.op_name(n) in ("relu", "hardtanh")]:
+        limits = _limits(node)
+        if limits is None or not any(_is_float8(reading, user) for user in node.users):
+            continue
+        value = node.args[0]
+        with graph.graph.inserting_before(node):
+            for op, limit in zip((aten.maximum.default, aten.minimum.default), limits, strict=True):
+                if limit is not None:
+                    bound = passes.add_buffer(graph, f"{node.name}_bound", torch.tensor(float(limit)))
+                    value = graph.graph.call_function(op, (value, bound))
+        node.replace_all_uses_with(value)
+        done += 1
+    return passes.finished(graph, done)
+
+
+def _is_float8(reading: GraphReading, user: Node) -> bool:
+    quantized = reading.op(user) if ops.is_quantize(user) else None
+    return quantized is not None and quantized.qparams.dtype.is_floating_point
 
 
 def _limits(node: Node) -> tuple[float | None, float | None] | None:
@@ -118,6 +143,8 @@ def pool_globally(graph: GraphModule) -> int:
     """Means over whole images as the op that runtimes know an integer kernel of."""
 
     def rewritten(_: GraphModule, node: Node) -> Node:
-        return graph.graph.call_function(OPS.global_average_pool.default, (node.args[0],))
+        pooled = graph.graph.call_function(OPS.global_average_pool.default, (node.args[0],))
+        flat = len(ops.shape_of(node) or ()) == 2
+        return graph.graph.call_function(aten.flatten.using_ints, (pooled, 1)) if flat else pooled
 
     return passes.replace_each(graph, is_global_pool, rewritten)
