@@ -1,4 +1,4 @@
-"""OnnxQuantizer: what ONNX Runtime, and in schemes of its own TensorRT, runs quantized."""
+"""OnnxQuantizer and OpenvinoQuantizer: what ONNX Runtime, TensorRT (schemes of its own) and OpenVINO run quantized."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.onnx_qdq.capabilities import REDUCED, TARGET, TENSORRT
+from torchquant.backends.openvino import capabilities as openvino
 from torchquant.errors import SchemeError
 from torchquant.fx import ops
 from torchquant.quantizers.engine import CapabilityQuantizer
 from torchquant.types import Capability, Scheme
 
-__all__ = ["OnnxQuantizer"]
+__all__ = ["OnnxQuantizer", "OpenvinoQuantizer"]
 
 _AUTO = "auto"
 
@@ -50,7 +51,7 @@ class OnnxQuantizer(CapabilityQuantizer):
             wanted = self.scheme if self.scheme.endswith(REDUCED) else f"{self.scheme}{REDUCED}"
             if wanted not in self.schemes:
                 raise SchemeError(
-                    f"{self.target} has no {wanted}; reduced_range goes with auto, static_int8 and dynamic_int8"
+                    f"{self.target} has no {wanted}; reduced_range goes with static_int8, dynamic_int8 and auto"
                 )
             self.scheme = wanted
 
@@ -68,3 +69,20 @@ class OnnxQuantizer(CapabilityQuantizer):
         """For TensorRT nothing behind an op: it wants codes at inputs alone."""
         own = replace(row, observe_output=row.observe_output and scheme not in TENSORRT)
         super()._observe(node, own, scheme, why, excluded)
+
+
+class OpenvinoQuantizer(OnnxQuantizer):
+    """Annotates for `torchquant.backends.openvino`.
+
+    Schemes: `static_int8` (the default), `static_int8_reduced_range` or `reduced_range=True` for x86 CPUs without VNNI,
+    and weights alone, `w{8,4}[_symmetric][_g{128,64,32,16}]`; see `OnnxQuantizer`.
+    """
+
+    target = openvino.TARGET
+    capabilities: ClassVar[tuple[Capability, ...]] = openvino.CAPABILITIES
+    schemes: ClassVar[Mapping[str, Scheme]] = openvino.SCHEMES
+    default_scheme = "static_int8"
+
+    def __init__(self, scheme: str | None = None, **options: Any) -> None:
+        """As `OnnxQuantizer`."""
+        super().__init__(scheme, **options)

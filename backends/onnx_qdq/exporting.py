@@ -37,10 +37,12 @@ class Exported:
     Args:
         model: an `onnx.ModelProto`, whose products bear the names of their sites.
         opset: of the operators' own domain.
+        sites: name of a node or of its result -> the site that it was written for.
     """
 
     model: Any
     opset: int
+    sites: Mapping[str, str]
 
 
 def to_onnx(graph: GraphModule, tensors: Sequence[torch.Tensor]) -> Exported:
@@ -75,8 +77,7 @@ def to_onnx(graph: GraphModule, tensors: Sequence[torch.Tensor]) -> Exported:
     except Exception as error:
         raise LoweringError(f"onnx_qdq: torch cannot write the graph as ONNX: {_causes(error)}") from error
     sources = {n.name: n for n in program.exported_program.graph.nodes}
-    _finish(packages.onnx, model, sources, opset)
-    return Exported(model, opset)
+    return Exported(model, opset, _finish(packages.onnx, model, sources, opset))
 
 
 def _opset_for(graph: GraphModule) -> int:
@@ -125,8 +126,10 @@ def _causes(error: BaseException) -> str:
 # what is done to the model ------------------------------------------------------------------------------------------
 
 
-def _finish(onnx: Any, model: Any, sources: Mapping[str, Node], opset: int) -> None:
-    """Names, types of few bits and versions; without stack traces."""
+def _finish(onnx: Any, model: Any, sources: Mapping[str, Node], opset: int) -> dict[str, str]:
+    """Names, types of few bits and versions; without stack traces. Returns what was written for which site."""
+    written: dict[str, str] = {}
+    results: dict[str, str] = {}
     narrow = _Narrow(onnx, model)
     taken: dict[str, int] = {}
     for node in model.graph.node:
@@ -135,9 +138,12 @@ def _finish(onnx: Any, model: Any, sources: Mapping[str, Node], opset: int) -> N
             narrow.read_by(node, int(source.args[5]))  # type: ignore[arg-type]
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             _strip_attributes(node, opset)
-        if node.op_type in _PRODUCTS and source is not None and (site := marked(source)):
-            number = taken[site] = taken.get(site, 0) + 1
-            node.name = site if number == 1 else f"{site}.{number}"
+        if site := "" if source is None else marked(source):
+            if node.op_type in _PRODUCTS:
+                number = taken[site] = taken.get(site, 0) + 1
+                node.name = site if number == 1 else f"{site}.{number}"
+            results |= dict.fromkeys(node.output, site)
+            written[node.name] = site
         del node.metadata_props[:]
         node.doc_string = ""
     narrow.drop_unread()
@@ -152,6 +158,7 @@ def _finish(onnx: Any, model: Any, sources: Mapping[str, Node], opset: int) -> N
     for entry in [o for o in model.opset_import if o.domain]:
         if not any(n.domain == entry.domain for n in model.graph.node):
             model.opset_import.remove(entry)
+    return {**results, **written}  # where a node has the name of another's result, OpenVINO means the node
 
 
 def _scope_of(node: Any) -> str:

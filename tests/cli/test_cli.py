@@ -342,7 +342,7 @@ _ENTRY = (
 
 
 def test_the_command_lists_the_targets_and_algorithms_that_there_are():
-    assert set(cli.TARGETS) == {"inductor_x86", "executorch_xnnpack", "inductor_cuda", "onnx_qdq"}
+    assert set(cli.TARGETS) == {"inductor_x86", "executorch_xnnpack", "inductor_cuda", "onnx_qdq", "openvino"}
     assert set(cli.ALGORITHMS) == set(commands.ALGORITHMS)
 
 
