@@ -10,13 +10,14 @@ from typing import Any
 
 from torchquant.types import Site
 
-__all__ = ["Kernels", "read_kernels"]
+__all__ = ["Kernels", "read_kernels", "site_name"]
 
 INTEGER = (
     *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
     *("QGemm", "MatMulNBits", "GatherBlockQuantized"),
 )
 _FLOAT = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "NhwcFusedConv")
+_BYTES = (2, 3)  # uint8 and int8 among the types of ONNX
 _ENDINGS = re.compile(r"(_token_\d+|/MatMulAddFusion|_nhwc|\.\d+)+$")  # what the runtime, and we, put behind a name
 
 
@@ -44,11 +45,11 @@ def read_kernels(optimized: Any, wanted: Sequence[Site]) -> Kernels:
     """
     made: dict[str, list[Any]] = {}
     for node in optimized.graph.node:
-        made.setdefault(_ENDINGS.sub("", node.name.removeprefix("fused ")), []).append(node)
+        made.setdefault(site_name(node.name), []).append(node)
     counts: Counter[str] = Counter()
     for nodes in made.values():
         counts.update(n.op_type for n in nodes if n.op_type in INTEGER)
-    codes = {i.name for i in optimized.graph.initializer if i.data_type in _byte_types(optimized)}
+    codes = {i.name for i in optimized.graph.initializer if i.data_type in _BYTES}
     integer = {s.node for s in wanted if any(_is_integer(n, codes) for n in made.get(s.node, ()))}
     lookups = sum(n.op_type == "Gather" for s in wanted for n in made.get(s.node, ()) if s.node in integer)
     found = {**counts, **({"Gather of codes": lookups} if lookups else {})}
@@ -56,8 +57,9 @@ def read_kernels(optimized: Any, wanted: Sequence[Site]) -> Kernels:
     return Kernels(found, frozenset(integer), why)
 
 
-def _byte_types(model: Any) -> tuple[int, ...]:
-    return (2, 3)  # TensorProto.UINT8 and INT8
+def site_name(node: str) -> str:
+    """The site of a node, by the name that it was written with and the runtime has changed."""
+    return _ENDINGS.sub("", node.removeprefix("fused "))
 
 
 def _is_integer(node: Any, codes: set[str]) -> bool:

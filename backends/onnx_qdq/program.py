@@ -20,11 +20,14 @@ from torchquant.artifacts.program import Metadata, Program, State, read_metadata
 from torchquant.backends.onnx_qdq.capabilities import TARGET
 from torchquant.backends.onnx_qdq.packages import runtime_package
 from torchquant.backends.onnx_qdq.sessions import Session
+from torchquant.backends.onnx_qdq.traces import traced_model
+from torchquant.calibration import batches as data
 from torchquant.errors import ArtifactError, LoweringError
 from torchquant.files import archive
 from torchquant.files.owned import OwnFolder
 from torchquant.files.whole import digest, reading, write_whole
 from torchquant.fx.signature import InputSpec, Signature
+from torchquant.measure.traced import Traced
 from torchquant.surroundings import own_modes
 
 __all__ = ["OnnxProgram", "Stored", "load", "with_metadata"]
@@ -111,6 +114,13 @@ class OnnxProgram(Program):
         values = session(*tensors, *self._state.values.values())
         with torch.no_grad():
             return self._finish(self._about, tensors, values)
+
+    def trace(self, inputs: Any) -> Traced:
+        """The operators of a call as ONNX Runtime runs them."""
+        args, kwargs = data.split(inputs)
+        tensors = self._about.signature.tensors_of(args, kwargs, "cpu")
+        sites = [site.node for site in self.sites]
+        return traced_model(self._stored.loadable(), [*tensors, *self._state.initial.values()], sites)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the `.onnx` file, and beside it `NAME.data` where the weights take more than 2 GB."""

@@ -367,6 +367,15 @@ def test_a_wrong_translation_is_refused(residual, monkeypatch):
         onnx_qdq.lower(residual[1], residual[0], progress=False)
 
 
+def test_a_profile_names_the_operators_and_the_sites_that_they_compute(residual):
+    batch, graph, program = residual
+    profile = tq.profile(program, batch, graph=graph)
+    parts = {site: part.name for part in profile.trace.parts for site in part.sites}
+    assert parts["conv2d"] == "QLinearConv"
+    assert parts["linear"] == "MatMulIntegerToFloat"
+    assert 0 < profile.trace.parts_ms <= 1.1 * profile.trace.whole_ms
+
+
 # TensorRT -------------------------------------------------------------------------------------------------------------
 
 
