@@ -17,6 +17,7 @@ __all__ = ["Compiled", "Layers", "openvino_package", "read_layers"]
 
 _ABOUT = ("layerType", "runtimePrecision", "originalLayersNames")
 _PRECISIONS = ("u8", "i8", "u4", "i4")
+_FUSED, _UNTOLD = "Subgraph", "untold"
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution", "Gather")
 # float32 throughout, and no rounding of the activations of layers whose weights alone have codes
 _FAITHFUL = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -88,13 +89,15 @@ def read_layers(compiled: Compiled, wanted: Sequence[Site], sites: Mapping[str, 
     for layer in compiled.compiled.get_runtime_model().get_ordered_ops():
         about = {key: value.astype(str) for key, value in dict(layer.get_rt_info()).items() if key in _ABOUT}
         kind, precision = about.get("layerType", ""), about.get("runtimePrecision", "")
-        if kind not in _PRODUCTS:
+        if kind == _FUSED:
+            precision = _UNTOLD  # what stands there is that of its results
+        elif kind not in _PRODUCTS:
             continue
         if precision in _PRECISIONS:
             counts[f"{precision} {kind}"] += 1
         for name in about.get("originalLayersNames", "").split(","):
             site = sites.get(name.partition("/")[0], "")
-            if precision in _PRECISIONS or site not in precisions:
+            if precision in _PRECISIONS or precisions.get(site, _UNTOLD) == _UNTOLD:
                 precisions[site] = precision
     integer = {s.node for s in wanted if precisions.get(s.node) in _PRECISIONS}
     why = {s.node: _why(s, precisions.get(s.node, "")) for s in wanted if s.node not in integer}
@@ -102,6 +105,10 @@ def read_layers(compiled: Compiled, wanted: Sequence[Site], sites: Mapping[str, 
 
 
 def _why(site: Site, precision: str) -> str:
+    if precision == _UNTOLD:
+        return (
+            f"OpenVINO compiles this {site.op} with its neighbours into one kernel and does not say in which precision"
+        )
     if not precision:
         return f"OpenVINO's runtime model has no layer for this {site.op}"
     return f"OpenVINO runs this {site.op} in {precision}"

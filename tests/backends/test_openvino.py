@@ -5,10 +5,11 @@ import sys
 import pytest
 import torch
 from test_onnx_qdq import BATCH, Attention, Residual, ids_and_mask, quantized, stands_at
+from torch import nn
 
 import torchquant as tq
 from torchquant.backends import openvino
-from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError, SchemeError
+from torchquant.errors import ArtifactError, LoweringError, MissingDependencyError, SchemeError, TorchquantWarning
 from torchquant.quantizers import OpenvinoQuantizer, X86Quantizer, XnnpackQuantizer
 
 pytest.importorskip("openvino")
@@ -72,6 +73,14 @@ def test_saved_files_are_the_same_program_and_half_of_them_is_refused(residual, 
         openvino.load(file)
     with pytest.raises(ArtifactError, match="xml"):
         program.save(tmp_path / "model.onnx")
+
+
+def test_products_whose_precision_openvino_does_not_tell_are_not_counted():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.warns(TorchquantWarning, match="does not say in which precision"):
+        _, program = lowered(model, (torch.randn(2, 16),), OpenvinoQuantizer())
+    assert program.proof.fused == 0
+    assert program.proof.kernels == {}
 
 
 def test_a_scheme_that_openvino_does_not_run_is_refused():
