@@ -137,7 +137,7 @@ def _finish(onnx: Any, model: Any, sources: Mapping[str, Node], opset: int) -> d
         if node.op_type == "DequantizeLinear" and source is not None and source.target is OPS.dequantize.default:
             narrow.read_by(node, int(source.args[5]))  # type: ignore[arg-type]
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            _strip_attributes(node, opset)
+            _strip_attributes(node)
         if site := "" if source is None else marked(source):
             if node.op_type in _PRODUCTS:
                 number = taken[site] = taken.get(site, 0) + 1
@@ -170,7 +170,7 @@ def _scope_of(node: Any) -> str:
         return ""
 
 
-def _strip_attributes(node: Any, opset: int) -> None:
+def _strip_attributes(node: Any) -> None:
     """Without the attributes of later opsets, and of no meaning."""
     blocks = any(a.name == "block_size" and a.i for a in node.attribute)
     kept = [a for a in node.attribute if a.name == "axis" or (a.name == "block_size" and blocks)]

@@ -9,8 +9,20 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchquant.backends.onnx_qdq.dialect import OPS
+from torchquant.backends.onnx_qdq.quantities import (
+    bits_of,
+    by_groups,
+    grid_of,
+    has_zero_point,
+    is_by_row,
+    is_needless,
+    is_plain,
+    limits_of,
+    no_operator,
+    zeros_are_codes,
+    zeros_fit,
+)
 from torchquant.backends.onnx_qdq.windows import absorb_pads, fold_clamps, pool_globally, shield_clamps
-from torchquant.errors import LoweringError
 from torchquant.fx import ops, passes
 from torchquant.fx.reading import GraphReading, Quantized
 
@@ -61,7 +73,7 @@ class _Writer:
         self._at = next(iter(graph.graph.nodes))
         self._quantized: dict[Node, tuple[Node, Node, Node]] = {}  # quantize op -> codes, scale, zero point
         # ONNX Runtime makes some signed codes unsigned on x86, and then has no kernel that takes both
-        self._unsigned = any(_has_zero_point(reading.op(n)) for n in graph.graph.nodes if ops.is_quantize(n))
+        self._unsigned = any(has_zero_point(reading.op(n)) for n in graph.graph.nodes if ops.is_quantize(n))
 
     # each kind of node ----------------------------------------------------------------------------------------
 
@@ -73,7 +85,7 @@ class _Writer:
             return
         self._at = node
         rows = self.reading.op(x) if ops.is_dequantize(x) else None
-        if rows is not None and _by_row(rows) and _is_plain(stored, self._codes(stored)):
+        if rows is not None and is_by_row(rows) and is_plain(stored, self._codes(stored)):
             product = self._integer_product(node, rows, stored)
         else:
             product = self._call(aten.matmul.default, node, x, self._weight(stored, transposed=True))
@@ -101,13 +113,12 @@ class _Writer:
         if q.scale is None or not (q.axis == 0 or q.group_size) or q.format or codes.dtype.is_floating_point:
             return
         self._at = node
-        values = self._looked_up_codes(node, codes, _bits(stored), indices)
+        values = self._looked_up_codes(node, codes, bits_of(stored), indices)
         groups = codes.shape[1] // (q.group_size or codes.shape[1])
         values = self._call(aten.unflatten.int, node, values, -1, [groups, codes.shape[1] // groups])
         if q.zero_point is not None and bool(q.zero_point.any()):
-            values = self._call(
-                aten.sub.Tensor, node, values, self._looked_up(node, "zero_point", q.zero_point, indices)
-            )
+            zeros = self._looked_up(node, "zero_point", q.zero_point, indices)
+            values = self._call(aten.sub.Tensor, node, values, zeros)
         values = self._call(aten.mul.Tensor, node, values, self._looked_up(node, "scale", q.scale, indices))
         values = self._call(aten.flatten.using_ints, node, values, -2, -1)
         self._replace(node, self._in_dtype(stored, node, values))
@@ -141,12 +152,12 @@ class _Writer:
     def dequantize(self, node: Node) -> None:
         quantized = self.reading.op(node)
         if quantized is None:
-            raise _unknown(node)
+            raise no_operator(node)
         self._at = node
         if quantized.source is None:
             codes = quantized.codes
             if codes is None or not ops.is_constant(codes):
-                raise _unknown(node)
+                raise no_operator(node)
             values = self._weight(quantized)
         else:
             codes, scale, zero_point = self._chain(node.args[0])  # type: ignore[arg-type]
@@ -155,11 +166,14 @@ class _Writer:
 
     def quantize(self, node: Node) -> None:
         """A quantize op whose codes are read as they are."""
-        codes, _, _ = self._chain(node)
         quantized = self.reading.op(node)
-        dtype = None if quantized is None else quantized.qparams.dtype
-        self._at = node
-        self._replace(node, self._call(aten.to.dtype, node, codes, dtype) if self._shifted(node) else codes)
+        codes, _, _ = self._chain(node)
+        if quantized is not None and quantized.qparams.dynamic:
+            if codes.target is operator.getitem and quantized.qparams.dtype == torch.int8:
+                raise no_operator(node)  # these codes are unsigned
+            self._at = node
+            codes = self._call(aten.to.dtype, node, codes, quantized.qparams.dtype)
+        self._replace(node, codes)
 
     # parts of them --------------------------------------------------------------------------------------------
 
@@ -168,35 +182,30 @@ class _Writer:
         if node not in self._quantized:
             quantized = self.reading.op(node)
             if quantized is None or quantized.source is None or quantized.qparams.dtype not in _CODES:
-                raise _unknown(node)
+                raise no_operator(node)
             before, self._at = self._at, node
             x, choice = self._float(node, node.args[0]), quantized.choice  # type: ignore[arg-type]
             if quantized.qparams.dynamic:
                 if choice is None:
-                    raise _unknown(node)
-                is_bytes = choice.axis is None and not choice.symmetric and _grid(quantized) in _BYTES
+                    raise no_operator(node)
+                is_bytes = choice.axis is None and not choice.symmetric and grid_of(quantized) in _BYTES
                 self._quantized[node] = self._bytes(node, x) if is_bytes else self._counted(node, x, quantized)
             else:
                 self._quantized[node] = self._static(node, x, quantized)
             self._at = before
         return self._quantized[node]
 
-    def _shifted(self, node: Node) -> bool:
-        """Whether the codes of a quantize op have become another dtype than it says."""
-        quantized = self.reading.op(node)
-        return quantized is not None and quantized.qparams.dynamic
-
     def _static(self, node: Node, x: Node, quantized: Quantized) -> tuple[Node, Node, Node]:
         q = quantized.qparams
         if q.scale is None or q.group_size:
-            raise _unknown(node)
+            raise no_operator(node)
         zeros = torch.zeros(q.scale.shape) if q.zero_point is None else q.zero_point
         shift = 128 if self._unsigned and q.dtype == torch.int8 and all(map(ops.is_dequantize, node.users)) else 0
         dtype = torch.uint8 if shift else q.dtype
         scale = self._constant(f"{node.name}_scale", q.scale.to(torch.float32))
         zero_point = self._constant(f"{node.name}_zero_point", (zeros + shift).to(dtype))
         codes = self._call(OPS.quantize.default, node, x, scale, zero_point, q.axis or 0)
-        if not dtype.is_floating_point and _grid(quantized)[1:] != _limits(q.dtype):
+        if not dtype.is_floating_point and grid_of(quantized)[1:] != limits_of(q.dtype):
             codes = self._call(aten.clamp.default, node, codes, int(q.quant_min) + shift, int(q.quant_max) + shift)
         return codes, scale, zero_point
 
@@ -212,7 +221,7 @@ class _Writer:
         assert choice is not None
         low, high = float(q.quant_min), float(q.quant_max)
         if q.dtype.is_floating_point:
-            raise _unknown(node)
+            raise no_operator(node)
         dims = [] if choice.axis is None else [choice.axis]
         eps = torch.finfo(torch.float32).eps if choice.eps is None else choice.eps
         call = self._call
@@ -261,26 +270,22 @@ class _Writer:
         q, node = stored.qparams, stored.node
         codes, scale = self._codes(stored), q.scale
         if scale is None or q.format or codes.dtype not in _CODES or not stored.integer_zero_point:
-            raise _unknown(node)
+            raise no_operator(node)
         zeros = torch.zeros(scale.shape, dtype=torch.int32) if q.zero_point is None else q.zero_point
         axis, block = q.axis or 0, q.group_size or 0
         if block:
-            scale, zeros, axis = _by_groups(scale, codes), _by_groups(zeros, codes), 1
+            scale, zeros, axis = by_groups(scale, codes), by_groups(zeros, codes), 1
         if transposed:
             codes, axis = codes.T.contiguous(), 1 - axis
             scale, zeros = (v.T.contiguous() if v.ndim > 1 else v for v in (scale, zeros))
-        bits = _bits(stored) if _holds(zeros, stored) else 0
+        bits = bits_of(stored) if zeros_are_codes(zeros, stored) else 0
         is_float = codes.dtype.is_floating_point
-        if not is_float and not _fits(zeros, codes.dtype):
-            raise _unknown(node)
-        args = (
-            self._constant(f"{node.name}_codes", codes),
-            self._constant(f"{node.name}_scale", scale.to(torch.float32)),
-            None
-            if is_float or _needless(zeros, block)
-            else self._constant(f"{node.name}_zero_point", zeros.to(codes.dtype)),
-        )
-        values = self._call(OPS.dequantize.default, node, *args, axis, block, bits)
+        if not is_float and not zeros_fit(zeros, codes.dtype):
+            raise no_operator(node)
+        by = self._constant(f"{node.name}_codes", codes), self._constant(f"{node.name}_scale", scale.to(torch.float32))
+        has_zeros = not is_float and not is_needless(zeros, block)
+        zero_point = self._constant(f"{node.name}_zero_point", zeros.to(codes.dtype)) if has_zeros else None
+        values = self._call(OPS.dequantize.default, node, *by, zero_point, axis, block, bits)
         return self._in_dtype(stored, node, values) if transposed else values
 
     # small things ---------------------------------------------------------------------------------------------
@@ -318,74 +323,3 @@ class _Writer:
             by.meta.setdefault("val", node.meta["val"])
         node.replace_all_uses_with(by)
         self.graph.graph.erase_node(node)
-
-
-# questions ----------------------------------------------------------------------------------------------------------
-
-
-def _unknown(node: Node) -> LoweringError:
-    return LoweringError(
-        f"onnx_qdq: {ops.qdq_name(node)} {node.name} quantizes in a way that ONNX has no op for. Exclude it, "
-        "or name that in allow_float=[...] to have it decoded."
-    )
-
-
-def _grid(quantized: Quantized) -> tuple[Any, Any, Any]:
-    q = quantized.qparams
-    return q.dtype, q.quant_min, q.quant_max
-
-
-def _limits(dtype: torch.dtype) -> tuple[int, int]:
-    info = torch.iinfo(dtype)
-    return info.min, info.max
-
-
-def _has_zero_point(quantized: Quantized | None) -> bool:
-    zeros = None if quantized is None else quantized.qparams.zero_point
-    return zeros is not None and bool(zeros.any())
-
-
-def _by_row(rows: Quantized) -> bool:
-    choice = rows.choice
-    bytes_wide = not rows.qparams.dtype.is_floating_point and rows.qparams.quant_max - rows.qparams.quant_min <= 255
-    return choice is not None and not (choice.axis is None and not choice.symmetric) and bytes_wide
-
-
-def _is_plain(stored: Quantized, codes: torch.Tensor) -> bool:
-    """Whether a weight is one byte a code, a scale an output or one for all, and no zero points."""
-    q = stored.qparams
-    zeros = q.zero_point is None or not bool(q.zero_point.any())
-    return codes.dtype == torch.int8 and not _bits(stored) and not q.group_size and not q.format and zeros
-
-
-def _bits(stored: Quantized) -> int:
-    """4 or 2 where a code takes no more, else 0: codes stay bytes."""
-    q = stored.qparams
-    if q.dtype.is_floating_point or q.quant_min is None or q.quant_max is None:
-        return 0
-    for bits in (2, 4):
-        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if q.dtype == torch.int8 else (0, (1 << bits) - 1)
-        if low <= q.quant_min and q.quant_max <= high:
-            return bits
-    return 0
-
-
-def _holds(zeros: torch.Tensor, stored: Quantized) -> bool:
-    """Whether the zero points are codes too."""
-    bits = _bits(stored)
-    low = -(1 << bits - 1) if bits and stored.qparams.dtype == torch.int8 else 0
-    return not bits or (low <= int(zeros.min()) and int(zeros.max()) < low + (1 << bits))
-
-
-def _fits(zeros: torch.Tensor, dtype: torch.dtype) -> bool:
-    low, high = _limits(dtype)
-    return low <= int(zeros.min()) and int(zeros.max()) <= high
-
-
-def _needless(zeros: torch.Tensor, block: int) -> bool:
-    """Of groups, zero points that are all 0 take room; of channels ONNX Runtime asks for them."""
-    return bool(block) and not bool(zeros.any())
-
-
-def _by_groups(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    return values.reshape(codes.shape[0], -1)
