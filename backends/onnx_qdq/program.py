@@ -150,8 +150,9 @@ def _signature_of(session: Session) -> Signature:
 
 
 def _with_location(content: bytes, name: str) -> bytes:
-    """The model with its weights in a file of this name."""
+    """The model with its weights in a file of this name, without what torchquant knew of it."""
     model = runtime_package().onnx.load_from_string(content)
+    model.DiscardUnknownFields()
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

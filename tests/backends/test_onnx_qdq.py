@@ -322,6 +322,9 @@ def test_weights_beyond_the_limit_of_a_file_lie_beside_it(tmp_path, monkeypatch)
     assert torch.equal(loaded(x), program(x))
     session = onnxruntime.InferenceSession(str(file))
     assert len(session.run(None, {session.get_inputs()[0].name: x.numpy()})) == 1
+    again = onnx_qdq.load(loaded.save(tmp_path / "again.onnx"))
+    assert torch.equal(again(x), program(x))
+    assert again.proof == program.proof
     content = bytearray((tmp_path / "large.onnx.data").read_bytes())
     content[100] ^= 1
     (tmp_path / "large.onnx.data").write_bytes(content)
