@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_tables import Table
 
-__all__ = ["calibration", "mixed_precision", "profiles", "robustness"]
+__all__ = ["calibration", "mixed_precision", "profiles", "robustness", "targets"]
 
 Row = Mapping[str, Any]
 
@@ -104,6 +104,39 @@ def profiles(results: Row) -> Table:
         for row in results["rows"]
     ]
     return Table("Profiles", _about(results), head, rows)
+
+
+def targets(results: Row) -> Table:
+    """For each network, target and peer: what runs in integers, how close it is, what it takes."""
+    head = [
+        "network", "target", "int8 ops", "dB to converted", "as it stands", "dB to float", "metric", "float metric",
+        "bytes", "ms", "outcome",
+    ]  # fmt: skip
+    return Table("Targets", _about(results), head, [_target_cells(row) for row in results["rows"]])
+
+
+def _target_cells(row: Row) -> list[str]:
+    def number(field: str, form: str) -> str:
+        value = row.get(field)
+        return "" if value is None else value if isinstance(value, str) else format(value, form)
+
+    alone = f" ({row['file_ms']:.2f})" if "file_ms" in row else ""
+    outcome = (
+        f"{row['outcome']}: {row['reason']}" if "reason" in row else f"{row['outcome']}, {row.get('proof', 'peer')}"
+    )
+    return [
+        row["network"],
+        row["target"],
+        row.get("ops", ""),
+        number("converted_db", ".1f"),
+        row.get("translated", "").partition(" dB")[0],
+        number("float_db", ".1f"),
+        f"{row['metric']:.2f} {row['metric_name']}" if "metric" in row else "",
+        number("float_metric", ".2f"),
+        number("bytes", ","),
+        f"{number('median_ms', '.2f')}{alone}",
+        outcome.replace("|", "/"),
+    ]
 
 
 def _groups(rows: Sequence[Row], fields: Sequence[str]) -> list[tuple[tuple[Any, ...], list[Row]]]:

@@ -17,7 +17,7 @@ import qat_tables
 import records
 import study_tables
 
-from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86
+from torchquant.backends import executorch_xnnpack, inductor_cuda, inductor_x86, onnx_qdq, openvino
 from torchquant.files.whole import write_whole
 from torchquant.lowering.target import brief
 from torchquant.types import Capability
@@ -38,6 +38,8 @@ TARGETS = {
     "x86 (Inductor)": inductor_x86.CAPABILITIES,
     "NVIDIA GPUs (Inductor)": inductor_cuda.CAPABILITIES,
     "XNNPACK (ExecuTorch)": executorch_xnnpack.CAPABILITIES,
+    "ONNX Runtime (CPU)": onnx_qdq.CAPABILITIES,
+    "OpenVINO (CPU)": openvino.CAPABILITIES,
 }
 Row = dict[str, Any]
 
@@ -88,6 +90,7 @@ def _write_studies() -> None:
         ("calibration.md", "calibration", study_tables.calibration(records.read("calibration_study"))),
         ("robustness.md", "robustness", study_tables.robustness(records.read("robustness"))),
         ("analysis.md", "mixed precision", study_tables.mixed_precision(records.read("mixed_precision"))),
+        ("targets.md", "targets", study_tables.targets(records.read("targets"))),
         ("analysis.md", "profiles", study_tables.profiles(records.read("program_profile"))),
     ):
         path = ROOT / "docs" / page

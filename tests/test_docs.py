@@ -9,7 +9,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-RUN = ("README.md", "docs/getting-started.md", "docs/troubleshooting.md")
+RUN = ("README.md", "docs/getting-started.md", "docs/troubleshooting.md", "docs/onnx.md")
 
 
 def blocks(page, kind):

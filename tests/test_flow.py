@@ -258,13 +258,18 @@ class NamedLikeOps(torch.nn.Module):
         return self.linear(self.conv2d(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("target", ["inductor_x86", "executorch_xnnpack", "inductor_cuda"])
+@pytest.mark.parametrize("target", ["inductor_x86", "executorch_xnnpack", "inductor_cuda", "onnx_qdq", "openvino"])
 def test_names_of_ops_are_no_ops(target):
     from torchquant import quantizers
 
     backend = importlib.import_module(f"torchquant.backends.{target}")
-    quantizer = {"inductor_x86": "X86Quantizer", "executorch_xnnpack": "XnnpackQuantizer"}.get(target, "CudaQuantizer")
-    quantizer = getattr(quantizers, quantizer)()
+    quantizer = {
+        "inductor_x86": quantizers.X86Quantizer,
+        "executorch_xnnpack": quantizers.XnnpackQuantizer,
+        "inductor_cuda": quantizers.CudaQuantizer,
+        "onnx_qdq": quantizers.OnnxQuantizer,
+        "openvino": quantizers.OpenvinoQuantizer,
+    }[target]()
     batch = (torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))
     converted = tq.quantize(NamedLikeOps().eval(), batch, [batch], quantizer=quantizer, algorithms=(), progress=False)
     options = {"device": "cpu"} if target == "inductor_cuda" else {}

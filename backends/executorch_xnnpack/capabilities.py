@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from torchquant.formats.integer import INT8, INT8_NARROW
 from torchquant.fx import ops
+from torchquant.fx.windows import is_spatial_pad
 from torchquant.lowering.target import Target
 from torchquant.lowering.weight_schemes import weight_schemes
 from torchquant.types import Capability, Scheme, TensorSpec
@@ -24,7 +25,6 @@ __all__ = [
     "SCHEMES",
     "TARGET",
     "inputs_of",
-    "is_spatial_pad",
 ]
 
 REQUANTIZATION_LIMIT = 2.0**8  # of input scale x weight scale / output scale, exclusive
@@ -118,14 +118,6 @@ def _plain_max_pool(node: Node, scheme: str) -> str | None:
 def _pair(value: Any) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * 2 if len(values) == 1 else values
-
-
-def is_spatial_pad(node: Node) -> bool:
-    """Whether an op pads with zeros the spatial axes of an image or a sequence."""
-    sizes, rank = _argument(node, "pad", ()), len(ops.shape_of(node) or ())
-    zeros = _argument(node, "mode", "constant") == "constant" and not _argument(node, "value", 0)
-    known = all(isinstance(s, int) and s >= 0 for s in sizes) and not any(sizes[2 * (rank - 2) :])
-    return ops.op_name(node) == "pad" and zeros and known
 
 
 def _zero_pad(node: Node, scheme: str) -> str | None:

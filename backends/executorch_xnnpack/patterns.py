@@ -7,9 +7,9 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from torchquant.backends.executorch_xnnpack.capabilities import is_spatial_pad
 from torchquant.backends.executorch_xnnpack.limits import unshared
 from torchquant.fx import ops, passes
+from torchquant.fx.windows import is_spatial_pad
 
 __all__ = ["drop_batch_counters", "own_storage", "prepare"]
 

@@ -132,6 +132,18 @@ def test_a_program_for_gpus_is_built_where_there_is_none(folder, tmp_path, monke
     assert inductor_cuda.load(out, device="cpu").proof.annotated > 0
 
 
+@pytest.mark.filterwarnings("ignore:openvino. 2 ops have codes:torchquant.errors.TorchquantWarning")  # one kernel
+def test_one_calibration_gives_files_for_onnx_and_openvino_that_are_reported_and_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    data = ("users_net:model", "--calibration", "users_net:batches")
+    result = run("quantize", *data, "--backend", "onnx_qdq", "--backend", "openvino", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for name in ("onnx_qdq.onnx", "openvino.xml"):
+        result = run("report", tmp_path / "out" / name)
+        assert result.exit_code == 0, result.output
+        assert "quantized" in result.output
+
+
 def test_targets_lists_every_op_with_its_schemes_or_reason():
     text = run("targets").output
     for name in backends.names():
@@ -342,7 +354,7 @@ _ENTRY = (
 
 
 def test_the_command_lists_the_targets_and_algorithms_that_there_are():
-    assert set(cli.TARGETS) == {"inductor_x86", "executorch_xnnpack", "inductor_cuda"}
+    assert set(cli.TARGETS) == {"inductor_x86", "executorch_xnnpack", "inductor_cuda", "onnx_qdq", "openvino"}
     assert set(cli.ALGORITHMS) == set(commands.ALGORITHMS)
 
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from torchquant.fx import ops
 
-__all__ = ["Window", "window_of"]
+__all__ = ["Window", "is_spatial_pad", "window_of"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,15 @@ def window_of(node: Node, kernel: Sequence[int]) -> Window:
     else:
         pairs = tuple((size, size) for size in _each(0 if padding == "valid" else padding, rank))
     return Window(tuple(kernel), stride, pairs, dilation)
+
+
+def is_spatial_pad(node: Node) -> bool:
+    """Whether an op pads with zeros the spatial axes of an image or a sequence."""
+    arguments = ops.arguments(node)
+    sizes, rank = arguments.get("pad", ()), len(ops.shape_of(node) or ())
+    zeros = arguments.get("mode", "constant") == "constant" and not arguments.get("value", 0)
+    known = all(isinstance(s, int) and s >= 0 for s in sizes) and not any(sizes[2 * (rank - 2) :])
+    return ops.op_name(node) == "pad" and zeros and known
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
