@@ -1,4 +1,4 @@
-"""X86Quantizer: uint8 activations and int8 weights for conv1d, conv2d and linear; the rest float, with the reason."""
+"""X86Quantizer: uint8 activations and int8 weights for convolutions and linears; the rest float, with the reason."""
 
 import nets
 import pytest
@@ -30,18 +30,45 @@ def test_a_layer_of_a_single_sample_is_quantized_as_a_batch_of_one(layer, shape)
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.ConvTranspose2d(3, 4, 2), (1, 3, 8, 8)),
+        (nn.ConvTranspose3d(3, 4, 2), (1, 3, 4, 4, 4)),
         (nn.Conv3d(3, 4, 2), (1, 3, 4, 4, 4)),
         (nn.Embedding(8, 4), (2, 3)),
-        (nn.LSTM(8, 4), (2, 3, 8)),
+        (nn.LSTM(8, 4, proj_size=2), (2, 3, 8)),
     ],
 )
-def test_what_inductor_runs_in_float_is_left_float_with_the_reason(layer, shape):
+def test_what_no_kernel_runs_in_int8_is_left_float_with_the_reason(layer, shape):
     x = torch.zeros(shape, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.randn(shape)
     prepared = tq.prepare(tq.export(Call(lambda m, x: m.inner(x), inner=layer), x), X86Quantizer())
     compute = [s for s in tq.report(prepared).sites if s.compute]
     assert compute
     assert all(s.status == "unsupported" and s.reason for s in compute)
+
+
+SIZED = {
+    "conv1d": (nn.Conv1d(3, 4, 3), (2, 3, 9), "conv1d"),
+    "transposed": (nn.ConvTranspose2d(3, 4, 2), (2, 3, 9, 8), "conv_transpose2d"),
+    "1x1": (nn.Conv1d(3, 4, 1), (2, 3, 9), ""),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_what_our_kernels_alone_run_needs_a_known_length(name):
+    layer, shape, left = SIZED[name]
+    x, sizes = torch.randn(shape), {0: torch.export.Dim("n", max=64), 2: torch.export.Dim("l", min=4, max=64)}
+    for dynamic, status in (({0: sizes[0]}, "quantized"), (sizes, "unsupported" if left else "quantized")):
+        exported = tq.export(layer.eval(), (x,), dynamic_shapes=(dynamic,))
+        [site] = [s for s in tq.report(tq.prepare(exported, X86Quantizer())).sites if s.compute]
+        assert site.status == status
+        assert ("dynamic" in site.reason) == (status == "unsupported")
+
+
+def test_recurrent_layers_get_int8_weights_in_both_int8_schemes():
+    x = torch.randn(2, 3, 8)
+    for scheme in ("static_int8", "dynamic_int8"):
+        prepared = tq.prepare(tq.export(Call(lambda m, x: m.a(x)[0], a=nn.LSTM(8, 4)), x), X86Quantizer(scheme))
+        [site] = [s for s in tq.report(prepared).sites if s.compute]
+        assert (site.status, site.activation) == ("quantized", None)
+        assert site.reason == "w8_symmetric: its activations have 16 bits inside the kernel"
 
 
 def test_dynamic_leaves_convolutions_float_and_says_which_scheme_runs_them():

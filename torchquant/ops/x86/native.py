@@ -256,10 +256,19 @@ def _looked_up_floats(table: torch.Tensor, indices: torch.Tensor) -> torch.Tenso
     return table.new_empty([*indices.shape, table.shape[1]])
 
 
+def _recurred(
+    packed: torch.Tensor, given: torch.Tensor, state: torch.Tensor, cell: torch.Tensor | None, *_: object
+) -> list[torch.Tensor]:
+    """All states, in the order of the gates `(time, samples, gates * states)`, and of an LSTM the last cell."""
+    states = given.new_empty([*given.shape[:2], state.shape[1]])
+    return [states] if cell is None else [states, torch.empty_like(cell)]
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "x86_region": _shapes,
     "x86_attention": _attended,
     "x86_linear": _multiplied,
+    "x86_recurrent": _recurred,
     "x86_lookup": _looked_up,
     "x86_float_lookup": _looked_up_floats,
 }

@@ -8,12 +8,12 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading
-from torchquant.ops.x86 import matching
+from torchquant.ops.x86 import matching, transposed
 from torchquant.ops.x86.plan import Dynamic, Quantization
 
 __all__ = ["Placement"]
 
-_SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
+_SPATIAL = ("conv1d", "conv2d", *transposed.NAMES, "max_pool2d", "adaptive_avg_pool2d")
 
 
 class Placement:
@@ -36,9 +36,9 @@ class Placement:
         """The grid of a quantize or dequantize op, counted as unsigned bytes, or None."""
         return matching.byte_grid(self.reading.op(node))
 
-    def weight(self, node: object) -> matching.Weight | None:
-        """The codes and scales behind what a product multiplies by, where the kernels take them."""
-        return matching.weight_of(self.reading, node)
+    def weight(self, product: Node) -> matching.Weight | None:
+        """The codes and scales of what a product multiplies by, where the kernels take them."""
+        return matching.factors_of(self.reading, product)
 
     def place(self, node: Node) -> None:
         """Whether a node's value is an image (n, c, h, w), its pixels (n, h, w, c), or rows (..., c)."""
