@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from torchquant.formats.integer import INT8_NARROW, UINT8
+from torchquant.formats.integer import INT7_NARROW, INT8_NARROW, UINT8
 from torchquant.fx import ops
 from torchquant.fx.batch_axes import lacks_batch_axis
 from torchquant.lowering.target import Target
@@ -15,12 +15,16 @@ __all__ = ["CAPABILITIES", "SCHEMES", "TARGET", "only_ours"]
 
 
 _WEIGHT = TensorSpec(INT8_NARROW, symmetric=True, granularity="channel")
+_SEVEN_BITS = TensorSpec(INT7_NARROW, symmetric=True, granularity="channel")  # see "CPUs without VNNI" in docs/x86.md
 _BYTES_BY_ROW = TensorSpec(INT8_NARROW, symmetric=True, granularity="token", dynamic=True)
 SCHEMES = {
     "static_int8": Scheme("static_int8", TensorSpec(UINT8, symmetric=False), _WEIGHT),
     "dynamic_int8": Scheme("dynamic_int8", TensorSpec(UINT8, symmetric=False, dynamic=True), _WEIGHT),
+    "static_int8_w7": Scheme("static_int8_w7", TensorSpec(UINT8, symmetric=False), _SEVEN_BITS),
+    "dynamic_int8_w7": Scheme("dynamic_int8_w7", TensorSpec(UINT8, symmetric=False, dynamic=True), _SEVEN_BITS),
     **weight_schemes(activations=(None, _BYTES_BY_ROW)),
 }
+_STATIC, _DYNAMIC = ("static_int8", "static_int8_w7"), ("dynamic_int8", "dynamic_int8_w7")
 _FEW_BITS = tuple(name for name in SCHEMES if name.startswith("w"))
 
 _FLOAT = {
@@ -45,7 +49,8 @@ def _batched(node: Node, scheme: str) -> str | None:
 def only_ours(node: Node) -> bool:
     """Whether torchquant's kernels alone run an op in int8.
 
-    Inductor infers a wrong length for a conv1d whose kernel is longer than 1, and ignores that a convolution is transposed.
+    Inductor infers a wrong length for a conv1d whose kernel is longer than 1, and ignores that a convolution is
+    transposed.
     """
     weight = ops.argument(node, 1)
     if ops.op_name(node) == "conv1d" and weight is not None:
@@ -82,12 +87,12 @@ def _recurrent(node: Node, scheme: str) -> str | None:
 
 OURS_ALONE = ("conv_transpose1d", "conv_transpose2d")
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability("conv1d", ("static_int8",), "weighted", condition=_sized, reason="known length, or kernel size 1"),
-    Capability("conv2d", ("static_int8",), "weighted", condition=_batched, reason="with a batch dimension"),
-    *(Capability(op, ("static_int8",), "weighted", condition=_sized, reason="known sizes") for op in OURS_ALONE),
+    Capability("conv1d", _STATIC, "weighted", condition=_sized, reason="known length, or kernel size 1"),
+    Capability("conv2d", _STATIC, "weighted", condition=_batched, reason="with a batch dimension"),
+    *(Capability(op, _STATIC, "weighted", condition=_sized, reason="known sizes") for op in OURS_ALONE),
     Capability(
         "linear",
-        ("static_int8", "dynamic_int8", *_FEW_BITS),
+        (*_STATIC, *_DYNAMIC, *_FEW_BITS),
         "weighted",
         condition=_batched,
         reason="with a batch dimension",

@@ -344,8 +344,8 @@ def _refuse_left(graph: GraphModule) -> None:
         if source is not None and ops.is_dequantize(source):
             raise LoweringError(
                 f"{ops.op_name(node)} {node.name} ({ops.module_path(node) or 'root'}) is annotated, but torchquant's "
-                "kernels, which alone run it in int8, take per-tensor activations and symmetric int8 weights per output "
-                f"channel, and sizes that are known: {ops.shape_of(node)}. Exclude it in the Quantizer, or pass "
+                "kernels, which alone run it in int8, take per-tensor activations, symmetric int8 weights per output "
+                f"channel and sizes that are known: {ops.shape_of(node)}. Exclude it in the Quantizer, or pass "
                 "allow_float for it."
             )
 

@@ -17,9 +17,10 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
-from torchquant.backends.inductor_x86 import lowering
+from torchquant.backends.inductor_x86 import lowering, op_times
 from torchquant.formats.integer import UINT7
 from torchquant.fx import ops
+from torchquant.fx.work import work
 from torchquant.ops.x86 import exactness, support
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
@@ -215,6 +216,9 @@ def test_a_transposed_convolution_is_an_integer_kernel_of_any_batch():
     )
     program = inductor_x86.lower(quantized, (x,))
     assert (kernels(program, "torchquant_conv2d"), kernels(program, "torchquant_conv_transpose2d")) == (2, 1)
+    assert set(op_times.product_ms(quantized, (x,))) == {"conv2d", "conv_transpose2d", "conv2d_1"}
+    [transposed] = [w for w in work(quantized) if w.node == "conv_transpose2d"]
+    assert (transposed.precision, transposed.macs) == ("int8", 2 * 8 * 4 * 3 * 6 * 4)
     for batch in (1, 2, 5):
         y = torch.randn(batch, 4, 8, 6)
         assert tq.sqnr_db(quantized(y), program(y)) > 45  # codes flip behind the upsampling

@@ -228,3 +228,16 @@ def test_algorithms_leave_recurrent_layers_as_they_are(algorithm):
     states = [s for s in converted.state_dict().values() if s.dtype == torch.int8 and s.dim() == 2 and len(s) == 48]
     assert len(states) == 2
     assert all(any(torch.equal(s, p) for p in plain.state_dict().values() if p.shape == s.shape) for s in states)
+
+
+def test_an_analysis_sees_what_rounding_the_weights_costs():
+    torch.manual_seed(0)
+    model = Call(lambda m, x: m.head(m.layer(x)[0]), layer=nn.LSTM(8, 12, batch_first=True), head=nn.Linear(12, 8))
+    batches = [(torch.randn(4, 6, 8),) for _ in range(2)]
+    prepared = tq.prepare(tq.export(model.eval(), batches[0]), X86Quantizer(exclude=["op:linear"]))
+    tq.calibrate(prepared, batches, progress=False)
+    analysis = tq.analyze(prepared, batches)
+    [site] = [s for s in analysis.sites if s.site.op == "recurrent"]
+    assert 30 < site.weight_db == site.alone_db < 70
+    assert site.activations_db == float("inf")
+    assert abs(site.cumulative_db - site.weight_db) < 0.01

@@ -7,6 +7,8 @@ from nets import Call
 from torch import nn
 
 import torchquant as tq
+from torchquant.fx import ops
+from torchquant.ops.x86 import cpu
 from torchquant.quantizers.x86 import X86Quantizer
 
 
@@ -81,3 +83,37 @@ def test_dynamic_leaves_convolutions_float_and_says_which_scheme_runs_them():
     ((status, reason),) = by_op["conv2d"]
     assert status == "unsupported"
     assert "static_int8" in reason
+
+
+@pytest.mark.parametrize("scheme", ["static_int8", "dynamic_int8"])
+def test_weights_of_seven_bits_are_a_scheme_that_the_graph_and_the_report_name(scheme):
+    x = torch.randn(2, 4, 8, 8)
+    prepared = tq.prepare(tq.export(nets.Pixels(), x), X86Quantizer(scheme, weights=7))
+    sites = [s for s in tq.report(prepared).sites if s.compute and s.status == "quantized"]
+    assert sites
+    for site in sites:
+        assert site.weight.describe() == "int8[-63,63] per channel 0"
+        assert site.reason == f"{scheme}_w7: weights of 7 bits, asked for"
+    tq.calibrate(prepared, [x], progress=False)
+    for node in (converted := tq.convert(prepared)).graph.nodes:
+        if "dequantize_per_channel" in str(node.target):
+            assert ops.constant_value(converted, node.args[0]).abs().max() == 63
+
+
+@pytest.mark.parametrize(("instructions", "bits"), [({"avx2", "fma"}, 7), ({"avx2", "avx_vnni"}, 8), (set(), 8)])
+def test_auto_takes_seven_bits_where_the_cpu_has_no_vnni_and_says_so(instructions, bits, monkeypatch):
+    monkeypatch.setattr(cpu, "instructions", lambda: frozenset(instructions))
+    prepared = tq.prepare(tq.export(nn.Linear(8, 4), torch.randn(2, 8)), X86Quantizer(weights="auto"))
+    [site] = [s for s in tq.report(prepared).sites if s.compute]
+    assert site.weight.quant_max == 2 ** (bits - 1) - 1
+    assert ("no VNNI" in site.reason) == (bits == 7)
+
+
+def test_other_numbers_of_bits_are_schemes_and_refused_as_weights():
+    for weights in (6, "seven", None):
+        with pytest.raises(tq.SchemeError, match=r"X86Quantizer takes 7, 8 or 'auto'"):
+            X86Quantizer(weights=weights)
+    x = torch.randn(2, 32)
+    prepared = tq.prepare(tq.export(nn.Linear(32, 4), x), X86Quantizer("w4_g32", weights=7))
+    [site] = [s for s in tq.report(prepared).sites if s.compute]
+    assert site.weight.quant_max == 7  # a scheme of its own has its own bits

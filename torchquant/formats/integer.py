@@ -10,6 +10,7 @@ from torchquant.types import Format, QParams
 
 INT8 = Format("int8", torch.int8, -128, 127)
 INT8_NARROW = Format("int8_narrow", torch.int8, -127, 127)
+INT7_NARROW = Format("int7_narrow", torch.int8, -63, 63)
 UINT8 = Format("uint8", torch.uint8, 0, 255)
 UINT7 = Format("uint7", torch.uint8, 0, 127)
 INT4 = Format("int4", torch.int8, -8, 7)

@@ -492,16 +492,18 @@ TQ_INLINE void interleave(const uint8_t* const* rows, uint8_t* to) {
   }
 #endif
 #if defined(__AVX2__) && !defined(TQ_PORTABLE)
-  if (J == 2) {
-    auto get = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-    auto put = [&](int i, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to) + i, x); };
-    __m256i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
-    __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
-    __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
-    put(0, _mm256_unpacklo_epi16(ab, cd));
-    put(1, _mm256_unpackhi_epi16(ab, cd));
-    put(2, _mm256_unpacklo_epi16(AB, CD));
-    put(3, _mm256_unpackhi_epi16(AB, CD));
+  if (J > 1) {
+    for (int half = 0; half < J / 2; ++half) {  // 32 channels; of 64 the vectors have both halves side by side
+      auto get = [half](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + half); };
+      auto put = [&](int i, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to) + i * (J / 2) + half, x); };
+      __m256i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
+      __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
+      __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
+      put(0, _mm256_unpacklo_epi16(ab, cd));
+      put(1, _mm256_unpackhi_epi16(ab, cd));
+      put(2, _mm256_unpacklo_epi16(AB, CD));
+      put(3, _mm256_unpackhi_epi16(AB, CD));
+    }
     return;
   }
   if (J == 1) {
@@ -551,6 +553,19 @@ TQ_INLINE void store_block(uint8_t* p, const F* y, int zero, int low, int high) 
     store_quantized<1>(p, y, zero, low, high);
     return;
   }
+#if defined(__AVX2__) && !defined(TQ_WIDE) && !defined(TQ_PORTABLE)
+  // eight lanes of four vectors are 32 channels: of 64 the first halves of all, of 32 both halves of both
+  auto eight = [&](int half, int k) { return J == 4 ? (half ? y[k % J].w : y[k % J].v) : (k % 2 ? y[k / 2].w : y[k / 2].v); };
+  for (int half = 0; half < J / 2; ++half) {
+    __m256i q[4];
+    for (int k = 0; k < 4; ++k) q[k] = _mm256_cvtps_epi32(eight(half, k));
+    __m256i z = _mm256_set1_epi16(short(zero));
+    __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), z), b = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), z);
+    __m256i c = _mm256_max_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(char(low)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + half, _mm256_min_epu8(c, _mm256_set1_epi8(char(high))));
+  }
+  return;
+#endif
   uint8_t bytes[J][16];
   for (int j = 0; j < J; ++j) store_quantized<1>(bytes[j], y + j, zero, low, high);
   for (int j = 0; j < J; ++j)
@@ -559,6 +574,8 @@ TQ_INLINE void store_block(uint8_t* p, const F* y, int zero, int low, int high) 
 
 #if defined(TQ_WIDE)
 constexpr int kMaxX[5] = {0, 8, 8, 0, 5};
+#elif defined(__AVX2__) && !defined(TQ_PORTABLE)
+constexpr int kMaxX[5] = {0, 4, 2, 0, 2};
 #else
 constexpr int kMaxX[5] = {0, 2, 1, 0, 1};
 #endif
@@ -576,28 +593,36 @@ struct Line {
 
 template <int J, bool narrow, int XB>
 void depthwise_tile(const Op& op, const Line& l, const uint8_t* from, const Outputs& outputs, Place place) {
-  constexpr int JR = J * kPerVector, kBytes = 64 / kPerVector;
-  R acc[XB][JR];
-  TQ_EACH_OF(JR, j)
-    R c = load_register(reinterpret_cast<const char*>(l.compensation) + j * kBytes);
-    TQ_EACH_OF(XB, i) acc[i][j] = c; });
+  // as many vectors at a time as there are registers for
+  constexpr int kTurns = kPerVector == 2 && J == 4 ? 2 : 1, JT = J / kTurns, JR = JT * kPerVector, kBytes = 64 / kPerVector;
+  F results[XB][J];
+  TQ_EACH_OF(kTurns, turn)
+    const auto* compensation = reinterpret_cast<const char*>(l.compensation) + turn * JT * 64;
+    R acc[XB][JR];
+    TQ_EACH_OF(JR, j)
+      R c = load_register(compensation + j * kBytes);
+      TQ_EACH_OF(XB, i) acc[i][j] = c; });
+    });
+    int64_t step = l.step;
+    const int8_t* weights = l.weights + turn * JT * 64;
+    for (int64_t k = 0; k < l.n_taps; ++k, weights += J * 64) {
+      const uint8_t* p = from + l.taps[k] + turn * JT * 64;
+      R w[JR];
+      TQ_EACH_OF(JR, j) w[j] = load_register(weights + j * kBytes); });
+      TQ_EACH_OF(XB, i)
+        TQ_EACH_OF(JR, j) acc[i][j] = dot_of<narrow>(acc[i][j], load_register(p + i * step + j * kBytes), w[j]); });
+      });
+    }
+    TQ_EACH_OF(JT, t)
+      constexpr int j = decltype(turn)::value * JT + decltype(t)::value;
+      F scale = load(l.scale + j * kLanes), bias = load(l.bias + j * kLanes);
+      TQ_EACH_OF(XB, i)
+        results[i][j] = fma(to_float(vector_of(acc[i][t * kPerVector], acc[i][t * kPerVector + kPerVector - 1])), scale, bias);
+      });
+    });
   });
-  int64_t step = l.step;
-  const int8_t* weights = l.weights;
-  for (int64_t k = 0; k < l.n_taps; ++k, weights += J * 64) {
-    const uint8_t* p = from + l.taps[k];
-    R w[JR];
-    TQ_EACH_OF(JR, j) w[j] = load_register(weights + j * kBytes); });
-    TQ_EACH_OF(XB, i)
-      TQ_EACH_OF(JR, j) acc[i][j] = dot_of<narrow>(acc[i][j], load_register(p + i * step + j * kBytes), w[j]); });
-    });
-  }
   TQ_EACH_OF(XB, i)
-    F z[J];
-    TQ_EACH_OF(J, j)
-      I sum = vector_of(acc[i][j * kPerVector], acc[i][j * kPerVector + kPerVector - 1]);
-      z[j] = fma(to_float(sum), load(l.scale + j * kLanes), load(l.bias + j * kLanes));
-    });
+    const F* z = results[i];
     if (op.direct) {
       store_block<J>(place.byte + l.at, z, op.zero_point, op.low_byte, op.high_byte);
     } else {
