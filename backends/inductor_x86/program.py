@@ -147,9 +147,9 @@ def _load_kernels(package: Path) -> None:
     """Load the kernels that a package calls, if it calls any."""
     with zipfile.ZipFile(package) as source:
         for name in source.namelist():
-            file = name.rpartition("/")[2]
-            if file.startswith(native.PREFIX):
-                native.load_packaged(file.removesuffix(XZ), _library(package, source, name))
+            library = name.rpartition("/")[2].removesuffix(XZ)
+            if library.startswith(native.PREFIX) and not native.is_at_hand(library):
+                native.load_packaged(library, _library(package, source, name))
 
 
 def _library(package: Path, source: zipfile.ZipFile, name: str) -> bytes:
@@ -157,7 +157,11 @@ def _library(package: Path, source: zipfile.ZipFile, name: str) -> bytes:
     content = source.read(name)
     if not name.endswith(XZ):
         return content
+    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
     try:
-        return lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(content, _LARGEST_LIBRARY)
+        library = decompressor.decompress(content, _LARGEST_LIBRARY)
     except lzma.LZMAError as error:
         raise ArtifactError(f"{package}: its kernels are damaged: {error}") from error
+    if not decompressor.eof:
+        raise ArtifactError(f"{package}: its kernels are damaged: they are not whole, or larger than any library")
+    return library

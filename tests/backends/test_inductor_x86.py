@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
-from torchquant.backends.inductor_x86 import lowering, op_times
+from torchquant.backends.inductor_x86 import lowering, op_times, program
 from torchquant.formats.integer import UINT7
 from torchquant.fx import ops
 from torchquant.fx.work import work
-from torchquant.ops.x86 import exactness, support
+from torchquant.ops.x86 import exactness, native, support
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
 
@@ -533,3 +534,17 @@ def test_an_annotated_op_of_another_dtype_is_refused_before_anything_is_compiled
     quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
     with pytest.raises(tq.LoweringError, match=rf"linear.*computes in {str(dtype)[6:]}.*export a float32 model"):
         inductor_x86.lower(quantized, x)
+
+
+def test_the_kernels_of_a_package_are_a_third_of_their_size_and_come_out_whole_or_are_refused(x86_pixels, tmp_path):
+    path, library = x86_pixels.program.save(tmp_path / "model.pt2"), native.library_file()
+    with zipfile.ZipFile(path) as package:
+        [name] = [n for n in package.namelist() if n.endswith(f"{library.name}.xz")]
+        assert package.getinfo(name).compress_size < library.stat().st_size / 3
+        assert program._library(path, package, name) == library.read_bytes()
+        content = package.read(name)
+    for damaged in (content[:100] + bytes(50) + content[150:], content[:-20], b"no archive"):
+        with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as other:
+            other.writestr(name, damaged)
+            with pytest.raises(tq.ArtifactError, match="its kernels are damaged"):
+                program._library(path, other, name)
