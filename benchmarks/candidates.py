@@ -160,6 +160,7 @@ class Candidate:
 
 QUANTIZERS: dict[str, Candidate] = {
     "x86": Candidate("X86Quantizer", X86Quantizer, inductor_x86),
+    "x86_w7": Candidate("X86Quantizer weights=7", lambda: X86Quantizer(weights=7), inductor_x86),
     "x86_dynamic": Candidate(
         "X86Quantizer dynamic_int8", lambda: X86Quantizer("dynamic_int8"), inductor_x86, transformers_only=True
     ),

@@ -228,8 +228,8 @@ class CapabilityQuantizer(Quantizer):
         if row.role != "weighted" and not all(has_quantized_output(n) for n in inputs):
             return "its input is float here, so running it in int8 would only add rounding"
         if row.role == "weighted":
-            weight = None if kind.weight is None else ops.argument(node, kind.weight)
-            if weight is None or not ops.is_constant(weight):
+            weights = ops.weights_of(node, kind)
+            if not weights or not all(map(ops.is_constant, weights)):
                 return "its weight is computed at run time, so it has no codes to store"
         return (row.condition(node, scheme) if row.condition else None) or ""
 
@@ -241,8 +241,9 @@ class CapabilityQuantizer(Quantizer):
             tensor = replace(tensor, granularity="tensor")
         activation = self._spec(tensor, -1 if row.op == "linear" else 1) if tensor is not None else None
         inputs: dict[Node, Any] = dict.fromkeys(ops.data_inputs(node, kind), activation) if activation else {}
-        if row.role == "weighted" and kind.weight is not None and spec.weight is not None:
-            inputs[node.args[kind.weight]] = self._spec(spec.weight, kind.axis, is_weight=True)  # type: ignore[index]
+        if row.role == "weighted" and spec.weight is not None:
+            for weight in ops.weights_of(node, kind):
+                inputs[weight] = self._spec(spec.weight, kind.axis, is_weight=True)
         tail = self._fused_tail(node, row, excluded)
         output = activation if row.observe_output and not spec.dynamic else None
         _mark(node, inputs, output if tail is node else None)

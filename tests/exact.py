@@ -47,22 +47,23 @@ INPUT, OUTPUT = Grid(0.02, 117), Grid(0.031, 101)
 class Layer(nn.Module):
     """A convolution or linear: its input on `grid`, symmetric int8 weights, results of about one."""
 
-    def __init__(self, function, grid, shape, bias=True, per_channel=True, codes=None, **options):
+    def __init__(self, function, grid, shape, bias=True, per_channel=True, codes=None, most=127, axis=0, **options):
         super().__init__()
-        self.function, self.grid, self.options, self.per_channel = function, grid, options, per_channel
-        codes = torch.randint(-127, 128, shape) if codes is None else codes.expand(shape)
-        terms = codes[0].numel()
+        self.function, self.grid, self.options, self.per_channel, self.axis = function, grid, options, per_channel, axis
+        codes = torch.randint(-most, most + 1, shape) if codes is None else codes.expand(shape)
+        terms, outputs = codes.select(axis, 0).numel(), shape[axis]
         size = 1 / (73 * 74 * terms**0.5 * (grid.scale if grid else 0.02))
-        scales = (torch.rand(shape[0]) + 0.5) * size
+        scales = (torch.rand(outputs) + 0.5) * size
         self.scale = size  # of the whole tensor
         self.register_buffer("codes", codes.to(torch.int8).contiguous())
         self.register_buffer("scales", scales)
-        self.register_buffer("zeros", torch.zeros(shape[0], dtype=torch.int64))
-        self.bias = nn.Parameter(torch.randn(shape[0]) / 4) if bias else None
+        self.register_buffer("zeros", torch.zeros(outputs, dtype=torch.int64))
+        channels = outputs * (options.get("groups", 1) if axis else 1)
+        self.bias = nn.Parameter(torch.randn(channels) / 4) if bias else None
 
     def forward(self, x):
         if self.per_channel:
-            weight = Q.dequantize_per_channel(self.codes, self.scales, self.zeros, 0, -128, 127, torch.int8)
+            weight = Q.dequantize_per_channel(self.codes, self.scales, self.zeros, self.axis, -128, 127, torch.int8)
         else:
             weight = Q.dequantize_per_tensor(self.codes, self.scale, 0, -128, 127, torch.int8)
         return self.function(self.grid(x) if self.grid else x, weight, self.bias, **self.options)
@@ -75,6 +76,11 @@ def conv(c, n, kernel=3, grid=INPUT, **options):
 
 def depthwise(c, kernel=3, grid=INPUT, **options):
     return conv(c, c, kernel, grid, groups=c, **options)
+
+
+def transposed(c, n, kernel=3, grid=INPUT, **options):
+    function = F.conv_transpose1d if len(kernel) == 1 else F.conv_transpose2d
+    return Layer(function, grid, (c, n // options.get("groups", 1), *kernel), axis=1, **options)
 
 
 def linear(c, n, grid=INPUT, **options):
@@ -109,7 +115,8 @@ class Exact(Interpreter):
             zero, scale = arguments.get("zero_point", 0), arguments.get("scale", arguments.get("scales"))
             codes = arguments["input"].double() - (zero if isinstance(zero, int) else 0)  # weights are symmetric
             self.codes[node] = codes, scale
-            return codes * (scale.view(-1, *[1] * (codes.dim() - 1)) if isinstance(scale, torch.Tensor) else scale)
+            shape = [-1 if i == arguments.get("axis", 0) else 1 for i in range(codes.dim())]
+            return codes * (scale.view(shape) if isinstance(scale, torch.Tensor) else scale)
         if ops.op_name(node) in PRODUCTS and {node.args[0], node.args[1]} <= set(self.codes):
             return self._product(node)
         return super().run_node(node)
@@ -123,9 +130,11 @@ class Exact(Interpreter):
         rest = [self._value(a) for a in node.args[3:]]
         product = node.target(x, w, None, *rest, **node.kwargs)
         assert float(product.abs().max() if product.numel() else 0) < 2**52  # so each sum was exact
-        axis = {"linear": -1, "conv1d": -2, "conv2d": -3}[ops.op_name(node)]
+        axis = -1 if ops.op_name(node) == "linear" else 1 - product.dim()
         shape = [1] * product.dim()
         shape[axis] = -1
+        if isinstance(w_scale, torch.Tensor):  # of the channels of one group, where the convolution is transposed
+            w_scale = w_scale.repeat(product.shape[axis] // len(w_scale))
         scale = x_scale * (w_scale.view(shape) if isinstance(w_scale, torch.Tensor) else w_scale)
         return product * scale + (0 if bias is None else bias.view(shape))
 

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.artifacts.program import Metadata, write_metadata
 from torchquant.artifacts.serialize import export_again
-from torchquant.backends.inductor_x86.capabilities import LONG_KERNEL, TARGET
+from torchquant.backends.inductor_x86.capabilities import TARGET, only_ours
 from torchquant.backends.inductor_x86.packages import OnCopies, copies, pack, race, repack
 from torchquant.backends.inductor_x86.passes import detach_activations, flatten_quantized_linears, rename_folded_weights
 from torchquant.backends.inductor_x86.program import X86Program, run_package
@@ -36,7 +36,8 @@ from torchquant.lowering import dynamo, skeleton
 from torchquant.lowering.accounts import names
 from torchquant.lowering.proof import Verdict, cases_of
 from torchquant.lowering.skeleton import Artefact, Cases, Hold, Lowering, Run, Stage
-from torchquant.ops.x86 import cpu, few_bits, native, saturation, tuning
+from torchquant.ops.x86 import cpu, few_bits, native, recurrent, saturation, tuning
+from torchquant.ops.x86.recurrent import Recurrent, replace_recurrent
 from torchquant.ops.x86.row_products import Packed, replace_float_lookups, replace_row_products
 from torchquant.ops.x86.translation import Built, replace_regions
 from torchquant.surroundings import unchanged
@@ -47,11 +48,13 @@ __all__ = ["dynamo_backend", "lower", "lower_float"]
 # what the calls in the generated C++ are called
 _KERNEL = re.compile(r"(?<!record_)aoti_torch_(?:cpu_)?_*(\w+?)\(")
 _INTEGER = {
-    ("conv1d", "conv2d"): re.compile(r"qconv|torchquant_conv"),
+    ("conv1d", "conv2d"): re.compile(r"qconv|torchquant_conv\dd"),
+    ("conv_transpose1d", "conv_transpose2d"): re.compile(r"torchquant_conv_transpose"),
     ("linear",): re.compile(r"qlinear|torchquant_linear"),
     ("embedding",): re.compile(r"torchquant_lookup"),
+    ("recurrent",): re.compile(r"torchquant_recurrent"),
 }
-Part = Built | Packed  # of the graph, that our kernels compute
+Part = Built | Packed | Recurrent  # of the graph, that our kernels compute
 _MATRIX_KERNEL = re.compile(r"^q(conv|linear)|convolution|addmm|mkl_linear|linear_pointwise|^mm|bmm|attention|lstm|gru")
 _OPTIONS = {"allow_float", "min_sqnr_db", "own_kernels", "tune", "compare_float"}  # of the Dynamo backend
 _FASTER = 0.97  # of the int8 program's time, that a float one must not exceed to be preferred
@@ -121,8 +124,9 @@ class _X86Lowering(Lowering[X86Program]):
 
     def refuse(self, quantized: GraphModule) -> None:
         """Weights that Inductor would fold back to float, and ops without an int8 kernel, before minutes are spent."""
-        self._few_bits = _refuse_unrunnable(quantized, self.compute, self._own_kernels)
-        if self._few_bits:
+        few_bits, ours = _refuse_unrunnable(quantized, self.compute, self._own_kernels)
+        self._needs_ours = bool(few_bits or ours)
+        if few_bits:
             self.op_error = _FEW_BITS_ERROR
 
     def build(self, reference: Flat, cases: Cases, stage: Stage) -> Artefact:
@@ -134,7 +138,7 @@ class _X86Lowering(Lowering[X86Program]):
         try:
             fused = _prove_integer(self.compute, kernels)
         except LoweringError:
-            if self._few_bits or not built.parts or saturation.saturating(saturation.unsafe_products(graph)):
+            if self._needs_ours or not built.parts or saturation.saturating(saturation.unsafe_products(graph)):
                 raise
             # between our regions Inductor may lose a pattern that it finds in the whole graph
             built = _compile(
@@ -228,38 +232,38 @@ def lower_float(exported: GraphModule, example_inputs: Any) -> tuple[Callable[..
     return call, size_bytes
 
 
-def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site], own_kernels: bool) -> int:
+def _refuse_unrunnable(graph: GraphModule, sites: Sequence[Site], own_kernels: bool) -> tuple[int, int]:
     """Refuse weights that Inductor would fold back to float, and ops without a kernel, before minutes are spent.
 
-    Returns: how many of the ops have weights of few bits, which our kernels alone multiply.
+    Returns: how many of the ops have weights of few bits, and how many others our kernels alone run.
     """
-    nodes, reading, few = {node.name: node for node in graph.graph.nodes}, GraphReading(graph), 0
+    nodes, reading, few, ours = {node.name: node for node in graph.graph.nodes}, GraphReading(graph), 0, 0
     for site in sites:
         node = nodes[site.node]
-        product = few_bits.read(reading, node)
-        few += isinstance(product, few_bits.Product)
-        if problem := _problem(site, product, own_kernels) or _kernel_problem(graph, node):
+        product = few_bits.read(reading, node) or recurrent.read(reading, node)
+        few += isinstance(product, (few_bits.Product, recurrent.Layers))
+        ours += only_ours(node)
+        if problem := _problem(site, product, own_kernels) or _kernel_problem(node, own_kernels):
             raise LoweringError(
                 f"{site.op} {site.node} ({site.module or 'root'}) is annotated, but {problem}. Exclude it in the "
                 f"Quantizer, or pass allow_float=['node:{site.node}'] to run it in float."
             )
-    return few
+    return few, ours
 
 
-def _kernel_problem(graph: GraphModule, node: Node) -> str:
+def _kernel_problem(node: Node, own_kernels: bool) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.dtype != torch.float32:
         name = str(value.dtype).removeprefix("torch.")
         return (
             f"it computes in {name}, and the kernels and Inductor's int8 patterns take float32: export a float32 model"
         )
-    if ops.op_name(node) != "conv1d":
+    if not only_ours(node) or (own_kernels and native.supported()):
         return ""
-    weight = ops.constant_value(graph, node.args[1])  # type: ignore[arg-type]
-    return LONG_KERNEL if weight.shape[-1] != 1 else ""
+    return "torchquant's own kernels alone run such a convolution in int8"
 
 
-def _problem(site: Site, product: few_bits.Product | str | None, own_kernels: bool) -> str:
+def _problem(site: Site, product: few_bits.Product | recurrent.Layers | str | None, own_kernels: bool) -> str:
     if isinstance(product, str):
         return product
     if product is not None:
@@ -271,7 +275,7 @@ def _problem(site: Site, product: few_bits.Product | str | None, own_kernels: bo
         return "only its weight is quantized: Inductor folds such weights back to float"
     if weight is None or weight.dtype != torch.int8:
         return f"its weight is {weight.dtype if weight else 'float'}, and the kernels take int8"
-    if weight.axis not in (None, 0) or weight.scale is None or weight.group_size:
+    if weight.axis not in (None, ops.BY_NAME[site.op].axis) or weight.scale is None or weight.group_size:
         return "its weight has scales by group or on another axis, which Inductor folds back to float"
     if weight.zero_point is not None and bool(weight.zero_point.any()):
         return "its weight has zero points, and the kernels take symmetric weights"
@@ -303,10 +307,12 @@ def _compile(
         graph = passes.copy_graph(quantized)
         if own_kernels and native.supported():
             graph = export_again(graph, batch).module()
-            packed = replace_row_products(graph)
+            parts += replace_recurrent(graph)
+            parts += replace_row_products(graph)
             regions = replace_regions(graph)
             replace_float_lookups(graph)
-            parts = [*packed, *regions]
+            _refuse_left(graph)
+            parts += regions
             if regions and tune:
                 _tune(graph, batch, regions)
         unsafe = saturation.unsafe_products(graph)
@@ -333,6 +339,19 @@ def _compile(
     except Exception as error:
         raise LoweringError(f"Inductor cannot compile the converted graph: {str(error)[:2000]}") from error
     return _Compiled(package, parts, native.calls_ours(graph))
+
+
+def _refuse_left(graph: GraphModule) -> None:
+    """Refuse quantized ops that our kernels alone run, and do not run as they are here."""
+    for node in graph.graph.nodes:
+        source = ops.argument(node, 0) if only_ours(node) else None
+        if source is not None and ops.is_dequantize(source):
+            raise LoweringError(
+                f"{ops.op_name(node)} {node.name} ({ops.module_path(node) or 'root'}) is annotated, but torchquant's "
+                "kernels, which alone run it in int8, take per-tensor activations, symmetric int8 weights per output "
+                f"channel and sizes that are known: {ops.shape_of(node)}. Exclude it in the Quantizer, or pass "
+                "allow_float for it."
+            )
 
 
 def _tune(graph: GraphModule, batch: Any, regions: Sequence[Built]) -> None:

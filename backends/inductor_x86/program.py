@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import zipfile
@@ -28,7 +29,10 @@ from torchquant.surroundings import own_modes
 if TYPE_CHECKING:  # to import it takes time
     from torch.fx import GraphModule
 
-__all__ = ["X86Program", "load", "run_package"]
+__all__ = ["XZ", "X86Program", "load", "run_package"]
+
+XZ = ".xz"  # of a library that is compressed by itself
+_LARGEST_LIBRARY = 2**26  # bytes, of which a few crafted ones could else make any number
 
 _PACKAGE = "package"  # stage of a call
 _BESIDE = "; beside its ops: Inductor's calls, and its kernels unless lower(..., named_kernels=True) named them"
@@ -146,5 +150,21 @@ def _load_kernels(package: Path) -> None:
     """Load the kernels that a package calls, if it calls any."""
     with zipfile.ZipFile(package) as source:
         for name in source.namelist():
-            if name.rpartition("/")[2].startswith(native.PREFIX):
-                native.load_packaged(Path(name).name, source.read(name))
+            library = name.rpartition("/")[2].removesuffix(XZ)
+            if library.startswith(native.PREFIX) and not native.is_at_hand(library):
+                native.load_packaged(library, _library(package, source, name))
+
+
+def _library(package: Path, source: zipfile.ZipFile, name: str) -> bytes:
+    """The library of kernels in a package: compressed by itself, or as packages of old have it."""
+    content = source.read(name)
+    if not name.endswith(XZ):
+        return content
+    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    try:
+        library = decompressor.decompress(content, _LARGEST_LIBRARY)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"{package}: its kernels are damaged: {error}") from error
+    if not decompressor.eof:
+        raise ArtifactError(f"{package}: its kernels are damaged: they are not whole, or larger than any library")
+    return library

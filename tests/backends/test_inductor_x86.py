@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.backends import inductor_x86
-from torchquant.backends.inductor_x86 import lowering
+from torchquant.backends.inductor_x86 import lowering, op_times, program
 from torchquant.formats.integer import UINT7
 from torchquant.fx import ops
-from torchquant.ops.x86 import exactness, support
+from torchquant.fx.work import work
+from torchquant.ops.x86 import exactness, native, support
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.types import Scheme
 
@@ -180,7 +182,7 @@ def test_dynamic_int8_runs_all_linears_of_a_transformer(x86_block):
     assert tq.sqnr_db(x86_block.exported(x), x86_block.program(x)) > 25
 
 
-def test_a_longer_conv1d_stays_float_and_a_pointwise_one_is_an_integer_kernel():
+def test_conv1d_of_any_kernel_is_an_integer_kernel_and_refused_without_ours():
     model = Call(
         lambda m, x: m.head(m.point(m.long(x)).relu().transpose(1, 2)),
         long=nn.Conv1d(8, 8, 3, padding=1),
@@ -190,10 +192,38 @@ def test_a_longer_conv1d_stays_float_and_a_pointwise_one_is_an_integer_kernel():
     x = torch.randn(2, 8, 16)
     quantized = tq.quantize(model, x, [x], quantizer=X86Quantizer(), algorithms=(), progress=False)
     program = inductor_x86.lower(quantized, x)
-    assert kernels(program, "torchquant_conv1d") == kernels(program, "torchquant_linear") == 1
+    assert (kernels(program, "torchquant_conv1d"), kernels(program, "torchquant_linear")) == (2, 1)
     assert tq.sqnr_db(quantized(x), program(x)) > 60
-    [left] = [s for s in tq.report(quantized).sites if s.compute and s.status != "quantized"]
-    assert "conv1d whose kernel is longer than 1" in left.reason
+    with pytest.raises(tq.LoweringError, match=r"conv1d conv1d \(long\).*own kernels alone.*allow_float"):
+        inductor_x86.lower(quantized, x, own_kernels=False)
+
+
+def test_a_transposed_convolution_is_an_integer_kernel_of_any_batch():
+    model = Call(
+        lambda m, x: m.head(torch.cat([m.up(m.down(x)), x], 1)),
+        down=nn.Conv2d(4, 8, 2, stride=2),
+        up=nn.ConvTranspose2d(8, 6, 2, stride=2),
+        head=nn.Conv2d(10, 3, 3, padding=1),
+    )
+    x, sizes = torch.randn(2, 4, 8, 6), {0: torch.export.Dim("batch", max=64)}
+    quantized = tq.quantize(
+        model.eval(),
+        (x,),
+        [(x,)],
+        quantizer=X86Quantizer(),
+        algorithms=(),
+        dynamic_shapes={"args": (sizes,)},
+        progress=False,
+    )
+    program = inductor_x86.lower(quantized, (x,))
+    assert (kernels(program, "torchquant_conv2d"), kernels(program, "torchquant_conv_transpose2d")) == (2, 1)
+    assert set(op_times.product_ms(quantized, (x,))) == {"conv2d", "conv_transpose2d", "conv2d_1"}
+    [transposed] = [w for w in work(quantized) if w.node == "conv_transpose2d"]
+    assert (transposed.precision, transposed.macs) == ("int8", 2 * 8 * 4 * 3 * 6 * 4)
+    for batch in (1, 2, 5):
+        y = torch.randn(batch, 4, 8, 6)
+        assert tq.sqnr_db(quantized(y), program(y)) > 45  # codes flip behind the upsampling
+        assert tq.sqnr_db(model(y), program(y)) > 25
 
 
 def test_inductors_int8_conv1d_may_have_any_activation_behind_it():
@@ -223,7 +253,8 @@ FEW_BITS = {  # that Inductor would fold back to float or get wrong, and our ker
     "groups, 8-bit activations": (U8, groupwise(8)),
 }
 REFUSED = {
-    "transposed": (TRANSPOSED, {"conv_transpose2d"}, (U8, per_channel(axis=1)), "transposed"),
+    "transposed, scales of inputs": (TRANSPOSED, {"conv_transpose2d"}, (U8, per_channel()), "on another axis"),
+    "transposed, weight only": (TRANSPOSED, {"conv_transpose2d"}, (None, per_channel(axis=1)), "only its weight"),
     "scales on another axis": (nets.mlp(), {"linear"}, (U8, per_channel(axis=1)), "along axis 1"),
     "convolution, weight only": (nn.Conv2d(3, 4, 3), {"conv2d"}, (None, per_channel()), "only its weight is quantized"),
 }
@@ -503,3 +534,17 @@ def test_an_annotated_op_of_another_dtype_is_refused_before_anything_is_compiled
     quantized = tq.quantize(model, x, [x], quantizer=quantizer, algorithms=(), progress=False)
     with pytest.raises(tq.LoweringError, match=rf"linear.*computes in {str(dtype)[6:]}.*export a float32 model"):
         inductor_x86.lower(quantized, x)
+
+
+def test_the_kernels_of_a_package_are_a_third_of_their_size_and_come_out_whole_or_are_refused(x86_pixels, tmp_path):
+    path, library = x86_pixels.program.save(tmp_path / "model.pt2"), native.library_file()
+    with zipfile.ZipFile(path) as package:
+        [name] = [n for n in package.namelist() if n.endswith(f"{library.name}.xz")]
+        assert package.getinfo(name).compress_size < library.stat().st_size / 3
+        assert program._library(path, package, name) == library.read_bytes()
+        content = package.read(name)
+    for damaged in (content[:100] + bytes(50) + content[150:], content[:-20], b"no archive"):
+        with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as other:
+            other.writestr(name, damaged)
+            with pytest.raises(tq.ArtifactError, match="its kernels are damaged"):
+                program._library(path, other, name)

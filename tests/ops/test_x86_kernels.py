@@ -3,7 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import INPUT, OUTPUT, REGION, Case, Grid, Layer, check, conv, depthwise, exported, linear, signed, targets
+from exact import (
+    INPUT,
+    OUTPUT,
+    REGION,
+    Case,
+    Grid,
+    Layer,
+    check,
+    conv,
+    depthwise,
+    exported,
+    linear,
+    signed,
+    targets,
+    transposed,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nets import Call
@@ -138,6 +153,85 @@ def test_a_one_dimensional_convolution_is_exact(options):
     for groups, width in ((1, 5), (5, 1)):
         layer = Layer(F.conv1d, INPUT, (5, width, 5), groups=groups, **options)
         check(one(layer), lambda: INPUT.sample(2, 5, 13))
+
+
+TRANSPOSED = {  # in, out, kernel, options, size of the input
+    "2x2, stride 2": (16, 24, (2, 2), {"stride": 2}, (2, 5, 7)),
+    "2x2, stride 2, an image": (3, 4, (2, 2), {"stride": 2}, (1, 4, 3)),
+    "3x3, stride 2, output padding": (17, 20, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1}, (2, 4, 5)),
+    "3x3, stride 2": (5, 33, (3, 3), {"stride": 2, "padding": 1, "bias": False}, (1, 5, 4)),
+    "4x4, stride 2": (20, 16, (4, 4), {"stride": 2, "padding": 1}, (1, 3, 4)),
+    "4x4, stride 2 without padding": (5, 64, (4, 4), {"stride": 2}, (1, 3, 4)),
+    "3x3, stride 1": (16, 16, (3, 3), {"padding": 1}, (2, 5, 4)),
+    "3x3, dilated": (8, 17, (3, 3), {"stride": 2, "dilation": 2, "padding": 2}, (1, 4, 5)),
+    "dilated by the stride": (8, 6, (3, 3), {"stride": 3, "dilation": 3, "output_padding": 1}, (1, 3, 4)),
+    "uneven": (7, 10, (3, 5), {"stride": (1, 3), "padding": (0, 4), "output_padding": (0, 2)}, (1, 4, 5)),
+    "a stride beyond the kernel": (5, 16, (2, 1), {"stride": (4, 3)}, (2, 3, 4)),
+    "padding beyond the first pixels": (8, 8, (5, 5), {"stride": 2, "padding": 4}, (1, 5, 6)),
+    "one scale": (9, 12, (2, 2), {"stride": 2, "per_channel": False}, (1, 4, 4)),
+    "4 groups": (16, 24, (4, 4), {"stride": 2, "padding": 1, "groups": 4}, (2, 4, 3)),
+    "depthwise": (40, 40, (2, 2), {"stride": 2, "groups": 40}, (1, 4, 5)),
+    "depthwise, stride 1": (40, 40, (3, 3), {"padding": 1, "groups": 40}, (1, 4, 5)),
+    "one pixel": (20, 16, (1, 1), {}, (3, 1, 1)),
+    "1-D": (16, 8, (16,), {"stride": 8, "padding": 4}, (2, 9)),
+    "1-D, odd": (5, 17, (5,), {"stride": 3, "dilation": 2, "output_padding": 1}, (1, 7)),
+    "1-D in groups": (12, 12, (4,), {"stride": 2, "padding": 1, "groups": 3}, (2, 6)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_convolution_is_exact(name):
+    c, n, kernel, options, (batch, *size) = TRANSPOSED[name]
+    for output in (OUTPUT, None):
+        check(one(transposed(c, n, kernel, **options), output), lambda: INPUT.sample(batch, c, *size))
+
+
+def test_what_follows_a_transposed_convolution_is_fused_or_joined_to_it():
+    up, image = transposed(9, 20, (2, 2), stride=2), lambda: INPUT.sample(2, 9, 4, 3)
+    factor = torch.rand(1, 20, 1, 1) + 0.5
+    for f in (
+        lambda m, x: OUTPUT(m.a(x).relu()),
+        lambda m, x: OUTPUT(F.silu(m.a(x))),
+        lambda m, x: m.a(x) * 3.0,
+        lambda m, x: OUTPUT(m.a(x) * m.factor),
+        lambda m, x: (lambda y: y * y.sigmoid())(m.a(x)),
+        lambda m, x: (lambda y: (OUTPUT(y), y))(m.a(x)),
+        lambda m, x: F.max_pool2d(OUTPUT(m.a(x)), 2),
+        lambda m, x: m.a(x).mean((2, 3)),
+    ):
+        check(Call(f, a=up, factor=nn.Parameter(factor)), image, regions=None, tries=300)
+    second = conv(20, 6, padding=1, grid=OUTPUT)
+    check(Call(lambda m, x: m.b(m.a(x).relu()), a=up, b=second), image, tries=300)
+    check(Call(lambda m, x: m.a(x) + m.b(x), a=up, b=transposed(9, 20, (2, 2), stride=2)), image)
+
+
+def test_a_pad_in_front_of_a_transposed_convolution_is_not_taken_for_its_padding():
+    up = transposed(9, 20, (3, 3), stride=2)
+    case = Case(Call(lambda m, x: m.a(F.pad(x, (1, 1, 0, 2))), a=up), lambda: INPUT.sample(2, 9, 4, 3))
+    case.check()
+
+
+NARROW = {
+    "convolution": (lambda **o: conv(33, 70, 3, padding=1, **o), (2, 33, 5, 6)),
+    "1x1": (lambda **o: conv(128, 64, 1, **o), (1, 128, 4, 4)),
+    "grouped": (lambda **o: conv(32, 64, 3, groups=4, **o), (1, 32, 5, 5)),
+    "depthwise": (lambda **o: depthwise(100, 3, padding=1, **o), (1, 100, 6, 7)),
+    "depthwise 5x5, stride 2": (lambda **o: depthwise(40, 5, padding=2, stride=2, **o), (1, 40, 7, 9)),
+    "linear": (lambda **o: linear(130, 33, **o), (5, 130)),
+    "transposed": (lambda **o: transposed(20, 16, (4, 4), stride=2, padding=1, **o), (1, 20, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_of_seven_bits_are_exact_at_their_ends_too(name):
+    """Two products of 255 by 63 or by -64 stay within 16 bits; larger weights are not called narrow."""
+    layer, shape = NARROW[name]
+    check(one(layer(most=63)), lambda: INPUT.sample(*shape))
+    for code in (-64, 63, 64):
+        for x in (torch.full(shape, (255 - 117) * 0.02), torch.full(shape, -117 * 0.02)):
+            case = check(one(layer(codes=torch.tensor(code)), None), lambda x=x: x)
+            [step] = [s for s in case.found[0].plan.steps if s.kind in ("conv", "depthwise")]
+            assert step.numbers["narrow"] == (code < 64)
 
 
 GRIDS = {

@@ -426,10 +426,18 @@ def test_a_linear_with_other_qparams_is_no_region(name):
     assert not regions_in(unharmed(quantized(nets.mlp(), x, {"linear"}, *SPECS[name]), x))
 
 
-def test_a_transposed_convolution_of_a_quantizer_is_no_region():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_transposed_convolution_of_a_quantizer_is_a_region_if_its_scales_are_those_of_outputs(axis):
     x = torch.randn(2, 3, 6, 6)
-    graph = quantized(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), x, {"conv_transpose2d"}, U8, per_channel(axis=1))
-    assert not regions_in(unharmed(graph, x))
+    graph = quantized(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), x, {"conv_transpose2d"}, U8, per_channel(axis=axis))
+    assert len(regions_in(unharmed(graph, x))) == axis
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (2, 5, 8)])
+def test_a_conv1d_of_what_was_reshaped_is_a_region(shape):
+    x = torch.randn(shape)
+    model = Call(lambda m, x: m.inner(x.flatten(1)[:, None].relu()), inner=nn.Conv1d(1, 4, 3))
+    assert len(regions_in(unharmed(quantized(model, x, {"conv1d"}, U8, per_channel()), x))) == 1
 
 
 def test_a_quantized_network_of_a_quantizer_is_one_region():

@@ -242,6 +242,11 @@ def _difference(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return (got - exact).masked_fill_(~exact.isfinite(), 0.0).float()
 
 
+def _first(value: Any) -> Any:
+    """Of several results, as a recurrent layer has, the first one."""
+    return value[0] if isinstance(value, (tuple, list)) and value else value
+
+
 class _Measure:
     """One site over all batches."""
 
@@ -279,7 +284,8 @@ class _Measure:
                 module = observer_of(self._graph, observer)
                 self._inputs[observer] = self._statistics(observer, module, value, reading)
             self._inputs[observer].add(raw[observer], value)
-        (exact,) = task.targets(batch) or (None,)
+        (target,) = task.targets(batch) or (None,)
+        exact = _first(target)
         if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
             return
         self._signal += _energy(exact)
@@ -293,7 +299,7 @@ class _Measure:
             self._noises[name] += _energy(error)
 
     def _error(self, task: Task, inputs: Env, flow: Any, exact: torch.Tensor) -> torch.Tensor:
-        return _difference(task.evaluator(flow).run([self._node], dict(inputs))[self._node], exact)
+        return _difference(_first(task.evaluator(flow).run([self._node], dict(inputs))[self._node]), exact)
 
     def _statistics(self, observer: Node, module: Any, exact: torch.Tensor, reading: GraphReading) -> TensorStatistics:
         quantized, source = reading.op(observer), observer.args[0]

@@ -22,6 +22,7 @@ class OpKind:
         data: positions of the float activations among the arguments; None: all of them.
         moves: only moves data, so that values and qparams stay the same.
         weight: position of the weight, and `axis` its output-channel axis.
+        layers: position of a list of the parameters of several layers, see `weights_of`.
     """
 
     name: str
@@ -31,6 +32,11 @@ class OpKind:
     moves: bool = False
     weight: int | None = None
     axis: int = 0
+    layers: int | None = None
+
+    @property
+    def weighted(self) -> bool:
+        return self.weight is not None or self.layers is not None
 
 
 KINDS: tuple[OpKind, ...] = (
@@ -53,7 +59,7 @@ KINDS: tuple[OpKind, ...] = (
         weight=0,
     ),
     OpKind("bilinear", ("bilinear.default",), True, data=(0, 1), weight=2),
-    OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True),
+    OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True, layers=2),
     OpKind("add", ("add.Tensor", "add_.Tensor"), data=(0, 1)),
     OpKind("sub", ("sub.Tensor", "sub_.Tensor"), data=(0, 1)),
     OpKind("mul", ("mul.Tensor", "mul_.Tensor"), data=(0, 1)),
@@ -245,6 +251,23 @@ def argument(node: Node, position: int) -> Node | None:
     """The node at `position` of the arguments, or None if there is none or it is a literal."""
     value = node.args[position] if position < len(node.args) else None
     return value if isinstance(value, Node) else None
+
+
+def weights_of(node: Node, kind: OpKind) -> list[Node]:
+    """The weights that an op multiplies by: one, or of each layer and direction those of its input and its state."""
+    if kind.layers is not None:
+        biases = 2 * bool(arguments(node)["has_biases"])
+        return [p for own in layer_parameters(node) for p in (*own[:2], *own[2 + biases :])]
+    weight = argument(node, kind.weight) if kind.weight is not None else None
+    return [] if weight is None else [weight]
+
+
+def layer_parameters(node: Node) -> list[list[Node]]:
+    """Of each layer and direction of a recurrent op: both weights, both biases or none, a projection's weight."""
+    operands = arguments(node)
+    parameters, count = operands["params"], operands["num_layers"] * (1 + bool(operands["bidirectional"]))
+    each = len(parameters) // count
+    return [list(parameters[i * each : (i + 1) * each]) for i in range(count)]
 
 
 def data_inputs(node: Node, kind: OpKind) -> list[Node]:

@@ -90,9 +90,9 @@ def _site(reading: GraphReading, node: Node) -> Site:
         inputs = ops.data_inputs(node, kind)
         read = [_qparams(reading, n) for n in inputs]
         activation = read[0] if read and all(q is not None for q in read) else None
-        if kind.weight is not None:
-            weight = _qparams(reading, ops.argument(node, kind.weight))
-    status, reason = _status(node, compute, activation, weight, kind is not None and kind.weight is not None)
+        weights = [_qparams(reading, n) for n in ops.weights_of(node, kind)]
+        weight = weights[0] if weights and all(q is not None for q in weights) else None
+    status, reason = _status(node, compute, activation, weight, kind is not None and kind.weighted)
     return Site(node.name, ops.op_name(node), ops.module_path(node), compute, activation, weight, status, reason)
 
 

@@ -104,6 +104,10 @@ def _convolution(output: Shape, data: Shape, weight: Shape) -> tuple[str, int]:
     return kind, math.prod(output) * math.prod(weight[1:])
 
 
+def _transposed(output: Shape, data: Shape, weight: Shape) -> tuple[str, int]:
+    return "other conv", math.prod(data) * math.prod(weight[1:])
+
+
 def _linear(output: Shape, data: Shape, weight: Shape) -> tuple[str, int]:
     return "linear", math.prod(output) * weight[-1]
 
@@ -122,6 +126,8 @@ KINDS: Mapping[str, Callable[..., tuple[str, int]]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
     "conv3d": _convolution,
+    "conv_transpose1d": _transposed,
+    "conv_transpose2d": _transposed,
     "linear": _linear,
     "attention": _attention,
     "matmul": _matmul,

@@ -97,7 +97,7 @@ def _check(target: str, row: Capability) -> None:
     kind = ops.BY_NAME.get(row.op)
     if row.schemes and kind is None:
         raise SchemeError(f"target {target!r}: no kind of op is named {row.op!r}; torchquant.fx.ops.KINDS has them all")
-    if row.role == "weighted" and kind is not None and kind.weight is None:
+    if row.role == "weighted" and kind is not None and not kind.weighted:
         raise SchemeError(f"target {target!r}: the role of {row.op!r} is 'weighted', and it has no weight")
 
 

@@ -57,10 +57,9 @@ class Bounds:
         return inputs[0] if kept else math.inf
 
     def _largest_sum(self, node: Node, largest: float) -> float:
-        arguments = ops.arguments(node)
-        weight = self._region.finder.weight(arguments["weight"])
+        weight = self._region.finder.weight(node)
         assert weight is not None
-        bias = self._region.bias(arguments, len(weight.codes))
+        bias = self._region.bias(node, len(weight.codes))
         sums = weight.codes.reshape(len(weight.codes), -1).double().abs().sum(1) * weight.scale.abs()
         largest_sum = float((sums * largest + bias.abs()).max())
         return largest_sum if math.isfinite(largest_sum) else math.inf

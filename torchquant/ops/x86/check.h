@@ -85,10 +85,11 @@ class Check {
     const Op& o = ops[i];
     auto need = [&](bool holds, const char* why) { demand(holds, "op", i, why); };
     for (int32_t x : {o.input, o.out_byte, o.out_float, o.other}) need(within(x, -1, h.values - 1), "names a value that is none");
-    need(within(o.kind, kConv, kLayerNorm) && within(o.binary, kNothing, kMul) && within(o.before, kNone, kHardsigmoid) &&
+    need(within(o.kind, kConv, kShuffle) && within(o.binary, kNothing, kMul) && within(o.before, kNone, kHardsigmoid) &&
              within(o.after, kNone, kHardsigmoid),
          "is of no kind");
-    need(within(o.panel, 0, 16) && within(o.dynamic, 0, h.ranges) && within(o.nan_byte, 0, 255), "has a field that is out of range");
+    need(within(o.panel, 0, 16) && within(o.dynamic, 0, h.ranges) && within(o.nan_byte, 0, 255) && within(o.narrow, 0, 1),
+         "has a field that is out of range");
     need(o.out_byte < 0 || (!values[o.out_byte].is_float && values[o.out_byte].external < 0), "writes bytes where there are none");
     need(o.out_float < 0 || values[o.out_float].is_float, "writes floats where there are none");
     need(o.out_byte >= 0 || o.out_float >= 0, "writes nothing");
@@ -118,6 +119,7 @@ class Check {
       case kConv: return product(o, in, out, need);
       case kDepthwise: return depthwise(o, in, out, need);
       case kMaxPool: return pool(o, in, out, need);
+      case kShuffle: return shuffle(o, in, out, need);
       case kMean: return need(in.c == o.channels, "has other channels than what it reads");
       default:
         need(in.c == o.channels && in.h == out.h && in.w == out.w, "reads a value of another size than what it writes");
@@ -171,6 +173,14 @@ class Check {
     double n = double(padded(o.channels));
     need(constants(o.weights, n * taps * 4 * (pairs ? 2 : 1)), "has weights outside the plan");
     for (int32_t place : {o.compensation, o.scale, o.bias}) need(constants(place, 4 * n), "has constants outside the plan");
+  }
+
+  template <class Need>
+  static void shuffle(const Op& o, const Value& in, const Value& out, const Need& need) {
+    window(o, need);
+    need((o.out_byte < 0 || o.out_float < 0) && in.is_float == out.is_float && o.other < 0, "moves values into those of another kind");
+    need(o.group_out >= 1 && out.c % o.group_out == 0 && double(out.c) * o.sh * o.sw == in.c, "has other channels than what it reads");
+    need((int64_t(out.h) - 1 + o.pt) / o.sh < in.h && (int64_t(out.w) - 1 + o.pl) / o.sw < in.w, "reads pixels that are none");
   }
 
   // Whether each window has a tap on the value, in one direction.

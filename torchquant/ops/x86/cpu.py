@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchquant.errors import ArtifactError
 
-__all__ = ["NOTE", "check_package", "instructions", "note"]
+__all__ = ["NOTE", "check_package", "has_vnni", "instructions", "note"]
 
 NOTE = "torchquant_cpu.json"
 # what compilers and Inductor make use of on their own when they compile for the machine they run on, as Linux names it
@@ -30,6 +30,11 @@ def instructions() -> frozenset[str]:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return frozenset(flags).intersection(_USED)
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies bytes and adds the products in one instruction; also where Linux does not say."""
+    return not instructions() or bool(instructions() & {"avx512_vnni", "avx_vnni"})
 
 
 def note(package: Path) -> None:

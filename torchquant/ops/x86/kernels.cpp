@@ -231,7 +231,7 @@ Ending ending_of(const Op& op, Operand other, bool plain) {
   return Ending((other == kAbsent ? kNumbers : kSumNumbers) + bytes);
 }
 
-template <int MR, int NV, Ending ending>
+template <int MR, int NV, Ending ending, bool narrow>
 void tile(const Op& op, const Tile& t) {
   constexpr int NR = NV * kPerVector, kBytes = 64 / kPerVector;
   R acc[MR][NR];
@@ -251,7 +251,7 @@ void tile(const Op& op, const Tile& t) {
       w += 64;
       TQ_EACH_OF(MR, r)
         R x = broadcast_register(a[r] + d);
-        TQ_EACH_OF(NR, v) acc[r][v] = dot_register(acc[r][v], x, b[v]); });
+        TQ_EACH_OF(NR, v) acc[r][v] = dot_of<narrow>(acc[r][v], x, b[v]); });
       });
     }
   }
@@ -320,35 +320,39 @@ void tile(const Op& op, const Tile& t) {
 }
 
 using TileFunction = void (*)(const Op&, const Tile&);
-template <int NV, Ending ending, int... M>
+template <int NV, bool narrow, Ending ending, int... M>
 TileFunction tile_of(int mr, std::integer_sequence<int, M...>) {
-  static const TileFunction table[] = {tile<kMaxMr[NV] - M, NV, ending>...};
+  static const TileFunction table[] = {tile<kMaxMr[NV] - M, NV, ending, narrow>...};
   return table[kMaxMr[NV] - mr];
 }
-template <int NV>
+template <int NV, bool narrow>
 TileFunction tile_of(int mr, Ending ending) {
   if (mr + 1 >= kMaxMr[NV]) {
     using Two = std::make_integer_sequence<int, 2>;
     switch (ending) {
-      case kNumbers: return tile_of<NV, kNumbers>(mr, Two());
-      case kNumbersAndBytes: return tile_of<NV, kNumbersAndBytes>(mr, Two());
-      case kSumNumbers: return tile_of<NV, kSumNumbers>(mr, Two());
-      case kSumNumbersAndBytes: return tile_of<NV, kSumNumbersAndBytes>(mr, Two());
+      case kNumbers: return tile_of<NV, narrow, kNumbers>(mr, Two());
+      case kNumbersAndBytes: return tile_of<NV, narrow, kNumbersAndBytes>(mr, Two());
+      case kSumNumbers: return tile_of<NV, narrow, kSumNumbers>(mr, Two());
+      case kSumNumbersAndBytes: return tile_of<NV, narrow, kSumNumbersAndBytes>(mr, Two());
       default: break;
     }
   }
-  return tile_of<NV, kOther>(mr, std::make_integer_sequence<int, kMaxMr[NV]>());
+  return tile_of<NV, narrow, kOther>(mr, std::make_integer_sequence<int, kMaxMr[NV]>());
 }
+template <bool narrow>
 TileFunction tile_of(int mr, int nv, Ending ending) {
   switch (nv) {
-    case 1: return tile_of<1>(mr, ending);
+    case 1: return tile_of<1, narrow>(mr, ending);
 #if defined(TQ_WIDE)
-    case 2: return tile_of<2>(mr, ending);
-    case 3: return tile_of<3>(mr, ending);
-    case 4: return tile_of<4>(mr, ending);
+    case 2: return tile_of<2, narrow>(mr, ending);
+    case 3: return tile_of<3, narrow>(mr, ending);
+    case 4: return tile_of<4, narrow>(mr, ending);
 #endif
   }
   return nullptr;
+}
+TileFunction tile_of(const Op& op, int mr, int nv, Ending ending) {
+  return kNarrowDot && op.narrow ? tile_of<kNarrowDot>(mr, nv, ending) : tile_of<false>(mr, nv, ending);
 }
 
 thread_local std::vector<uint8_t> scratch_bytes;
@@ -445,7 +449,7 @@ void conv(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part
       t.at = from * kLanes;
       t.n = std::min<int64_t>(op.channels, to * kLanes) - t.at;
       int64_t tiles = (m1 - m0 + most - 1) / most, size = (m1 - m0) / tiles, larger = (m1 - m0) % tiles;
-      TileFunction large = tile_of(int(larger ? size + 1 : size), nv, ending), small = tile_of(int(size), nv, ending);
+      TileFunction large = tile_of(op, int(larger ? size + 1 : size), nv, ending), small = tile_of(op, int(size), nv, ending);
       t.rows = block.from.data();
       t.places = block.to.data();
       for (int64_t i = 0; i < tiles; ++i) {
@@ -488,16 +492,18 @@ TQ_INLINE void interleave(const uint8_t* const* rows, uint8_t* to) {
   }
 #endif
 #if defined(__AVX2__) && !defined(TQ_PORTABLE)
-  if (J == 2) {
-    auto get = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-    auto put = [&](int i, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to) + i, x); };
-    __m256i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
-    __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
-    __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
-    put(0, _mm256_unpacklo_epi16(ab, cd));
-    put(1, _mm256_unpackhi_epi16(ab, cd));
-    put(2, _mm256_unpacklo_epi16(AB, CD));
-    put(3, _mm256_unpackhi_epi16(AB, CD));
+  if (J > 1) {
+    for (int half = 0; half < J / 2; ++half) {  // 32 channels; of 64 the vectors have both halves side by side
+      auto get = [half](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + half); };
+      auto put = [&](int i, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to) + i * (J / 2) + half, x); };
+      __m256i a = get(rows[0]), b = get(rows[1]), c = get(rows[2]), d = get(rows[3]);
+      __m256i ab = _mm256_unpacklo_epi8(a, b), AB = _mm256_unpackhi_epi8(a, b);
+      __m256i cd = _mm256_unpacklo_epi8(c, d), CD = _mm256_unpackhi_epi8(c, d);
+      put(0, _mm256_unpacklo_epi16(ab, cd));
+      put(1, _mm256_unpackhi_epi16(ab, cd));
+      put(2, _mm256_unpacklo_epi16(AB, CD));
+      put(3, _mm256_unpackhi_epi16(AB, CD));
+    }
     return;
   }
   if (J == 1) {
@@ -547,6 +553,19 @@ TQ_INLINE void store_block(uint8_t* p, const F* y, int zero, int low, int high) 
     store_quantized<1>(p, y, zero, low, high);
     return;
   }
+#if defined(__AVX2__) && !defined(TQ_WIDE) && !defined(TQ_PORTABLE)
+  // eight lanes of four vectors are 32 channels: of 64 the first halves of all, of 32 both halves of both
+  auto eight = [&](int half, int k) { return J == 4 ? (half ? y[k % J].w : y[k % J].v) : (k % 2 ? y[k / 2].w : y[k / 2].v); };
+  for (int half = 0; half < J / 2; ++half) {
+    __m256i q[4];
+    for (int k = 0; k < 4; ++k) q[k] = _mm256_cvtps_epi32(eight(half, k));
+    __m256i z = _mm256_set1_epi16(short(zero));
+    __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), z), b = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), z);
+    __m256i c = _mm256_max_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(char(low)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + half, _mm256_min_epu8(c, _mm256_set1_epi8(char(high))));
+  }
+  return;
+#endif
   uint8_t bytes[J][16];
   for (int j = 0; j < J; ++j) store_quantized<1>(bytes[j], y + j, zero, low, high);
   for (int j = 0; j < J; ++j)
@@ -555,6 +574,8 @@ TQ_INLINE void store_block(uint8_t* p, const F* y, int zero, int low, int high) 
 
 #if defined(TQ_WIDE)
 constexpr int kMaxX[5] = {0, 8, 8, 0, 5};
+#elif defined(__AVX2__) && !defined(TQ_PORTABLE)
+constexpr int kMaxX[5] = {0, 4, 2, 0, 2};
 #else
 constexpr int kMaxX[5] = {0, 2, 1, 0, 1};
 #endif
@@ -570,30 +591,38 @@ struct Line {
   int64_t at, n;
 };
 
-template <int J, int XB>
+template <int J, bool narrow, int XB>
 void depthwise_tile(const Op& op, const Line& l, const uint8_t* from, const Outputs& outputs, Place place) {
-  constexpr int JR = J * kPerVector, kBytes = 64 / kPerVector;
-  R acc[XB][JR];
-  TQ_EACH_OF(JR, j)
-    R c = load_register(reinterpret_cast<const char*>(l.compensation) + j * kBytes);
-    TQ_EACH_OF(XB, i) acc[i][j] = c; });
+  // as many vectors at a time as there are registers for
+  constexpr int kTurns = kPerVector == 2 && J == 4 ? 2 : 1, JT = J / kTurns, JR = JT * kPerVector, kBytes = 64 / kPerVector;
+  F results[XB][J];
+  TQ_EACH_OF(kTurns, turn)
+    const auto* compensation = reinterpret_cast<const char*>(l.compensation) + turn * JT * 64;
+    R acc[XB][JR];
+    TQ_EACH_OF(JR, j)
+      R c = load_register(compensation + j * kBytes);
+      TQ_EACH_OF(XB, i) acc[i][j] = c; });
+    });
+    int64_t step = l.step;
+    const int8_t* weights = l.weights + turn * JT * 64;
+    for (int64_t k = 0; k < l.n_taps; ++k, weights += J * 64) {
+      const uint8_t* p = from + l.taps[k] + turn * JT * 64;
+      R w[JR];
+      TQ_EACH_OF(JR, j) w[j] = load_register(weights + j * kBytes); });
+      TQ_EACH_OF(XB, i)
+        TQ_EACH_OF(JR, j) acc[i][j] = dot_of<narrow>(acc[i][j], load_register(p + i * step + j * kBytes), w[j]); });
+      });
+    }
+    TQ_EACH_OF(JT, t)
+      constexpr int j = decltype(turn)::value * JT + decltype(t)::value;
+      F scale = load(l.scale + j * kLanes), bias = load(l.bias + j * kLanes);
+      TQ_EACH_OF(XB, i)
+        results[i][j] = fma(to_float(vector_of(acc[i][t * kPerVector], acc[i][t * kPerVector + kPerVector - 1])), scale, bias);
+      });
+    });
   });
-  int64_t step = l.step;
-  const int8_t* weights = l.weights;
-  for (int64_t k = 0; k < l.n_taps; ++k, weights += J * 64) {
-    const uint8_t* p = from + l.taps[k];
-    R w[JR];
-    TQ_EACH_OF(JR, j) w[j] = load_register(weights + j * kBytes); });
-    TQ_EACH_OF(XB, i)
-      TQ_EACH_OF(JR, j) acc[i][j] = dot_register(acc[i][j], load_register(p + i * step + j * kBytes), w[j]); });
-    });
-  }
   TQ_EACH_OF(XB, i)
-    F z[J];
-    TQ_EACH_OF(J, j)
-      I sum = vector_of(acc[i][j * kPerVector], acc[i][j * kPerVector + kPerVector - 1]);
-      z[j] = fma(to_float(sum), load(l.scale + j * kLanes), load(l.bias + j * kLanes));
-    });
+    const F* z = results[i];
     if (op.direct) {
       store_block<J>(place.byte + l.at, z, op.zero_point, op.low_byte, op.high_byte);
     } else {
@@ -608,10 +637,15 @@ void depthwise_tile(const Op& op, const Line& l, const uint8_t* from, const Outp
 }
 
 using LineFunction = void (*)(const Op&, const Line&, const uint8_t*, const Outputs&, Place);
-template <int J, int... X>
+template <int J, bool narrow, int... X>
 LineFunction line_of(int64_t xb, std::integer_sequence<int, X...>) {
-  static const LineFunction table[] = {depthwise_tile<J, X + 1>...};
+  static const LineFunction table[] = {depthwise_tile<J, narrow, X + 1>...};
   return table[xb - 1];
+}
+template <int J>
+LineFunction line_of(const Op& op, int64_t xb) {
+  using Pixels = std::make_integer_sequence<int, kMaxX[J]>;
+  return kNarrowDot && op.narrow ? line_of<J, kNarrowDot>(xb, Pixels()) : line_of<J, false>(xb, Pixels());
 }
 
 // How a window's taps are grouped by four: down the rows, and along the last row where it would be alone in its group.
@@ -670,8 +704,7 @@ void depthwise_block(const Op& op, const Bound& b, Line& l, uint8_t* line, int64
   l.taps = taps;
   l.step = op.sw * pixel_bytes;
   int64_t tiles = (out.w + kMaxX[J] - 1) / kMaxX[J], size = out.w / tiles, larger = out.w % tiles;
-  LineFunction small = line_of<J>(size, std::make_integer_sequence<int, kMaxX[J]>());
-  LineFunction large = larger ? line_of<J>(size + 1, std::make_integer_sequence<int, kMaxX[J]>()) : small;
+  LineFunction small = line_of<J>(op, size), large = larger ? line_of<J>(op, size + 1) : small;
   for (int row = 0; row < rows; ++row) {
     Place place = outputs.at(sample, y + row, 0);
     const uint8_t* from = line;
@@ -940,6 +973,22 @@ void halo(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int
   }
 }
 
+// Blocks of channels become pixels: each pixel of the input holds `sh` by `sw` pixels of each group of `group_out` channels;
+// `pt` and `pl` pixels in front of the result are left out. Units are rows of the result.
+void shuffle(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
+  int64_t value = out_value(op), cell = int64_t(op.sh) * op.sw, group = op.group_out;
+  const Value& out = b.values[value];
+  size_t size = size_t(element_size(out)), bytes = size_t(group) * size;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t sample = row / out.h, y = row % out.h + op.pt;
+    uint8_t* to = pixel(b, int32_t(value), sample, row % out.h, 0);
+    for (int64_t x = op.pl; x < out.w + op.pl; ++x, to += size_t(out.stride) * size) {
+      const uint8_t* from = pixel(b, op.input, sample, y / op.sh, x / op.sw) + size_t(y % op.sh * op.sw + x % op.sw) * bytes;
+      for (int64_t g = 0; g < out.c; g += group) std::memcpy(to + size_t(g) * size, from + size_t(g * cell) * size, bytes);
+    }
+  }
+}
+
 // Layer norm over the channels of a pixel; units are pixels.
 void layer_norm(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t, int64_t) {
   const Value& out = b.values[out_value(op)];
@@ -1168,7 +1217,7 @@ int64_t units(const Op& op, const Bound& b) {
   if (op.kind == tq::kExport) return b.samples * b.values[op.input].h;
   const Value& out = b.values[out_value(op)];
   switch (op.kind) {
-    case tq::kDepthwise: case tq::kImport: return b.samples * out.h;
+    case tq::kDepthwise: case tq::kImport: case tq::kShuffle: return b.samples * out.h;
     case tq::kMean: case tq::kHalo: return b.samples;
     default: return b.samples * out.h * out.w;
   }
@@ -1185,6 +1234,7 @@ void run(const Op& op, const Bound& b, int64_t begin, int64_t end, int64_t part,
     case tq::kMaxPool: return max_pool(op, b, begin, end, part, parts);
     case tq::kHalo: return halo(op, b, begin, end, part, parts);
     case tq::kLayerNorm: return layer_norm(op, b, begin, end, part, parts);
+    case tq::kShuffle: return shuffle(op, b, begin, end, part, parts);
   }
 }
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.reading import Choice, GraphReading, Quantized
+from torchquant.ops.x86 import transposed
 from torchquant.ops.x86.plan import Dynamic, Quantization
 
 ACCUMULATOR = 2**31 - 1
@@ -37,7 +38,7 @@ TURN = "permute.default"
 _TURNED = {IMAGE: ((0, 2, 3, 1), PIXELS), PIXELS: ((0, 3, 1, 2), IMAGE)}
 CONVOLUTIONS = ("conv1d", "conv2d")
 _CHOOSING = ("choose_qparams", "choose_qparams_symmetric")
-PRODUCTS = (*CONVOLUTIONS, "linear")
+PRODUCTS = (*CONVOLUTIONS, *transposed.NAMES, "linear")
 _MOST_TAPS = 512  # of a depthwise window, in groups of four: as many as kernels.cpp has room for
 
 
@@ -153,20 +154,31 @@ class Weight:
     scale: torch.Tensor  # float64, one a channel
 
 
-def weight_of(reading: GraphReading, node: object) -> Weight | None:
-    """The codes and scales behind a dequantized constant: symmetric int8 on axis 0 or for the whole tensor."""
+def weight_of(reading: GraphReading, node: object, axis: int = 0) -> Weight | None:
+    """The codes and scales behind a dequantized constant: symmetric int8 on `axis` or for the whole tensor."""
     if not isinstance(node, Node) or ops.qdq_name(node) not in ("dequantize_per_channel", "dequantize_per_tensor"):
         return None
     quantized = reading.op(node)
     if quantized is None or quantized.codes is None or not ops.is_constant(quantized.codes):
         return None
-    scale, zero_point, axis = quantized.qparams.scale, quantized.qparams.zero_point, quantized.qparams.axis
+    scale, zero_point = quantized.qparams.scale, quantized.qparams.zero_point
     codes = ops.constant_value(reading.model, quantized.codes)
-    if scale is None or codes.dtype != torch.int8 or axis not in (None, 0) or scale.numel() not in (1, len(codes)):
+    if scale is None or codes.dtype != torch.int8 or quantized.qparams.axis not in (None, axis):
+        return None
+    if scale.numel() not in (1, codes.shape[axis]):
         return None
     if zero_point is not None and bool(zero_point.any()):
         return None
-    return Weight(codes, scale.float().double().flatten().expand(len(codes)))
+    return Weight(codes, scale.float().double().flatten().expand(codes.shape[axis]))
+
+
+def factors_of(reading: GraphReading, node: Node) -> Weight | None:
+    """What the kernels multiply by: a product's weight, or the phases of a transposed one's; None if they cannot."""
+    weight, phases = ops.arguments(node)["weight"], transposed.phases_of(node)
+    if ops.op_name(node) not in transposed.NAMES:
+        return weight_of(reading, weight)
+    found = weight_of(reading, weight, axis=1) if phases is not None else None
+    return None if found is None or phases is None else Weight(phases.weight(found.codes), phases.spread(found.scale))
 
 
 def quantize_behind(node: object) -> Node | None:

@@ -27,6 +27,7 @@ __all__ = [
     "PREFIX",
     "calls_ours",
     "instruction_sets",
+    "is_at_hand",
     "library_file",
     "load",
     "load_packaged",
@@ -189,6 +190,13 @@ def load() -> ctypes.CDLL:
     return _loaded[name]
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether this process has a build, or the cache does, from which it is then loaded."""
+    if name not in _loaded and name == build_name() and is_whole(cache_folder() / name):
+        load()
+    return name in _loaded
+
+
 def load_packaged(name: str, content: bytes) -> None:
     """Load the library that came with a program, unless this process has that build, or the cache.
 
@@ -197,10 +205,7 @@ def load_packaged(name: str, content: bytes) -> None:
     Raises:
         LoweringError: it cannot be loaded here, or its ops are not those of its name.
     """
-    if name in _loaded:
-        return
-    if name == build_name() and is_whole(cache_folder() / name):
-        load()
+    if is_at_hand(name):
         return
     if _namespace(name).encode() not in content:  # loading ops that exist already would end the process
         raise LoweringError(f"{name} holds no kernels of that name: lower the model again")
@@ -256,10 +261,19 @@ def _looked_up_floats(table: torch.Tensor, indices: torch.Tensor) -> torch.Tenso
     return table.new_empty([*indices.shape, table.shape[1]])
 
 
+def _recurred(
+    packed: torch.Tensor, given: torch.Tensor, state: torch.Tensor, cell: torch.Tensor | None, *_: object
+) -> list[torch.Tensor]:
+    """All states, in the order of the gates `(time, samples, gates * states)`, and of an LSTM the last cell."""
+    states = given.new_empty([*given.shape[:2], state.shape[1]])
+    return [states] if cell is None else [states, torch.empty_like(cell)]
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "x86_region": _shapes,
     "x86_attention": _attended,
     "x86_linear": _multiplied,
+    "x86_recurrent": _recurred,
     "x86_lookup": _looked_up,
     "x86_float_lookup": _looked_up_floats,
 }

@@ -8,12 +8,12 @@ from torch.fx import GraphModule, Node
 
 from torchquant.fx import ops
 from torchquant.fx.reading import GraphReading
-from torchquant.ops.x86 import matching
+from torchquant.ops.x86 import matching, transposed
 from torchquant.ops.x86.plan import Dynamic, Quantization
 
 __all__ = ["Placement"]
 
-_SPATIAL = ("conv1d", "conv2d", "max_pool2d", "adaptive_avg_pool2d")
+_SPATIAL = ("conv1d", "conv2d", *transposed.NAMES, "max_pool2d", "adaptive_avg_pool2d")
 
 
 class Placement:
@@ -36,9 +36,9 @@ class Placement:
         """The grid of a quantize or dequantize op, counted as unsigned bytes, or None."""
         return matching.byte_grid(self.reading.op(node))
 
-    def weight(self, node: object) -> matching.Weight | None:
-        """The codes and scales behind what a product multiplies by, where the kernels take them."""
-        return matching.weight_of(self.reading, node)
+    def weight(self, product: Node) -> matching.Weight | None:
+        """The codes and scales of what a product multiplies by, where the kernels take them."""
+        return matching.factors_of(self.reading, product)
 
     def place(self, node: Node) -> None:
         """Whether a node's value is an image (n, c, h, w), its pixels (n, h, w, c), or rows (..., c)."""
@@ -50,6 +50,7 @@ class Placement:
             self.layout[node] = matching.PIXELS if before[:1] == [matching.PIXELS] else matching.ROWS
         elif ops.overload_of(node) in matching.RESHAPES or name == "mean":
             image = len(shape) == 4 and (tuple(shape[2:]) == (1, 1) or self._leads_to_image(node))
+            image = image or (len(shape) == 3 and self._is_convolved(node))
             self.layout[node] = matching.IMAGE if image or self._half_unsqueezed(node) else matching.ROWS
         else:
             layout = matching.turned(node, before[0]) if before else None
@@ -78,6 +79,18 @@ class Placement:
                     return True
                 if name not in ("linear", "layer_norm") and user not in seen and len(seen) < 64:
                     seen.add(user)
+                    work.append(user)
+        return False
+
+    @staticmethod
+    def _is_convolved(node: Node) -> bool:
+        """Whether a convolution over a length reads a value, elementwise ops between them."""
+        work = [node]
+        while work:
+            for user in work.pop().users:
+                if ops.op_name(user) in ("conv1d", "conv_transpose1d"):
+                    return True
+                if Placement._keeps_layout(user) and len(work) < 64:
                     work.append(user)
         return False
 

@@ -9,10 +9,10 @@
 namespace tq {
 
 constexpr int32_t kMagic = 0x51543836;
-constexpr int32_t kVersion = 2;
+constexpr int32_t kVersion = 3;
 constexpr int kUnit = 64;
 
-enum Kind : int32_t { kConv = 0, kDepthwise, kElementwise, kImport, kExport, kMean, kMaxPool, kHalo, kLayerNorm };
+enum Kind : int32_t { kConv = 0, kDepthwise, kElementwise, kImport, kExport, kMean, kMaxPool, kHalo, kLayerNorm, kShuffle };
 enum Activation : int32_t {
   kNone = 0, kClamp, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh, kHardswish, kHardsigmoid
 };
@@ -62,7 +62,8 @@ struct Op {
   int32_t dynamic;                           // 1 + the range of the bytes that a product reads or another op writes
   int32_t group_in, group_out, group_panel;  // of a grouped convolution: channels of a group, blocks of 16 outputs that share inputs
   int32_t nan_byte;                          // what NaN becomes: torch makes it 0, which is 128 where int8 is counted unsigned
-  int32_t pad[4];
+  int32_t narrow;                            // no weight is beyond -64 .. 63: two products with bytes stay within 16 bits
+  int32_t pad[3];
 };
 
 // A grid of bytes that each call makes from the range of one whole input.

@@ -20,8 +20,8 @@ __all__ = [
     "Value",
 ]
 
-_MAGIC, _VERSION, _UNIT = 0x51543836, 2, 64
-KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm"]
+_MAGIC, _VERSION, _UNIT = 0x51543836, 3, 64
+KINDS = ["conv", "depthwise", "elementwise", "import", "export", "mean", "max_pool", "halo", "layer_norm", "shuffle"]
 ACTIVATIONS = ["none", "clamp", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"]
 _BINARY = ("", "add", "mul")
 _FIELDS = [  # of Op in plan.h, in its order; f: float
@@ -31,7 +31,7 @@ _FIELDS = [  # of Op in plan.h, in its order; f: float
     *("before", "f:before_low", "f:before_high", "after", "f:after_low", "f:after_high"),
     *("f:input_scale", "f:other_scale", "other_zero_point", "f:inverse", "zero_point", "f:low", "f:high"),
     *("direct", "low_byte", "high_byte"),
-    *("f:factor", "panel", "dynamic", "group_in", "group_out", "group_panel", "nan_byte"),
+    *("f:factor", "panel", "dynamic", "group_in", "group_out", "group_panel", "nan_byte", "narrow"),
 ]
 _OP_BYTES = 192
 _CACHED = 2**23  # bytes of weights that stay in a third-level cache between samples

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from torchquant.fx import ops
-from torchquant.ops.x86 import matching
+from torchquant.ops.x86 import matching, transposed
 from torchquant.ops.x86.plan import Dynamic, Plan, Quantization, Step, Value
 from torchquant.ops.x86.regions import Finder
 
@@ -47,6 +47,7 @@ class Region:
         self.outputs: list[Node] = []
         self.done: set[Node] = set()
         self.products: dict[Step, tuple[matching.Weight, torch.Tensor]] = {}  # weight and bias of a step
+        self.phases: dict[Step, transposed.Phases] = {}  # of a step whose blocks of channels become pixels
 
     def size(self, node: Node) -> tuple[int, int, int]:
         """h, w, c of a node's value for one sample."""
@@ -136,9 +137,13 @@ class Region:
             return replace(grid, input=self.inputs.index(quantize.all_input_nodes[0]))
         return grid
 
-    def bias(self, arguments: dict[str, Any], channels: int) -> torch.Tensor:
-        bias = arguments.get("bias")
-        return torch.zeros(channels).double() if bias is None else ops.constant_value(self.graph, bias).double()
+    def bias(self, product: Node, channels: int) -> torch.Tensor:
+        """One number for each of a product's channels, or of the channels of all phases."""
+        bias, phases = ops.arguments(product).get("bias"), transposed.phases_of(product)
+        if bias is None:
+            return torch.zeros(channels).double()
+        value = ops.constant_value(self.graph, bias).double()
+        return value if phases is None else phases.spread(value)
 
     def origin(self, node: Any) -> Node:
         """The node that made a value, behind ops that change nothing about it here."""

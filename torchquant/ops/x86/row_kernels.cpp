@@ -362,9 +362,45 @@ void look_up(const Rows& w, int64_t row, float* out) {
   }
 }
 
+// ---- recurrent layers -----------------------------------------------------------------------------------------------
+
+// Sixteen states, or the first `n` of them.
+template <tq::Recurrence kind, bool whole>
+TQ_INLINE void step_of(const float* given, const float* hidden, float* state, float* cell, int64_t stride, int64_t n) {
+  auto get = [n](const float* p) __attribute__((always_inline)) { return whole ? load(p) : load_first(p, n); };
+  auto put = [n](float* p, F a) __attribute__((always_inline)) { whole ? store(p, a) : store_first(p, a, n); };
+  auto gate = [&](int i) __attribute__((always_inline)) { return add(get(given + i * stride), get(hidden + i * stride)); };
+  if constexpr (kind == tq::kLstm) {
+    F kept = mul(sigmoid(gate(1)), get(cell));
+    F c = fma(sigmoid(gate(0)), tanh(gate(2)), kept);
+    put(cell, c);
+    put(state, mul(sigmoid(gate(3)), tanh(c)));
+  } else if constexpr (kind == tq::kGru) {
+    F r = sigmoid(gate(0)), z = sigmoid(gate(1));
+    F fresh = tanh(fma(r, get(hidden + 2 * stride), get(given + 2 * stride)));
+    put(state, fma(sub(get(state), fresh), z, fresh));
+  } else {
+    put(state, kind == tq::kRnnTanh ? tanh(gate(0)) : max(set(0.0f), gate(0)));
+  }
+}
+template <tq::Recurrence kind>
+void step_as(const float* given, const float* hidden, float* state, float* cell, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step_of<kind, true>(given + i, hidden + i, state + i, cell + i, n, kLanes);
+  if (i < n) step_of<kind, false>(given + i, hidden + i, state + i, cell + i, n, n - i);
+}
+void step(tq::Recurrence kind, const float* given, const float* hidden, float* state, float* cell, int64_t n) {
+  switch (kind) {
+    case tq::kLstm: return step_as<tq::kLstm>(given, hidden, state, cell, n);
+    case tq::kGru: return step_as<tq::kGru>(given, hidden, state, cell, n);
+    case tq::kRnnTanh: return step_as<tq::kRnnTanh>(given, hidden, state, cell, n);
+    default: return step_as<tq::kRnnRelu>(given, hidden, state, cell, n);
+  }
+}
+
 }  // namespace
 
 extern const tq::RowKernels row_kernels;
-const tq::RowKernels row_kernels = {quantize, multiply, look_up};
+const tq::RowKernels row_kernels = {quantize, multiply, look_up, step};
 
 }  // namespace TQ_ISA

@@ -66,12 +66,18 @@ struct Activations {
   float* sum;         // [row][block] of the codes
 };
 
+enum Recurrence : int32_t { kLstm = 0, kGru, kRnnTanh, kRnnRelu };
+inline int64_t gates_of(Recurrence kind) { return kind == kLstm ? 4 : kind == kGru ? 3 : 1; }
+
 struct RowKernels {
   // Rows `begin` to `end` of x, which has `h->inputs` floats a row; to 8 bits as `choose_scale` and `quantize_scaled` do.
   void (*quantize)(const Rows&, const float* x, Activations&, int64_t begin, int64_t end);
   // The panels from `first` to `last` of the product for rows `begin` to `end`; `out` has `h->outputs` floats a row.
   void (*multiply)(const Rows&, const Activations&, float* out, int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*look_up)(const Rows&, int64_t row, float* out);
+  // One step of a recurrent layer for one sample of `n` states: `given` and `hidden` are the gates' parts that the input
+  // and the last state make, in torch's order; the state and, of an LSTM, the cell are replaced.
+  void (*step)(Recurrence, const float* given, const float* hidden, float* state, float* cell, int64_t n);
 };
 
 }  // namespace tq

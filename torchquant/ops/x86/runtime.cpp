@@ -561,6 +561,37 @@ tq::Rows rows_of(const Tensor& packed) {
 
 constexpr int64_t kWork = 1 << 19;  // products that are worth a thread: a fork takes as long as about half of them
 
+// `rows` rows of floats by a packed weight, as often as asked for.
+class RowProduct {
+ public:
+  RowProduct(const tq::Rows& weight, int64_t rows, int64_t bits, double least_scale) : w(weight) {
+    a.rows = rows, a.bits = int(bits), a.least_scale = static_cast<float>(least_scale);
+    size_t codes = (size_t(rows) * w.stored_inputs() * 2 + 63) / 64 * 64, floats = size_t(rows) * w.h->blocks;
+    space = borrow(codes + 2 * floats * sizeof(float));
+    a.codes = reinterpret_cast<int8_t*>(space->memory);
+    a.scale = reinterpret_cast<float*>(space->memory + codes), a.sum = a.scale + floats;
+    threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    parts = std::min({threads, (w.panels() + 3) / 4, std::max<int64_t>(1, rows * w.h->inputs * w.h->outputs / kWork)});
+  }
+  RowProduct(const RowProduct&) = delete;
+  ~RowProduct() { give_back(std::move(space)); }
+
+  void run(const float* from, float* to) {
+    if (threads == 1 || a.rows * w.h->inputs < kWork) k->quantize(w, from, a, 0, a.rows);
+    else torch::stable::parallel_for(0, a.rows, 1, [&](int64_t begin, int64_t end) { k->quantize(w, from, a, begin, end); });
+    if (parts == 1) return k->multiply(w, a, to, 0, a.rows, 0, w.panels());
+    auto edge = [&](int64_t i) { return std::min(w.panels(), (w.panels() + 3) / 4 * i / parts * 4); };
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { k->multiply(w, a, to, 0, a.rows, edge(begin), edge(end)); });
+  }
+
+ private:
+  const tq::Rows w;
+  const tq::RowKernels* k = row_kernels_of(kernels());
+  tq::Activations a;
+  std::unique_ptr<Workspace> space;
+  int64_t threads, parts;
+};
+
 // x (..., inputs) by a packed weight (outputs, inputs). `bits` of the activations: 16, or 8 with a scale for each row.
 Tensor linear(Tensor packed, Tensor x, int64_t outputs, int64_t bits, double least_scale) {
   tq::Rows w = rows_of(packed);
@@ -576,27 +607,52 @@ Tensor linear(Tensor packed, Tensor x, int64_t outputs, int64_t bits, double lea
   const int64_t rows = x.numel() / w.h->inputs;
   if (rows == 0) return out;
   settle(w.bytes, size_t(packed.numel()));
-  tq::Activations a;
-  a.rows = rows, a.bits = int(bits), a.least_scale = static_cast<float>(least_scale);
-  size_t codes = (size_t(rows) * w.stored_inputs() * 2 + 63) / 64 * 64, floats = size_t(rows) * w.h->blocks;
-  auto space = borrow(codes + 2 * floats * sizeof(float));
-  a.codes = reinterpret_cast<int8_t*>(space->memory);
-  a.scale = reinterpret_cast<float*>(space->memory + codes), a.sum = a.scale + floats;
-  const auto* from = static_cast<const float*>(x.const_data_ptr());
-  const auto* k = row_kernels_of(kernels());
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  if (threads == 1 || rows * w.h->inputs < kWork) k->quantize(w, from, a, 0, rows);
-  else torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { k->quantize(w, from, a, begin, end); });
-  const int64_t panels = w.panels();
-  const int64_t parts = std::min({threads, (panels + 3) / 4, std::max<int64_t>(1, rows * w.h->inputs * outputs / kWork)});
-  if (parts == 1) {
-    k->multiply(w, a, to, 0, rows, 0, panels);
-  } else {
-    auto edge = [&](int64_t i) { return std::min(panels, (panels + 3) / 4 * i / parts * 4); };
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { k->multiply(w, a, to, 0, rows, edge(begin), edge(end)); });
-  }
-  give_back(std::move(space));
+  RowProduct(w, rows, bits, least_scale).run(static_cast<const float*>(x.const_data_ptr()), to);
   return out;
+}
+
+constexpr double kLeastScale = 0x1p-126;  // of states, where all of them are zero
+
+// One direction of a recurrent layer: `given` (time, samples, gates * states), or samples first, is what the input makes of
+// the gates, and a packed weight (gates * states, states) multiplies the state (samples, states). Returns all states in the
+// order of `given`, and of an LSTM the last cell.
+std::vector<Tensor> recurrent(Tensor packed, Tensor given, Tensor state, std::optional<Tensor> cell, int64_t kind, bool batch_first, bool reverse) {
+  STD_TORCH_CHECK(0 <= kind && kind <= tq::kRnnRelu && cell.has_value() == (kind == tq::kLstm), "torchquant: a recurrent layer of no kind");
+  const auto form = tq::Recurrence(kind);
+  tq::Rows w = rows_of(packed);
+  const int64_t n = w.h->inputs, width = tq::gates_of(form) * n;
+  STD_TORCH_CHECK(w.h->outputs == width && given.dim() == 3 && given.size(2) == width, "torchquant: the recurrent layer takes ", width, " gates a step");
+  const int64_t steps = given.size(batch_first ? 1 : 0), samples = given.size(batch_first ? 0 : 1);
+  std::vector<Tensor*> floats = {&given, &state};
+  if (cell) floats.push_back(&*cell);
+  for (Tensor* t : floats) {
+    STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Float, "torchquant: a recurrent layer takes float32");
+    STD_TORCH_CHECK(t == &given || (t->dim() == 2 && t->size(0) == samples && t->size(1) == n), "torchquant: the recurrent layer has ", n, " states a sample");
+    if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
+  }
+  Tensor out = torch::stable::new_empty(given, {given.size(0), given.size(1), n});
+  std::vector<Tensor> made = {out};
+  poison(out.mutable_data_ptr(), size_t(out.numel()) * sizeof(float));
+  std::vector<float> now(static_cast<const float*>(state.const_data_ptr()), static_cast<const float*>(state.const_data_ptr()) + samples * n);
+  if (cell) made.push_back(torch::stable::clone(*cell));
+  if (steps == 0 || samples == 0) return made;
+  auto* cells = cell ? static_cast<float*>(made[1].mutable_data_ptr()) : now.data();
+  settle(w.bytes, size_t(packed.numel()));
+  RowProduct product(w, samples, 16, kLeastScale);
+  std::vector<float> hidden(size_t(samples) * width);
+  const auto* from = static_cast<const float*>(given.const_data_ptr());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  const auto* k = row_kernels_of(kernels());
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t t = reverse ? steps - 1 - i : i;
+    product.run(now.data(), hidden.data());
+    for (int64_t s = 0; s < samples; ++s) {
+      const int64_t place = batch_first ? s * steps + t : t * samples + s;
+      k->step(form, from + place * width, hidden.data() + s * width, now.data() + s * n, cells + s * n, n);
+      std::memcpy(to + place * n, now.data() + s * n, size_t(n) * sizeof(float));
+    }
+  }
+  return made;
 }
 
 // Indices of a table of `rows` rows, each of which is one.
@@ -654,6 +710,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TQ_NAMESPACE, m) {
   m.def("x86_linear(Tensor packed, Tensor x, int outputs, int bits, float least_scale) -> Tensor");
   m.def("x86_lookup(Tensor packed, Tensor indices, int width) -> Tensor");
   m.def("x86_float_lookup(Tensor table, Tensor indices) -> Tensor");
+  m.def("x86_recurrent(Tensor packed, Tensor given, Tensor state, Tensor? cell, int kind, bool batch_first, bool reverse) -> Tensor[]");
   m.def("x86_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
@@ -661,6 +718,7 @@ STABLE_TORCH_LIBRARY_IMPL(TQ_NAMESPACE, CPU, m) {
   m.impl("x86_attention", TORCH_BOX(&attention));
   m.impl("x86_linear", TORCH_BOX(&linear));
   m.impl("x86_lookup", TORCH_BOX(&lookup));
+  m.impl("x86_recurrent", TORCH_BOX(&recurrent));
   m.impl("x86_float_lookup", TORCH_BOX(&float_lookup));
 }
 

@@ -52,6 +52,14 @@ TQ_INLINE I dot(I c, I a, I b) {
   return _mm512_add_epi32(c, _mm512_add_epi32(lo, hi));
 #endif
 }
+#if defined(__AVX512VNNI__)
+constexpr bool kNarrowDot = false;
+#else
+constexpr bool kNarrowDot = true;
+TQ_INLINE I narrow_dot(I c, I a, I b) {
+  return _mm512_add_epi32(c, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+}
+#endif
 TQ_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 TQ_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 TQ_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -135,6 +143,14 @@ TQ_INLINE __m256i dot8(__m256i c, __m256i a, __m256i b) {
 #endif
 }
 TQ_INLINE I dot(I c, I a, I b) { return {dot8(c.v, a.v, b.v), dot8(c.w, a.w, b.w)}; }
+#if defined(__AVXVNNI__)
+constexpr bool kNarrowDot = false;
+#else
+constexpr bool kNarrowDot = true;
+TQ_INLINE __m256i narrow_dot(__m256i c, __m256i a, __m256i b) {
+  return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+#endif
 TQ_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.v), _mm256_cvtepi32_ps(a.w)}; }
 TQ_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 TQ_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.v); _mm256_storeu_ps(p + 8, a.w); }
@@ -245,11 +261,21 @@ TQ_INLINE I codes(F a, I zero, I nan) {
 }
 using R = I;
 constexpr int kPerVector = 1;
+constexpr bool kNarrowDot = false;
 TQ_INLINE R load_register(const void* p) { return load_int(p); }
 TQ_INLINE R broadcast_register(const uint8_t* p) { return broadcast4(p); }
 TQ_INLINE R dot_register(R c, R a, R b) { return dot(c, a, b); }
 TQ_INLINE I vector_of(R first, R) { return first; }
 #endif
+
+// `narrow`: no byte of b is beyond -64 .. 63, so that the 16 bits of vpmaddubsw are enough.
+template <bool narrow>
+TQ_INLINE R dot_of(R c, R a, R b) {
+#if !defined(TQ_PORTABLE) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+  if constexpr (narrow) return narrow_dot(c, a, b);
+#endif
+  return dot_register(c, a, b);
+}
 
 #if !defined(TQ_WIDE)
 // Of a vector the first n lanes, up to 16, the others zero.

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from torchquant.fx import ops
-from torchquant.ops.x86 import matching, packing
+from torchquant.ops.x86 import matching, packing, transposed
 from torchquant.ops.x86.plan import Step, Value
 from torchquant.ops.x86.region import Region
 
@@ -25,7 +25,7 @@ def max_pool(region: Region, node: Node, source: Value | None = None) -> Step:
 
 def convolution(region: Region, node: Node) -> Step:
     arguments = ops.arguments(node)
-    weight, window = region.finder.weight(arguments["weight"]), matching.window_of(node)
+    weight, window = region.finder.weight(node), matching.window_of(node)
     assert weight is not None
     assert window is not None
     quantize = matching.quantize_behind(arguments["input"])
@@ -34,8 +34,14 @@ def convolution(region: Region, node: Node) -> Step:
     if ops.op_name(source) == "pad" and source in region.inside:
         top, left, _, _ = matching.padding_of(source) or [0] * 4
         window["pt"], window["pl"] = window["pt"] + top, window["pl"] + left
+    return _windows(region, node, weight, window, arguments.get("groups", 1))
+
+
+def _windows(region: Region, node: Node, weight: matching.Weight, window: dict[str, int], groups: int) -> Step:
+    """A product of the pixels under a window."""
+    quantize = matching.quantize_behind(ops.arguments(node)["input"])
+    assert quantize is not None
     n, c = weight.codes.shape[:2]
-    groups = arguments.get("groups", 1)
     deep = matching.is_depthwise(weight.codes, groups)
     numbers = {**window, "channels": n, "depth": 0 if deep else -(-c // 4) * 4}
     codes = weight.codes.unsqueeze(2) if weight.codes.dim() == 3 else weight.codes
@@ -44,22 +50,28 @@ def convolution(region: Region, node: Node) -> Step:
         numbers |= {"depth": cut.depth, "group_in": c, "group_out": n // groups, "group_panel": cut.panel}
         codes = cut.pack(codes)
     step = Step("depthwise" if deep else "conv", region.bytes_of(quantize), label=node.name, numbers=numbers)
-    region.products[step] = matching.Weight(codes, weight.scale), region.bias(arguments, n)
+    region.products[step] = matching.Weight(codes, weight.scale), region.bias(node, n)
+    return step
+
+
+def transposed_convolution(region: Region, node: Node) -> Step:
+    weight, phases = region.finder.weight(node), transposed.phases_of(node)
+    assert weight is not None
+    assert phases is not None
+    step = _windows(region, node, weight, phases.window, phases.groups)
+    region.phases[step] = phases
     return step
 
 
 def linear(region: Region, node: Node) -> Step:
     arguments = ops.arguments(node)
-    weight, quantize = (
-        region.finder.weight(arguments["weight"]),
-        matching.quantize_behind(arguments["input"]),
-    )
+    weight, quantize = region.finder.weight(node), matching.quantize_behind(arguments["input"])
     assert weight is not None
     assert quantize is not None
     n, c = weight.codes.shape
     numbers = {"channels": n, "depth": -(-c // 4) * 4}
     step = Step("conv", region.bytes_of(quantize), label=node.name, numbers=numbers)
-    region.products[step] = matching.Weight(weight.codes[:, :, None, None], weight.scale), region.bias(arguments, n)
+    region.products[step] = matching.Weight(weight.codes[:, :, None, None], weight.scale), region.bias(node, n)
     return step
 
 
@@ -107,6 +119,7 @@ _STEPS: dict[str, Callable[[Region, Node], Step]] = {
     "max_pool2d": max_pool,
     "mean": global_mean,
     "mul": binary,
+    **dict.fromkeys(transposed.NAMES, transposed_convolution),
 }
 
 

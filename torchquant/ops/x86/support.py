@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from torchquant.fx import ops
-from torchquant.ops.x86 import matching
+from torchquant.ops.x86 import matching, transposed
 from torchquant.ops.x86.placement import Placement
 
 __all__ = ["is_run", "multiplication"]
@@ -16,7 +16,7 @@ __all__ = ["is_run", "multiplication"]
 
 def _product(places: Placement, node: Node) -> matching.Weight | None:
     arguments = ops.arguments(node)
-    source, weight = matching.quantize_behind(arguments["input"]), places.weight(arguments["weight"])
+    source, weight = matching.quantize_behind(arguments["input"]), places.weight(node)
     if source is None or arguments["input"] not in places.known or weight is None:
         return None
     bias = arguments.get("bias")
@@ -32,6 +32,14 @@ def convolution(places: Placement, node: Node) -> bool:
         return False
     unbatched = len(matching.shape_of(node)) != weight.codes.dim()
     return not unbatched and places.layout.get(node.all_input_nodes[0]) == matching.IMAGE
+
+
+def transposed_convolution(places: Placement, node: Node) -> bool:
+    weight, source = _product(places, node), node.all_input_nodes[0]
+    if weight is None or not matching.static(matching.shape_of(source)[1:]):
+        return False
+    unbatched = len(matching.shape_of(node)) != len(matching.shape_of(ops.arguments(node)["weight"]))
+    return not unbatched and places.layout.get(source) == matching.IMAGE
 
 
 def linear(places: Placement, node: Node) -> bool:
@@ -74,7 +82,7 @@ def _scales_product(places: Placement, node: Node) -> bool:
         return False
     while source in places.known and len(source.users) == 1:
         if ops.op_name(source) in matching.PRODUCTS:
-            return True
+            return ops.op_name(source) not in transposed.NAMES
         if ops.op_name(source) == "mul":
             return _scales_product(places, source)
         if not (places.turns(source) or ops.overload_of(source) in matching.ALIASES):
@@ -161,6 +169,7 @@ _RUN: dict[str, Callable[[Placement, Node], bool]] = {
     "mean": mean,
     "mul": multiplication,
     "pad": pad,
+    **dict.fromkeys(transposed.NAMES, transposed_convolution),
 }
 
 

@@ -21,6 +21,7 @@ from torchquant.ops.x86.plan import Dynamic, Plan, Quantization, Step, Value
 from torchquant.ops.x86.region import Made, Region
 from torchquant.ops.x86.regions import Finder
 from torchquant.ops.x86.steps import max_pool, step_of
+from torchquant.ops.x86.transposed import Phases
 
 __all__ = ["Built", "replace_regions"]
 
@@ -166,7 +167,7 @@ class _Translator(Region):
     def _finish(self, node: Node, step: Step) -> None:
         """Fuse what follows the step and give it its outputs."""
         end, n, chain = node, step.numbers, [node]
-        stage = 2 if "binary" in n else 1 if "before" in n else 0
+        stage = 2 if "binary" in n or step in self.phases else 1 if "before" in n else 0  # phases have no such operand
         while True:
             user = self.only_user(end)
             if user is None:
@@ -210,6 +211,19 @@ class _Translator(Region):
         if step.kind in ("conv", "depthwise"):
             self._scale(step)
         self.plan.steps.append(step)
+        if step in self.phases:
+            self._to_pixels(step, self.phases[step])
+
+    def _to_pixels(self, step: Step, phases: Phases) -> None:
+        """Give the step outputs whose blocks of channels become the pixels of those that it had."""
+        for name in ("out_byte", "out_float"):
+            pixels: Value | None = getattr(step, name)
+            if pixels is None:
+                continue
+            h, w = phases.rows.pixels(pixels.h), phases.columns.pixels(pixels.w)
+            blocks = Value(h, w, pixels.c * phases.cells, pixels.grid)
+            setattr(step, name, blocks)
+            self.plan.steps.append(Step("shuffle", blocks, **{name: pixels}, label=step.label, numbers=phases.blocks))
 
     def _scale_by(self, step: Step, node: Node) -> bool:
         """Multiply a product's scales and bias by the constants that its results are multiplied by."""
@@ -307,6 +321,7 @@ class _Translator(Region):
             n |= {"direct": 1, "low_byte": min(low, high), "high_byte": high}
         sums = codes.reshape(channels, -1).to(torch.int64).sum(1)
         compensation = (-zero_point * sums).to(torch.int32)
+        n["narrow"] = int(int(codes.min()) >= -64 and int(codes.max()) <= 63)
         deep = step.kind == "depthwise"
         size = -(-channels // 16) * 16
         for name, values in (("compensation", compensation), ("scale", scale.float()), ("bias", bias.float())):
