@@ -34,6 +34,11 @@ class OnnxQuantizer(CapabilityQuantizer):
 
     `tensorrt_int8`: symmetric int8 activations at the inputs of convolutions and linears, no zero point anywhere;
     `tensorrt_fp8`: float8 likewise. Such files follow TensorRT's rules (`onnx_qdq.tensorrt.check`); it was not run.
+
+    Args:
+        scheme: one of those above; None: the default.
+        reduced_range: weights of 7 bits.
+        options: `exclude`, `overrides`, `is_qat`, `observer`, see `CapabilityQuantizer`.
     """
 
     target = TARGET
@@ -76,6 +81,10 @@ class OpenvinoQuantizer(OnnxQuantizer):
 
     Schemes: `static_int8` (the default), `static_int8_reduced_range` or `reduced_range=True` for x86 CPUs without VNNI,
     and weights alone, `w{8,4}[_symmetric][_g{128,64,32,16}]`; see `OnnxQuantizer`.
+
+    Args:
+        scheme: one of those above; None: the default.
+        options: `reduced_range` and those of `CapabilityQuantizer`.
     """
 
     target = openvino.TARGET

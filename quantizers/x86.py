@@ -32,7 +32,7 @@ class X86Quantizer(CapabilityQuantizer):
 
     Args:
         scheme: one of those above; None: the default.
-        exclude, overrides, is_qat, observer: see `CapabilityQuantizer`.
+        options: `exclude`, `overrides`, `is_qat`, `observer`, see `CapabilityQuantizer`.
         weights: bits of the weights in `static_int8` and `dynamic_int8`: 8; 7, which CPUs without VNNI multiply in
             fewer instructions, in the schemes `static_int8_w7` and `dynamic_int8_w7`; or "auto": 7 on such a CPU.
     """

@@ -204,6 +204,9 @@ def load(path: str | os.PathLike[str]) -> OnnxProgram:
 
     A model that torchquant did not write takes tensors by position, and has no report.
 
+    Args:
+        path: of what `save` wrote.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, changed by another tool, or ONNX Runtime does not take it.
         MissingDependencyError: the extra is not installed.

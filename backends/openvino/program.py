@@ -106,6 +106,9 @@ def _named(path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> OpenvinoProgram:
     """Read a saved `.xml` and its `.bin`: the program as it was lowered, with its inputs, state, report and proof.
 
+    Args:
+        path: of what `save` wrote.
+
     Raises:
         ArtifactError: no such file, truncated, damaged, not written by torchquant, or OpenVINO does not take it.
         MissingDependencyError: the extra is not installed.

@@ -26,6 +26,8 @@ __all__ = ["Check", "Diagnosis", "diagnose"]
 _ROOM = 2 << 30  # bytes that lowering and its caches may ask of a disk
 _EXTRAS = {
     "executorch": "lowering to XNNPACK: .pte files for phones",
+    "onnx": "ONNX files with quantize and dequantize nodes, proven in ONNX Runtime",
+    "openvino": "the same for OpenVINO",
     "llm": "language models: checkpoints and GGUF files in and out",
     "search": "mixed precision: tq.search",
     "report": "the report as a page",
