@@ -28,7 +28,9 @@ def delegated(program):
     return sum(program.proof.kernels.get(f"delegated int8 {op}", 0) for op in COMPUTE)
 
 
-@pytest.mark.parametrize(("name", "ops"), [("pte_mobile", 5), ("pte_shared", 4), ("pte_block", 4)])
+@pytest.mark.parametrize(
+    ("name", "ops"), [("pte_mobile", 5), ("pte_shared", 4), pytest.param("pte_block", 4, marks=pytest.mark.slow)]
+)
 def test_a_whole_network_is_one_delegate_call_with_every_op_in_int8(name, ops, request):
     low = request.getfixturevalue(name)
     proof = low.program.proof

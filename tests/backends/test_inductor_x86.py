@@ -226,6 +226,7 @@ def test_a_transposed_convolution_is_an_integer_kernel_of_any_batch():
         assert tq.sqnr_db(model(y), program(y)) > 25
 
 
+@pytest.mark.slow
 def test_inductors_int8_conv1d_may_have_any_activation_behind_it():
     def forward(m, x):
         swish, hard = m.first(x), m.second(x)
@@ -261,7 +262,10 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("default::torchquant.errors.TorchquantWarning")
-@pytest.mark.parametrize("name", FEW_BITS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("weight only", "16-bit activations") else pytest.param(n, marks=pytest.mark.slow) for n in FEW_BITS],
+)
 def test_what_inductor_would_fold_or_get_wrong_is_ours_or_refused(name):
     x = torch.randn(4, 8)
     quantized = foreign(nets.mlp(), x, {"linear"}, *FEW_BITS[name])
@@ -353,6 +357,7 @@ def test_numbers_written_into_parts_of_tensors_with_dynamic_sizes():
     assert tq.sqnr_db(quantized(more), program(more)) > 40
 
 
+@pytest.mark.slow
 def test_an_example_at_the_upper_bound_of_a_dynamic_batch_leaves_it_dynamic():
     x = torch.randn(8, 3, 6, 6)
     shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
@@ -474,6 +479,7 @@ def test_products_of_seven_bits_go_to_onednn_on_any_cpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(torch.uint8 not in exactness.exact_dtypes(), reason="products of 8 bits need VNNI")
+@pytest.mark.slow
 def test_a_program_with_onednns_products_is_not_loaded_where_they_saturate(monkeypatch, tmp_path):
     quantized, x = half_quantized(X86Quantizer())
     path = inductor_x86.lower(quantized, x, own_kernels=False).save(tmp_path / "model.pt2")

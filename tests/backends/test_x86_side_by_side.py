@@ -93,6 +93,7 @@ def folders(tmp_path_factory):
     return ours, theirs
 
 
+@pytest.mark.slow
 def test_programs_of_two_versions_run_side_by_side_in_either_order(folders):
     for order in (folders, folders[::-1]):
         script = LOAD.format(folders=[str(f) for f in order])

@@ -118,7 +118,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["images", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "images")]
+)
 def test_cells_pools_bags_and_orders_compute_what_the_graph_does_for_every_size(name, dynamic):
     model, shape = MODELS[name]
     program, graph = lowered(model(), (torch.randn(2, *shape),), dynamic=dynamic)

@@ -35,7 +35,9 @@ def test_codes_stand_for_the_rows(bits, least_db, factor):
     assert torch.equal(_decoded(*_encoded(nothing, bits), bits, torch.float32), nothing)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "gemma3", "gpt2", "phi"))]
+)
 def test_eight_bits_change_little_and_four_more(name):
     model, tokens = decoder(name), tokens_of(40)
     wanted = model(tokens).logits

@@ -220,7 +220,15 @@ def test_siblings_are_one_product_and_a_tied_table_is_stored_once():
     assert decibels(graph(tokens), wanted) > 70
 
 
-@pytest.mark.parametrize("scheme", ["w4_g32", "w8", "w3_symmetric_g64", "w2_g16", "w4a8_g32", "w8a8"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4_g32",
+        "w3_symmetric_g64",
+        "w8a8",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("w8", "w2_g16", "w4a8_g32")),
+    ],
+)
 def test_lowered_with_packed_weights(scheme, tmp_path):
     torch.manual_seed(0)
     model, tokens = Tied(), torch.randint(0, 50, (1, 9))

@@ -357,6 +357,7 @@ def test_a_broken_checkpoint_is_refused_with_its_path(model, batches, tmp_path):
         kept_run(model, batches, tmp_path)
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_checkpoint_may_change(model, batches, tmp_path):
     kept_run(model, batches, tmp_path)
     file = sorted(tmp_path.glob("*.pt"))[0]

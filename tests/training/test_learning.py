@@ -336,6 +336,7 @@ def test_dampening_is_of_the_weights_that_are_rounded():
     assert float(qat.dampening(graph).detach()) <= count * (widest / 2) ** 2
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_computes_and_learns_the_same():
     graph = prepared("x86", 4)
     qat.learn_steps(graph)
