@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs wheel clean
+.PHONY: demo test slow check bench docs wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/demo.py
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+slow: .venv/test.stamp
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow
 
 check: .venv/dev.stamp .venv/test.stamp
 	$(BIN)/ruff check .
