@@ -509,6 +509,11 @@ def test_a_saved_artefact_gives_its_whole_report_again(written, tmp_path):
         page = tmp_path / f"{artefact.stem}.html"
         assert run("report", artefact, "--out", page).exit_code == 0
         assert read["programs"][0]["target"] in page.read_text()
+        kept = tmp_path / f"{artefact.stem}.json"
+        assert run("report", artefact, "--out", kept).exit_code == 0
+        assert json.loads(run("report", kept, "--json").stdout) == read
+        assert run("report", kept, "--out", tmp_path / "again.html").exit_code == 0
+        assert (tmp_path / "again.html").read_text() == page.read_text()
 
 
 def test_version_and_quiet(capsys, monkeypatch):

@@ -49,7 +49,7 @@ from torchquant.measure.verify import compare as compare_models
 from torchquant.precision.control import quantize_within
 from torchquant.precision.search import search as make_search
 from torchquant.quantizers.mixed import MixedPrecisionQuantizer
-from torchquant.reporting.saved import Saved, saved_report
+from torchquant.reporting.saved import Saved, read_report, saved_report
 from torchquant.reporting.terminal import report as make_report
 
 ALGORITHMS: dict[str, type] = {
@@ -163,7 +163,10 @@ def _row_text(row: dict[str, Any]) -> str:
 
 @output.alone
 def report(path: Path, out: Path | None, as_json: bool) -> None:
-    """Account for every op of a saved artefact or graph."""
+    """Account for every op of a saved artefact or graph, or show a saved report again."""
+    if path.suffix.lower() == ".json":
+        output.show(read_report(path), out, as_json)
+        return
     if serialize.is_graph(path):
         output.show(make_report(serialize.load(path)), out, as_json)
         return

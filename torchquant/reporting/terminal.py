@@ -173,15 +173,7 @@ class Report:
         Raises:
             MissingDependencyError: a page needs Jinja2.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".html":
-            text = page(self.to_dict())
-        elif suffix == ".json":
-            text = self.to_json(indent=1) + "\n"
-        else:
-            made_by = ", ".join(f"{name} {v}" for name, v in versions().items())
-            text = f"{self}\n\nmade by {made_by}\n"
-        return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+        return save_data(path, self.to_dict(), str(self))
 
     def _compute_table(self) -> Table:
         heads = ["node", "op", "module", "status", "activation", "weight", "reason"]
@@ -202,6 +194,23 @@ class Report:
         for (op, status, reason), n in sorted(rows.items()):
             table.add_row(*map(Text, (op, str(n), status, reason)))
         return table
+
+
+def save_data(path: str | os.PathLike[str], data: Mapping[str, Any], text: str) -> Path:
+    """Write what `Report.to_dict` gave as a page (`.html`) or JSON (`.json`), or `text` under any other name.
+
+    Raises:
+        MissingDependencyError: a page needs Jinja2.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".html":
+        text = page(data)
+    elif suffix == ".json":
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    else:
+        made_by = ", ".join(f"{name} {v}" for name, v in data["versions"].items())
+        text = f"{text}\n\nmade by {made_by}\n"
+    return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _check_analysis(analysis: Analyzed, sites: Sequence[Site]) -> None:
