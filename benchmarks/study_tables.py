@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpu_tables import Table
 
-__all__ = ["calibration", "mixed_precision", "profiles", "robustness", "targets"]
+__all__ = [
+    "calibration", "code_points", "code_stages", "code_theory", "mixed_precision", "profiles", "robustness", "targets",
+]  # fmt: skip
 
 Row = Mapping[str, Any]
 
@@ -160,3 +163,43 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _about(results: Row) -> str:
     return f"{results['cpu']}; {results['date']}" if results["rows"] else "not measured yet"
+
+
+def code_theory(results: Row) -> Table:
+    """Scalar codes of known sources: dB above the limit at 1 to 4 bits."""
+    rows = [row for row in results["rows"] if row["kind"] == "theory"]
+    limit = {(row["source"], row["rate"]): row["mse"] for row in rows if row["code"] == "limit"}
+    head = ["source", "code", *(f"{rate} bits" if rate > 1 else "1 bit" for rate in (1, 2, 3, 4))]
+    table = []
+    for (source, code), group in _groups(rows, ("source", "code")):
+        cells = [f"{row['mse']:.4g} ({_above(row['mse'], limit[source, row['rate']])})" for row in group]
+        table.append([source, code, *cells])
+    return Table("Theory", _about(results), head, table)
+
+
+def code_points(results: Row) -> Table:
+    """Every format: exact bits and dB above the Gaussian limit, on Gaussian and on real weights, the nearest first."""
+    rows = [row for row in results["rows"] if row["kind"] == "format"]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    table = []
+    for (code,), group in _groups(rows, ("code",)):
+        gaps = {row["source"]: row["gap_db"] for row in group}
+        rate = group[0]["rate"]
+        table.append((rate, [code, f"{rate:.3f}", *(f"{gaps[s]:.2f}" if s in gaps else "" for s in sources)]))
+    ordered = [cells for _, cells in sorted(table, key=lambda item: (math.floor(item[0]), float(item[1][2] or "inf")))]
+    return Table("Formats", _about(results), ["format", "bits a weight", *(f"dB above, {s}" for s in sources)], ordered)
+
+
+def code_stages(results: Row) -> Table:
+    """The same bits spent in one, two or three stages."""
+    rows = [row for row in results["rows"] if row["kind"] == "stages"]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    table = []
+    for (rate, code), group in _groups(rows, ("rate", "code")):
+        gaps = {row["source"]: row["gap_db"] for row in group}
+        table.append([f"{rate:g}", code, *(f"{gaps[s]:.2f}" for s in sources)])
+    return Table("Stages", _about(results), ["bits", "code", *(f"dB above, {s}" for s in sources)], table)
+
+
+def _above(mse: float, limit: float) -> str:
+    return f"{10 * math.log10(mse / limit):+.2f} dB"

@@ -90,6 +90,9 @@ def _write_studies() -> None:
         ("calibration.md", "calibration", study_tables.calibration(records.read("calibration_study"))),
         ("robustness.md", "robustness", study_tables.robustness(records.read("robustness"))),
         ("analysis.md", "mixed precision", study_tables.mixed_precision(records.read("mixed_precision"))),
+        ("rate_distortion.md", "theory", study_tables.code_theory(records.read("rate_distortion"))),
+        ("rate_distortion.md", "formats", study_tables.code_points(records.read("rate_distortion"))),
+        ("rate_distortion.md", "stages", study_tables.code_stages(records.read("rate_distortion"))),
         ("targets.md", "targets", study_tables.targets(records.read("targets"))),
         ("analysis.md", "profiles", study_tables.profiles(records.read("program_profile"))),
     ):

@@ -75,7 +75,16 @@ def test_saved_files_are_the_same_program_and_half_of_them_is_refused(residual, 
         program.save(tmp_path / "model.onnx")
 
 
-def test_products_whose_precision_openvino_does_not_tell_are_not_counted():
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_products_whose_precision_openvino_does_not_tell_are_not_counted(one_thread):
+    """With one thread OpenVINO makes one kernel of a small MLP."""
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     with pytest.warns(TorchquantWarning, match="does not say in which precision"):
         _, program = lowered(model, (torch.randn(2, 16),), OpenvinoQuantizer())

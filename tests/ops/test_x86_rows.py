@@ -288,7 +288,7 @@ def test_bags_and_convolutions_stay_float_with_a_reason():
     image = torch.randn(1, 3, 8, 8)
     graph = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (image,)).module()
     text = str(tq.report(convert_pt2e(prepare_pt2e(graph, X86Quantizer("w4_g32")))))
-    assert "static_int8, not in w4" in text
+    assert "static_int8_w7, not in w4" in text
 
 
 def test_a_bag_that_another_quantizer_has_quantized_is_refused_by_name():
