@@ -54,6 +54,7 @@ _FLOAT = {
     ),
     "bilinear": "XNNPACK has no bilinear form of two activations",
     "recurrent": "XNNPACK has no recurrent layers",
+    "recurrent_cell": "XNNPACK has no recurrent layers",
     "div": "the delegate divides in float",
     "avg_pool": "the delegate averages windows in float; only a mean over the whole image has an int8 kernel",
     "interpolate": "the delegate resizes images in float",

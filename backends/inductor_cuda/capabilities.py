@@ -60,7 +60,7 @@ _FLOAT = {
     "attention": "attention runs in its own float kernel",
     "embedding": "a lookup reads a few rows of its table only, so there is nothing to gain",
     "bilinear": "it multiplies two activations; there is no int8 or float8 kernel for it",
-    "recurrent": "there is no int8 or float8 kernel for recurrent layers",
+    **dict.fromkeys(("recurrent", "recurrent_cell"), "there is no int8 or float8 kernel for recurrent layers"),
 }
 _ELEMENTWISE = "in float, fused by Inductor"
 

@@ -35,6 +35,7 @@ _FLOAT = {
     "einsum": "Inductor has no int8 kernel for a product of two activations",
     "attention": "attention runs in a float kernel; there is no int8 one",
     "bilinear": "Inductor has no int8 kernel for a bilinear form",
+    "recurrent_cell": "the int8 kernel takes whole layers (nn.LSTM, nn.GRU, nn.RNN), not single steps",
 }
 _ELEMENTWISE = "in float, fused by Inductor"
 

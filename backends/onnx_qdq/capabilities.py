@@ -48,7 +48,7 @@ _FLOAT = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _TRANSPOSED),
     **dict.fromkeys(("matmul", "addmm", "einsum", "attention"), _TWO),
     "bilinear": "ONNX has no bilinear form",
-    "recurrent": "torch writes a recurrent layer with float weights",
+    **dict.fromkeys(("recurrent", "recurrent_cell"), "torch writes a recurrent layer with float weights"),
     "relu": "behind an integer convolution or sum the codes imply it; elsewhere it is float",
     "hardtanh": "behind an integer convolution or sum the codes imply it; elsewhere it is float",
     "avg_pool": "ONNX Runtime's integer average rounds in another way, and costs 40 dB",

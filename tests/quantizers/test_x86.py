@@ -117,3 +117,24 @@ def test_other_numbers_of_bits_are_schemes_and_refused_as_weights():
     prepared = tq.prepare(tq.export(nn.Linear(32, 4), x), X86Quantizer("w4_g32", weights=7))
     [site] = [s for s in tq.report(prepared).sites if s.compute]
     assert site.weight.quant_max == 7  # a scheme of its own has its own bits
+
+
+class Cells(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        state = torch.zeros(len(x), 16)
+        for i in range(3):
+            state = self.cell(x[:, i], state)
+        return self.head(state)
+
+
+def test_single_steps_of_a_recurrent_layer_count_as_compute_and_say_why_they_are_float():
+    exported = tq.export(Cells().eval(), torch.randn(2, 3, 8))
+    report = tq.report(tq.prepare(exported, X86Quantizer()))
+    assert report.coverage == "1/4"
+    assert {s.reason for s in report.sites if s.op == "recurrent_cell"} == {
+        "the int8 kernel takes whole layers (nn.LSTM, nn.GRU, nn.RNN), not single steps"
+    }

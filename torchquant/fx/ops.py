@@ -60,6 +60,12 @@ KINDS: tuple[OpKind, ...] = (
     ),
     OpKind("bilinear", ("bilinear.default",), True, data=(0, 1), weight=2),
     OpKind("recurrent", ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"), True, layers=2),
+    OpKind(
+        "recurrent_cell",
+        ("lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default"),
+        True,
+        data=(),
+    ),
     OpKind("add", ("add.Tensor", "add_.Tensor"), data=(0, 1)),
     OpKind("sub", ("sub.Tensor", "sub_.Tensor"), data=(0, 1)),
     OpKind("mul", ("mul.Tensor", "mul_.Tensor"), data=(0, 1)),
