@@ -84,14 +84,11 @@ class OpenvinoQuantizer(OnnxQuantizer):
 
     Args:
         scheme: one of those above; None: the default.
-        options: `reduced_range` and those of `CapabilityQuantizer`.
+        reduced_range: weights of 7 bits.
+        options: `exclude`, `overrides`, `is_qat`, `observer`, see `CapabilityQuantizer`.
     """
 
     target = openvino.TARGET
     capabilities: ClassVar[tuple[Capability, ...]] = openvino.CAPABILITIES
     schemes: ClassVar[Mapping[str, Scheme]] = openvino.SCHEMES
     default_scheme = "static_int8"
-
-    def __init__(self, scheme: str | None = None, **options: Any) -> None:
-        """As `OnnxQuantizer`."""
-        super().__init__(scheme, **options)

@@ -1,6 +1,7 @@
 """Seeds, and what is expensive once for the whole session: lowered programs."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 import torchquant as tq
 from torchquant.backends import executorch_xnnpack, inductor_x86
 from torchquant.fx import passes
+from torchquant.ops.x86 import native
 from torchquant.quantizers.x86 import X86Quantizer
 from torchquant.quantizers.xnnpack import XnnpackQuantizer
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Path(os.environ.get("TORCHQUANT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
@@ -31,6 +34,27 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs the data sets in {DATA} (TORCHQUANT_DATA)")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=["avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"])
+def instructions(request):
+    """Each of the kernels' instruction sets that this CPU runs."""
+    native.load()
+    if request.param not in native.instruction_sets():
+        pytest.skip(f"this CPU does not run {request.param}")
+    with native.use(request.param), native.poisoned():
+        yield request.param
 
 
 @pytest.fixture

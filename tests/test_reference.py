@@ -9,6 +9,7 @@ import pytest
 
 import torchquant as tq
 from torchquant import backends
+from torchquant.quantizers import CapabilityQuantizer
 
 PAGES = Path(__file__).parents[1] / "docs" / "api"
 MODULES = ["torchquant", "torchquant.qat", "torchquant.quantizers"]
@@ -82,3 +83,16 @@ ALGORITHMS = [n for n in tq.__all__ if getattr(getattr(tq, n), "__module__", "")
 def test_an_algorithm_names_its_source(name):
     text = import_module(getattr(tq, name).__module__).__doc__
     assert re.search(r"\b(19|20)\d\d\b|AIMET", text), "no paper with its year, and no tool"
+
+
+@pytest.mark.parametrize(("module", "name"), DOCUMENTED)
+def test_no_argument_is_described_that_is_not_there(module, name):
+    thing = getattr(import_module(module), name)
+    if inspect.isclass(thing) and issubclass(thing, MADE):
+        return
+    section = re.split(r"\n(?:Returns|Raises|Attributes):", (inspect.getdoc(thing) or "").partition("Args:\n")[2])[0]
+    told = {n for entry in re.findall(r"^    (\w+(?:, \w+)*): ", section, re.MULTILINE) for n in entry.split(", ")}
+    parameters = inspect.signature(thing).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        told -= set(inspect.signature(CapabilityQuantizer).parameters)  # that they are handed on to
+    assert told <= {p.name for p in parameters}

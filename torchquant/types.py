@@ -132,8 +132,7 @@ class Capability:
 
     Args:
         op: the op kind (a name of `torchquant.fx.ops.KINDS`).
-        schemes: names of the schemes the target runs this op in.
-        empty: the op stays float.
+        schemes: names of the schemes the target runs this op in; empty: the op stays float.
         role: `weighted` observes the activation and the weight; `activations` observes every data input
             and the output, where the inputs are integers already; `shared` keeps its input's qparams,
             likewise; `float` observes nothing.

@@ -12,10 +12,10 @@ from torchquant.fx import ops
 from torchquant.fx.windows import is_spatial_pad
 from torchquant.lowering.target import Target
 from torchquant.lowering.weight_schemes import weight_schemes
-from torchquant.ops.x86.cpu import instructions
+from torchquant.ops.x86.cpu import has_vnni
 from torchquant.types import Capability, Scheme, TensorSpec
 
-__all__ = ["CAPABILITIES", "REDUCED", "SCHEMES", "TARGET", "TENSORRT", "adds_without_overflow", "is_global_pool"]
+__all__ = ["CAPABILITIES", "REDUCED", "SCHEMES", "TARGET", "TENSORRT", "is_global_pool"]
 
 REDUCED = "_reduced_range"  # ending of the schemes with weights of 7 bits
 TENSORRT = ("tensorrt_int8", "tensorrt_fp8")
@@ -116,14 +116,8 @@ _NAMED = {row.op for row in CAPABILITIES}
 CAPABILITIES += tuple(Capability(k.name, reason=_FUNCTION) for k in ops.KINDS if k.name not in _NAMED)
 
 
-def adds_without_overflow() -> bool:
-    """Whether this CPU adds products of bytes in 32 bits (VNNI, or no x86); other x86 CPUs do in 16, which overflow."""
-    flags = instructions()
-    return not flags or bool({"avx512_vnni", "avx_vnni"} & flags)
-
-
 def _here() -> tuple[dict[str, Any], str]:
-    if adds_without_overflow():
+    if has_vnni():  # others add products of bytes in 16 bits, which overflow
         return {}, ""
     return {}, f"this CPU has no VNNI, where 8-bit weights overflow: take --scheme static_int8{REDUCED}"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from torchquant.backends.onnx_qdq.twice import Kernels
 from torchquant.types import Site
 
-__all__ = ["Kernels", "read_kernels", "site_name"]
+__all__ = ["read_kernels", "site_name"]
 
 INTEGER = (
     *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
@@ -19,21 +19,6 @@ INTEGER = (
 _FLOAT = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "NhwcFusedConv")
 _BYTES = (2, 3)  # uint8 and int8 among the types of ONNX
 _ENDINGS = re.compile(r"(_token_\d+|/MatMulAddFusion|_nhwc|\.\d+)+$")  # what the runtime, and we, put behind a name
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What a model runs.
-
-    Args:
-        counts: name of an integer kernel -> how many.
-        integer: names of the sites whose products are in them.
-        why: name of each other site -> why it runs in float.
-    """
-
-    counts: Mapping[str, int]
-    integer: frozenset[str]
-    why: Mapping[str, str]
 
 
 def read_kernels(optimized: Any, wanted: Sequence[Site]) -> Kernels:

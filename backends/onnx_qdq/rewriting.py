@@ -19,6 +19,7 @@ from torchquant.backends.onnx_qdq.quantities import (
     is_plain,
     limits_of,
     no_operator,
+    readable_bits,
     zeros_are_codes,
     zeros_fit,
 )
@@ -278,7 +279,7 @@ class _Writer:
         if transposed:
             codes, axis = codes.T.contiguous(), 1 - axis
             scale, zeros = (v.T.contiguous() if v.ndim > 1 else v for v in (scale, zeros))
-        bits = bits_of(stored) if zeros_are_codes(zeros, stored) else 0
+        bits = readable_bits(bits_of(stored), codes.shape) if zeros_are_codes(zeros, stored) else 0
         is_float = codes.dtype.is_floating_point
         if not is_float and not zeros_fit(zeros, codes.dtype):
             raise no_operator(node)

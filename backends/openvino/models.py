@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from torchquant.backends.onnx_qdq.twice import Kernels
 from torchquant.errors import LoweringError, MissingDependencyError
 from torchquant.types import Site
 
-__all__ = ["Compiled", "Layers", "openvino_package", "read_layers"]
+__all__ = ["Compiled", "openvino_package", "read_layers"]
 
 _ABOUT = ("layerType", "runtimePrecision", "originalLayersNames")
 _PRECISIONS = ("u8", "i8", "u4", "i4")
@@ -69,16 +69,7 @@ class Compiled:
             return tuple(torch.from_numpy(values[i].copy()) for i in range(len(self.compiled.outputs)))
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Kind of an int8 layer -> how many; names of the sites in them; name of each other site -> why not."""
-
-    counts: Mapping[str, int]
-    integer: frozenset[str]
-    why: Mapping[str, str]
-
-
-def read_layers(compiled: Compiled, wanted: Sequence[Site], sites: Mapping[str, str]) -> Layers:
+def read_layers(compiled: Compiled, wanted: Sequence[Site], sites: Mapping[str, str]) -> Kernels:
     """Which sites run in layers whose precision OpenVINO's runtime model gives as integers of 8 bits or fewer.
 
     Args:
@@ -101,7 +92,7 @@ def read_layers(compiled: Compiled, wanted: Sequence[Site], sites: Mapping[str, 
                 precisions[site] = precision
     integer = {s.node for s in wanted if precisions.get(s.node) in _PRECISIONS}
     why = {s.node: _why(s, precisions.get(s.node, "")) for s in wanted if s.node not in integer}
-    return Layers(dict(counts), frozenset(integer), why)
+    return Kernels(dict(counts), frozenset(integer), why)
 
 
 def _why(site: Site, precision: str) -> str:

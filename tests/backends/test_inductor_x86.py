@@ -344,6 +344,7 @@ def test_numbers_written_into_parts_of_tensors_with_dynamic_sizes():
         y = m.first(x)
         y[:, :4] = 0
         y[:, 5] = 2.5
+        y[0, 1] = 3.5
         return m.second(y)
 
     torch.manual_seed(0)

@@ -20,14 +20,6 @@ def _library():
     native.load()
 
 
-@pytest.fixture(params=["avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"])
-def instructions(request):
-    if request.param not in native.instruction_sets():
-        pytest.skip(f"this CPU does not run {request.param}")
-    with native.use(request.param), native.poisoned():
-        yield request.param
-
-
 def rounded(weight):
     """A weight of 8 bits a code: its grid, and its values."""
     scale = weight.abs().amax(1, keepdim=True) / 127

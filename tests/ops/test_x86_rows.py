@@ -48,14 +48,6 @@ def _library():
     native.load()
 
 
-@pytest.fixture(params=["avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"])
-def instructions(request):
-    if request.param not in native.instruction_sets():
-        pytest.skip(f"this CPU does not run {request.param}")
-    with native.use(request.param), native.poisoned():
-        yield request.param
-
-
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)

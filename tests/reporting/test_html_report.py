@@ -1,7 +1,6 @@
 """The report as a page and as JSON: held against its schema, and used in a real browser."""
 
 import json
-import shutil
 from pathlib import Path
 
 import jsonschema
@@ -14,7 +13,6 @@ from torchquant.quantizers import X86Quantizer
 from torchquant.reporting.html import positions
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Block(nn.Module):
@@ -41,17 +39,6 @@ def _made(blocks: int):
 @pytest.fixture(scope="module")
 def report():
     return _made(3)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def _opened(browser, path, **options):

@@ -237,11 +237,18 @@ def _retarget(model: GraphModule, old: Any, new: Any) -> None:
 
 
 def fill_expanded_numbers(model: GraphModule) -> int:
-    """Rewrite every expanded constant without axes, as in `x[:, :4] = 0`, as a tensor filled with its value.
+    """Rewrite every constant without axes that is written into a tensor, as by `x[:, :4] = 0` and `x[0] = 0`.
 
     Inductor takes the constant for a number, and then fails at ops that want a tensor.
     """
-    return replace_each(model, _is_expanded_number, _filled)
+    done = replace_each(model, _is_expanded_number, _filled)
+    for node in [n for n in model.graph.nodes if n.target is aten.select_scatter.default]:
+        source = node.args[1]
+        if ops.shape_of(source) == () and ops.is_constant(source):
+            with model.graph.inserting_before(node):
+                node.update_arg(1, _number(model, source, []))
+            done += 1
+    return finished(model, done)
 
 
 def _is_expanded_number(node: Node) -> bool:
@@ -250,11 +257,15 @@ def _is_expanded_number(node: Node) -> bool:
 
 
 def _filled(model: GraphModule, node: Node) -> Node:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    value = ops.constant_value(model, source)
+    assert isinstance(node.args[0], Node)
+    return _number(model, node.args[0], node.args[1])
+
+
+def _number(model: GraphModule, constant: Node, shape: Any) -> Node:
+    """A tensor filled with the value of a constant without axes."""
+    value = ops.constant_value(model, constant)
     options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-    return model.graph.call_function(aten.full.default, (node.args[1], value.item()), options)
+    return model.graph.call_function(aten.full.default, (shape, value.item()), options)
 
 
 def weight_bytes(model: GraphModule) -> int:
